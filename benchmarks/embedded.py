@@ -1,0 +1,78 @@
+"""How robust the embedded model is, on pictures, words and fonts that nothing was trained or chosen on.
+
+    python -m defense.benchmarks.embedded --out benchmarks/results/embedded.json
+
+Three versions of each picture: clean, with an empty plate where a word would be, and with another object's name
+written on it. The plate hides a part of the object, so accuracy with the empty plate is the ceiling of any defense.
+Three models: the plain CLIP, the defended one, and the CLIP with as many random latents suppressed, each as active as
+a chosen one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from defense import artefact
+from defense.classifier import EMBEDDED, embedded_folder, load_host
+from defense.embedded.build import SEEDS, full_report
+
+COLUMNS = ("clean", "neutral", "attacked", "attack_success")
+HEADINGS = ("clean", "empty plate", "attacked", "attack success")
+
+
+def wilson(percent: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of n, in percent (Wilson's score interval)."""
+    p, z = percent / 100, 1.959964
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return 100 * (centre - half), 100 * (centre + half)
+
+
+def measure(n: int, seed: int) -> dict[str, Any]:
+    """Return the accuracies of the three models on `n` pictures of a seed, with how they were measured."""
+    folder = embedded_folder("text")
+    defense = artefact.load(folder)
+    report = full_report(load_host(EMBEDDED), defense.sites, n, seed)
+    return {
+        "n": n,
+        "seed": seed,
+        "classes": 100,
+        "template": "a photo of a {}.",
+        "defense_sha256": artefact.sha256_of(folder / artefact.MANIFEST),
+        "latents": sum(len(latent_set.latents) for site in defense.sites for latent_set in site.sets),
+        "rows": report,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the Markdown table of a result of `measure`."""
+    lines = ["| | " + " | ".join(HEADINGS) + " |", "|---" * (len(HEADINGS) + 1) + "|"]
+    for name, row in result["rows"].items():
+        cells = []
+        for column in COLUMNS:
+            low, high = wilson(row[column], result["n"])
+            cells.append(f"{row[column]:.1f} ({low:.1f} to {high:.1f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print the table, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=SEEDS["report"])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    result = measure(arguments.n, arguments.seed)
+    print(table(result))
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Zero-shot image classification with CLIP that does not read the note on the apple.
+
+    from defense import RobustClassifier
+    clf = RobustClassifier.from_pretrained("embedded")
+    clf("picture.jpg", candidate_labels=["apple", "pizza"])
+
+Names are resolved on first use: `import defense` loads neither torch nor any other backend.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .artefact import Defense as Defense
+    from .attach import detach as detach
+    from .attach import wrap as wrap
+    from .classifier import Explanation as Explanation
+    from .classifier import RobustClassifier as RobustClassifier
+    from .errors import BackendError as BackendError
+    from .errors import CheckpointError as CheckpointError
+    from .errors import ConfigError as ConfigError
+    from .errors import DefenseError as DefenseError
+    from .errors import HookPointError as HookPointError
+    from .errors import IntegrityError as IntegrityError
+    from .errors import InvalidImageError as InvalidImageError
+    from .errors import MissingDependencyError as MissingDependencyError
+    from .errors import NonFiniteError as NonFiniteError
+    from .errors import ShapeError as ShapeError
+    from .latents import LatentSet as LatentSet
+    from .sae import SAEConfig as SAEConfig
+    from .sae import SparseAutoencoder as SparseAutoencoder
+    from .suppress import Suppressor as Suppressor
+
+_HOMES = {
+    "artefact": ("Defense",),
+    "attach": ("detach", "wrap"),
+    "classifier": ("Explanation", "RobustClassifier"),
+    "errors": (
+        "BackendError",
+        "CheckpointError",
+        "ConfigError",
+        "DefenseError",
+        "HookPointError",
+        "IntegrityError",
+        "InvalidImageError",
+        "MissingDependencyError",
+        "NonFiniteError",
+        "ShapeError",
+    ),
+    "latents": ("LatentSet",),
+    "sae": ("SAEConfig", "SparseAutoencoder"),
+    "suppress": ("Suppressor",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "Defense",
+    "DefenseError",
+    "Explanation",
+    "HookPointError",
+    "IntegrityError",
+    "InvalidImageError",
+    "LatentSet",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "RobustClassifier",
+    "SAEConfig",
+    "ShapeError",
+    "SparseAutoencoder",
+    "Suppressor",
+    "detach",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        from .errors import MissingDependencyError
+
+        if error.name in ("torch", "open_clip"):
+            raise MissingDependencyError(error.name, "torch") from error
+        raise
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,307 @@
+"""Rebuild the embedded model from its seed: `python -m defense.embedded.build WORK`.
+
+Three stages, each kept in the folder WORK and resumed from there:
+
+1. clip      draw 240,000 pictures, train the CLIP                        (train_clip.py)
+2. sae       residuals of fresh pictures, a TopK SAE per edited block     (defense.train)
+3. latents   choose S on fresh attacked pictures                          (defense.fit)
+
+and a report on pictures, words and fonts that none of them saw. Only with `--install` is the shipped model replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from defense import artefact
+from defense.attach import detach, wrap
+from defense.classifier import Host, RobustClassifier, load_host, make_golden
+from defense.fit import FitConfig, Pairs, Tail, TextFit
+from defense.hosts import VisionHost
+from defense.latents import LatentSet
+from defense.sae import SAEConfig, SparseAutoencoder
+from defense.train import TrainConfig, measure, train_topk
+
+from . import scenes, train_clip
+
+log = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+SEEDS = {"sae": 31, "sae_test": 32, "fit": 41, "report": 97, "golden": 7, "examples": 11}
+"""One stream of pictures each, all apart from the training pictures'."""
+
+
+@dataclass(frozen=True)
+class SiteRecipe:
+    """One edited block: its SAE and its selection."""
+
+    block: int
+    train: TrainConfig
+    fit: FitConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the shipped model was built with."""
+
+    clip: train_clip.Recipe = field(default_factory=train_clip.Recipe)
+    sites: tuple[SiteRecipe, ...] = (
+        SiteRecipe(2, TrainConfig(d_sae=4096, k=24, steps=3000, lr=1e-3), FitConfig(edit="project")),
+    )
+    n_sae_pictures: int = 8_000
+    n_pairs: int = 800
+    n_report: int = 2_000
+
+
+# --- stage 1 --------------------------------------------------------------------------------------
+
+
+def build_clip(work: Path, recipe: Recipe) -> Path:
+    """Train the CLIP and write it as an open_clip `local-dir:` folder; return the folder."""
+    folder = work / "clip"
+    if (folder / "open_clip_model.safetensors").exists():
+        return folder
+    clip = train_clip.train(work, recipe.clip)
+    state = {name: tensor.half().contiguous() for name, tensor in clip.state_dict().items() if name != "attn_mask"}
+    state["token_embedding.weight"][~_known_tokens()] = 0  # rows that no caption used hold noise; zeros compress
+    folder.mkdir(exist_ok=True)
+    shutil.copy(HERE / "clip" / "open_clip_config.json", folder)
+    save_file(state, folder / "open_clip_model.safetensors.partial")
+    (folder / "open_clip_model.safetensors.partial").rename(folder / "open_clip_model.safetensors")
+    return folder
+
+
+def _known_tokens() -> Tensor:
+    """Which rows of the token embedding the captions of training use, bool [vocab_size]."""
+    known = torch.zeros(train_clip.load_config()["model_cfg"]["text_cfg"]["vocab_size"], dtype=torch.bool)
+    for question, templates in train_clip.TEMPLATES.items():
+        for template in templates:
+            texts = [template.replace("{}", answer) for answer in train_clip.QUESTIONS[question]]
+            known[open_clip.tokenize(texts).flatten()] = True
+    return known
+
+
+# --- stage 2 --------------------------------------------------------------------------------------
+
+
+def pixel_values_of(pictures: Sequence[scenes.Scene], host: Host) -> Tensor:
+    """Return pixel_values, float32 [n, 3, height, width], of scenes."""
+    return torch.from_numpy(np.stack([host.preprocess(scenes.render(scene)) for scene in pictures]))
+
+
+def web_scenes(n: int, seed: int) -> list[scenes.Scene]:
+    """Return fresh pictures of the kind the CLIP was trained on: every fourth shows an attack."""
+    first = 10**9 + seed * 10**6  # far beyond the indices of training
+    attacks = iter(scenes.typographic(n // 4 + 1, 10_000 + seed, scenes.TRAIN_FONTS))
+    return [next(attacks).scene if i % 4 == 0 else train_clip.draw_example(first + i).scene for i in range(n)]
+
+
+def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> SparseAutoencoder:
+    """Train a site's SAE, or read the one in `work`."""
+    folder = work / f"sae-{site.block}"
+    fingerprint = {**asdict(site.train), "n_pictures": recipe.n_sae_pictures}
+    hook_point = f"blocks.{site.block}.hook_resid_post"
+    if (folder / "sae.safetensors").exists() and json.loads((folder / "recipe.json").read_text())[
+        "train"
+    ] == fingerprint:
+        fields = json.loads((folder / "recipe.json").read_text())["sae"]
+        return SparseAutoencoder(SAEConfig.from_dict(fields), artefact.read_tensors(folder / "sae.safetensors"))
+    tail = Tail(host.model, hook_point)
+    resid = tail.resid(pixel_values_of(web_scenes(recipe.n_sae_pictures, SEEDS["sae"]), host)).flatten(0, 1).clone()
+    sae = train_topk(resid, site.train)
+    held_out = tail.resid(pixel_values_of(web_scenes(500, SEEDS["sae_test"]), host)).flatten(0, 1)
+    quality = measure(sae, held_out)
+    log.info("SAE at block %d: %s", site.block, quality)
+    folder.mkdir(exist_ok=True)
+    save_file({name: torch.from_numpy(t) for name, t in sae.parameters_numpy().items()}, folder / "sae.safetensors")
+    record = {"train": fingerprint, "sae": sae.config.to_dict(), "quality": asdict(quality)}
+    (folder / "recipe.json").write_text(json.dumps(record, indent=1))
+    return sae
+
+
+# --- stage 3 --------------------------------------------------------------------------------------
+
+
+def text_embeds_of(host: Host, names: Sequence[str]) -> Tensor:
+    """Return text_embeds [n_labels, d_embed], normalised, with the simple template."""
+    clf = RobustClassifier(host)
+    return torch.from_numpy(clf.set_labels(list(names)).text_embeds())
+
+
+def attack_pairs(n: int, seed: int, fonts: Sequence[str], host: Host) -> Pairs:
+    """Return attacked pictures with their twins."""
+    cases = list(scenes.typographic(n, seed, fonts))
+    names = list(scenes.OBJECTS)
+    return Pairs(
+        clean=pixel_values_of([case.scene.clean() for case in cases], host),
+        neutral=pixel_values_of([case.scene.neutral() for case in cases], host),
+        attacked=pixel_values_of([case.scene for case in cases], host),
+        label=torch.tensor([names.index(case.label) for case in cases]),
+        word=torch.tensor([names.index(case.word) for case in cases]),
+    )
+
+
+def build_latents(recipe: Recipe, site: SiteRecipe, host: Host, sae: SparseAutoencoder) -> LatentSet:
+    """Choose a site's latents; earlier sites are attached to the host already."""
+    pairs = attack_pairs(recipe.n_pairs, SEEDS["fit"], scenes.TRAIN_FONTS, host)
+    fit = TextFit(
+        host.model, f"blocks.{site.block}.hook_resid_post", sae, pairs, text_embeds_of(host, list(scenes.OBJECTS))
+    )
+    ranking = fit.rank()
+    return fit.latent_set(fit.choose(ranking.order(), site.fit), ranking, site.fit)
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+
+def host_spec(host: Host, name: str) -> artefact.HostSpec:
+    """Describe a host for an artefact."""
+    vision = VisionHost.of(host.model)
+    return artefact.HostSpec(name, None, vision.fingerprint(), vision.quick_gelu, vision.d_model, len(vision.blocks))
+
+
+def accuracy(image_embeds: Tensor, text_embeds: Tensor, answer: Tensor) -> float:
+    """Return the percentage of pictures whose nearest label is `answer`."""
+    return 100 * float(((image_embeds @ text_embeds.T).argmax(1) == answer).double().mean())
+
+
+@torch.inference_mode()
+def report_on(host: Host, pairs: Pairs, text_embeds: Tensor) -> dict[str, float]:
+    """Return accuracies, in percent, of a host as it stands (with whatever is attached to it)."""
+
+    def embeds(pixel_values: Tensor) -> Tensor:
+        parts = [functional.normalize(host.model.encode_image(part), dim=-1) for part in pixel_values.split(250)]
+        return torch.cat(parts)
+
+    attacked = embeds(pairs.attacked)
+    return {
+        "clean": accuracy(embeds(pairs.clean), text_embeds, pairs.label),
+        "neutral": accuracy(embeds(pairs.neutral), text_embeds, pairs.label),
+        "attacked": accuracy(attacked, text_embeds, pairs.label),
+        "attack_success": accuracy(attacked, text_embeds, pairs.word),
+    }
+
+
+def random_control(host: Host, site: artefact.Site, seed: int) -> artefact.Site:
+    """Return the site with random latents in place of the chosen: as many, as active on attacked pictures."""
+    sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
+    pixel_values = pixel_values_of(
+        [case.scene for case in scenes.typographic(200, SEEDS["fit"], scenes.TRAIN_FONTS)], host
+    )
+    total = torch.zeros(sae.config.d_sae)
+    for part in Tail(host.model, site.hook_point).resid(pixel_values).split(50):
+        total += sae.encode(part).sum((0, 1))
+    chosen = list(site.sets[0].latents)
+    rest = np.setdiff1d(np.argsort(total.numpy(), kind="stable"), chosen, assume_unique=True)
+    ranks = np.searchsorted(total.numpy()[rest], total.numpy()[chosen])
+    rng = np.random.default_rng(seed)
+    control: list[int] = []
+    for rank in ranks:  # a free latent close in activity to the chosen one
+        near = np.argsort(np.abs(np.arange(len(rest)) - rank), kind="stable")
+        free = [int(rest[i]) for i in near[: 20 + len(chosen)] if int(rest[i]) not in control][:20]
+        control.append(free[rng.integers(len(free))])
+    latent_set = LatentSet("random", tuple(control), edit=site.sets[0].edit, scope=site.sets[0].scope)
+    return artefact.Site(site.hook_point, site.sae_config, site.parameters, (latent_set,))
+
+
+def full_report(host: Host, sites: Sequence[artefact.Site], n: int, seed: int) -> dict[str, dict[str, float]]:
+    """Measure plain, defended and random control on unseen seeds and unseen fonts."""
+    pairs = attack_pairs(n, seed, scenes.TEST_FONTS, host)
+    text_embeds = text_embeds_of(host, list(scenes.OBJECTS))
+    report = {"plain": report_on(host, pairs, text_embeds)}
+    arms = {"defended": sites, "random latents": [random_control(host, site, seed) for site in sites]}
+    spec = host_spec(host, "embedded")
+    for name, arm in arms.items():
+        wrap(host.model, artefact.Defense(spec, host.preprocess, tuple(arm)), allow_mismatch=True)
+        report[name] = report_on(host, pairs, text_embeds)
+        detach(host.model)
+    for name, row in report.items():
+        log.info("%-15s %s", name, {key: round(value, 2) for key, value in row.items()})
+    return report
+
+
+def build(work: Path, recipe: Recipe) -> artefact.Defense:
+    """Run all stages in `work` and return the finished defense."""
+    work.mkdir(parents=True, exist_ok=True)
+    clip_folder = build_clip(work, recipe)
+    host = load_host(f"local-dir:{clip_folder}")
+    spec = host_spec(host, "embedded")
+    sites: list[artefact.Site] = []
+    for site in recipe.sites:
+        sae = build_sae(work, recipe, site, host)
+        if sites:
+            wrap(host.model, artefact.Defense(spec, host.preprocess, tuple(sites)), allow_mismatch=True)
+        latent_set = build_latents(recipe, site, host, sae)
+        if sites:
+            detach(host.model)
+        # Rounded as they are shipped, so that the report speaks of the shipped numbers.
+        parameters = {name: t.astype(np.float16).astype(np.float32) for name, t in sae.parameters_numpy().items()}
+        hook_point = f"blocks.{site.block}.hook_resid_post"
+        sites.append(artefact.Site(hook_point, sae.config.to_dict(), parameters, (latent_set,)))
+    report = full_report(host, sites, recipe.n_report, SEEDS["report"])
+    provenance = {"recipe": "defense.embedded.build", "n": recipe.n_report, "report": report}
+    defense = artefact.Defense(spec, host.preprocess, tuple(sites), None, "MIT", provenance)
+    clf = RobustClassifier(host, defense)
+    pictures = [np.asarray(scenes.render(case.scene)) for case in scenes.typographic(3, SEEDS["golden"])]
+    defense = replace(defense, golden=make_golden(clf, np.stack(pictures)))
+    artefact.save(defense, work / "text", dtype=np.float16)
+    return defense
+
+
+def install(work: Path) -> None:
+    """Put the CLIP, the defense and the example pictures of `work` into the package."""
+    shutil.copy(work / "clip" / "open_clip_model.safetensors", HERE / "clip")
+    if (HERE / "text").exists():
+        shutil.rmtree(HERE / "text")
+    shutil.copytree(work / "text", HERE / "text")
+    draw_examples(HERE / "examples")
+
+
+EXAMPLES = (
+    ("apple", "pizza", 1),
+    ("dog", "car", 1),
+    ("guitar", "banana", 1),
+    ("lion", "phone", 1),
+    ("umbrella", None, 1),
+)
+"""(object, word on it, seed) of the pictures that ship with the package."""
+
+
+def draw_examples(folder: Path, size: int = 320) -> None:
+    """Draw the example pictures, in fonts that were not trained on."""
+    folder.mkdir(exist_ok=True)
+    for name, word, seed in EXAMPLES:
+        rng = np.random.default_rng([SEEDS["examples"], seed, *name.encode()])
+        writing = None if word is None else scenes.sample_writing(rng, word, scenes.TEST_FONTS)
+        scene = replace(scenes.sample_scene(rng, scenes.sample_object(rng, name), writing), oversample=1)
+        path = folder / (f"{name}.png" if word is None else f"{name}-{word}.png")
+        scenes.render(scene, size).save(path, optimize=True)
+
+
+def main() -> None:
+    """Parse the command line and build."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder for pictures, checkpoints and results (5 GB)")
+    parser.add_argument("--install", action="store_true", help="replace the shipped model")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    build(arguments.work, Recipe())
+    if arguments.install:
+        install(arguments.work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Every exception that clip-defense raises on purpose.
+
+    DefenseError
+    ├── ConfigError (ValueError)             an argument or a combination of arguments that cannot work
+    │   ├── ShapeError                       a width, rank or size that does not fit
+    │   └── HookPointError                   a block that is not there, or a scope that means nothing there
+    ├── CheckpointError (RuntimeError)       an SAE file, artefact or bundle that cannot be used
+    │   └── IntegrityError                   its bytes are not the ones that were written
+    ├── InvalidImageError (ValueError)       one picture; `.code` says what is wrong with it
+    ├── NonFiniteError (ValueError)          NaN or infinity in numbers that were handed over
+    ├── BackendError (RuntimeError)          a device, kernel or runtime that was asked for and cannot run
+    └── MissingDependencyError (ImportError) a package that is not installed; the message names the extra
+
+Each is also the builtin in brackets, so plain `except ValueError` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class DefenseError(Exception):
+    """Base of all exceptions of this package."""
+
+
+class ConfigError(DefenseError, ValueError):
+    """An argument, or a combination of arguments, that cannot work."""
+
+
+class ShapeError(ConfigError):
+    """A width, rank or size that does not fit."""
+
+
+class HookPointError(ConfigError):
+    """A block that is not there, or a scope that means nothing there."""
+
+
+class CheckpointError(DefenseError, RuntimeError):
+    """An SAE file, artefact or bundle that cannot be used."""
+
+
+class IntegrityError(CheckpointError):
+    """A file whose bytes are not the ones that were written.
+
+    Attributes:
+        file: Path of the file.
+        want: sha256 that the manifest states.
+        got: sha256 of the bytes on disk.
+    """
+
+    def __init__(self, file: str, want: str, got: str) -> None:
+        super().__init__(
+            f"{file}: sha256 is {got[:16]}..., the manifest says {want[:16]}...; the file was changed or "
+            "damaged after it was written. Fetch or build it again."
+        )
+        self.file, self.want, self.got = file, want, got
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.file, self.want, self.got)
+
+
+class InvalidImageError(DefenseError, ValueError):
+    """A picture that cannot be read.
+
+    Attributes:
+        code: What is wrong with it, stable across releases: "empty", "not_an_image", "truncated", "corrupt",
+            "too_large", "extreme_aspect", "unsupported_format", "unsupported_mode", "url_not_supported", "not_found",
+            "bad_array".
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{message} ({code})")
+        self.code, self.message = code, message
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.code, self.message)
+
+
+class NonFiniteError(DefenseError, ValueError):
+    """NaN or infinity in numbers that were handed over.
+
+    Attributes:
+        where: What held them, e.g. "input" or "W_dec".
+    """
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"{where} holds NaN or infinity; every value must be finite")
+        self.where = where
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.where,)
+
+
+class BackendError(DefenseError, RuntimeError):
+    """A device, kernel or runtime that was asked for and cannot run."""
+
+
+class MissingDependencyError(DefenseError, ImportError):
+    """A package that is not installed.
+
+    Attributes:
+        extra: The extra of clip-defense that brings it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f'{package} is not installed; run: pip install "clip-defense[{extra}]"')
+        self.package, self.extra = package, extra
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.package, self.extra)

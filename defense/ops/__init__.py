@@ -1,0 +1,4 @@
+"""The numerical operations behind the Suppressor.
+
+`reference.py` defines what is correct.
+"""

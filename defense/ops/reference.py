@@ -1,0 +1,130 @@
+"""The definition of correct: the formula's terms in plain PyTorch.
+
+    resid' = resid - s * sum over i in S of (1 - gain_i) * f_i(z) * W_dec[i]
+
+Everything works on rows, [tokens, d_model], and does as little as exactness allows: only the |S| columns of the
+encoder are computed for every token. A TopK rule couples latents, so there the whole encoder is computed too, but
+only for tokens on which a latent of S is positive: where none is, none can be among the k largest and count.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_RIDGE = 1e-9
+_CHUNK_ELEMENTS = 2**24
+"""Pre-activations held at once for tokens that need the whole encoder (64 MiB in float32)."""
+
+
+class Encoder(NamedTuple):
+    """What deciding about S takes. Shapes with n = |S|."""
+
+    W_S: Tensor
+    """Columns of W_enc, [d_model, n]."""
+    b_S: Tensor
+    """Folded bias, [n]."""
+    threshold_S: Tensor | None
+    """JumpReLU and BatchTopK: f = h where h > threshold, [n]."""
+    W_mag_S: Tensor | None
+    """Gated: encoder of the magnitudes, [d_model, n]."""
+    b_mag_S: Tensor | None
+    """Gated: folded bias of the magnitudes, [n]."""
+    W_enc: Tensor | None
+    """TopK: the whole encoder, [d_model, d_sae]."""
+    b: Tensor | None
+    """TopK: the whole folded bias, [d_sae]."""
+    latents: Tensor | None
+    """TopK: indices of S, int64 [n]."""
+    k: int = 0
+    """TopK: how many latents count at a token."""
+    negative_counts: bool = False
+    """TopK without a ReLU: a negative latent among the k largest counts too."""
+
+
+def acts_of_set(z: Tensor, encoder: Encoder) -> Tensor:
+    """Return f_i for i in S, [tokens, n], exactly as encoding all latents would.
+
+    Args:
+        z: Normalised residual, [tokens, d_model].
+        encoder: The parts of the SAE.
+    """
+    pre_acts = z @ encoder.W_S + encoder.b_S
+    if encoder.W_enc is not None:
+        return _topk_acts(z, pre_acts, encoder)
+    if encoder.W_mag_S is not None and encoder.b_mag_S is not None:
+        return (z @ encoder.W_mag_S + encoder.b_mag_S).relu() * (pre_acts > 0)
+    acts = pre_acts.relu()
+    return acts if encoder.threshold_S is None else acts * (pre_acts > encoder.threshold_S)
+
+
+def _topk_acts(z: Tensor, pre_acts: Tensor, encoder: Encoder) -> Tensor:
+    """Keep pre_acts [tokens, n] of latents among the k largest of their token."""
+    assert encoder.W_enc is not None
+    assert encoder.b is not None
+    values = pre_acts if encoder.negative_counts else pre_acts.relu()
+    rows = torch.arange(len(z), device=z.device) if encoder.negative_counts else (values > 0).any(1).nonzero()[:, 0]
+    acts = torch.zeros_like(values)
+    if len(rows) == 0:
+        return acts
+    for chunk in rows.split(max(1, _CHUNK_ELEMENTS // encoder.W_enc.shape[1])):
+        everything = torch.addmm(encoder.b, z[chunk], encoder.W_enc)
+        # i is among the k largest iff fewer than k are larger, which is iff it is not below the k-th largest.
+        kth_largest = everything.topk(encoder.k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        # Compared within one product: the same latent computed in `pre_acts` may differ in its last bit.
+        survives = everything[:, encoder.latents] >= kth_largest
+        acts[chunk] = values[chunk] * survives
+    return acts
+
+
+def scaled(acts: Tensor, removal: Tensor, W_dec_S: Tensor) -> Tensor:
+    """Return what the edit `scale` subtracts from z, [tokens, d_model].
+
+    Args:
+        acts: f_i, [tokens, n].
+        removal: 1 - gain_i, [n].
+        W_dec_S: Decoder rows of S, [n, d_model].
+    """
+    return (acts * removal) @ W_dec_S
+
+
+def steered(acts: Tensor, removal: Tensor, W_dec_S: Tensor, values: Tensor) -> Tensor:
+    """Return what the edit `set` subtracts from z, [tokens, d_model]: f_i goes to values_i, on every token."""
+    return ((acts - values) * removal) @ W_dec_S
+
+
+def projected(acts: Tensor, removal: Tensor, W_dec_S: Tensor, centred: Tensor) -> Tensor:
+    """Return what the edit `project` subtracts from z, [tokens, d_model].
+
+    At each token the component of `centred` in the span of the decoder rows of the latents that fire there, written in
+    coordinates of those rows, so that each latent gives up its own share (1 - gain_i). With every gain 0 it is the
+    orthogonal projection.
+
+    Args:
+        acts: f_i, [tokens, n]; a latent fires where its activation is not zero.
+        removal: 1 - gain_i, [n].
+        W_dec_S: Decoder rows of S, [n, d_model].
+        centred: z minus what the SAE reconstructs from no latents at all (b_dec), [tokens, d_model].
+    """
+    delta = torch.zeros_like(centred)
+    rows = (acts != 0).any(1).nonzero()[:, 0]
+    if len(rows):
+        shares = _coordinates(acts[rows] != 0, W_dec_S, centred[rows]).to(acts.dtype)
+        delta[rows] = (shares * removal) @ W_dec_S
+    return delta
+
+
+def _coordinates(fires: Tensor, W_dec_S: Tensor, centred: Tensor) -> Tensor:
+    """Return the projection of `centred` on the rows that fire, in coordinates of those rows, float64 [tokens, n]."""
+    n_active = int(fires.sum(1).max())
+    active = fires.to(torch.int8).topk(n_active, dim=1).indices  # the firing latents first, then idle ones
+    mask = fires.gather(1, active).double()
+    gram = (W_dec_S @ W_dec_S.T).double()
+    system = gram[active[:, :, None], active[:, None, :]] * mask[:, :, None] * mask[:, None, :]
+    # Idle latents get a row of the identity; the ridge keeps rows of near-parallel latents solvable.
+    system = system + torch.diag_embed(1 - mask + _RIDGE)
+    dots = (centred @ W_dec_S.T).gather(1, active).double() * mask
+    coordinates = torch.linalg.solve(system, dots[..., None])[..., 0]
+    return torch.zeros(fires.shape, dtype=torch.float64, device=fires.device).scatter(1, active, coordinates * mask)

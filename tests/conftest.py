@@ -1,0 +1,104 @@
+"""Shared material: a tiny random CLIP in open_clip's own folder layout, and random SAEs of every kind."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from defense.artefact import Defense, HostSpec, Site
+from defense.latents import LatentSet
+from defense.sae import SAEConfig, SparseAutoencoder
+
+D_MODEL, D_SAE = 64, 160
+
+TINY_CLIP = {
+    "model_cfg": {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 3, "width": D_MODEL, "head_width": 32, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    },
+    "preprocess_cfg": {
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    },
+}
+
+
+def random_parameters(config: SAEConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Parameters of a random SAE whose latents fire on about half of all tokens."""
+    rng = np.random.default_rng(seed)
+    parameters = {name: rng.normal(size=shape).astype(np.float32) for name, shape in config.parameter_shapes.items()}
+    parameters["W_enc"] /= config.d_model**0.5
+    parameters["W_dec"] /= np.linalg.norm(parameters["W_dec"], axis=1, keepdims=True)
+    parameters["b_enc"] *= 0.1
+    parameters["b_dec"] *= 0.1
+    for name in ("threshold", "r_mag", "b_mag"):
+        if name in parameters:
+            parameters[name] = np.abs(parameters[name]) * 0.2
+    return parameters
+
+
+def random_sae(seed: int = 0, **fields) -> SparseAutoencoder:
+    """A random SAE; `fields` override a ReLU configuration of D_MODEL x D_SAE."""
+    config = SAEConfig(**{"d_model": D_MODEL, "d_sae": D_SAE, "act": "relu", **fields})
+    return SparseAutoencoder(config, random_parameters(config, seed))
+
+
+def random_defense(model, *sites: tuple[int, SparseAutoencoder, LatentSet], name: str = "tiny") -> Defense:
+    """A defense for a model: (block, SAE, set) for each site."""
+    from defense.hosts import VisionHost
+    from defense.images import Preprocess
+
+    host = VisionHost.of(model)
+    spec = HostSpec(name, None, host.fingerprint(), host.quick_gelu, host.d_model, len(host.blocks))
+    height, width = host.visual.image_size
+    preprocess = Preprocess((height, width), (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
+    return Defense(
+        spec,
+        preprocess,
+        tuple(
+            Site(f"blocks.{block}.hook_resid_post", sae.config.to_dict(), sae.parameters_numpy(), (latent_set,))
+            for block, sae, latent_set in sites
+        ),
+    )
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real data, beside the project or at $CLIP_DEFENSE_DATA; the test is skipped where it is absent."""
+    folder = Path(os.environ.get("CLIP_DEFENSE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set CLIP_DEFENSE_DATA to run this")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A folder that open_clip loads as "local-dir:...": a 3-block ViT with random weights."""
+    open_clip = pytest.importorskip("open_clip")
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("tiny-clip")
+    (folder / "open_clip_config.json").write_text(json.dumps(TINY_CLIP))
+    config = TINY_CLIP["model_cfg"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+    state = {name: tensor.contiguous() for name, tensor in clip.state_dict().items() if name != "attn_mask"}
+    save_file(state, folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def tiny_clip(tiny_folder):
+    """A fresh copy of the tiny CLIP, in eval mode."""
+    import open_clip
+
+    return open_clip.create_model(f"local-dir:{tiny_folder}").eval().requires_grad_(False)

@@ -1,0 +1,163 @@
+"""The model that ships: it reads, its defense stops that, and nothing in the package says otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("open_clip")
+import torch
+from typer.testing import CliRunner
+
+from defense import artefact
+from defense.classifier import RobustClassifier, embedded_folder, golden_difference, load_host
+from defense.cli import app
+from defense.embedded import build, scenes
+
+FOLDER = Path(build.__file__).parent
+EXAMPLES = sorted((FOLDER / "examples").glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def clf() -> RobustClassifier:
+    return RobustClassifier.from_pretrained("embedded", device="cpu").set_labels(list(scenes.OBJECTS))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """300 held-out scenes: seeds that no stage of the build uses, and unseen typefaces."""
+    return build.attack_pairs(300, 123_456, scenes.TEST_FONTS, load_host("embedded"))
+
+
+@pytest.fixture(scope="module")
+def measured(pairs):
+    host = load_host("embedded")
+    text_embeds = build.text_embeds_of(host, list(scenes.OBJECTS))
+    plain = build.report_on(host, pairs, text_embeds)
+    clf = RobustClassifier(host, artefact.load(embedded_folder("text")))
+    assert clf.defense is not None
+    return plain, build.report_on(host, pairs, text_embeds)
+
+
+def test_golden_vectors_are_reproduced(clf):
+    assert golden_difference(clf) < 1e-4
+
+
+def test_the_plain_model_sees_and_reads(measured):
+    plain, _ = measured
+    assert plain["clean"] >= 93
+    assert plain["attack_success"] >= 60
+
+
+def test_the_defense_stops_the_reading_and_keeps_the_seeing(measured):
+    plain, defended = measured
+    assert defended["attack_success"] <= plain["attack_success"] / 4
+    assert defended["attacked"] >= plain["attacked"] + 30
+    assert defended["clean"] >= plain["clean"] - 1.5
+
+
+def test_random_latents_of_equal_activity_do_not_defend(pairs):
+    host = load_host("embedded")
+    defense = artefact.load(embedded_folder("text"))
+    control = artefact.Defense(
+        defense.host, defense.preprocess, tuple(build.random_control(host, site, 0) for site in defense.sites)
+    )
+    for site, mine in zip(control.sites, defense.sites, strict=True):
+        assert len(site.sets[0].latents) == len(mine.sets[0].latents)
+        assert not set(site.sets[0].latents) & set(mine.sets[0].latents)
+    text_embeds = build.text_embeds_of(host, list(scenes.OBJECTS))
+    before = build.report_on(host, pairs, text_embeds)
+    RobustClassifier(host, control)
+    after = build.report_on(host, pairs, text_embeds)
+    assert after["attack_success"] >= before["attack_success"] - 20
+
+
+def test_the_examples_fool_plain_clip_and_not_the_defended_one(clf):
+    attacked = [path for path in EXAMPLES if "-" in path.stem]
+    assert len(attacked) >= 4
+    for path in attacked:
+        label, word = path.stem.split("-")
+        explanation = clf.explain(path)
+        assert explanation.plain[0]["label"] == word, path.name
+        assert explanation.robust[0]["label"] == label, path.name
+        assert explanation.changed
+        assert explanation.removed
+        assert {item.set_name for item in explanation.removed} == {"text"}
+
+
+def test_an_example_without_writing_keeps_its_answer(clf):
+    (path,) = [path for path in EXAMPLES if "-" not in path.stem]
+    explanation = clf.explain(path)
+    assert explanation.plain[0]["label"] == explanation.robust[0]["label"] == path.stem
+
+
+def test_what_is_removed_lies_where_the_word_is(clf):
+    inside = total = 0.0
+    grid = (np.stack(np.meshgrid(np.arange(10), np.arange(10)), -1).reshape(-1, 2) + 0.5) / 10
+    for case in scenes.typographic(25, 424_242):
+        heat = clf.explain(scenes.render(case.scene)).heatmap.ravel()
+        text = scenes.letters_at(case.scene, grid) > 0
+        inside, total = inside + heat[text].sum() / heat.sum(), total + text.mean()
+    assert inside > 2 * total, "per patch, at least twice as much is removed on the word as elsewhere"
+
+
+def test_classify_without_arguments_shows_the_examples():
+    result = CliRunner().invoke(app, ["classify"])
+    assert result.exit_code == 0
+    for path in EXAMPLES:
+        assert path.name in result.stdout
+    assert "defended" in result.stdout
+    assert "removed: text" in result.stdout
+    assert "--labels" in result.stderr
+    rows = [json.loads(line) for line in CliRunner().invoke(app, ["classify", "--json"]).stdout.splitlines()]
+    assert [row["file"] for row in rows] == [str(path) for path in EXAMPLES]
+
+
+def test_the_shipped_report_is_the_one_of_the_shipped_weights():
+    defense = artefact.load(embedded_folder("text"))
+    assert defense.host.sha256 == build.host_spec(load_host("embedded"), "embedded").sha256
+    assert set(defense.provenance["report"]) == {"plain", "defended", "random latents"}
+
+
+def test_words_that_no_caption_used_are_named(clf, caplog):
+    clf.set_labels(["apple", "aardvark"]).text_embeds()
+    assert "'aardvark'" in caplog.text
+    assert "'apple'" not in caplog.text
+    clf.set_labels(list(scenes.OBJECTS))
+
+
+def test_the_shipped_model_is_small():
+    total = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    assert total <= 25e6
+
+
+def test_training_resumes_where_it_stopped(tmp_path):
+    from defense.embedded import train_clip
+
+    torch.manual_seed(0)
+    reader = train_clip.Reader()
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-3)
+    reader(torch.zeros(2, 3, 80, 80))[0].sum().backward()
+    optimizer.step()
+    train_clip.save_state(tmp_path / "state.safetensors", 7, reader, optimizer)
+    other = train_clip.Reader()
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
+    assert train_clip.load_state(tmp_path / "state.safetensors", other, other_optimizer) == 7
+    for name, tensor in reader.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+    for want, got in zip(optimizer.state.values(), other_optimizer.state.values(), strict=True):
+        assert torch.equal(want["exp_avg"], got["exp_avg"])
+        assert want["step"] == got["step"]
+
+
+def test_training_examples_are_drawn_from_the_seed_alone():
+    from defense.embedded import train_clip
+
+    examples = [train_clip.draw_example(i) for i in range(300)]
+    assert examples == [train_clip.draw_example(i) for i in range(300)]
+    assert {example.question for example in examples} == set(train_clip.QUESTIONS)
+    fonts = {e.scene.writing.font for e in examples if e.scene.writing is not None}
+    assert fonts <= set(scenes.TRAIN_FONTS)
