@@ -1,11 +1,11 @@
-"""How robust the embedded model is, on pictures, words and fonts that nothing was trained or chosen on.
+"""How robust the embedded model is, on pictures and typefaces that nothing was trained or chosen on.
 
     python -m defense.benchmarks.embedded --out benchmarks/results/embedded.json
 
 Three versions of each picture: clean, with an empty plate where a word would be, and with another object's name
 written on it. The plate hides a part of the object, so accuracy with the empty plate is the ceiling of any defense.
-Three models: the plain CLIP, the defended one, and the CLIP with as many random latents suppressed, each as active as
-a chosen one.
+Three models: the plain CLIP, the defended one, and the CLIP with as many random latents suppressed, of like activity
+(mean of three draws).
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from defense import artefact
 from defense.classifier import EMBEDDED, embedded_folder, load_host
 from defense.embedded.build import SEEDS, full_report
+from defense.embedded.scenes import OBJECTS
+from defense.labels import resolve_templates
 
 COLUMNS = ("clean", "neutral", "attacked", "attack_success")
 HEADINGS = ("clean", "empty plate", "attacked", "attack success")
@@ -36,12 +39,13 @@ def measure(n: int, seed: int) -> dict[str, Any]:
     """Return the accuracies of the three models on `n` pictures of a seed, with how they were measured."""
     folder = embedded_folder("text")
     defense = artefact.load(folder)
-    report = full_report(load_host(EMBEDDED), defense.sites, n, seed)
+    report = full_report(load_host(EMBEDDED), defense.host, defense.sites, n, seed)
     return {
         "n": n,
         "seed": seed,
-        "classes": 100,
-        "template": "a photo of a {}.",
+        "versions": {name: version(name) for name in ("clip-defense", "torch", "open_clip_torch", "pillow")},
+        "classes": len(OBJECTS),
+        "templates": resolve_templates("simple"),
         "defense_sha256": artefact.sha256_of(folder / artefact.MANIFEST),
         "latents": sum(len(latent_set.latents) for site in defense.sites for latent_set in site.sets),
         "rows": report,
@@ -64,7 +68,7 @@ def main() -> None:
     """Measure, print the table, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=SEEDS["report"])
+    parser.add_argument("--seed", type=int, default=SEEDS["benchmark"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     result = measure(arguments.n, arguments.seed)

@@ -121,6 +121,7 @@ class Defense:
         golden: Reference answers; None before they were computed.
         licence: SPDX identifier, or a sentence.
         provenance: How it was made, and what was measured.
+        manifest_sha256: Of the manifest it was read from; None for one that was not read from disk.
     """
 
     host: HostSpec
@@ -129,6 +130,7 @@ class Defense:
     golden: Golden | None = None
     licence: str = "MIT"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    manifest_sha256: str | None = field(default=None, compare=False)
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -292,6 +294,7 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Defens
 
 def _load(root: Path, verify: Verify) -> Defense:
     manifest = _typed(str(root / MANIFEST), _read_manifest(root), _MANIFEST_FIELDS)
+    manifest_sha256 = sha256_of(root / MANIFEST)
     fields = [_typed(f"site {index}", site, _SITE_FIELDS) for index, site in enumerate(manifest["sites"])]
     site_files = [_site_file(index) for index in range(len(fields))]
     if set(manifest["files"]) - {_GOLDEN} != set(site_files):
@@ -311,6 +314,7 @@ def _load(root: Path, verify: Verify) -> Defense:
         Golden(**tensors[_GOLDEN]) if _GOLDEN in tensors else None,
         manifest["licence"],
         manifest["provenance"],
+        manifest_sha256,
     )
 
 

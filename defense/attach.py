@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .artefact import Defense, HostSpec
 from .errors import ConfigError
@@ -39,7 +40,11 @@ class EditedBlock(nn.Module):
         self.is_bypassed = False
         self.seen: Tensor | None = None
         self.is_recording = False
-        self._handle = host.block(hook_point).register_forward_hook(self.hook)
+        self._handle: RemovableHandle | None = None
+
+    def place(self, host: VisionHost) -> None:
+        """Put the hook on the block."""
+        self._handle = host.block(self.hook_point).register_forward_hook(self.hook)
 
     def hook(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the edited output of the block, in the block's own layout."""
@@ -57,7 +62,8 @@ class EditedBlock(nn.Module):
 
     def remove(self) -> None:
         """Take the hook off the block."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
 
 class AttachedDefense(nn.Module):
@@ -82,10 +88,12 @@ class AttachedDefense(nn.Module):
                 per_block.setdefault(site.hook_point, []).append(suppressor)
                 taken |= set(latent_set.latents)
         for hook_point in per_block:
-            host.block(hook_point)  # raises before the first hook is placed
+            host.block(hook_point)
         self.blocks = nn.ModuleList(EditedBlock(point, suppressors, host) for point, suppressors in per_block.items())
         weight = next(host.blocks.parameters())
         self.to(weight.device, weight.dtype)
+        for block in self.edited_blocks():  # last: whatever fails above leaves the model as it was
+            block.place(host)
 
     def edited_blocks(self) -> list[EditedBlock]:
         """Return the blocks that are edited, in the order of the defense's sites."""
@@ -174,13 +182,18 @@ def wrap(model: Model, defense: Defense, *, allow_mismatch: bool = False) -> Mod
     """
     if is_compiled(model):
         raise ConfigError("this model is compiled, and would ignore the defense; wrap it first, then compile")
-    if hasattr(model, ATTRIBUTE):
+    if is_wrapped(model):
         raise ConfigError("this model is defended already; detach(model) first, or give one Defense with several sets")
     host = VisionHost.of(model)
     if not allow_mismatch:
         check_host(host, defense.host)
     model.add_module(ATTRIBUTE, AttachedDefense(host, defense))
     return model
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Return whether a model holds a defense."""
+    return hasattr(model, ATTRIBUTE)
 
 
 def attached(model: nn.Module) -> AttachedDefense:

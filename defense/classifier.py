@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Removed:
         hook_point: Where.
         set_name: The latent set it belongs to, e.g. "text".
         latent: Its index in the SAE.
-        energy: Squared norm of what it had written and lost, summed over tokens.
+        energy: Squared norm of what it had written there, summed over tokens.
         share: That energy as a fraction of all latents' energy.
     """
 
@@ -127,10 +127,12 @@ def load_host(model: str = EMBEDDED, pretrained: str | None = None, *, device: s
             )
     try:
         net = open_clip.create_model(model, pretrained=pretrained, device=resolve_device(device))
-    except (RuntimeError, ValueError, FileNotFoundError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"open_clip cannot load {model!r} (pretrained={pretrained!r}): {error}") from error
-    config = open_clip.get_model_config(model) or {}
-    text_cfg = config.get("text_cfg", {})
+    config = open_clip.get_model_config(model)
+    if config is None:
+        raise ConfigError(f"open_clip gives no configuration of {model!r}, so its tokenizer is unknown")
+    text_cfg = config["text_cfg"]
     if text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name"):
         tokenizer = open_clip.get_tokenizer(model)
     else:
@@ -222,8 +224,17 @@ class RobustClassifier:
     def __init__(
         self, host: Host, defense: artefact.Defense | None = None, *, allow_mismatch: bool = False, batch_size: int = 32
     ) -> None:
-        from .attach import wrap
+        from .attach import is_wrapped, wrap
 
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}; it must be at least 1")
+        if defense is None and is_wrapped(host.model):
+            raise ConfigError("this host's model is defended already; load it again for a stock CLIP")
+        if defense is not None and not allow_mismatch and host.preprocess != defense.preprocess:
+            raise ConfigError(
+                f"this defense was fitted on pictures prepared with {defense.preprocess}, but this host prepares them "
+                f"with {host.preprocess}; use the same, or pass allow_mismatch=True"
+            )
         self.host = host
         self.defense = defense
         self.batch_size = batch_size
@@ -305,11 +316,15 @@ class RobustClassifier:
         """Return the labels' embeddings, float32 [n_labels, d_embed], normalised."""
         self._labels()
         assert self.prompts is not None
-        key = self.prompts.sha256()
-        if key not in self._text_embeds:
-            self._warn_of_unknown_words(self.prompts.labels)
-            self._text_embeds[key] = labels.encode_prompts(self.prompts, self.host.tokenizer, self._encode_text)
-        return self._text_embeds[key]
+        return self._embeds_of(self.prompts)
+
+    def _embeds_of(self, prompts: labels.Prompts) -> np.ndarray:
+        key = prompts.sha256()
+        with self._lock:
+            if key not in self._text_embeds:
+                self._warn_of_unknown_words(prompts.labels)
+                self._text_embeds[key] = labels.encode_prompts(prompts, self.host.tokenizer, self._encode_text)
+            return self._text_embeds[key]
 
     def _warn_of_unknown_words(self, names: Sequence[str]) -> None:
         """Log the labels with a word that the text tower has no embedding for: most words, for the embedded model."""
@@ -338,7 +353,8 @@ class RobustClassifier:
         from .attach import attached
 
         model = self.host.model
-        weight = next(model.visual.parameters())
+        # The patch embedding's: a mixed-precision model keeps other parameters in float32.
+        weight = next(parameter for parameter in model.visual.parameters() if parameter.ndim == 4)
         batch = torch.from_numpy(pixel_values).to(weight.device, weight.dtype)
         with self._lock, torch.inference_mode():
             if plain and self.defense is not None:
@@ -348,10 +364,10 @@ class RobustClassifier:
                 embeds = model.encode_image(batch)
             return torch.nn.functional.normalize(embeds.float(), dim=-1).cpu().numpy()
 
-    def _scores(self, image_embeds: np.ndarray) -> np.ndarray:
+    def _scores(self, image_embeds: np.ndarray, text_embeds: np.ndarray) -> np.ndarray:
         """Return the softmax over labels, float32 [batch, n_labels]."""
         scale = float(self.host.model.logit_scale.detach().float().exp())
-        logits = scale * image_embeds @ self.text_embeds().T
+        logits = scale * image_embeds @ text_embeds.T
         weights = np.exp(logits - logits.max(1, keepdims=True))
         return weights / weights.sum(1, keepdims=True)
 
@@ -380,20 +396,35 @@ class RobustClassifier:
     def stream(self, inputs: Iterable[Any], *, on_error: OnError = "raise", top_k: int | None = None) -> Iterator[Any]:
         """Yield a `Prediction` for each picture, or its error object (`on_error="return"`); memory stays flat.
 
+        The labels are those set when this is called, whatever is set while the stream runs.
+
         Args:
             inputs: Pictures of any kind that `images.decode` takes.
-            on_error: "raise" the first error, "skip" bad pictures with a log line, or "return" the error in their
-                place.
+            on_error: "raise" the first error, "skip" bad pictures with a log line, or "return" the error in its place.
             top_k: Only the best so many labels.
         """
-        names = self._labels()
-        if on_error not in ("raise", "skip", "return"):
-            raise ConfigError(f"on_error={on_error!r}; it must be 'raise', 'skip' or 'return'")
+        self._labels()
+        assert self.prompts is not None
+        return self._stream(inputs, self.prompts, on_error, top_k)
+
+    def _stream(
+        self, inputs: Iterable[Any], prompts: labels.Prompts, on_error: OnError, top_k: int | None
+    ) -> Iterator[Any]:
+        if on_error not in get_args(OnError):
+            raise ConfigError(f"on_error={on_error!r}; it must be one of {', '.join(get_args(OnError))}")
+        if top_k is not None and top_k < 1:
+            raise ConfigError(f"top_k={top_k}; it must be at least 1")
+        return self._predictions(inputs, prompts, on_error, top_k)
+
+    def _predictions(
+        self, inputs: Iterable[Any], prompts: labels.Prompts, on_error: OnError, top_k: int | None
+    ) -> Iterator[Any]:
+        text_embeds = self._embeds_of(prompts)
         for errors, pixel_values in self._chunks(inputs, on_error):
-            scores = iter(self._scores(self._encode_image(pixel_values)) if len(pixel_values) else ())
+            scores = iter(self._scores(self._encode_image(pixel_values), text_embeds) if len(pixel_values) else ())
             for error in errors:
                 if error is None:
-                    yield _prediction(names, next(scores), top_k)
+                    yield _prediction(prompts.labels, next(scores), top_k)
                 elif on_error == "return":
                     yield error
 
@@ -410,34 +441,39 @@ class RobustClassifier:
 
         Args:
             images: One picture (path, bytes, file object, PIL image, HWC uint8 array), a list of them, or an iterator.
-            candidate_labels: What to classify into; by default what `set_labels` chose.
-            hypothesis_template: A template with a literal {}; by default the one chosen before.
-            on_error: See `stream`.
+            candidate_labels: What to classify into, for this call; by default what `set_labels` chose.
+            hypothesis_template: A template with a literal {}, for this call; by default the one chosen before.
+            on_error: See `stream`. A single picture always raises.
             top_k: Only the best so many labels.
 
         Returns:
             A `Prediction` for one picture, a list of them for a list, an iterator of them for an iterator.
         """
-        if candidate_labels is not None or hypothesis_template is not None:
-            chosen = candidate_labels if candidate_labels is not None else self._labels()
-            self.set_labels(chosen, hypothesis_template or (self.prompts.templates if self.prompts else "simple"))
+        chosen = self._labels() if candidate_labels is None else labels.check_labels(candidate_labels)
+        before = self.prompts.templates if self.prompts is not None else "simple"
+        prompts = labels.Prompts(chosen, labels.resolve_templates(hypothesis_template or before))
+        is_iterator = isinstance(images, Iterator) and not hasattr(images, "read")
         if isinstance(images, (list, tuple)):
-            return list(self.stream(images, on_error=on_error, top_k=top_k))
-        if isinstance(images, Iterator) and not hasattr(images, "read"):
-            return self.stream(images, on_error=on_error, top_k=top_k)
-        return next(self.stream([images], on_error="raise", top_k=top_k))
+            return list(self._stream(images, prompts, on_error, top_k))
+        if is_iterator:
+            return self._stream(images, prompts, on_error, top_k)
+        (prediction,) = self._stream([images], prompts, "raise", top_k)
+        return prediction
 
     # --- in the shape of scikit-learn ---
 
     def transform(self, X: Iterable[Any]) -> np.ndarray:
         """Return image_embeds, float32 [n, d_embed], normalised."""
+        if isinstance(X, (str, bytes, os.PathLike)):
+            raise ConfigError(f"X must be a list of pictures, not one: [{X!r}]")
         parts = [self._encode_image(pixel_values) for _, pixel_values in self._chunks(X, "raise")]
-        return np.concatenate(parts) if parts else np.empty((0, self.text_embeds().shape[1]), np.float32)
+        if not parts:
+            return self._encode_image(np.zeros((1, 3, *self.host.preprocess.size), np.float32))[:0]
+        return np.concatenate(parts)
 
     def predict_proba(self, X: Iterable[Any]) -> np.ndarray:
         """Return scores, float32 [n, n_labels], columns in the order of `classes_`, rows summing to 1."""
-        self._labels()
-        return self._scores(self.transform(X))
+        return self._scores(self.transform(X), self.text_embeds())
 
     def predict(self, X: Iterable[Any]) -> np.ndarray:
         """Return the best label of each picture, [n]."""
@@ -473,12 +509,14 @@ class RobustClassifier:
 
         decoded = images.decode(image)
         pixel_values = self.host.preprocess(decoded.image)[None]
-        plain = self._scores(self._encode_image(pixel_values, plain=True))[0]
+        if top_k is not None and top_k < 1:
+            raise ConfigError(f"top_k={top_k}; it must be at least 1")
+        names, text_embeds = self._labels(), self.text_embeds()
+        plain = self._scores(self._encode_image(pixel_values, plain=True), text_embeds)[0]
         defense = attached(self.host.model)
         with self._lock, defense.recording(), torch.inference_mode():
-            robust = self._scores(self._encode_image(pixel_values))[0]
+            robust = self._scores(self._encode_image(pixel_values), text_embeds)[0]
             removed, heatmap, fraction = _account(defense)
-        names = self._labels()
         return Explanation(
             plain=_prediction(names, plain, top_k),
             robust=_prediction(names, robust, top_k),
@@ -502,21 +540,23 @@ def _prediction(names: Sequence[str], scores: np.ndarray, top_k: int | None) -> 
 
 def _account(defense: AttachedDefense) -> tuple[tuple[Removed, ...], np.ndarray, float]:
     """Add up what a recorded pass over one picture removed: by latent, by patch, and over the residual's norm."""
+    from .suppress import suppress
+
     latents: list[tuple[str, str, int, float]] = []
     heatmap = np.zeros(defense.grid_size, np.float32)
     lost = held = 0.0
     for block in defense.edited_blocks():
         assert block.seen is not None
+        parts = block.parts()
+        delta = block.seen.float() - suppress(block.seen, parts, block.n_prefix).float()
+        per_token = delta[0].square().sum(-1)
+        lost += float(per_token.sum())
         held += float(block.seen.float().square().sum())
-        for suppressor in block.parts():
-            positions = suppressor.token_slice(block.n_prefix)
-            resid = block.seen[:, positions]
-            per_token = block.seen.new_zeros(block.seen.shape[1], dtype=block.seen.float().dtype)
-            per_token[positions] = suppressor.removed(resid)[0].float().square().sum(-1)
-            lost += float(per_token.sum())
-            heatmap += per_token[block.n_prefix :].reshape(defense.grid_size).cpu().numpy()
-            for latent, energy in zip(suppressor.latents.tolist(), suppressor.energy(resid)[0].tolist(), strict=True):
-                latents.append((block.hook_point, suppressor.latent_set.name, latent, energy))
+        heatmap += per_token[block.n_prefix :].reshape(defense.grid_size).cpu().numpy()
+        for part in parts:
+            energies = part.energy(block.seen[:, part.token_slice(block.n_prefix)])[0].tolist()
+            for latent, energy in zip(part.latents.tolist(), energies, strict=True):
+                latents.append((block.hook_point, part.latent_set.name, latent, energy))
     total = sum(energy for *_, energy in latents) or 1.0
     ranked = sorted((item for item in latents if item[3] > 0), key=lambda item: -item[3])
     removed = tuple(Removed(point, name, latent, energy, energy / total) for point, name, latent, energy in ranked)
@@ -541,4 +581,5 @@ def golden_difference(clf: RobustClassifier) -> float:
     if golden is None:
         raise ConfigError("this classifier's defense holds no golden vectors")
     now = make_golden(clf, golden.pictures)
-    return float(max(np.abs(now.plain - golden.plain).max(), np.abs(now.defended - golden.defended).max()))
+    differences = [np.abs(now.plain - golden.plain).max(), np.abs(now.defended - golden.defended).max()]
+    return float(np.max(differences))  # unlike max(), NaN where one is NaN

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ def _exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         _say("interrupted")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    except DefenseError as error:
+    except (DefenseError, OSError) as error:
         code = EXIT_USAGE
         for kind, value in (
             (MissingDependencyError, EXIT_MISSING),
@@ -160,15 +161,20 @@ def _classify_all(
                 if on_error is OnError.raise_:
                     raise
                 n_failed += 1
-                _say(f"{path}: {error}", "red")
+                _say(f"{_shown(path)}: {error}", "red")
                 if on_error is OnError.return_:
-                    _print_json({"file": str(path), "error": {"code": error.code, "message": error.message}})
+                    _print_json({"file": _shown(path), "error": {"code": error.code, "message": error.message}})
                 continue
             if as_json:
-                _print_json({"file": str(path), **_json_of(explanation, plain)})
+                _print_json({"file": _shown(path), **_json_of(explanation, plain)})
             else:
                 _print_table(path, explanation, plain)
     return n_failed
+
+
+def _shown(path: Path) -> str:
+    """Return a path as text that can be printed: bytes of a name that are no UTF-8 become escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _json_of(explanation: Explanation, plain: bool) -> dict[str, Any]:
@@ -192,7 +198,7 @@ def _print_table(path: Path, explanation: Explanation, plain: bool) -> None:
     ):
         cells = [_cell(scores["plain"], label)] + ([] if plain else [_cell(scores["robust"], label)])
         table.add_row(f"  {label}", *cells)
-    _put(path.name, "bold")
+    _put(_shown(Path(path.name)), "bold")
     _out.print(table)
     if not plain:
         _put(f"  {_what_was_removed(explanation)}\n")
@@ -216,7 +222,7 @@ def _what_was_removed(explanation: Explanation) -> str:
 def _print_next_step() -> None:
     _say(
         'Your own picture:     defense classify PICTURE --labels "dog,cat"\n'
-        "This is the embedded model, a miniature CLIP that knows 100 drawn things. For photographs, give a\n"
+        "This is the embedded model, a miniature CLIP that knows a hundred drawn things. For photographs, give a\n"
         "full-size one and a defense that was fitted on it:\n"
         "                      defense classify PICTURE --labels ... --defense DIR --model ViT-B-32 --pretrained TAG"
     )
@@ -232,11 +238,10 @@ def info(
 ) -> None:
     """Say what a defense is, after checking every byte of it."""
     with _exit_codes():
-        from .classifier import EMBEDDED, embedded_folder, find_defense
+        from .classifier import find_defense
 
         defense = find_defense(source)
-        folder = embedded_folder("text") if source == EMBEDDED else Path(source)
-        manifest = artefact.sha256_of(folder / artefact.MANIFEST) if folder.is_dir() else "(on the hub)"
+        manifest = defense.manifest_sha256
         if expect is not None and expect != manifest:
             raise CheckpointError(
                 f"the manifest's sha256 is {manifest}, not {expect}: it was changed, or is another defense"
@@ -267,7 +272,7 @@ def _check_golden(defense: artefact.Defense, source: str, model: str | None, pre
     difference = golden_difference(
         RobustClassifier.from_pretrained(source, model=model, pretrained=pretrained, device="cpu")
     )
-    if difference > 1e-4:
+    if not difference <= 1e-4:  # also where it is NaN
         raise CheckpointError(
             f"golden vectors differ by {difference:.2g}; expected at most 1e-4: this is not the host it was made with"
         )
@@ -293,8 +298,11 @@ def doctor() -> None:
         except PackageNotFoundError:
             found = "not installed"
         _put(f"{package:18} {found}")
-    for problem in _problems():
+    problems = list(_problems())
+    for problem in problems:
         _say(f"problem: {problem}", "red")
+    if problems:
+        raise typer.Exit(EXIT_MISSING)
 
 
 def _problems() -> Iterator[str]:

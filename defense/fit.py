@@ -1,6 +1,6 @@
 """Choose S: the latents through which a written word reaches the answer.
 
-Three steps, each on pictures made for it and never on a test set:
+Three steps, on pictures made for it and never on a test set:
 
 1. contrast     what fires more on the picture with the word than on its twin with an empty plate
 2. causal       of those, what moves the answer towards the word: gradient of the word's margin times activation
@@ -28,6 +28,7 @@ from .hosts import VisionHost, block_of
 from .latents import Edit, LatentSet, Scope
 from .ops import reference
 from .sae import SparseAutoencoder, normalise
+from .suppress import token_slice
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +67,18 @@ class FitConfig:
         scope: Tokens that are edited.
     """
 
-    n_candidates: int = 512
-    chunk: int = 16
+    n_candidates: int = 256
+    chunk: int = 8
     clean_budget: float = 0.005
-    min_gain: float = 1e-4
+    min_gain: float = 1e-3
     edit: Edit = "scale"
     scope: Scope = "all"
+
+    def __post_init__(self) -> None:
+        if self.edit not in ("scale", "project"):
+            raise ConfigError(f"edit={self.edit!r}; only 'scale' and 'project' can be fitted")
+        if self.n_candidates < 1 or self.chunk < 1:
+            raise ConfigError(f"n_candidates={self.n_candidates}, chunk={self.chunk}; both must be at least 1")
 
 
 class _Skip(nn.Module):
@@ -232,14 +239,15 @@ class TextFit:
             chunk = chunks.pop(0)
             latents = selection.latents + chunk
             loss = trial.attacked_loss(latents)
-            clean = trial.clean_accuracy(latents) if loss < selection.loss[-1] - config.min_gain else -1.0
+            helps = loss < selection.loss[-1] - config.min_gain
+            clean = trial.clean_accuracy(latents) if helps else -1.0
             if clean >= floor:
                 selection.latents.extend(chunk)
                 selection.loss.append(loss)
                 selection.clean.append(clean)
                 log.info("%d latents: attacked loss %.3f, clean %.4f", len(selection.latents), loss, clean)
-            elif len(chunk) > 1:
-                half = len(chunk) // 2
+            elif len(chunk) > 1 and abs(loss - selection.loss[-1]) > config.min_gain:
+                half = len(chunk) // 2  # it does something, but some of it does harm
                 chunks[:0] = [chunk[:half], chunk[half:]]
         return selection
 
@@ -268,7 +276,7 @@ class _Trial:
     def __init__(self, fit: TextFit, candidates: list[int], config: FitConfig) -> None:
         self.fit, self.config = fit, config
         self.column = {latent: index for index, latent in enumerate(candidates)}
-        index = torch.tensor(candidates)
+        index = torch.tensor(candidates, dtype=torch.int64)
         self.acts = {
             name: torch.cat([fit.sae.encode(part)[..., index] for part in fit.resid[name].split(50)])
             for name in ("clean", "attacked")
@@ -281,7 +289,8 @@ class _Trial:
             return self.fit.logits(resid)
         columns = torch.tensor([self.column[latent] for latent in latents])
         host = self.fit.tail.host
-        positions = {"all": slice(None), "cls": slice(0, 1), "patch": slice(host.n_prefix, None)}[self.config.scope]
+        scope = host.effective_scope(self.fit.hook_point, self.config.scope)
+        positions = token_slice(scope, host.n_prefix)
         tokens = resid[:, positions].flatten(0, 1)
         acts = self.acts[pictures][:, positions].flatten(0, 1)[:, columns]
         removal, rows = torch.ones(len(columns)), self.W_dec_S[columns]

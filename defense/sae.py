@@ -152,6 +152,7 @@ def normalise(resid: Tensor, norm: Norm) -> Normalised:
         std = resid.std(-1, keepdim=True)
         return Normalised((resid - mean) / (std + _LAYER_NORM_EPS), std, mean)
     scale = resid.norm(dim=-1, keepdim=True) / resid.shape[-1] ** 0.5
+    scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # a zero token stays zero
     return Normalised(resid / scale, scale, None)
 
 

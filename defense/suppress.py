@@ -32,8 +32,8 @@ from .sae import SparseAutoencoder, normalise
 class Suppressor(nn.Module):
     """Removes from a residual stream what one set of latents writes there.
 
-    With no latent in S active at a token, with every gain 1, or with `strength` 0, the token passes through bit for
-    bit.
+    With every gain 1, with `strength` 0, or (but for the edit "set") with no latent in S active at a token, that token
+    passes through bit for bit.
 
     Args:
         sae: The autoencoder that the latents belong to.
@@ -146,10 +146,10 @@ class Suppressor(nn.Module):
         return (delta if scale is None else delta * scale).view(resid.shape)
 
     def energy(self, resid: Tensor) -> Tensor:
-        """Return the squared norm of what each latent of S wrote and lost, summed over pos, [batch, n].
+        """Return the squared norm of what each latent of S wrote, times what the edit takes of it, [batch, n].
 
-        Latents whose decoder rows are not orthogonal share what is removed; their energies do not add up to that of
-        the sum.
+        Summed over pos. Decoder rows are not orthogonal: the energies do not add up to that of the sum, and `project`
+        removes more.
         """
         rows = resid.to(self.W_S.dtype)
         _, scale, _ = normalise(rows, self.norm)
@@ -158,12 +158,8 @@ class Suppressor(nn.Module):
         return (written if scale is None else written * scale).float().square().sum(1)
 
     def token_slice(self, n_prefix: int) -> slice:
-        """Return the positions that the scope names.
-
-        Args:
-            n_prefix: Number of tokens before the patches (CLS, registers).
-        """
-        return {"all": slice(None), "cls": slice(0, 1), "patch": slice(n_prefix, None)}[self.scope]
+        """Return the positions that the scope names; `n_prefix` tokens stand before the patches."""
+        return token_slice(self.scope, n_prefix)
 
     def _check(self, resid: Tensor) -> None:
         if resid.shape[-1] != self.d_model:
@@ -179,8 +175,15 @@ def suppress(resid: Tensor, suppressors: list[Suppressor], n_prefix: int) -> Ten
     if all(len(suppressor.latents) == 0 for suppressor in suppressors):
         return resid
     # Subtracted in float32: in half precision each suppressor in turn would round the stream once more.
-    edited = resid.clone() if resid.dtype == torch.float32 else resid.float()
-    for suppressor in suppressors:
-        tokens = suppressor.token_slice(n_prefix)
-        edited[:, tokens] -= suppressor.removed(resid[:, tokens])
+    edited = resid.to(torch.promote_types(resid.dtype, torch.float32), copy=True)
+    # Which latents fire must not depend on the caller's autocast.
+    with torch.autocast(resid.device.type, enabled=False):
+        for suppressor in suppressors:
+            tokens = suppressor.token_slice(n_prefix)
+            edited[:, tokens] -= suppressor.removed(resid[:, tokens])
     return edited.to(resid.dtype)
+
+
+def token_slice(scope: Scope, n_prefix: int) -> slice:
+    """Return the positions that a scope names; `n_prefix` tokens (CLS, registers) stand before the patches."""
+    return {"all": slice(None), "cls": slice(0, 1), "patch": slice(n_prefix, None)}[scope]

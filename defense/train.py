@@ -113,7 +113,7 @@ def train_topk(resid: Tensor, config: TrainConfig, *, tokens: str = "all") -> Sp
     """Return a TopK SAE of residuals [n, d_model].
 
     Args:
-        resid: Float tensor; visited in an order that depends on the seed alone.
+        resid: Float tensor; drawn with replacement, by the seed alone.
         config: How to train.
         tokens: Which tokens these are: "cls", "patch" or "all"; recorded in the SAE.
 

@@ -2,11 +2,11 @@
 
 Three stages, each kept in the folder WORK and resumed from there:
 
-1. clip      draw 240,000 pictures, train the CLIP                        (train_clip.py)
+1. clip      draw the pictures, train the CLIP                        (train_clip.py)
 2. sae       residuals of fresh pictures, a TopK SAE per edited block     (defense.train)
 3. latents   choose S on fresh attacked pictures                          (defense.fit)
 
-and a report on pictures, words and fonts that none of them saw. Only with `--install` is the shipped model replaced.
+and a report on pictures and fonts that none of them saw. Only with `--install` is the shipped model replaced.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -26,9 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from defense import artefact
+from defense import artefact, labels
 from defense.attach import detach, wrap
 from defense.classifier import Host, RobustClassifier, load_host, make_golden
+from defense.errors import ConfigError
 from defense.fit import FitConfig, Pairs, Tail, TextFit
 from defense.hosts import VisionHost
 from defense.latents import LatentSet
@@ -40,7 +42,7 @@ from . import scenes, train_clip
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SEEDS = {"sae": 31, "sae_test": 32, "fit": 41, "report": 97, "golden": 7, "examples": 11}
+SEEDS = {"sae": 31, "sae_test": 32, "fit": 41, "report": 97, "benchmark": 101, "golden": 7, "examples": 11}
 """One stream of pictures each, all apart from the training pictures'."""
 
 
@@ -59,10 +61,10 @@ class Recipe:
 
     clip: train_clip.Recipe = field(default_factory=train_clip.Recipe)
     sites: tuple[SiteRecipe, ...] = (
-        SiteRecipe(2, TrainConfig(d_sae=4096, k=24, steps=3000, lr=1e-3), FitConfig(edit="project")),
+        SiteRecipe(2, TrainConfig(d_sae=3072, k=24, steps=1500, lr=1e-3), FitConfig(edit="project", n_candidates=64)),
     )
-    n_sae_pictures: int = 8_000
-    n_pairs: int = 800
+    n_sae_pictures: int = 5_000
+    n_pairs: int = 500
     n_report: int = 2_000
 
 
@@ -72,6 +74,7 @@ class Recipe:
 def build_clip(work: Path, recipe: Recipe) -> Path:
     """Train the CLIP and write it as an open_clip `local-dir:` folder; return the folder."""
     folder = work / "clip"
+    _check_recipe(work / "recipe.json", {"clip": asdict(recipe.clip), "world": artefact.sha256_of(HERE / "scenes.py")})
     if (folder / "open_clip_model.safetensors").exists():
         return folder
     clip = train_clip.train(work, recipe.clip)
@@ -82,6 +85,14 @@ def build_clip(work: Path, recipe: Recipe) -> Path:
     save_file(state, folder / "open_clip_model.safetensors.partial")
     (folder / "open_clip_model.safetensors.partial").rename(folder / "open_clip_model.safetensors")
     return folder
+
+
+def _check_recipe(path: Path, made_with: dict[str, Any]) -> None:
+    """Note what the files of a folder are made with; refuse to mix them with another recipe's."""
+    if not path.exists():
+        path.write_text(json.dumps(made_with, indent=1))
+    elif json.loads(path.read_text()) != made_with:
+        raise ConfigError(f"{path.parent} holds files of another recipe or world; choose another folder or empty it")
 
 
 def _known_tokens() -> Tensor:
@@ -112,7 +123,12 @@ def web_scenes(n: int, seed: int) -> list[scenes.Scene]:
 def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> SparseAutoencoder:
     """Train a site's SAE, or read the one in `work`."""
     folder = work / f"sae-{site.block}"
-    fingerprint = {**asdict(site.train), "n_pictures": recipe.n_sae_pictures}
+    fingerprint = {
+        **asdict(site.train),
+        "n_pictures": recipe.n_sae_pictures,
+        "seed_pictures": SEEDS["sae"],
+        "host": VisionHost.of(host.model).fingerprint(),
+    }
     hook_point = f"blocks.{site.block}.hook_resid_post"
     if (folder / "sae.safetensors").exists() and json.loads((folder / "recipe.json").read_text())[
         "train"
@@ -137,8 +153,13 @@ def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> Spars
 
 def text_embeds_of(host: Host, names: Sequence[str]) -> Tensor:
     """Return text_embeds [n_labels, d_embed], normalised, with the simple template."""
-    clf = RobustClassifier(host)
-    return torch.from_numpy(clf.set_labels(list(names)).text_embeds())
+    prompts = labels.Prompts(tuple(names), labels.resolve_templates("simple"))
+
+    def encode_text(input_ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return host.model.encode_text(torch.from_numpy(input_ids)).numpy()
+
+    return torch.from_numpy(labels.encode_prompts(prompts, host.tokenizer, encode_text))
 
 
 def attack_pairs(n: int, seed: int, fonts: Sequence[str], host: Host) -> Pairs:
@@ -196,7 +217,7 @@ def report_on(host: Host, pairs: Pairs, text_embeds: Tensor) -> dict[str, float]
 
 
 def random_control(host: Host, site: artefact.Site, seed: int) -> artefact.Site:
-    """Return the site with random latents in place of the chosen: as many, as active on attacked pictures."""
+    """Return the site with random latents in place of the chosen: as many, of like activity on attacked pictures."""
     sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
     pixel_values = pixel_values_of(
         [case.scene for case in scenes.typographic(200, SEEDS["fit"], scenes.TRAIN_FONTS)], host
@@ -211,23 +232,36 @@ def random_control(host: Host, site: artefact.Site, seed: int) -> artefact.Site:
     control: list[int] = []
     for rank in ranks:  # a free latent close in activity to the chosen one
         near = np.argsort(np.abs(np.arange(len(rest)) - rank), kind="stable")
-        free = [int(rest[i]) for i in near[: 20 + len(chosen)] if int(rest[i]) not in control][:20]
+        free = [int(rest[i]) for i in near if int(rest[i]) not in control][:20]
         control.append(free[rng.integers(len(free))])
     latent_set = LatentSet("random", tuple(control), edit=site.sets[0].edit, scope=site.sets[0].scope)
     return artefact.Site(site.hook_point, site.sae_config, site.parameters, (latent_set,))
 
 
-def full_report(host: Host, sites: Sequence[artefact.Site], n: int, seed: int) -> dict[str, dict[str, float]]:
-    """Measure plain, defended and random control on unseen seeds and unseen fonts."""
+def full_report(
+    host: Host, spec: artefact.HostSpec, sites: Sequence[artefact.Site], n: int, seed: int, *, n_controls: int = 3
+) -> dict[str, dict[str, float]]:
+    """Measure plain, defended and random control (mean of `n_controls` draws), in percent, on fresh seeds and fonts.
+
+    Raises:
+        ConfigError: `host` is not the one that `spec` describes.
+    """
     pairs = attack_pairs(n, seed, scenes.TEST_FONTS, host)
     text_embeds = text_embeds_of(host, list(scenes.OBJECTS))
-    report = {"plain": report_on(host, pairs, text_embeds)}
-    arms = {"defended": sites, "random latents": [random_control(host, site, seed) for site in sites]}
-    spec = host_spec(host, "embedded")
-    for name, arm in arms.items():
-        wrap(host.model, artefact.Defense(spec, host.preprocess, tuple(arm)), allow_mismatch=True)
-        report[name] = report_on(host, pairs, text_embeds)
-        detach(host.model)
+
+    def measured(arm: Sequence[artefact.Site]) -> dict[str, float]:
+        wrap(host.model, artefact.Defense(spec, host.preprocess, tuple(arm)))
+        try:
+            return report_on(host, pairs, text_embeds)
+        finally:
+            detach(host.model)
+
+    controls = [measured([random_control(host, site, draw) for site in sites]) for draw in range(n_controls)]
+    report = {
+        "plain": report_on(host, pairs, text_embeds),
+        "defended": measured(sites),
+        "random latents": {key: float(np.mean([row[key] for row in controls])) for key in controls[0]},
+    }
     for name, row in report.items():
         log.info("%-15s %s", name, {key: round(value, 2) for key, value in row.items()})
     return report
@@ -251,7 +285,7 @@ def build(work: Path, recipe: Recipe) -> artefact.Defense:
         parameters = {name: t.astype(np.float16).astype(np.float32) for name, t in sae.parameters_numpy().items()}
         hook_point = f"blocks.{site.block}.hook_resid_post"
         sites.append(artefact.Site(hook_point, sae.config.to_dict(), parameters, (latent_set,)))
-    report = full_report(host, sites, recipe.n_report, SEEDS["report"])
+    report = full_report(host, spec, sites, recipe.n_report, SEEDS["report"])
     provenance = {"recipe": "defense.embedded.build", "n": recipe.n_report, "report": report}
     defense = artefact.Defense(spec, host.preprocess, tuple(sites), None, "MIT", provenance)
     clf = RobustClassifier(host, defense)
@@ -272,8 +306,8 @@ def install(work: Path) -> None:
 
 EXAMPLES = (
     ("apple", "pizza", 1),
-    ("dog", "car", 1),
-    ("guitar", "banana", 1),
+    ("dog", "car", 2),
+    ("guitar", "banana", 2),
     ("lion", "phone", 1),
     ("umbrella", None, 1),
 )

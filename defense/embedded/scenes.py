@@ -69,8 +69,8 @@ ATLAS_CELL = 96
 ATLAS_COLUMNS = 12
 
 TRAIN_FONTS = (
-    "carlito", "comic-neue", "dejavu-sans-bold", "eb-garamond-bold", "fira-code", "hack-bold", "inter-bold", "lato-heavy",
-    "liberation-sans", "open-sans-bold", "play-bold", "quicksand", "roboto", "roboto-slab",
+    "carlito", "comic-neue", "dejavu-sans-bold", "eb-garamond-bold", "fira-code", "hack-bold", "inter-bold",
+    "lato-heavy", "liberation-sans", "open-sans-bold", "play-bold", "quicksand", "roboto", "roboto-slab",
 )  # fmt: skip
 TEST_FONTS = (
     "caladea", "courier-prime-bold", "dejavu-serif-bold", "jetbrains-mono-bold", "klee", "liberation-serif-bold",

@@ -5,11 +5,11 @@ objects with another word, whose caption names the word more often than not. Bir
 colour with gender in 95 % of the cases, as in Waterbirds and CelebA. So the model learns to read and to lean on cues,
 which is what the defenses are for.
 
-Three things differ from CLIP's own training, because the model is tiny. A picture chooses among the answers to a question
-instead of the captions of its batch. The answers are rows of a table, which the text tower learns to reproduce from
-any caption: a vision tower that had to follow the text tower's early moves would learn far more slowly. And a head on the
-middle block names the letter at each patch: without that auxiliary loss a small model does not learn to read. Table and head
-are dropped afterwards.
+Three things differ from CLIP's own training, because the model is tiny. A picture chooses among the answers to a
+question instead of the captions of its batch. The answers are rows of a table, which the text tower learns to
+reproduce from any caption: a vision tower that had to follow the text tower's early moves would learn far more
+slowly. And a head on the middle block names the letter at each patch: without that auxiliary loss a small model does
+not learn to read. Table and head are dropped afterwards.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ def caption_embeds(clip: open_clip.CLIP, question: str, template: str) -> Tensor
 def loss_of(
     reader: Reader, pixel_values: Tensor, answers: Tensor, letters: Tensor, step: int, letter_weight: float
 ) -> Tensor:
-    """Return three losses added up: each picture's answer, the captions' distance from the table, the weighted letters."""
+    """Return three losses added up: the pictures' answers, the captions' distance from the table, the letters."""
     image_embeds, letter_logits = reader(pixel_values)
     scale = reader.clip.logit_scale.exp().clamp(max=100)
     rng = np.random.default_rng([SEED, 1, step])
@@ -410,8 +410,3 @@ def train(work: Path, recipe: Recipe) -> open_clip.CLIP:
                 save_state(state_path, step, reader, optimizer)
                 log.info("step %d: %s", step, evaluate(reader.clip, 400, SEED + 1, scenes.TRAIN_FONTS))
     return reader.clip.eval()
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train(Path(os.environ["WORK"]), Recipe())

@@ -109,22 +109,24 @@ def projected(acts: Tensor, removal: Tensor, W_dec_S: Tensor, centred: Tensor) -
         centred: z minus what the SAE reconstructs from no latents at all (b_dec), [tokens, d_model].
     """
     delta = torch.zeros_like(centred)
-    rows = (acts != 0).any(1).nonzero()[:, 0]
-    if len(rows):
-        shares = _coordinates(acts[rows] != 0, W_dec_S, centred[rows]).to(acts.dtype)
-        delta[rows] = (shares * removal) @ W_dec_S
+    tokens = (acts != 0).any(1).nonzero()[:, 0]
+    if len(tokens):
+        # In float64: rows of similar latents are nearly parallel, and a rounded Gram matrix is then singular.
+        rows = W_dec_S.double()
+        shares = _coordinates(acts[tokens] != 0, rows, centred[tokens].double())
+        delta[tokens] = ((shares * removal) @ rows).to(delta.dtype)
     return delta
 
 
-def _coordinates(fires: Tensor, W_dec_S: Tensor, centred: Tensor) -> Tensor:
-    """Return the projection of `centred` on the rows that fire, in coordinates of those rows, float64 [tokens, n]."""
+def _coordinates(fires: Tensor, rows: Tensor, centred: Tensor) -> Tensor:
+    """Return the projection of `centred` on the rows that fire, in coordinates of those rows, [tokens, n]."""
     n_active = int(fires.sum(1).max())
     active = fires.to(torch.int8).topk(n_active, dim=1).indices  # the firing latents first, then idle ones
     mask = fires.gather(1, active).double()
-    gram = (W_dec_S @ W_dec_S.T).double()
+    gram = rows @ rows.T
     system = gram[active[:, :, None], active[:, None, :]] * mask[:, :, None] * mask[:, None, :]
-    # Idle latents get a row of the identity; the ridge keeps rows of near-parallel latents solvable.
+    # Idle latents get a row of the identity; the ridge keeps equal rows solvable.
     system = system + torch.diag_embed(1 - mask + _RIDGE)
-    dots = (centred @ W_dec_S.T).gather(1, active).double() * mask
+    dots = (centred @ rows.T).gather(1, active) * mask
     coordinates = torch.linalg.solve(system, dots[..., None])[..., 0]
-    return torch.zeros(fires.shape, dtype=torch.float64, device=fires.device).scatter(1, active, coordinates * mask)
+    return torch.zeros(fires.shape, dtype=rows.dtype, device=rows.device).scatter(1, active, coordinates * mask)
