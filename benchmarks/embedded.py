@@ -67,7 +67,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print the table, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--n", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=SEEDS["benchmark"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

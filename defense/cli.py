@@ -308,6 +308,8 @@ def doctor() -> None:
 def _problems() -> Iterator[str]:
     try:
         import torch  # noqa: F401
+    except ModuleNotFoundError:
+        return  # not installed, which the list says
     except ImportError as error:
         yield f'torch cannot be imported ({error}); the torch backend needs: pip install "clip-defense[torch]"'
         return

@@ -464,8 +464,12 @@ def test_fault_51_a_file_that_no_site_uses_is_noticed(folder: Path) -> None:
 
 
 def test_fault_51_an_unreadable_file_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sha256_of = artefact.sha256_of
+
     def deny(path: Path) -> str:
-        raise PermissionError(13, "Permission denied", str(path))
+        if path.name == SITE_0:
+            raise PermissionError(13, "Permission denied", str(path))
+        return sha256_of(path)
 
     monkeypatch.setattr(artefact, "sha256_of", deny)
     _raises(folder, "cannot be read", "Permission denied", SITE_0)

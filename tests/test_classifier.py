@@ -169,7 +169,7 @@ def test_labels_are_encoded_once(clf, monkeypatch):
     clf(picture(1), candidate_labels=LABELS, hypothesis_template="a sketch of a {}.")
     assert len(calls) == 1
     clf(picture(1), candidate_labels=["one", "two"])
-    assert clf.prompts.templates == ("a sketch of a {}.",)
+    assert clf.prompts.templates == ("a photo of a {}.",), "what one call chooses is for that call"
 
 
 def test_classifying_without_labels_is_refused(tiny_folder):

@@ -56,7 +56,7 @@ def test_every_exported_name_is_the_one_of_its_module(name: str) -> None:
     [
         "defense.wrap",
         "from defense import wrap",
-        "import defense.wrap",
+        "import defense.attach",
         "from defense import detach",
         "defense.Suppressor",
     ],

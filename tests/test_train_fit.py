@@ -130,7 +130,7 @@ def test_contrast_counts_what_fires_more_on_the_word(fit):
 
 @pytest.mark.parametrize("edit", ["scale", "project"])
 def test_greedy_lowers_the_attacked_loss_within_the_clean_budget(fit, edit):
-    config = FitConfig(n_candidates=60, chunk=8, clean_budget=0.1, edit=edit)
+    config = FitConfig(n_candidates=60, chunk=4, clean_budget=0.1, min_gain=0.0, edit=edit)
     selection = fit.choose(np.arange(60), config)
     assert selection.latents
     assert len(set(selection.latents)) == len(selection.latents)
