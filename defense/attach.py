@@ -88,7 +88,7 @@ class AttachedDefense(nn.Module):
                 per_block.setdefault(site.hook_point, []).append(suppressor)
                 taken |= set(latent_set.latents)
         for hook_point in per_block:
-            host.block(hook_point)
+            host.block(hook_point)  # raises where there is no such block, before any hook is placed
         self.blocks = nn.ModuleList(EditedBlock(point, suppressors, host) for point, suppressors in per_block.items())
         weight = next(host.blocks.parameters())
         self.to(weight.device, weight.dtype)

@@ -412,8 +412,7 @@ class RobustClassifier:
     ) -> Iterator[Any]:
         if on_error not in get_args(OnError):
             raise ConfigError(f"on_error={on_error!r}; it must be one of {', '.join(get_args(OnError))}")
-        if top_k is not None and top_k < 1:
-            raise ConfigError(f"top_k={top_k}; it must be at least 1")
+        _check_top_k(top_k)
         return self._predictions(inputs, prompts, on_error, top_k)
 
     def _predictions(
@@ -452,10 +451,9 @@ class RobustClassifier:
         chosen = self._labels() if candidate_labels is None else labels.check_labels(candidate_labels)
         before = self.prompts.templates if self.prompts is not None else "simple"
         prompts = labels.Prompts(chosen, labels.resolve_templates(hypothesis_template or before))
-        is_iterator = isinstance(images, Iterator) and not hasattr(images, "read")
         if isinstance(images, (list, tuple)):
             return list(self._stream(images, prompts, on_error, top_k))
-        if is_iterator:
+        if isinstance(images, Iterator) and not hasattr(images, "read"):
             return self._stream(images, prompts, on_error, top_k)
         (prediction,) = self._stream([images], prompts, "raise", top_k)
         return prediction
@@ -509,8 +507,7 @@ class RobustClassifier:
 
         decoded = images.decode(image)
         pixel_values = self.host.preprocess(decoded.image)[None]
-        if top_k is not None and top_k < 1:
-            raise ConfigError(f"top_k={top_k}; it must be at least 1")
+        _check_top_k(top_k)
         names, text_embeds = self._labels(), self.text_embeds()
         plain = self._scores(self._encode_image(pixel_values, plain=True), text_embeds)[0]
         defense = attached(self.host.model)
@@ -531,6 +528,11 @@ def _batched(inputs: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
     iterator = iter(inputs)
     while chunk := tuple(itertools.islice(iterator, size)):
         yield chunk
+
+
+def _check_top_k(top_k: int | None) -> None:
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k={top_k}; it must be at least 1")
 
 
 def _prediction(names: Sequence[str], scores: np.ndarray, top_k: int | None) -> Prediction:
