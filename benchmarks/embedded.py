@@ -13,11 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
+import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from defense import artefact
+from defense.benchmarks.speed import environment_of
 from defense.classifier import EMBEDDED, embedded_folder, load_host
 from defense.embedded.build import SEEDS, full_report
 from defense.embedded.scenes import OBJECTS
@@ -35,15 +39,17 @@ def wilson(percent: float, n: int) -> tuple[float, float]:
     return 100 * (centre - half), 100 * (centre + half)
 
 
-def measure(n: int, seed: int) -> dict[str, Any]:
+def measure(n: int, seed: int, command: str) -> dict[str, Any]:
     """Return the accuracies of the three models on `n` pictures of a seed, with how they were measured."""
     folder = embedded_folder("text")
     defense = artefact.load(folder)
-    report = full_report(load_host(EMBEDDED), defense.host, defense.sites, n, seed)
+    report = full_report(load_host(EMBEDDED), defense.host, defense.sites, "text", n, seed)
     return {
         "n": n,
         "seed": seed,
-        "versions": {name: version(name) for name in ("clip-defense", "torch", "open_clip_torch", "pillow")},
+        "environment": asdict(environment_of(command)),
+        "versions": {name: version(name) for name in ("clip-defense", "pillow")},
+        "dtype": "float32",
         "classes": len(OBJECTS),
         "templates": resolve_templates("simple"),
         "defense_sha256": artefact.sha256_of(folder / artefact.MANIFEST),
@@ -67,11 +73,13 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print the table, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=1500)
+    parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=SEEDS["benchmark"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    result = measure(arguments.n, arguments.seed)
+    result = measure(
+        arguments.n, arguments.seed, shlex.join(["python", "-m", "defense.benchmarks.embedded", *sys.argv[1:]])
+    )
     print(table(result))
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -157,7 +157,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _package_version() -> str:
+def file_entry(path: Path) -> dict[str, Any]:
+    """Return what a manifest says of a file: its hash and size."""
+    return {"sha256": sha256_of(path), "size": path.stat().st_size}
+
+
+def package_version() -> str:
+    """Return the version of clip-defense that is running."""
     try:
         return version("clip-defense")
     except PackageNotFoundError:
@@ -183,12 +189,26 @@ def save(defense: Defense, folder: str | os.PathLike[str], *, dtype: type[np.flo
     target = Path(folder).resolve()  # through a link: what it leads to is replaced, not the link
     if not _is_replaceable(target):
         raise ConfigError(f"{target} exists and is no defense, or holds other files too; choose another folder")
+    publish(target, lambda staging: _write(defense, staging, dtype), load)
+    return Path(folder)
+
+
+def publish(target: Path, write: Callable[[Path], None], read: Callable[[Path], object]) -> None:
+    """Write a folder beside its final place, read it back, and only then give it its name.
+
+    A failure leaves what was there before.
+
+    Args:
+        target: The folder's final place; what is there is replaced as a whole.
+        write: Fills an empty folder.
+        read: Reads the folder; raises where it is not what it should be.
+    """
     workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     staging, retired = workshop / "new", workshop.with_name(f"{workshop.name}.old")
     try:
         staging.mkdir()  # not `workshop` itself: only its owner may read that
-        _write(defense, staging, dtype)
-        load(staging)
+        write(staging)
+        read(staging)
         try:
             if target.exists():
                 target.rename(retired)
@@ -201,11 +221,14 @@ def save(defense: Defense, folder: str | os.PathLike[str], *, dtype: type[np.flo
         shutil.rmtree(workshop, ignore_errors=True)
     if retired.exists():
         shutil.rmtree(retired)
-    return Path(folder)
 
 
 def _is_replaceable(target: Path) -> bool:
-    """Whether a path is free, an empty folder, or a folder with a defense (damaged or not) and nothing else."""
+    return is_replaceable(target, MANIFEST, lambda: _typed_manifest(target)["files"])
+
+
+def is_replaceable(target: Path, manifest: str, files: Callable[[], Iterable[str]]) -> bool:
+    """Whether a path is free, an empty folder, or holds just a manifest (damaged or not) and the files it lists."""
     if not target.exists():
         return True
     if not target.is_dir():
@@ -214,7 +237,7 @@ def _is_replaceable(target: Path) -> bool:
     if not present:
         return True
     try:
-        return present <= {MANIFEST, *_typed("", _read_manifest(target), _MANIFEST_FIELDS)["files"]}
+        return present <= {manifest, *files()}
     except CheckpointError:
         return False
 
@@ -233,7 +256,7 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
         save_file(tensors, folder / name)
     manifest = {
         "schema": SCHEMA,
-        "package_version": _package_version(),
+        "package_version": package_version(),
         "host": asdict(defense.host),
         "preprocess": defense.preprocess.to_dict(),
         "sites": [
@@ -246,15 +269,24 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
         ],
         "licence": defense.licence,
         "provenance": dict(defense.provenance),
-        "files": {name: {"sha256": sha256_of(folder / name), "size": (folder / name).stat().st_size} for name in files},
+        "files": {name: file_entry(folder / name) for name in files},
     }
+    write_manifest(folder / MANIFEST, manifest, "the defense")
+
+
+def write_manifest(path: Path, manifest: Mapping[str, Any], what: str) -> None:
+    """Write a folder's JSON, last of its files, and let who may read it read the others too.
+
+    Raises:
+        ConfigError: A value has no JSON form; the message calls its owner `what`.
+    """
     try:
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"the defense cannot be written as JSON: {error}") from error
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    for name in files:
-        shutil.copymode(folder / MANIFEST, folder / name)  # safetensors gives only its owner leave to read
+        raise ConfigError(f"{what} cannot be written as JSON: {error}") from error
+    path.write_text(text + "\n", encoding="utf-8")
+    for name in manifest["files"]:
+        shutil.copymode(path, path.with_name(name))  # safetensors gives only its owner leave to read
 
 
 def _site_file(index: int) -> str:
@@ -293,22 +325,22 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Defens
 
 
 def _load(root: Path, verify: Verify) -> Defense:
-    manifest = _typed(str(root / MANIFEST), _read_manifest(root), _MANIFEST_FIELDS)
+    manifest = _typed_manifest(root)
     manifest_sha256 = sha256_of(root / MANIFEST)
-    fields = [_typed(f"site {index}", site, _SITE_FIELDS) for index, site in enumerate(manifest["sites"])]
+    fields = [typed(f"site {index}", site, _SITE_FIELDS) for index, site in enumerate(manifest["sites"])]
     site_files = [_site_file(index) for index in range(len(fields))]
     if set(manifest["files"]) - {_GOLDEN} != set(site_files):
         raise CheckpointError(
             f"{root / MANIFEST} lists the files {sorted(manifest['files'])}, but its sites have {site_files}; "
             f"beside them only {_GOLDEN} may be there"
         )
-    tensors = _read_files(root, manifest["files"], verify)
+    tensors = read_files(root / MANIFEST, manifest["files"], verify)
     sites = tuple(
         Site(site["hook_point"], site["sae"], tensors[file], tuple(LatentSet.from_dict(each) for each in site["sets"]))
         for site, file in zip(fields, site_files, strict=True)
     )
     return Defense(
-        HostSpec(**_typed("host", manifest["host"], _HOST_FIELDS)),
+        HostSpec(**typed("host", manifest["host"], _HOST_FIELDS)),
         Preprocess.from_dict(manifest["preprocess"]),
         sites,
         Golden(**tensors[_GOLDEN]) if _GOLDEN in tensors else None,
@@ -318,31 +350,44 @@ def _load(root: Path, verify: Verify) -> Defense:
     )
 
 
-def _typed(what: str, value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON object that has exactly the given keys, with values of the given types."""
+def _typed_manifest(root: Path) -> dict[str, Any]:
+    path = root / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; a defense is a folder that `defense fit` or `artefact.save` wrote")
+    return typed(str(path), read_manifest(path, SCHEMA, "a defense"), _MANIFEST_FIELDS)
+
+
+def typed(what: str, value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object that has exactly the given keys, with values of the given types.
+
+    Raises:
+        CheckpointError: It has not.
+    """
     if not isinstance(value, dict) or value.keys() != fields.keys():
         got = sorted(value) if isinstance(value, dict) else value
-        raise CheckpointError(f"{what} has the keys {got!r}; schema {SCHEMA} has {sorted(fields)}")
+        raise CheckpointError(f"{what} has the keys {got!r}; this version has {sorted(fields)}")
     for key, kind in fields.items():
         if not isinstance(value[key], kind) or (kind is int and isinstance(value[key], bool)):
             raise CheckpointError(f"{what}: {key} is {value[key]!r}; want {getattr(kind, '__name__', kind)}")
     return value
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
-    path = root / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; a defense is a folder that `defense fit` or `artefact.save` wrote")
+def read_manifest(path: Path, schema: int, what: str) -> dict[str, Any]:
+    """Read a folder's JSON, up to a schema.
+
+    Raises:
+        CheckpointError: It is no JSON, states no schema, or a newer one; `what` says what it would be the manifest of.
+    """
     try:
-        text = _own_file(root, MANIFEST).read_text(encoding="utf-8")
+        text = _own_file(path.parent, path.name).read_text(encoding="utf-8")
         manifest = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(manifest, dict) or type(manifest.get("schema")) is not int or manifest["schema"] < 1:
-        raise CheckpointError(f"{path} states no schema; it is not the manifest of a defense")
-    if manifest["schema"] > SCHEMA:
+        raise CheckpointError(f"{path} states no schema; it is not the manifest of {what}")
+    if manifest["schema"] > schema:
         raise CheckpointError(
-            f"{path} has schema {manifest['schema']}; this version reads up to {SCHEMA}. "
+            f"{path} has schema {manifest['schema']}; this version reads up to {schema}. "
             f"It was written by clip-defense {manifest.get('package_version')}: install that or a newer one"
         )
     return manifest
@@ -373,8 +418,16 @@ def _own_file(root: Path, name: str) -> Path:
     return path
 
 
-def _read_files(root: Path, entries: dict[str, Any], verify: Verify) -> dict[str, dict[str, np.ndarray]]:
-    present = {path.name for path in root.iterdir()} - {MANIFEST}
+def read_files(manifest: Path, entries: dict[str, Any], verify: Verify) -> dict[str, dict[str, np.ndarray]]:
+    """Read the safetensors files that a manifest lists: name -> tensors.
+
+    Raises:
+        CheckpointError: One is missing, damaged or of another size, or there is one that the manifest does not list.
+        IntegrityError: Its bytes are not those that were written (only with "sha256").
+        NonFiniteError: A number is NaN or infinite.
+    """
+    root = manifest.parent
+    present = {path.name for path in root.iterdir()} - {manifest.name}
     for name in sorted(set(entries) | present):
         if name not in present:
             raise CheckpointError(f"{root / name} is missing, though the manifest lists it")
@@ -383,7 +436,7 @@ def _read_files(root: Path, entries: dict[str, Any], verify: Verify) -> dict[str
     tensors = {}
     for name, fields in entries.items():
         path = _own_file(root, name)
-        entry = _typed(f"the manifest's entry for {name}", fields, _FILE_FIELDS)
+        entry = typed(f"the manifest's entry for {name}", fields, _FILE_FIELDS)
         if path.stat().st_size != entry["size"]:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}")
         if verify == "sha256" and (got := sha256_of(path)) != entry["sha256"]:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from .artefact import Defense, HostSpec
 from .errors import ConfigError
 from .hosts import VisionHost, is_compiled
+from .ops import Backend
 from .sae import SAEConfig, SparseAutoencoder
 from .suppress import Suppressor, suppress
 
@@ -72,9 +73,10 @@ class AttachedDefense(nn.Module):
     Args:
         host: The vision tower.
         defense: What to edit there. A latent that several sets name at one site is edited once, by the first.
+        backend: See `wrap`.
     """
 
-    def __init__(self, host: VisionHost, defense: Defense) -> None:
+    def __init__(self, host: VisionHost, defense: Defense, backend: Backend = "auto") -> None:
         super().__init__()
         self.grid_size = host.grid_size
         per_block: dict[str, list[Suppressor]] = {}
@@ -84,7 +86,7 @@ class AttachedDefense(nn.Module):
             taken: frozenset[int] = frozenset()
             for latent_set in site.sets:
                 scope = host.effective_scope(site.hook_point, latent_set.scope)
-                suppressor = Suppressor(sae, latent_set.without(taken), scope)
+                suppressor = Suppressor(sae, latent_set.without(taken), scope, backend=backend)
                 per_block.setdefault(site.hook_point, []).append(suppressor)
                 taken |= set(latent_set.latents)
         for hook_point in per_block:
@@ -165,7 +167,7 @@ def check_host(host: VisionHost, spec: HostSpec) -> None:
         )
 
 
-def wrap(model: Model, defense: Defense, *, allow_mismatch: bool = False) -> Model:
+def wrap(model: Model, defense: Defense, *, allow_mismatch: bool = False, backend: Backend = "auto") -> Model:
     """Put a defense into an open_clip model and return the same object.
 
     Attach before torch.compile: a hook that comes later is ignored by compiled code.
@@ -174,9 +176,14 @@ def wrap(model: Model, defense: Defense, *, allow_mismatch: bool = False) -> Mod
         model: A model of open_clip with a ViT, native or of timm.
         defense: What to edit.
         allow_mismatch: Skip the checks that this is the model the defense was fitted on; widths are still checked.
+        backend: What computes the edit: "auto" takes the Triton kernels on a GPU where they apply; "fused" takes them
+            or raises; "reference" is plain PyTorch.
 
     Raises:
-        ConfigError: The model is compiled, wrapped already, or not the one that the defense was fitted on.
+        ConfigError: The model is compiled, wrapped already, or not the one that the defense was fitted on, or the
+            backend is unknown.
+        BackendError: `backend` is "fused", and there is no kernel for an SAE or edit of this defense. (Where it is the
+            device that cannot run one, `encode_image` raises.)
         ShapeError: The SAE has another width than the model.
         HookPointError: The model has no such block, or the scope means nothing there.
     """
@@ -187,7 +194,7 @@ def wrap(model: Model, defense: Defense, *, allow_mismatch: bool = False) -> Mod
     host = VisionHost.of(model)
     if not allow_mismatch:
         check_host(host, defense.host)
-    model.add_module(ATTRIBUTE, AttachedDefense(host, defense))
+    model.add_module(ATTRIBUTE, AttachedDefense(host, defense, backend))
     return model
 
 

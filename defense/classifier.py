@@ -23,6 +23,7 @@ from .errors import CheckpointError, ConfigError, DefenseError, MissingDependenc
 
 if TYPE_CHECKING:
     from .attach import AttachedDefense
+    from .ops import Backend
 
 log = logging.getLogger(__name__)
 
@@ -216,13 +217,20 @@ class RobustClassifier:
         defense: What to edit in it; None for a stock CLIP behind the same calls.
         allow_mismatch: See `wrap`.
         batch_size: Pictures decoded and encoded at once.
+        backend: See `wrap`.
 
     Raises:
-        ConfigError, ShapeError, HookPointError: See `wrap`.
+        ConfigError, ShapeError, HookPointError, BackendError: See `wrap`.
     """
 
     def __init__(
-        self, host: Host, defense: artefact.Defense | None = None, *, allow_mismatch: bool = False, batch_size: int = 32
+        self,
+        host: Host,
+        defense: artefact.Defense | None = None,
+        *,
+        allow_mismatch: bool = False,
+        batch_size: int = 32,
+        backend: Backend = "auto",
     ) -> None:
         from .attach import is_wrapped, wrap
 
@@ -242,7 +250,7 @@ class RobustClassifier:
         self._text_embeds: dict[str, np.ndarray] = {}
         self._lock = threading.RLock()
         if defense is not None:
-            wrap(host.model, defense, allow_mismatch=allow_mismatch)
+            wrap(host.model, defense, allow_mismatch=allow_mismatch, backend=backend)
 
     @classmethod
     def from_pretrained(
@@ -259,6 +267,7 @@ class RobustClassifier:
         device: str = "auto",
         allow_mismatch: bool = False,
         batch_size: int = 32,
+        backend: Backend = "auto",
     ) -> RobustClassifier:
         """Load a defense and the CLIP that it was fitted on.
 
@@ -274,6 +283,7 @@ class RobustClassifier:
             device: "auto", "cpu", "cuda" or "cuda:1".
             allow_mismatch: See `wrap`.
             batch_size: Pictures decoded and encoded at once.
+            backend: See `wrap`.
         """
         defense = find_defense(
             source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
@@ -283,7 +293,7 @@ class RobustClassifier:
         if model is None:
             model, pretrained = defense.host.model, defense.host.pretrained
         host = load_host(model, pretrained, device=device)
-        return cls(host, defense, allow_mismatch=allow_mismatch, batch_size=batch_size)
+        return cls(host, defense, allow_mismatch=allow_mismatch, batch_size=batch_size, backend=backend)
 
     # --- labels ---
 

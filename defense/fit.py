@@ -1,18 +1,22 @@
-"""Choose S: the latents through which a written word reaches the answer.
+"""Choose S: the latents through which a cue that should not count reaches the answer.
 
-Three steps, on pictures made for it and never on a test set:
+The cue is a word written on the picture (`TextFit`) or an attribute that goes with the answer, such as a background
+(`GroupFit`). Four steps, on pictures made or kept for it and never on a test set:
 
-1. contrast     what fires more on the picture with the word than on its twin with an empty plate
-2. causal       of those, what moves the answer towards the word: gradient of the word's margin times activation
-3. greedy       add latents while the attacked pictures get better and the clean ones do not get worse than the budget
+1. contrast     what fires more where the cue is, or differs with it
+2. causal       of those, what moves the answer to where the cue points: gradient of the margin times activation
+3. joint        gains of the best of them, learnt together by gradient descent on pictures with and without the cue
+4. greedy       add latents while the fooled pictures get better and the others do not get worse than the budget
 
-Steps 1 and 2 rank; only step 3, which measures the finished network, decides (later blocks undo part of an edit:
-arXiv:2406.04341, section 5).
+Steps 1 and 2 look at one latent at a time and at first order, so they only name candidates. Step 3 sees that latents
+share a task and that later blocks undo part of an edit (arXiv:2406.04341, section 5). Step 4 measures the finished
+network, with every chosen latent removed in full, and decides.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +36,10 @@ from .suppress import token_slice
 
 log = logging.getLogger(__name__)
 
-RULE = "contrast, causal, greedy"
+RULE = "contrast, causal, joint, greedy"
+
+_LEAST_REMOVAL = 0.05
+"""A candidate that gradient descent removes by less than this is dropped; it starts close to it."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +62,51 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Pictures whose right answer goes with an attribute that should not count.
+
+    Attributes:
+        pixel_values: float32 [n, 3, height, width].
+        y: Index of the right answer, int64 [n].
+        a: The attribute, int64 [n].
+    """
+
+    pixel_values: Tensor
+    y: Tensor
+    a: Tensor
+
+
+@dataclass(frozen=True)
 class FitConfig:
     """How to choose.
 
     Attributes:
-        n_candidates: Latents that reach the greedy step.
-        chunk: Latents tried at once; a chunk that does harm is tried again in halves.
-        clean_budget: Clean accuracy that may be lost, as a fraction.
-        min_gain: A chunk must lower the attacked pictures' loss by this much (nats).
-        edit: "scale" or "project".
+        n_candidates: Latents that reach the joint step.
+        steps: Of gradient descent there.
+        batch: Pictures of each arm that a step sees.
+        lr: Learning rate of Adam on the logits of what is removed.
+        sparsity: Loss (nats) that each removed latent costs in the joint step.
+        kept_weight: Weight there of the arms that must not get worse; that of the others is 1.
+        chunk: Latents tried at once by the greedy step; a chunk that does harm is tried again in halves.
+        clean_budget: Accuracy on the kept arms that may be lost, as a fraction.
+        min_gain: A chunk must lower the fooled arms' loss by this much (nats).
+        edit: "scale" or "project"; the joint step always works with "scale".
         scope: Tokens that are edited.
+        seed: Of the order of pictures in the joint step.
     """
 
     n_candidates: int = 256
-    chunk: int = 8
+    steps: int = 200
+    batch: int = 24
+    lr: float = 0.1
+    sparsity: float = 1e-3
+    kept_weight: float = 1.0
+    chunk: int = 4
     clean_budget: float = 0.005
     min_gain: float = 1e-3
     edit: Edit = "scale"
     scope: Scope = "all"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.edit not in ("scale", "project"):
@@ -114,7 +148,7 @@ class Tail:
         handle = self.block.register_forward_hook(lambda _m, _i, out: kept.append(self.host.to_batch_first(out)))
         try:
             for part in pixel_values.split(self.batch):
-                self.model.encode_image(part)
+                self.model.encode_image(part.to(self.model.logit_scale.device))
         finally:
             handle.remove()
         return torch.cat(kept)
@@ -148,10 +182,11 @@ class Ranking:
     """Scores of all latents of an SAE, float64 [d_sae] each.
 
     Attributes:
-        contrast: Mean over pictures of the activation summed over tokens, attacked minus neutral.
-        specificity: That difference over the sum of both, in [-1, 1]: 1 fires on words alone.
-        effect: Mean fall of the word's margin over the label when the latent is removed (first order).
-        harm: Mean fall of the label's log-probability on clean pictures when it is removed (first order).
+        contrast: Difference in activation (summed over tokens, mean over pictures) that the cue makes.
+        specificity: That difference over the sum of both sides, in [-1, 1]: 1 fires with the cue alone.
+        effect: Mean fall of the rival answer's margin over the right one when the latent is removed from fooled
+            pictures (first order).
+        harm: Mean fall of the right answer's log-probability when it is removed from kept pictures (first order).
     """
 
     contrast: np.ndarray
@@ -160,33 +195,50 @@ class Ranking:
     harm: np.ndarray
 
     def order(self) -> np.ndarray:
-        """Return the latents that read words and act on the answer, best first."""
+        """Return the latents that follow the cue and act on the answer, best first."""
         score = np.where((self.contrast > 0) & (self.effect > 0), self.effect * np.clip(self.specificity, 0, 1), 0.0)
         score = np.where(self.effect > self.harm, score, 0.0)
         ranked = np.argsort(-score, kind="stable")
         return ranked[score[ranked] > 0]
 
 
-class TextFit:
-    """The material that one site's selection works on.
+@dataclass(frozen=True)
+class _Arm:
+    """Pictures of one kind at the hook point: resid [n, pos, d_model], right answer and its rival, int64 [n]."""
 
-    Args:
-        model: The CLIP, in eval mode.
-        hook_point: The block to edit after.
-        sae: Trained on that block.
-        pairs: Pictures for ranking and choosing.
-        text_embeds: Of all answers, [n_labels, d_embed], normalised.
+    resid: Tensor
+    answer: Tensor
+    rival: Tensor
+
+
+class _SiteFit:
+    """What both tasks share: one site's material, and steps 2 to 4.
+
+    Attributes:
+        arms: Pictures by kind.
+        fooled: Names of the arms whose loss is to fall.
+        kept: Names of the arms whose accuracy must not.
     """
 
-    def __init__(self, model: Any, hook_point: str, sae: SparseAutoencoder, pairs: Pairs, text_embeds: Tensor) -> None:
-        if len(pairs.label) == 0:
-            raise ConfigError("no pairs to fit on; give at least one picture")
+    fooled: tuple[str, ...]
+    kept: tuple[str, ...]
+
+    def __init__(self, model: Any, hook_point: str, sae: SparseAutoencoder, text_embeds: Tensor) -> None:
         self.tail = Tail(model, hook_point)
-        self.hook_point, self.sae, self.pairs = hook_point, sae, pairs
         self.tail.host.check_width(sae.config.d_model, "the SAE")
+        self.device = model.logit_scale.device
+        self.hook_point, self.sae = hook_point, sae.to(self.device)
+        self.text_embeds = text_embeds.to(self.device)
         self.logit_scale = float(model.logit_scale.detach().exp())
-        self.text_embeds = text_embeds
-        self.resid = {name: self.tail.resid(getattr(pairs, name)).clone() for name in ("clean", "neutral", "attacked")}
+        self.arms: dict[str, _Arm] = {}
+
+    def add_arm(self, name: str, pixel_values: Tensor, answer: Tensor, rival: Tensor | None = None) -> None:
+        """Take pictures in; without a `rival`, it is the likeliest wrong answer of each."""
+        resid, answer = self.tail.resid(pixel_values).clone(), answer.to(self.device)
+        if rival is None:
+            with torch.no_grad():
+                rival = self.logits(resid).scatter(1, answer[:, None], -torch.inf).argmax(1)
+        self.arms[name] = _Arm(resid, answer, rival.to(self.device))
 
     def logits(self, resid: Tensor) -> Tensor:
         """Return logits_per_image [n, n_labels] of residuals at the hook point."""
@@ -194,119 +246,252 @@ class TextFit:
 
     def rank(self) -> Ranking:
         """Score every latent: steps 1 and 2."""
-        d_sae = self.sae.config.d_sae
-        sums = {name: torch.zeros(d_sae, dtype=torch.float64) for name in ("neutral", "attacked")}
-        for name, total in sums.items():
-            for part in self.resid[name].split(50):
-                total += self.sae.encode(part).sum((0, 1)).double()
-        rows = torch.arange(len(self.pairs.label))
+        contrast, total = self._contrast()
+        specificity = contrast / total.clamp(min=1e-9)
+        effect = torch.stack([self._attribution(self.arms[name], _margin) for name in self.fooled]).mean(0)
+        harm = torch.stack([self._attribution(self.arms[name], _log_prob) for name in self.kept]).mean(0)
+        return Ranking(*(column.cpu().numpy() for column in (contrast, specificity, effect, harm)))
 
-        def margin(logits: Tensor, part: Tensor) -> Tensor:
-            return logits[rows[: len(part)], self.pairs.word[part]] - logits[rows[: len(part)], self.pairs.label[part]]
+    def _contrast(self) -> tuple[Tensor, Tensor]:
+        """Return the difference that the cue makes to each latent, and the sum of both sides, float64 [d_sae]."""
+        raise NotImplementedError
 
-        def log_prob(logits: Tensor, part: Tensor) -> Tensor:
-            return logits.log_softmax(1)[rows[: len(part)], self.pairs.label[part]]
+    @torch.no_grad()
+    def _activity(self, arm: str) -> Tensor:
+        """Return each latent's activation, summed over tokens, mean over pictures, float64 [d_sae]."""
+        resid = self.arms[arm].resid
+        total = torch.zeros(self.sae.config.d_sae, dtype=torch.float64, device=self.device)
+        for part in resid.split(50):
+            total += self.sae.encode(part).sum((0, 1)).double()
+        return total / len(resid)
 
-        n = len(rows)
-        contrast = (sums["attacked"] - sums["neutral"]) / n
-        specificity = contrast * n / (sums["attacked"] + sums["neutral"]).clamp(min=1e-9)
-        effect = self._attribution("attacked", margin)
-        harm = self._attribution("clean", log_prob)
-        return Ranking(contrast.numpy(), specificity.numpy(), effect, harm)
-
-    def _attribution(self, pictures: str, target: Callable[[Tensor, Tensor], Tensor]) -> np.ndarray:
+    def _attribution(self, arm: _Arm, target: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Return mean over pictures of sum over tokens of f_i * (gradient of the target along decoder row i)."""
-        total = torch.zeros(self.sae.config.d_sae, dtype=torch.float64)
-        resid = self.resid[pictures]
-        for part in torch.arange(len(resid)).split(50):
-            leaf = resid[part].clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(target(self.logits(leaf), part).sum(), leaf)
+        total = torch.zeros(self.sae.config.d_sae, dtype=torch.float64, device=self.device)
+        for rows in torch.arange(len(arm.answer), device=self.device).split(50):
+            leaf = arm.resid[rows].clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(target(self.logits(leaf), arm.answer[rows], arm.rival[rows]).sum(), leaf)
             with torch.no_grad():
-                scale = normalise(resid[part], self.sae.config.norm).scale
-                written = self.sae.encode(resid[part]) * (gradient @ self.sae.W_dec.T)
+                scale = normalise(arm.resid[rows], self.sae.config.norm).scale
+                written = self.sae.encode(arm.resid[rows]) * (gradient @ self.sae.W_dec.T)
                 total += (written if scale is None else written * scale).sum((0, 1)).double()
-        return (total / len(resid)).numpy()
+        return total / len(arm.answer)
 
-    @torch.inference_mode()
     def choose(self, order: np.ndarray, config: FitConfig) -> Selection:
-        """Pick latents greedily from a ranking: step 3."""
-        candidates = [int(latent) for latent in order[: config.n_candidates]]
-        trial = _Trial(self, candidates, config)
-        selection = Selection(clean=[trial.clean_accuracy([])], loss=[trial.attacked_loss([])])
-        floor = selection.clean[0] - config.clean_budget
-        chunks = [candidates[i : i + config.chunk] for i in range(0, len(candidates), config.chunk)]
-        while chunks:
-            chunk = chunks.pop(0)
-            latents = selection.latents + chunk
-            loss = trial.attacked_loss(latents)
-            helps = loss < selection.loss[-1] - config.min_gain
-            clean = trial.clean_accuracy(latents) if helps else -1.0
-            if clean >= floor:
-                selection.latents.extend(chunk)
-                selection.loss.append(loss)
-                selection.clean.append(clean)
-                log.info("%d latents: attacked loss %.3f, clean %.4f", len(selection.latents), loss, clean)
-            elif len(chunk) > 1 and abs(loss - selection.loss[-1]) > config.min_gain:
-                half = len(chunk) // 2  # it does something, but some of it does harm
-                chunks[:0] = [chunk[:half], chunk[half:]]
-        return selection
+        """Pick latents from a ranking: steps 3 and 4."""
+        trial = _Trial(self, order[: config.n_candidates], config)
+        removal = self.learn_removal(trial, config)
+        ranked = np.argsort(-removal, kind="stable")
+        with torch.no_grad():
+            return _greedy(trial, ranked[removal[ranked] >= _LEAST_REMOVAL], config)
 
-    def latent_set(self, selection: Selection, ranking: Ranking, config: FitConfig, name: str = "text") -> LatentSet:
+    def learn_removal(self, trial: _Trial, config: FitConfig) -> np.ndarray:
+        """Return how much of each candidate's writing is best removed, float64 [n_candidates] in [0, 1]: step 3.
+
+        Minimises the loss of the right answer on all arms, plus `sparsity` times the sum of what is removed. So a
+        latent stays out where what should count speaks through it too.
+        """
+        weights = {name: config.kept_weight if name in self.kept else 1.0 for name in self.arms}
+        total = sum(weights.values())
+        start = math.log(_LEAST_REMOVAL / (1 - _LEAST_REMOVAL))
+        logits_of_removal = torch.full((len(trial.latents),), start, device=self.device, requires_grad=True)
+        optimizer = torch.optim.Adam([logits_of_removal], lr=config.lr)
+        generator = torch.Generator().manual_seed(config.seed)
+        for step in range(config.steps if len(trial.latents) else 0):
+            removal = logits_of_removal.sigmoid()
+            loss = config.sparsity * removal.sum()
+            for name, arm in self.arms.items():
+                n = len(arm.answer)
+                rows = torch.randint(n, (min(config.batch, n),), generator=generator).to(self.device)
+                answers = trial.logits(name, removal, rows)
+                loss = loss + functional.cross_entropy(answers, arm.answer[rows]) * weights[name] / total
+            (logits_of_removal.grad,) = torch.autograd.grad(loss, logits_of_removal)
+            optimizer.step()
+            if (step + 1) % 50 == 0:
+                n_removed = removal.sum().item()
+                log.info("joint step %d of %d: loss %.3f, %.1f removed", step + 1, config.steps, loss.item(), n_removed)
+        return logits_of_removal.detach().sigmoid().double().cpu().numpy()
+
+    def latent_set(self, selection: Selection, ranking: Ranking, config: FitConfig, name: str) -> LatentSet:
         """Return the chosen latents with their scores."""
         chosen = np.array(selection.latents, dtype=int)
         scores = {key: tuple(float(v) for v in column[chosen]) for key, column in vars(ranking).items()}
+        n_pictures = {arm: len(material.answer) for arm, material in self.arms.items()}
         return LatentSet(
             name, tuple(selection.latents), edit=config.edit, scope=config.scope, scores=scores,
-            provenance={"n_pairs": len(self.pairs.label), "clean_budget": config.clean_budget, "rule": RULE},
+            provenance={"n_pictures": n_pictures, "clean_budget": config.clean_budget, "rule": RULE},
         )  # fmt: skip
+
+
+def _margin(logits: Tensor, answer: Tensor, rival: Tensor) -> Tensor:
+    return (logits.gather(1, rival[:, None]) - logits.gather(1, answer[:, None]))[:, 0]
+
+
+def _log_prob(logits: Tensor, answer: Tensor, _rival: Tensor) -> Tensor:
+    return logits.log_softmax(1).gather(1, answer[:, None])[:, 0]
+
+
+class TextFit(_SiteFit):
+    """Find the latents that read what is written on a picture.
+
+    Args:
+        model: The CLIP, in eval mode.
+        hook_point: The block to edit after.
+        sae: Trained on that block.
+        pairs: Pictures for ranking and choosing.
+        text_embeds: Of all answers, [n_labels, d_embed], normalised.
+
+    Raises:
+        ConfigError: There are no pairs.
+        ShapeError: The SAE is made for another width.
+    """
+
+    fooled = ("attacked",)
+    kept = ("clean",)
+
+    def __init__(self, model: Any, hook_point: str, sae: SparseAutoencoder, pairs: Pairs, text_embeds: Tensor) -> None:
+        if len(pairs.label) == 0:
+            raise ConfigError("no pairs to fit on; give at least one picture")
+        super().__init__(model, hook_point, sae, text_embeds)
+        for name in ("clean", "neutral", "attacked"):
+            self.add_arm(name, getattr(pairs, name), pairs.label, pairs.word)
+
+    def _contrast(self) -> tuple[Tensor, Tensor]:
+        attacked, neutral = self._activity("attacked"), self._activity("neutral")
+        return attacked - neutral, attacked + neutral
+
+
+class GroupFit(_SiteFit):
+    """Find the latents that carry an attribute which goes with the answer and should not decide it.
+
+    The arms are the groups, "y-a". Within each class the group that the model gets wrong more often is the fooled one.
+
+    Args:
+        model: The CLIP, in eval mode.
+        hook_point: The block to edit after.
+        sae: Trained on that block.
+        groups: Pictures for ranking and choosing; every class needs pictures with every value of the attribute.
+        text_embeds: Of the classes, [n_classes, d_embed], normalised.
+
+    Raises:
+        ConfigError: A group is empty, or there are fewer than two classes or values.
+        ShapeError: The SAE is made for another width.
+    """
+
+    def __init__(
+        self, model: Any, hook_point: str, sae: SparseAutoencoder, groups: Groups, text_embeds: Tensor
+    ) -> None:
+        self.classes, self.values = sorted(set(groups.y.tolist())), sorted(set(groups.a.tolist()))
+        if len(self.classes) < 2 or len(self.values) < 2:
+            raise ConfigError(f"classes {self.classes}, attributes {self.values}; it takes at least two of each")
+        super().__init__(model, hook_point, sae, text_embeds)
+        for y in self.classes:
+            for a in self.values:
+                rows = (groups.y == y) & (groups.a == a)
+                if not rows.any():
+                    raise ConfigError(f"no picture of class {y} has attribute {a}; every group needs some")
+                self.add_arm(f"{y}-{a}", groups.pixel_values[rows], groups.y[rows])
+        self.kept = tuple(self.arms)
+        self.fooled = tuple(min((f"{y}-{a}" for a in self.values), key=self._accuracy) for y in self.classes)
+
+    @torch.no_grad()
+    def _accuracy(self, name: str) -> float:
+        arm = self.arms[name]
+        return float((self.logits(arm.resid).argmax(1) == arm.answer).double().mean())
+
+    def _contrast(self) -> tuple[Tensor, Tensor]:
+        """The range over values of the attribute, averaged over classes: a latent may stand for either value."""
+        activity = torch.stack([torch.stack([self._activity(f"{y}-{a}") for a in self.values]) for y in self.classes])
+        by_value = activity.mean(0)
+        high, low = by_value.amax(0), by_value.amin(0)
+        return high - low, high + low
 
 
 @dataclass
 class Selection:
-    """What the greedy step chose, and the course of its measures, from before the first step on."""
+    """What the greedy step chose, and the course of its measures, from before the first step on.
+
+    Attributes:
+        latents: S.
+        clean: Accuracy on the kept arms.
+        loss: Of the right answer on the fooled arms, in nats.
+    """
 
     latents: list[int] = field(default_factory=list)
     clean: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
 
 
+def _greedy(trial: _Trial, ranked: np.ndarray, config: FitConfig) -> Selection:
+    """Add candidates (their columns in `trial`, best first) under the clean budget: step 4."""
+    selection = Selection(clean=[trial.kept_accuracy([])], loss=[trial.fooled_loss([])])
+    floor = selection.clean[0] - config.clean_budget
+    columns: list[int] = []
+    chunks = [ranked[i : i + config.chunk].tolist() for i in range(0, len(ranked), config.chunk)]
+    while chunks:
+        chunk = chunks.pop(0)
+        loss = trial.fooled_loss(columns + chunk)
+        helps = loss < selection.loss[-1] - config.min_gain
+        clean = trial.kept_accuracy(columns + chunk) if helps else -1.0
+        if clean >= floor:
+            columns += chunk
+            selection.loss.append(loss)
+            selection.clean.append(clean)
+            log.info("%d latents: loss where fooled %.3f, accuracy kept %.4f", len(columns), loss, clean)
+        elif len(chunk) > 1 and abs(loss - selection.loss[-1]) > config.min_gain:
+            half = len(chunk) // 2  # it does something, but some of it does harm
+            chunks[:0] = [chunk[:half], chunk[half:]]
+    selection.latents = [int(latent) for latent in trial.latents[columns]]
+    return selection
+
+
 class _Trial:
     """Measures edits. The candidates' activations are computed once; an edit then costs one pass through the tail."""
 
-    def __init__(self, fit: TextFit, candidates: list[int], config: FitConfig) -> None:
-        self.fit, self.config = fit, config
-        self.column = {latent: index for index, latent in enumerate(candidates)}
-        index = torch.tensor(candidates, dtype=torch.int64)
-        self.acts = {
-            name: torch.cat([fit.sae.encode(part)[..., index] for part in fit.resid[name].split(50)])
-            for name in ("clean", "attacked")
-        }
+    def __init__(self, fit: _SiteFit, latents: np.ndarray, config: FitConfig) -> None:
+        self.fit, self.edit, self.latents = fit, config.edit, np.asarray(latents, dtype=np.int64)
+        index = torch.from_numpy(self.latents).to(fit.device)
+        host = fit.tail.host
+        self.positions = token_slice(host.effective_scope(fit.hook_point, config.scope), host.n_prefix)
+        with torch.no_grad():
+            self.acts = {
+                name: torch.cat([fit.sae.encode(part[:, self.positions])[..., index] for part in arm.resid.split(50)])
+                for name, arm in fit.arms.items()
+            }
         self.W_dec_S = fit.sae.W_dec[index]
 
-    def _logits(self, pictures: str, latents: list[int]) -> Tensor:
-        resid = self.fit.resid[pictures]
-        if not latents:
-            return self.fit.logits(resid)
-        columns = torch.tensor([self.column[latent] for latent in latents])
-        host = self.fit.tail.host
-        scope = host.effective_scope(self.fit.hook_point, self.config.scope)
-        positions = token_slice(scope, host.n_prefix)
-        tokens = resid[:, positions].flatten(0, 1)
-        acts = self.acts[pictures][:, positions].flatten(0, 1)[:, columns]
-        removal, rows = torch.ones(len(columns)), self.W_dec_S[columns]
-        z, scale, _ = normalise(tokens, self.fit.sae.config.norm)
-        if self.config.edit == "project":
-            delta = reference.projected(acts, removal, rows, z - self.fit.sae.b_dec)
-        else:
-            delta = reference.scaled(acts, removal, rows)
+    def logits(self, arm: str, removal: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Return logits_per_image of some pictures with `removal` [n_candidates] of each candidate scaled away."""
+        return self._edited(arm, rows, lambda acts, _: reference.scaled(acts, removal, self.W_dec_S))
+
+    def _edited(self, arm: str, rows: Tensor | slice, delta_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        resid = self.fit.arms[arm].resid[rows]
+        tokens = resid[:, self.positions]
+        z, scale, _ = normalise(tokens.flatten(0, 1), self.fit.sae.config.norm)
+        delta = delta_of(self.acts[arm][rows].flatten(0, 1), z)
         edited = resid.clone()
-        edited[:, positions] -= (delta if scale is None else delta * scale).view_as(resid[:, positions])
+        edited[:, self.positions] = tokens - (delta if scale is None else delta * scale).view_as(tokens)
         return self.fit.logits(edited)
 
-    def attacked_loss(self, latents: list[int]) -> float:
-        """Return the mean negative log-probability of the right answer on attacked pictures."""
-        return float(functional.cross_entropy(self._logits("attacked", latents), self.fit.pairs.label))
+    def _removed(self, arm: str, columns: list[int]) -> Tensor:
+        """Return logits_per_image with the candidates of some columns removed in full, by the edit that will ship."""
+        if not columns:
+            return self.fit.logits(self.fit.arms[arm].resid)
+        removal, W_dec_S = torch.ones(len(columns), device=self.fit.device), self.W_dec_S[columns]
 
-    def clean_accuracy(self, latents: list[int]) -> float:
-        """Return the accuracy on clean pictures."""
-        return float((self._logits("clean", latents).argmax(1) == self.fit.pairs.label).double().mean())
+        def delta_of(acts: Tensor, z: Tensor) -> Tensor:
+            if self.edit == "project":
+                return reference.projected(acts[:, columns], removal, W_dec_S, z - self.fit.sae.b_dec)
+            return reference.scaled(acts[:, columns], removal, W_dec_S)
+
+        return self._edited(arm, slice(None), delta_of)
+
+    def fooled_loss(self, columns: list[int]) -> float:
+        """Return the mean negative log-probability of the right answer, over the fooled arms alike."""
+        arms = [(self._removed(name, columns), self.fit.arms[name].answer) for name in self.fit.fooled]
+        return float(np.mean([float(functional.cross_entropy(logits, answer)) for logits, answer in arms]))
+
+    def kept_accuracy(self, columns: list[int]) -> float:
+        """Return the accuracy, over the kept arms alike."""
+        arms = [(self._removed(name, columns), self.fit.arms[name].answer) for name in self.fit.kept]
+        return float(np.mean([float((logits.argmax(1) == answer).double().mean()) for logits, answer in arms]))

@@ -8,7 +8,8 @@
 | s, z | `normalise` (sae.py) |
 | f_i(resid_post) | `ops.reference.acts_of_set` |
 | the sum | `ops.reference.scaled`; `projected` and `steered` for the other two edits |
-| the difference | `Suppressor.forward` |
+| the difference | `Suppressor.subtract` |
+| all of it, in one go on a GPU | `ops.fused_suppress` |
 
 A `Suppressor` holds copies of just the rows and columns that it needs. Its buffers are not persistent: they follow
 `.to()` and `.half()` of the model that it is attached to and leave that model's state_dict keys alone. The artefact
@@ -23,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .errors import ConfigError, ShapeError
 from .latents import LatentSet, Scope
-from .ops import reference
+from .ops import Backend, reference
 from .sae import SparseAutoencoder, normalise
 
 
@@ -39,13 +41,15 @@ class Suppressor(nn.Module):
         sae: The autoencoder that the latents belong to.
         latent_set: Which latents, and what becomes of them.
         scope: Tokens to edit, in place of the set's own.
+        backend: What computes it: "auto", "fused" or "reference" (see `ops`).
 
     Attributes:
         strength: Factor on what is removed, in [0, 1], a 0-dim buffer: 0 switches the edit off without touching
             hooks, also within a compiled model.
 
     Raises:
-        ConfigError: A latent that the SAE does not have, or an edit that does not go with it.
+        ConfigError: A latent that the SAE does not have, an edit that does not go with it, or an unknown backend.
+        BackendError: `backend` is "fused", and there is no kernel for this SAE or edit.
     """
 
     latents: Tensor
@@ -65,7 +69,14 @@ class Suppressor(nn.Module):
     _EXACT = ("threshold_S", "latents")
     """Buffers whose values must survive `.half()`: a rounded threshold decides differently."""
 
-    def __init__(self, sae: SparseAutoencoder, latent_set: LatentSet, scope: Scope | None = None) -> None:
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        latent_set: LatentSet,
+        scope: Scope | None = None,
+        *,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         config = sae.config
         latent_set.check_range(config.d_sae)
@@ -98,6 +109,8 @@ class Suppressor(nn.Module):
             tensors["b_mag_S"] = sae.b_mag[latents] - (sae.b_dec @ W_mag if config.subtract_b_dec else 0)
         for name, tensor in tensors.items():  # shared with the SAE where it needs all of it: W_enc may be large
             self.register_buffer(name, tensor, persistent=False)
+        ops.check_backend(backend, self._encoder, latent_set.edit)
+        self.backend = backend
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Suppressor:
         exact: dict[str, Any] = {name: getattr(self, name) for name in self._EXACT}
@@ -145,6 +158,23 @@ class Suppressor(nn.Module):
             delta = reference.scaled(acts, removal, self.W_dec_S)
         return (delta if scale is None else delta * scale).view(resid.shape)
 
+    def subtract(self, edited: Tensor, resid: Tensor, n_prefix: int) -> Tensor:
+        """Return `edited` less what is removed from the tokens of the scope, both [batch, pos, d_model].
+
+        Args:
+            edited: `resid` itself, which is left as it is, or what other suppressors left of it, which may change.
+            resid: What the SAE reads.
+            n_prefix: Tokens before the patches.
+        """
+        tokens = self.token_slice(n_prefix)
+        if ops.runs_fused(self.backend, resid, self._encoder, self.latent_set.edit):
+            self._check(resid)
+            removal = self.removal * self.strength
+            return ops.fused_suppress(edited, resid, tokens, self.norm, self._encoder, self.W_dec_S, removal)
+        edited = edited.to(torch.promote_types(edited.dtype, torch.float32), copy=edited is resid)
+        edited[:, tokens] -= self.removed(resid[:, tokens])
+        return edited
+
     def energy(self, resid: Tensor) -> Tensor:
         """Return the squared norm of what each latent of S wrote, times what the edit takes of it, [batch, n].
 
@@ -172,15 +202,13 @@ class Suppressor(nn.Module):
 
 def suppress(resid: Tensor, suppressors: list[Suppressor], n_prefix: int) -> Tensor:
     """Return a residual [batch, pos, d_model] edited by several suppressors, each of which sees the unedited one."""
-    if all(len(suppressor.latents) == 0 for suppressor in suppressors):
-        return resid
-    # Subtracted in float32: in half precision each suppressor in turn would round the stream once more.
-    edited = resid.to(torch.promote_types(resid.dtype, torch.float32), copy=True)
+    suppressors = [suppressor for suppressor in suppressors if len(suppressor.latents)]
+    # Several subtract in float32: in half precision each in turn would round the stream once more.
+    edited = resid if len(suppressors) < 2 else resid.to(torch.promote_types(resid.dtype, torch.float32))
     # Which latents fire must not depend on the caller's autocast.
     with torch.autocast(resid.device.type, enabled=False):
         for suppressor in suppressors:
-            tokens = suppressor.token_slice(n_prefix)
-            edited[:, tokens] -= suppressor.removed(resid[:, tokens])
+            edited = suppressor.subtract(edited, resid, n_prefix)
     return edited.to(resid.dtype)
 
 

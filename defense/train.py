@@ -1,26 +1,62 @@
-"""Train a TopK SAE on residuals that are held in memory.
+"""Train an SAE on residuals: TopK, BatchTopK, Matryoshka BatchTopK, or ReLU with an L1 penalty.
 
-The recipe is Gao et al. 2024 (arXiv:2406.04093): reconstruct from the k largest latents, unit-norm decoder rows,
-b_dec from the geometric median, encoder tied to the decoder at the start, and an auxiliary loss that lets latents
-which have not fired for a while explain what is left over (AuxK).
+What all share is the recipe of Gao et al. 2024 (arXiv:2406.04093): unit-norm decoder rows, b_dec from the geometric
+median, the encoder tied to the decoder at the start, and an auxiliary loss that lets latents which have not fired for
+a while explain what is left over (AuxK). They differ in which pre_acts count:
+
+    topk         the k largest of each token
+    batchtopk    the k * batch largest of a batch (arXiv:2412.06410); a threshold once training is over, so that what a
+                 token gives does not depend on its neighbours
+    matryoshka   the same, where also the first 1/16, 3/16 and 7/16 of the latents must reconstruct (arXiv:2503.17547)
+    relu         all that are positive; their sum is penalised (arXiv:2309.08600)
+
+A training can be stopped at any time and goes on from its last saved state, bit for bit as if it had not been. Several
+processes (torchrun) share each batch; the sums of the loss run over all of them, so that the result is that of one
+process but for the order of additions.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
+import safetensors
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import ConfigError, ShapeError
-from .sae import SAEConfig, SparseAutoencoder
+from .activations import Batches, Shards, Source, Stream, Tap, prepared, write_shards
+from .artefact import HostSpec
+from .checkpoint import Checkpoint
+from .classifier import RobustClassifier
+from .errors import CheckpointError, ConfigError, ShapeError
+from .parallel import World
+from .pictures import Pictures
+from .sae import SAEConfig, SparseAutoencoder, Tokens
+from .suppress import token_slice
 
 log = logging.getLogger(__name__)
+
+Variant = Literal["topk", "batchtopk", "matryoshka", "relu"]
+
+PREFIXES = (1 / 16, 3 / 16, 7 / 16, 1.0)
+"""Shares of the latents that must reconstruct by themselves ("matryoshka")."""
+
+_N_SAMPLE = 8192
+"""Tokens that decide the scale and the start of b_dec."""
+_N_THRESHOLD_BATCHES = 32
+_ALONE = World()
+_REPORT_EVERY = 10
+_LOG_EVERY = 250
 
 
 @dataclass(frozen=True)
@@ -29,18 +65,24 @@ class TrainConfig:
 
     Attributes:
         d_sae: Number of latents.
-        k: Latents kept per token.
+        k: Latents kept per token, on average over a batch for "batchtopk" and "matryoshka"; None for "relu".
         steps: Optimiser steps.
-        batch: Tokens per step.
+        batch: Tokens per step, over all processes.
         lr: Peak learning rate; 2e-4 / sqrt(d_sae / 2**14) where None (Gao et al., appendix A.3).
         aux_k: Dead latents that explain the residue.
-        aux_weight: Weight of that loss.
+        aux_weight: Weight of that loss. "relu" has none: there a dead latent has no gradient.
         dead_after: A latent is dead after so many tokens without firing.
         seed: Of the initial weights and the order of tokens.
+        variant: "topk", "batchtopk", "matryoshka" or "relu".
+        l1: Weight of the penalty of "relu": on the sum of a token's acts over sqrt(d_model), in units in which the
+            residual's entries have mean square 1. It grows from 0 over the first tenth of the steps.
+
+    Raises:
+        ConfigError: A value that is not one of these.
     """
 
     d_sae: int
-    k: int
+    k: int | None
     steps: int
     batch: int = 2048
     lr: float | None = None
@@ -48,11 +90,39 @@ class TrainConfig:
     aux_weight: float = 1 / 32
     dead_after: int = 200_000
     seed: int = 0
+    variant: Variant = "topk"
+    l1: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.variant not in get_args(Variant):
+            raise ConfigError(f"variant={self.variant!r}; it must be one of {', '.join(get_args(Variant))}")
+        for name in ("d_sae", "steps", "batch", "aux_k"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; it must be at least 1")
+        if (self.k is None) != (self.variant == "relu"):
+            raise ConfigError(f"k={self.k} with variant={self.variant!r}; 'relu' has no k, the others need one")
+        if self.k is not None and not 1 <= self.k <= self.d_sae:
+            raise ConfigError(f"k={self.k}, d_sae={self.d_sae}; k must lie between 1 and d_sae")
 
     @property
     def peak_lr(self) -> float:
         """The learning rate that is used."""
         return self.lr if self.lr is not None else 2e-4 / math.sqrt(self.d_sae / 2**14)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        step: Steps that are done.
+        loss: Squared error over variance, plus the auxiliary loss or the penalty.
+        n_dead: Latents that have not fired for a while.
+    """
+
+    step: int
+    loss: float
+    n_dead: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +140,23 @@ class Quality:
     alive: float
 
 
+@dataclass(frozen=True)
+class ZeroShot:
+    """What an SAE costs the network when its reconstruction takes the residual's place, error and all.
+
+    Attributes:
+        n: Pictures, none of which was trained on.
+        plain: Accuracy of the CLIP as it is.
+        spliced: Accuracy with the reconstruction.
+        agreement: Share of pictures that get the same answer from both.
+    """
+
+    n: int
+    plain: float
+    spliced: float
+    agreement: float
+
+
 def geometric_median(points: Tensor, iterations: int = 50) -> Tensor:
     """Return the point of least summed distance to points [n, d], by Weiszfeld's iteration."""
     median = points.mean(0)
@@ -79,25 +166,24 @@ def geometric_median(points: Tensor, iterations: int = 50) -> Tensor:
     return median
 
 
+# --- one step -------------------------------------------------------------------------------------
+
+
 class _Trainee(nn.Module):
     """The parameters under training. The decoder has unit rows, kept so by `normalise_decoder`."""
 
-    def __init__(self, d_model: int, config: TrainConfig, b_dec: Tensor) -> None:
+    def __init__(self, d_model: int, config: TrainConfig) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed)
         rows = functional.normalize(torch.randn(config.d_sae, d_model, generator=generator), dim=1)
         self.W_dec = nn.Parameter(rows)
         self.W_enc = nn.Parameter(rows.T.contiguous())
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.b_dec = nn.Parameter(b_dec.clone())
-        self.k = config.k
+        self.b_dec = nn.Parameter(torch.zeros(d_model))
 
     def pre_acts(self, resid: Tensor) -> Tensor:
-        return ((resid - self.b_dec) @ self.W_enc + self.b_enc).relu()
-
-    def decode(self, values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
-        acts = values.new_zeros(len(values), d_sae).scatter(1, indices, values)
-        return acts @ self.W_dec
+        # Not (resid - b_dec) @ W_enc: its gradient would take one more product of the size of the batch.
+        return torch.addmm(self.b_enc - self.b_dec @ self.W_enc, resid, self.W_enc).relu()
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
@@ -109,8 +195,281 @@ class _Trainee(nn.Module):
         self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
 
 
-def train_topk(resid: Tensor, config: TrainConfig, *, tokens: str = "all") -> SparseAutoencoder:
-    """Return a TopK SAE of residuals [n, d_model].
+class Trainer:
+    """An SAE under training: parameters, optimiser, and what is known of each latent.
+
+    It works at unit mean squared entry, so that one learning rate serves every host; `finish` undoes that.
+
+    Args:
+        config: How to train.
+        d_model: Width of the residuals.
+        device: Where.
+        world: The processes that share each batch.
+    """
+
+    def __init__(self, config: TrainConfig, d_model: int, device: torch.device, world: World) -> None:
+        self.config, self.world = config, world
+        self.trainee = _Trainee(d_model, config).to(device)
+        self.optimizer = torch.optim.Adam(self.trainee.parameters(), lr=config.peak_lr, betas=(0.9, 0.999), fused=True)
+        self.silent_for = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
+        self.scale = 1.0
+        self.step = 0
+        ends = [max(1, round(share * config.d_sae)) for share in PREFIXES]
+        self._groups = list(zip([0, *ends], ends, strict=False)) if config.variant == "matryoshka" else [(0, None)]
+        self._bound = 0.0
+
+    def start(self, sample: Tensor) -> None:
+        """Set the scale and b_dec from a sample of residuals [n, d_model].
+
+        Raises:
+            ConfigError: All of them are equal.
+        """
+        self.scale = float((sample - sample.mean(0)).square().mean().sqrt())
+        if self.scale == 0:
+            raise ConfigError(f"all {len(sample)} residuals of a sample are equal; there is nothing to learn from them")
+        with torch.no_grad():
+            self.trainee.b_dec.copy_(geometric_median(sample / self.scale))
+
+    @property
+    def dead(self) -> Tensor:
+        """Which latents have not fired for `dead_after` tokens, bool [d_sae]."""
+        return self.silent_for > self.config.dead_after
+
+    def update(self, resid: Tensor) -> Tensor:
+        """Take one step on this process's rows [n_own, d_model] of a batch; return its share of the loss, 0-dim."""
+        config, trainee = self.config, self.trainee
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.peak_lr * min(1.0, (self.step + 1) / 100, 5 * (1 - self.step / config.steps))
+        loss, fired = self._loss(resid / self.scale)
+        self.optimizer.zero_grad()
+        loss.backward()
+        for parameter in trainee.parameters():
+            assert parameter.grad is not None
+            self.world.sum(parameter.grad)
+        trainee.keep_gradient_tangent()
+        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+        self.optimizer.step()
+        trainee.normalise_decoder()
+        self.silent_for += config.batch
+        self.silent_for[self.world.any(fired)] = 0
+        self.step += 1
+        return loss.detach()
+
+    def _loss(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this process's share of the loss, and which latents fired on its rows, bool [d_sae].
+
+        Every sum over tokens is divided by the size of the whole batch: the shares add up to the loss.
+        """
+        n, trainee = self.config.batch, self.trainee
+        pre_acts = trainee.pre_acts(batch)
+        acts = self._activate(pre_acts)
+        mean = self.world.sum(batch.sum(0)) / n
+        variance = self.world.sum((batch - mean).square().sum(1).sum()) / n
+        residue, error = batch - trainee.b_dec, batch.new_zeros(())
+        for first, last in self._groups:
+            residue = residue - acts[:, first:last] @ trainee.W_dec[first:last]
+            error = error + residue.square().sum(1).sum()
+        loss = error / len(self._groups) / n / variance
+        if self.config.variant == "relu":
+            ramp = min(1.0, 10 * self.step / self.config.steps)
+            loss = loss + ramp * self.config.l1 * acts.sum() / n / math.sqrt(batch.shape[1])
+        elif self.dead.any():
+            loss = loss + self._aux_loss(pre_acts, residue.detach())
+        return loss, (acts.detach() > 0).any(0)
+
+    def _activate(self, pre_acts: Tensor) -> Tensor:
+        """Return acts [n_own, d_sae]."""
+        if self.config.variant == "topk":
+            assert self.config.k is not None
+            values, indices = pre_acts.topk(self.config.k, dim=1, sorted=False)
+            return torch.zeros_like(pre_acts).scatter(1, indices, values)
+        if self.config.variant == "relu":
+            return pre_acts
+        return functional.threshold(pre_acts, self._cut(pre_acts), 0.0)
+
+    @torch.no_grad()
+    def _cut(self, pre_acts: Tensor) -> float:
+        """Return what the k * batch largest pre_acts of the whole batch exceed; 0 if fewer are positive."""
+        assert self.config.k is not None
+        n_kept = self.config.k * self.config.batch
+        for bound in (self._bound, 0.0):  # most are far below the last cut and need not be sorted
+            near = pre_acts[pre_acts > bound]
+            count = self.world.sum(torch.tensor(len(near), device=near.device))
+            if count > n_kept:
+                break
+        else:
+            return 0.0
+        largest = near.topk(min(len(near), n_kept + 1), sorted=False).values
+        if self.world.size > 1:
+            largest = self.world.gather(functional.pad(largest, (0, n_kept + 1 - len(largest)))).flatten()
+            largest = largest.topk(n_kept + 1, sorted=False).values
+        cut = float(largest.min())
+        self._bound = 0.8 * cut
+        return cut
+
+    def _aux_loss(self, pre_acts: Tensor, residue: Tensor) -> Tensor:
+        """Return AuxK's loss: what the dead latents leave of the residue [n_own, d_model], relative to it."""
+        n, dead = self.config.batch, self.dead.nonzero()[:, 0]
+        candidates = pre_acts[:, dead]
+        values, indices = candidates.topk(min(self.config.aux_k, len(dead)), dim=1, sorted=False)
+        left = residue - torch.zeros_like(candidates).scatter(1, indices, values) @ self.trainee.W_dec[dead]
+        whole = self.world.sum(residue.square().sum(1).sum()) / n
+        return self.config.aux_weight * (left.square().sum(1).sum() / n) / whole
+
+    @torch.no_grad()
+    def finish(self, batches: BatchSource, tokens: Tokens) -> SparseAutoencoder:
+        """Return the SAE in the residual's own units; "batchtopk" gets its threshold from some more batches."""
+        trainee, act = self.trainee, "batchtopk" if self.config.variant == "matryoshka" else self.config.variant
+        parameters = {
+            "W_enc": trainee.W_enc.detach().cpu().numpy(),
+            "b_enc": trainee.b_enc.detach().cpu().numpy() * self.scale,
+            "W_dec": trainee.W_dec.detach().cpu().numpy(),
+            "b_dec": trainee.b_dec.detach().cpu().numpy() * self.scale,
+        }
+        if act == "batchtopk":
+            device = trainee.W_enc.device
+            resids = (batches.next().to(device) for _ in range(_N_THRESHOLD_BATCHES))
+            cuts = [self._cut(trainee.pre_acts(resid / self.scale)) for resid in resids]
+            threshold = self.scale * sum(cuts) / len(cuts)
+            parameters["threshold"] = np.full(self.config.d_sae, threshold, np.float32)
+        fields: dict[str, Any] = {"act": act, "k": self.config.k if act == "topk" else None, "tokens": tokens}
+        return SparseAutoencoder(SAEConfig(trainee.b_dec.shape[0], self.config.d_sae, **fields), parameters)
+
+    # --- saved state ---
+
+    def save(self, path: Path, made_with: Mapping[str, Any], batches: Mapping[str, Any]) -> None:
+        """Write everything that the next step depends on as one safetensors file.
+
+        Args:
+            path: Where to; replaced when the new file is complete.
+            made_with: What must be the same for the training to go on, as JSON values.
+            batches: Where the next batch is, as JSON values.
+        """
+        tensors = {"silent_for": self.silent_for}
+        for name, parameter in self.trainee.named_parameters():
+            tensors[name] = parameter.detach()
+            tensors |= {f"{name}.{moment}": value for moment, value in self.optimizer.state[parameter].items()}
+        numbers = {"step": self.step, "scale": self.scale, "batches": batches, "made_with": made_with}
+        partial = path.with_name(f"{path.name}.partial")
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, {"state": json.dumps(numbers)})
+        partial.replace(path)
+
+    def restore(self, saved: SavedState) -> None:
+        """Go back to a saved state."""
+        tensors = dict(saved.tensors)
+        self.silent_for.copy_(tensors.pop("silent_for"))
+        self.step, self.scale = saved.step, saved.scale
+        with torch.no_grad():
+            for name, parameter in self.trainee.named_parameters():
+                parameter.copy_(tensors[name])
+                moments = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.startswith(f"{name}.")}
+                # Adam counts its steps on the CPU unless it is told otherwise; fused, on the parameter's device.
+                self.optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in moments.items()}
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A training that was stopped, as `Trainer.save` wrote it."""
+
+    step: int
+    scale: float
+    batches: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, path: Path, made_with: Mapping[str, Any]) -> SavedState | None:
+        """Return what is saved at a path, or None where nothing is.
+
+        Raises:
+            CheckpointError: The file is damaged.
+            ConfigError: It was made with something else than `made_with`.
+        """
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                numbers = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is no saved training ({error}); delete it to start anew") from error
+        want = json.loads(json.dumps(made_with))
+        differing = [key for key in {**want, **numbers["made_with"]} if want.get(key) != numbers["made_with"].get(key)]
+        if differing:
+            raise ConfigError(
+                f"{path} holds a training with other settings ({', '.join(sorted(differing))}); delete it to start "
+                "anew, or write elsewhere"
+            )
+        return cls(numbers["step"], numbers["scale"], numbers["batches"], tensors)
+
+
+# --- a training -----------------------------------------------------------------------------------
+
+
+class BatchSource(Protocol):
+    """Where batches come from: `activations.Batches`, or residuals in memory."""
+
+    def next(self) -> Tensor:
+        """Return this process's rows of the next batch."""
+
+    def sample(self, n: int) -> Tensor:
+        """Return a sample of n rows."""
+
+    def state(self) -> dict[str, Any]:
+        """Return where the next batch is."""
+
+
+def train(
+    source: Source,
+    config: TrainConfig,
+    *,
+    tokens: Tokens = "all",
+    device: torch.device | str = "cpu",
+    world: World = _ALONE,
+    state: Path | None = None,
+    save_every: int = 500,
+    report: Callable[[Progress], None] | None = None,
+) -> SparseAutoencoder:
+    """Return an SAE trained on a source of residuals.
+
+    Args:
+        source: `activations.Stream` or `activations.Shards`.
+        config: How to train.
+        tokens: Which tokens its residuals are; recorded in the SAE.
+        device: Where to train.
+        world: The processes that share each batch.
+        state: File to save the training in, and to go on from where it exists; deleted at the end.
+        save_every: Steps between two saves.
+        report: Called every few steps, by every process.
+
+    Raises:
+        ConfigError: Less than a batch of tokens, or `state` is of another training.
+        CheckpointError: `state` is damaged.
+    """
+    made_with = {**{f"train.{key}": value for key, value in asdict(config).items()}, **source.describe()}
+    saved = None if state is None else SavedState.read(state, made_with)
+    batches = Batches(
+        source, config.batch, seed=config.seed, world=world, state=None if saved is None else saved.batches
+    )
+    trainer = Trainer(config, source.d_model, torch.device(device), world)
+    if saved is None:
+        trainer.start(batches.sample(_N_SAMPLE).to(device))
+    else:
+        trainer.restore(saved)
+        log.info("going on at step %d of %d", trainer.step, config.steps)
+
+    def save() -> None:
+        if state is not None and world.is_first and trainer.step % save_every == 0:
+            trainer.save(state, made_with, batches.state())
+
+    sae = _run(trainer, batches, tokens, report, save)
+    world.wait()  # until every process has read what is deleted now
+    if state is not None and world.is_first:
+        state.unlink(missing_ok=True)
+    return sae
+
+
+def train_in_memory(resid: Tensor, config: TrainConfig, *, tokens: Tokens = "all") -> SparseAutoencoder:
+    """Return an SAE trained on residuals [n, d_model].
 
     Args:
         resid: Float tensor; drawn with replacement, by the seed alone.
@@ -119,63 +478,60 @@ def train_topk(resid: Tensor, config: TrainConfig, *, tokens: str = "all") -> Sp
 
     Raises:
         ShapeError: `resid` is not two-dimensional.
-        ConfigError: Fewer tokens than one batch, or k above d_sae.
+        ConfigError: Fewer tokens than one batch.
     """
     if resid.ndim != 2:
         raise ShapeError(f"resid is {list(resid.shape)}; it must be [n, d_model], one row per token")
-    if len(resid) < config.batch or config.k > config.d_sae:
-        raise ConfigError(
-            f"{len(resid)} tokens, batch={config.batch}, k={config.k}, d_sae={config.d_sae}; it takes at least one "
-            "batch of tokens, and k of at most d_sae"
-        )
-    d_model = resid.shape[1]
-    generator = torch.Generator().manual_seed(config.seed)
-    sample = resid[torch.randperm(len(resid), generator=generator)[:8192]].float()
-    # Trained at unit mean squared entry, so that one learning rate serves every host; undone at the end.
-    scale = float((sample - sample.mean(0)).square().mean().sqrt())
-    trainee = _Trainee(d_model, config, geometric_median(sample / scale))
-    optimizer = torch.optim.Adam(trainee.parameters(), lr=config.peak_lr, betas=(0.9, 0.999), fused=True)
-    silent_for = torch.zeros(config.d_sae, dtype=torch.int64)
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.peak_lr * min(1.0, (step + 1) / 100, 5 * (1 - step / config.steps))
-        rows = torch.randint(len(resid), (config.batch,), generator=generator)
-        loss, fired = _loss(trainee, resid[rows].float() / scale, config, silent_for > config.dead_after)
-        optimizer.zero_grad()
-        loss.backward()
-        trainee.keep_gradient_tangent()
-        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-        optimizer.step()
-        trainee.normalise_decoder()
-        silent_for += config.batch
-        silent_for[fired] = 0
-        if (step + 1) % 250 == 0:
-            dead = int((silent_for > config.dead_after).sum())
-            log.info("SAE step %d of %d: loss %.4f, %d dead", step + 1, config.steps, loss.item(), dead)
-    parameters = {
-        "W_enc": trainee.W_enc.detach().numpy(),
-        "b_enc": trainee.b_enc.detach().numpy() * scale,
-        "W_dec": trainee.W_dec.detach().numpy(),
-        "b_dec": trainee.b_dec.detach().numpy() * scale,
-    }
-    fields: Mapping[str, Any] = {"act": "topk", "k": config.k, "tokens": tokens}
-    return SparseAutoencoder(SAEConfig(d_model=d_model, d_sae=config.d_sae, **fields), parameters)
+    if len(resid) < config.batch:
+        raise ConfigError(f"{len(resid)} tokens, batch={config.batch}; it takes at least one batch of tokens")
+    batches = InMemory(resid, config)
+    trainer = Trainer(config, resid.shape[1], resid.device, World())
+    trainer.start(batches.sample(_N_SAMPLE))
+    return _run(trainer, batches, tokens)
 
 
-def _loss(trainee: _Trainee, batch: Tensor, config: TrainConfig, dead: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the reconstruction loss plus AuxK, and the latents that fired."""
-    pre_acts = trainee.pre_acts(batch)
-    values, indices = pre_acts.topk(config.k, dim=1, sorted=False)
-    residue = batch - trainee.b_dec - trainee.decode(values, indices, config.d_sae)
-    variance = (batch - batch.mean(0)).square().sum(1).mean()
-    loss = residue.square().sum(1).mean() / variance
-    n_dead = int(dead.sum())
-    if n_dead:
-        candidates = pre_acts.masked_fill(~dead, -torch.inf)
-        aux_values, aux_indices = candidates.topk(min(config.aux_k, n_dead), dim=1, sorted=False)
-        left = residue.detach() - trainee.decode(aux_values, aux_indices, config.d_sae)
-        loss = loss + config.aux_weight * left.square().sum(1).mean() / residue.detach().square().sum(1).mean()
-    return loss, indices[values > 0]
+class InMemory:
+    """Rows of one tensor, drawn with replacement."""
+
+    def __init__(self, resid: Tensor, config: TrainConfig) -> None:
+        self.resid, self.batch = resid, config.batch
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def sample(self, n: int) -> Tensor:
+        return self.resid[torch.randperm(len(self.resid), generator=self.generator)[:n]].float()
+
+    def next(self) -> Tensor:
+        return self.resid[torch.randint(len(self.resid), (self.batch,), generator=self.generator)].float()
+
+    def state(self) -> dict[str, Any]:
+        raise NotImplementedError("a training in memory is not saved")
+
+
+def _run(
+    trainer: Trainer,
+    batches: BatchSource,
+    tokens: Tokens,
+    report: Callable[[Progress], None] | None = None,
+    save: Callable[[], None] = lambda: None,
+) -> SparseAutoencoder:
+    """Take the steps that are left; report and save on the way."""
+    config = trainer.config
+    while trainer.step < config.steps:
+        loss = trainer.update(batches.next().to(trainer.silent_for.device))
+        save()
+        is_told = report is not None and (trainer.step % _REPORT_EVERY == 0 or trainer.step == config.steps)
+        if is_told or trainer.step % _LOG_EVERY == 0:
+            progress = Progress(trainer.step, float(trainer.world.sum(loss)), int(trainer.dead.sum()))
+            if report is not None and is_told:
+                report(progress)
+            if trainer.step % _LOG_EVERY == 0:
+                log.info(
+                    "SAE step %d of %d: loss %.4f, %d dead", progress.step, config.steps, progress.loss, progress.n_dead
+                )
+    return trainer.finish(batches, tokens)
+
+
+# --- what came of it ------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -183,7 +539,7 @@ def measure(sae: SparseAutoencoder, resid: Tensor, *, chunk: int = 4096) -> Qual
     """Return an SAE's quality on residuals [n, d_model]."""
     mean = resid.float().mean(0)
     error = variance = fired = 0.0
-    alive = torch.zeros(sae.config.d_sae, dtype=torch.bool)
+    alive = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=resid.device)
     for rows in resid.split(chunk):
         rows = rows.float()
         acts = sae.encode(rows)
@@ -192,3 +548,120 @@ def measure(sae: SparseAutoencoder, resid: Tensor, *, chunk: int = 4096) -> Qual
         fired += float((acts != 0).sum())
         alive |= (acts != 0).any(0)
     return Quality(1 - error / variance, fired / len(resid), float(alive.float().mean()))
+
+
+@contextmanager
+def spliced(tap: Tap, sae: SparseAutoencoder) -> Iterator[None]:
+    """Let the SAE's reconstruction take the place of the residual, for as long as the context lasts."""
+
+    def replace(_block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        resid = tap.vision.to_batch_first(output).clone()
+        tokens = token_slice(tap.tokens, tap.vision.n_prefix)
+        rows = resid[:, tokens].float()
+        resid[:, tokens] = sae.decode(sae.encode(rows), rows).to(resid.dtype)
+        return tap.vision.to_batch_first(resid)
+
+    handle = tap.vision.block(tap.hook_point).register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SparseAutoencoder, tap: Tap, pictures: Pictures, *, n: int = 1000, names: tuple[str, ...] = ()
+) -> tuple[Quality, ZeroShot | None]:
+    """Return an SAE's quality on up to `n` pictures that were kept from training, and what splicing it in costs.
+
+    Args:
+        sae: The SAE.
+        tap: Where its residuals come from.
+        pictures: The source that it was trained on.
+        n: How many pictures to measure on.
+        names: The classes, for zero-shot accuracy; left out without them or where no picture says its class.
+
+    Raises:
+        ConfigError: No held-out picture can be read, or a label is none of `names`.
+    """
+    sae = sae.to(tap.device)
+    held_out = list(pictures.held_out(n))
+    text_embeds = torch.from_numpy(RobustClassifier(tap.host).set_labels(names).text_embeds()) if names else None
+    resids: list[Tensor] = []
+    answers: list[tuple[int, int, int]] = []
+    for batch in prepared(tap, held_out):
+        readable = [(picture, pixels) for picture, pixels in batch if pixels is not None]
+        if not readable:
+            continue
+        pixel_values = np.stack([pixels for _, pixels in readable])
+        resids.append(tap.resid(pixel_values).flatten(0, 1))
+        if text_embeds is None:
+            continue
+        labels = [pictures.class_of(picture, names) for picture, _ in readable]
+        images = tap.batch(pixel_values)
+        plain = _nearest(tap, images, text_embeds)
+        with spliced(tap, sae):
+            edited = _nearest(tap, images, text_embeds)
+        answers += [(label, a, b) for label, a, b in zip(labels, plain, edited, strict=True) if label is not None]
+    if not resids:
+        raise ConfigError("none of the pictures that were kept from training can be read; there is nothing to measure")
+    quality = measure(sae, torch.cat(resids))
+    if not answers:
+        return quality, None
+    label, first, second = np.array(answers).T
+    shares = [float(hits.mean()) for hits in (first == label, second == label, first == second)]
+    return quality, ZeroShot(len(answers), *shares)
+
+
+def _nearest(tap: Tap, images: Tensor, text_embeds: Tensor) -> list[int]:
+    image_embeds = functional.normalize(tap.host.model.encode_image(images), dim=-1).float().cpu()
+    return (image_embeds @ text_embeds.T).argmax(1).tolist()
+
+
+def train_checkpoint(
+    stream: Stream,
+    config: TrainConfig,
+    host: HostSpec,
+    *,
+    names: Sequence[str] = (),
+    n_held_out: int = 1000,
+    shards: Path | None = None,
+    state: Path | None = None,
+    licence: str = "not stated",
+    report: Callable[[Progress], None] | None = None,
+) -> Checkpoint:
+    """Train an SAE on pictures, measure it, and return it in the form that `checkpoint.save` writes.
+
+    Args:
+        stream: The pictures' residuals.
+        config: How to train.
+        host: What identifies the CLIP.
+        names: The classes of the pictures, to measure zero-shot accuracy with.
+        n_held_out: Pictures to measure on.
+        shards: Folder to keep the residuals in; where it exists, they are read from there.
+        state: See `train`.
+        licence: Of the SAE.
+        report: See `train`.
+
+    Raises:
+        ConfigError: See `train`, `Shards` and `evaluate`.
+        CheckpointError: `shards` or `state` is damaged.
+    """
+    source: Source = stream
+    if shards is not None:
+        if not shards.exists():
+            write_shards(stream, shards, config.steps * config.batch)
+        source = Shards(shards, stream.describe(), stream.world)
+    tap = stream.tap
+    sae = train(source, config, tokens=tap.tokens, device=tap.device, world=stream.world, state=state, report=report)
+    quality, zero_shot = evaluate(sae, tap, stream.pictures, n=n_held_out, names=tuple(names))
+    provenance = {
+        "host": asdict(host),
+        "activations": source.describe(),
+        "train": asdict(config),
+        "quality": asdict(quality),
+        "zero_shot": None if zero_shot is None else asdict(zero_shot),
+        "n_unreadable": len(stream.unreadable),
+    }
+    name = host.model if host.pretrained is None else f"{host.model}, {host.pretrained}"
+    return Checkpoint(sae.cpu(), tap.hook_point, name, host.quick_gelu, licence, provenance)

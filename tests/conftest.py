@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,58 @@ def tiny_clip(tiny_folder):
     import open_clip
 
     return open_clip.create_model(f"local-dir:{tiny_folder}").eval().requires_grad_(False)
+
+
+# --- exported bundles -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tiny_folder):
+    """The tiny CLIP with a TopK defense that projects, and labels set."""
+    open_clip = pytest.importorskip("open_clip")
+
+    from defense.classifier import Host, RobustClassifier
+    from defense.labels import ClipTokenizer
+
+    model = open_clip.create_model(f"local-dir:{tiny_folder}").eval().requires_grad_(False)
+    latent_set = LatentSet("text", tuple(range(20)), edit="project")
+    defense = random_defense(model, (1, random_sae(act="topk", k=8), latent_set), name=f"local-dir:{tiny_folder}")
+    clf = RobustClassifier(Host(model, defense.preprocess, ClipTokenizer(16)), defense).set_labels(
+        ["dog", "cat", "red fish"]
+    )
+    return clf
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_classifier, tmp_path_factory) -> Path:
+    """The bundle of that classifier, with its text tower. Not to be changed: see `copied`."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from defense.export.exporter import export_onnx
+
+    folder = tmp_path_factory.mktemp("bundles") / "tiny"
+    export_onnx(tiny_classifier, folder, text=True)
+    return folder
+
+
+@pytest.fixture
+def copied(tiny_bundle, tmp_path) -> Path:
+    """A copy of the bundle to damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def seven_pictures() -> list[np.ndarray]:
+    """Pictures of random noise, uint8 [40, 48, 3]."""
+    return list(np.random.default_rng(0).integers(0, 256, (7, 40, 48, 3), dtype=np.uint8))
+
+
+def restated(folder: Path, **fields) -> Path:
+    """Make the manifest of a changed bundle agree with its files again, and set fields of it."""
+    from defense.artefact import MANIFEST, file_entry
+
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    manifest["files"] = {path.relative_to(folder).as_posix(): file_entry(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps({**manifest, **fields}), encoding="utf-8")
+    return folder

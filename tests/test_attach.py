@@ -74,6 +74,36 @@ def test_a_defense_that_keeps_everything_is_bit_equal_to_stock_clip(tiny_clip, l
         assert torch.equal(tiny_clip.encode_image(batch), stock.encode_image(batch))
 
 
+@pytest.mark.parametrize("edit", ["scale", "project"])
+def test_what_fires_does_not_depend_on_the_callers_autocast(tiny_clip, edit):
+    defense = random_defense(tiny_clip, (1, random_sae(**TOPK), a_set(edit=edit)))
+    batch, seen = pictures(tiny_clip), {}
+    wrap(tiny_clip, defense)
+    tiny_clip.visual.transformer.resblocks[1].register_forward_hook(
+        lambda _m, _inputs, output: seen.update(output=output)
+    )
+    (block,) = attached(tiny_clip).edited_blocks()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), attached(tiny_clip).recording():
+        tiny_clip.encode_image(batch)
+        before = block.seen
+    (suppressor,) = block.parts()
+    with torch.inference_mode():
+        want = (before.float() - suppressor.removed(before)).to(before.dtype)
+    assert torch.equal(seen["output"], want)
+    assert not torch.equal(seen["output"], before)
+
+
+@pytest.mark.parametrize("edit", ["scale", "project"])
+def test_a_float64_host_is_defended_in_float64(tiny_clip, edit):
+    batch = pictures(tiny_clip)
+    wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(**TOPK), a_set(edit=edit))))
+    with torch.inference_mode():
+        single = tiny_clip.encode_image(batch)
+        double = tiny_clip.double().encode_image(batch.double())
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single, atol=1e-4, rtol=1e-4)
+
+
 def test_strength_zero_and_bypass_are_bit_equal_to_stock_clip(tiny_clip):
     batch = pictures(tiny_clip)
     with torch.inference_mode():

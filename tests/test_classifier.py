@@ -6,6 +6,7 @@ import io
 import logging
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,3 +268,54 @@ def test_fault_68_cuda_that_is_not_there_is_refused():
     with pytest.raises(BackendError, match="sees no CUDA device"):
         resolve_device("cuda")
     assert resolve_device("auto") == "cpu"
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_a_batch_size_below_one_is_refused(tiny_folder, batch_size):
+    with pytest.raises(ConfigError, match="batch_size"):
+        RobustClassifier(load_host(f"local-dir:{tiny_folder}"), batch_size=batch_size)
+
+
+def test_fewer_than_one_label_to_return_is_refused_before_anything_is_read(clf):
+    def unread():
+        raise AssertionError("the pictures were read")
+        yield
+
+    for call in (
+        lambda: clf(picture(), top_k=0),
+        lambda: clf(unread(), top_k=-1),
+        lambda: clf.explain(picture(), top_k=0),
+    ):
+        with pytest.raises(ConfigError, match="top_k"):
+            call()
+
+
+def test_a_defended_host_is_no_stock_clip(tiny_folder, tiny_defense):
+    host = load_host(f"local-dir:{tiny_folder}")
+    RobustClassifier(host, tiny_defense)
+    with pytest.raises(ConfigError, match="defended already"):
+        RobustClassifier(host)
+
+
+def test_other_preprocessing_than_the_defense_was_fitted_with_is_refused_unless_asked_for(tiny_folder, tiny_defense):
+    host = load_host(f"local-dir:{tiny_folder}")
+    other = replace(host, preprocess=replace(host.preprocess, mean=(0.4, 0.5, 0.5)))
+    with pytest.raises(ConfigError, match="prepared with"):
+        RobustClassifier(other, tiny_defense)
+    clf = RobustClassifier(other, tiny_defense, allow_mismatch=True)
+    assert clf.defense is not None
+
+
+@pytest.mark.parametrize("call", ["transform", "predict_proba", "predict"])
+@pytest.mark.parametrize("one", ["dog.png", b"...", Path("dog.png")])
+def test_one_picture_where_scikit_learn_takes_many_is_refused(clf, call, one):
+    with pytest.raises(ConfigError, match="must be a list"):
+        getattr(clf, call)(one)
+
+
+def test_a_stream_keeps_the_labels_that_were_set_when_it_began(clf):
+    stream = clf.stream([picture(i) for i in range(6)])
+    first = next(stream)
+    clf.set_labels(["sun", "moon"])
+    assert {entry["label"] for entry in next(stream)} == {entry["label"] for entry in first} == set(LABELS)
+    assert {entry["label"] for entry in clf(picture())} == {"sun", "moon"}

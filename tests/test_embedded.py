@@ -48,22 +48,37 @@ def test_golden_vectors_are_reproduced(clf):
 
 def test_the_plain_model_sees_and_reads(measured):
     plain, _ = measured
-    assert plain["clean"] >= 93
-    assert plain["attack_success"] >= 30
+    assert plain["clean"] >= 95
+    assert plain["attack_success"] >= 60
 
 
 def test_the_defense_stops_the_reading_and_keeps_the_seeing(measured):
     plain, defended = measured
     assert defended["attack_success"] <= 5
-    assert defended["attacked"] >= plain["attacked"] + 20
-    assert defended["clean"] >= plain["clean"] - 5
+    assert defended["attacked"] >= plain["attacked"] + 50
+    assert defended["clean"] >= plain["clean"] - 1.5
+    assert defended["attacked"] >= defended["neutral"] - 6
+
+
+@pytest.mark.parametrize("task", sorted(build.GROUPINGS))
+def test_the_plain_model_leans_on_what_goes_with_the_answer(task):
+    host, grouping = load_host("embedded"), build.GROUPINGS[task]
+    groups = build.groups_of(grouping, 200, 123_456, host)
+    text_embeds = build.text_embeds_of(host, grouping.classes, grouping.template)
+    report = build.group_report_on(host, groups, text_embeds)
+    of_groups = [report[f"{y}-{a}"] for y in range(2) for a in range(2)]
+    assert report["worst"] == min(of_groups)
+    assert report["average"] == pytest.approx(sum(of_groups) / 4)
+    assert report["worst"] <= report["average"] - 15
 
 
 def test_random_latents_of_equal_activity_do_not_defend(pairs):
     host = load_host("embedded")
     defense = artefact.load(embedded_folder("text"))
     control = artefact.Defense(
-        defense.host, defense.preprocess, tuple(build.random_control(host, site, 0) for site in defense.sites)
+        defense.host,
+        defense.preprocess,
+        tuple(build.random_control(host, site, pairs.attacked, 0) for site in defense.sites),
     )
     for site, mine in zip(control.sites, defense.sites, strict=True):
         assert len(site.sets[0].latents) == len(mine.sets[0].latents)
@@ -72,7 +87,7 @@ def test_random_latents_of_equal_activity_do_not_defend(pairs):
     before = build.report_on(host, pairs, text_embeds)
     RobustClassifier(host, control)
     after = build.report_on(host, pairs, text_embeds)
-    assert after["attack_success"] >= before["attack_success"] - 20
+    assert after["attack_success"] >= before["attack_success"] - 25
 
 
 def test_the_examples_fool_plain_clip_and_not_the_defended_one(clf):
@@ -101,7 +116,7 @@ def test_what_is_removed_lies_where_the_word_is(clf):
         heat = clf.explain(scenes.render(case.scene)).heatmap.ravel()
         text = scenes.letters_at(case.scene, grid) > 0
         inside, total = inside + heat[text].sum() / heat.sum(), total + text.mean()
-    assert inside > total, "per patch, more must be removed on the word than elsewhere"
+    assert inside > 2 * total, "per patch, twice as much must be removed on the word as elsewhere"
 
 
 def test_classify_without_arguments_shows_the_examples():
@@ -129,9 +144,8 @@ def test_words_that_no_caption_used_are_named(clf, caplog):
     clf.set_labels(list(scenes.OBJECTS))
 
 
-def test_the_shipped_model_is_small():
-    total = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    assert total <= 25e6
+def test_the_shipped_weights_are_small():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*.safetensors")) <= 25e6
 
 
 def test_training_resumes_where_it_stopped(tmp_path):

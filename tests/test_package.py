@@ -102,7 +102,20 @@ def test_importing_the_package_loads_no_backend_and_little_else() -> None:
     assert int(after) - int(before) <= 40
 
 
-@pytest.mark.parametrize("name", ["artefact", "errors", "images", "labels", "latents", "cli"])
+NUMPY_ONLY = [
+    "artefact",
+    "errors",
+    "images",
+    "labels",
+    "latents",
+    "cli",
+    "export.bundle",
+    "export.runtime",
+    "export.batch",
+]
+
+
+@pytest.mark.parametrize("name", NUMPY_ONLY)
 def test_modules_for_which_numpy_is_enough_load_no_torch(name: str) -> None:
     run_python(f"import defense.{name}, sys; sys.exit(bool({{'torch', 'open_clip'}} & set(sys.modules)))")
 

@@ -262,6 +262,28 @@ def test_project_survives_parallel_decoder_rows():
     torch.testing.assert_close(twice, once, atol=1e-4, rtol=0)
 
 
+def test_project_survives_rows_that_bfloat16_makes_parallel():
+    from defense.sae import SAEConfig, SparseAutoencoder
+
+    from .conftest import random_parameters
+
+    config = SAEConfig(D_MODEL, D_SAE, "relu")
+    parameters = random_parameters(config)
+    for name in ("W_enc", "W_dec"):
+        rows = parameters[name] if name == "W_dec" else parameters[name].T
+        rows[7] = rows[3] + 1e-4 * rows[9]
+    parameters["b_enc"][7] = parameters["b_enc"][3]
+    sae = SparseAutoencoder(config, parameters)
+    resid = residuals(60)
+    suppressor = Suppressor(sae, LatentSet("twice", (3, 7), edit="project")).bfloat16()
+    removed, centred = suppressor.removed(resid).float(), resid - sae.b_dec
+    fires = (suppressor.acts(resid) != 0).all(1)
+    assert fires.any()
+    assert (removed[fires].norm(dim=1) < 1.02 * centred[fires].norm(dim=1)).all(), "a projection cannot lengthen"
+    left = (centred - removed)[fires] @ sae.W_dec[3]
+    assert left.abs().max() < 0.05, "nothing may be left along the rows"
+
+
 @rules
 @norms
 def test_set_moves_activations_to_their_target(fields, norm):

@@ -9,9 +9,9 @@ pytest.importorskip("open_clip")
 import torch
 
 from defense.errors import ConfigError, ShapeError
-from defense.fit import FitConfig, Pairs, Ranking, Tail, TextFit
+from defense.fit import FitConfig, GroupFit, Groups, Pairs, Ranking, Tail, TextFit, _Trial
 from defense.suppress import Suppressor
-from defense.train import TrainConfig, geometric_median, measure, train_topk
+from defense.train import TrainConfig, geometric_median, measure, train_in_memory
 
 from .conftest import random_defense, random_sae
 
@@ -29,7 +29,7 @@ def planted(n: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_training_recovers_a_planted_dictionary():
-    sae = train_topk(planted(20_000), TrainConfig(d_sae=64, k=6, steps=800, batch=128, lr=5e-3))
+    sae = train_in_memory(planted(20_000), TrainConfig(d_sae=64, k=6, steps=800, batch=128, lr=5e-3))
     quality = measure(sae, planted(2_000, seed=1))
     assert quality.explained_variance > 0.95
     assert 0 < quality.l0 <= 6
@@ -39,7 +39,7 @@ def test_training_recovers_a_planted_dictionary():
 
 
 def test_training_is_reproducible():
-    first, second = (train_topk(planted(2_000), CONFIG) for _ in range(2))
+    first, second = (train_in_memory(planted(2_000), CONFIG) for _ in range(2))
     assert torch.equal(first.W_enc, second.W_enc)
 
 
@@ -50,9 +50,9 @@ def test_quality_of_an_sae_that_explains_nothing_is_not_positive():
 
 def test_bad_material_for_training_is_refused():
     with pytest.raises(ShapeError, match=r"\[n, d_model\]"):
-        train_topk(torch.zeros(2, 3, 4), CONFIG)
+        train_in_memory(torch.zeros(2, 3, 4), CONFIG)
     with pytest.raises(ConfigError, match="100 tokens, batch=256"):
-        train_topk(torch.zeros(100, 4), CONFIG)
+        train_in_memory(torch.zeros(100, 4), CONFIG)
 
 
 def test_geometric_median_ignores_an_outlier():
@@ -107,9 +107,9 @@ def test_effect_is_the_slope_of_the_margin_along_a_latent(fit):
     def margin(resid: torch.Tensor) -> float:
         with torch.inference_mode():
             logits = fit.logits(resid)
-        return float((logits[rows, fit.pairs.word] - logits[rows, fit.pairs.label]).mean())
+        return float((logits[rows, fit.arms["attacked"].rival] - logits[rows, fit.arms["attacked"].answer]).mean())
 
-    resid = fit.resid["attacked"]
+    resid = fit.arms["attacked"].resid
     slope = (margin(resid) - margin(resid - step * suppressor.removed(resid))) / step
     assert slope == pytest.approx(ranking.effect[latent], rel=0.05)
 
@@ -122,7 +122,7 @@ def fit_set(*latents: int):
 
 def test_contrast_counts_what_fires_more_on_the_word(fit):
     ranking = fit.rank()
-    acts = {name: fit.sae.encode(fit.resid[name]).sum((0, 1)) / 30 for name in ("attacked", "neutral")}
+    acts = {name: fit.sae.encode(fit.arms[name].resid).sum((0, 1)) / 30 for name in ("attacked", "neutral")}
     want = (acts["attacked"] - acts["neutral"]).numpy()
     np.testing.assert_allclose(ranking.contrast, want, atol=1e-4)
     assert (np.abs(ranking.specificity) <= 1 + 1e-9).all()
@@ -136,12 +136,49 @@ def test_greedy_lowers_the_attacked_loss_within_the_clean_budget(fit, edit):
     assert len(set(selection.latents)) == len(selection.latents)
     assert selection.loss == sorted(selection.loss, reverse=True)
     assert min(selection.clean) >= selection.clean[0] - 0.1
-    latent_set = fit.latent_set(selection, fit.rank(), config)
+    latent_set = fit.latent_set(selection, fit.rank(), config, "text")
     with torch.inference_mode():
-        resid = fit.resid["attacked"]
+        resid = fit.arms["attacked"].resid
         logits = fit.logits(Suppressor(fit.sae, latent_set)(resid))
-        loss = torch.nn.functional.cross_entropy(logits, fit.pairs.label)
+        loss = torch.nn.functional.cross_entropy(logits, fit.arms["attacked"].answer)
     assert float(loss) == pytest.approx(selection.loss[-1], abs=1e-4)
+
+
+def test_the_joint_step_lowers_the_loss_that_it_minimises_and_follows_its_seed(fit):
+    config = FitConfig(n_candidates=60, steps=60, batch=30)
+    trial = _Trial(fit, np.arange(60), config)
+    removal = fit.learn_removal(trial, config)
+    assert ((removal >= 0) & (removal <= 1)).all()
+
+    def loss(removed: np.ndarray) -> float:
+        with torch.inference_mode():
+            answers = [trial.logits(name, torch.from_numpy(removed).float()) for name in fit.arms]
+        return sum(float(torch.nn.functional.cross_entropy(each, fit.arms["attacked"].answer)) for each in answers) / 3
+
+    assert loss(removal) < loss(np.zeros(60)) - 0.01
+    np.testing.assert_array_equal(removal, fit.learn_removal(trial, config))
+
+
+def test_kept_pictures_lose_less_where_they_weigh_more(fit):
+    def clean_loss(kept_weight: float) -> float:
+        config = FitConfig(n_candidates=60, steps=60, batch=30, kept_weight=kept_weight)
+        trial = _Trial(fit, np.arange(60), config)
+        removal = torch.from_numpy(fit.learn_removal(trial, config)).float()
+        with torch.inference_mode():
+            answers = trial.logits("clean", removal)
+        return float(torch.nn.functional.cross_entropy(answers, fit.arms["clean"].answer))
+
+    assert clean_loss(50.0) < clean_loss(0.0) - 0.001
+
+
+def test_a_latent_that_costs_more_than_it_helps_is_not_removed(fit):
+    assert fit.choose(np.arange(60), FitConfig(n_candidates=60, sparsity=10.0)).latents == []
+
+
+def test_no_candidates_give_an_empty_selection(fit):
+    selection = fit.choose(np.arange(0), FitConfig())
+    assert selection.latents == []
+    assert len(selection.loss) == 1
 
 
 def test_no_budget_means_no_clean_picture_may_change_its_mind(fit):
@@ -160,3 +197,68 @@ def test_fitting_on_nothing_is_refused(tiny_clip):
     none = torch.zeros(0, dtype=torch.int64)
     with pytest.raises(ConfigError, match="at least one picture"):
         TextFit(tiny_clip, "blocks.1.hook_resid_post", random_sae(), Pairs(empty, empty, empty, none, none), empty)
+
+
+def some_groups(n: int = 40) -> Groups:
+    index = torch.arange(n)
+    return Groups(images(n, 5), index % 2, index // 2 % 2)
+
+
+@pytest.fixture
+def group_fit(tiny_clip):
+    text_embeds = torch.nn.functional.normalize(torch.randn(2, 32, generator=torch.Generator().manual_seed(4)), dim=1)
+    return GroupFit(tiny_clip, "blocks.1.hook_resid_post", random_sae(act="topk", k=8), some_groups(), text_embeds)
+
+
+def test_the_fooled_groups_are_those_that_the_model_gets_wrong_most(group_fit):
+    def accuracy(name: str) -> float:
+        arm = group_fit.arms[name]
+        with torch.inference_mode():
+            return float((group_fit.logits(arm.resid).argmax(1) == arm.answer).float().mean())
+
+    assert len(group_fit.fooled) == 2
+    for y, name in enumerate(group_fit.fooled):
+        assert name.startswith(f"{y}-")
+        assert accuracy(name) == min(accuracy(f"{y}-0"), accuracy(f"{y}-1"))
+    assert set(group_fit.kept) == {"0-0", "0-1", "1-0", "1-1"}
+
+
+def test_the_rival_of_a_picture_is_its_likeliest_wrong_answer(group_fit):
+    for arm in group_fit.arms.values():
+        assert torch.equal(arm.rival, 1 - arm.answer)
+
+
+def test_contrast_between_groups_is_the_range_over_the_attribute(group_fit):
+    means = {name: group_fit.sae.encode(arm.resid).sum(1).mean(0) for name, arm in group_fit.arms.items()}
+    by_value = [(means[f"0-{a}"] + means[f"1-{a}"]) / 2 for a in (0, 1)]
+    np.testing.assert_allclose(group_fit.rank().contrast, (by_value[0] - by_value[1]).abs().numpy(), atol=1e-4)
+
+
+def test_choosing_for_groups_lowers_the_loss_of_the_fooled_within_the_budget(group_fit):
+    config = FitConfig(n_candidates=80, steps=60, clean_budget=0.05, min_gain=0.0)
+    selection = group_fit.choose(np.arange(80), config)
+    assert selection.latents
+    assert selection.loss[-1] < selection.loss[0]
+    assert min(selection.clean) >= selection.clean[0] - 0.05
+    latent_set = group_fit.latent_set(selection, group_fit.rank(), config, "place")
+    assert latent_set.provenance["n_pictures"] == {name: 10 for name in group_fit.arms}
+
+
+def test_a_group_without_pictures_is_refused(tiny_clip):
+    groups = some_groups()
+    with pytest.raises(ConfigError, match="no picture of class 1 has attribute 1"):
+        GroupFit(
+            tiny_clip,
+            "blocks.1.hook_resid_post",
+            random_sae(),
+            Groups(groups.pixel_values[:3], groups.y[:3], groups.a[:3]),
+            torch.eye(2, 32),
+        )
+    with pytest.raises(ConfigError, match="at least two"):
+        GroupFit(
+            tiny_clip,
+            "blocks.1.hook_resid_post",
+            random_sae(),
+            Groups(groups.pixel_values, groups.y, groups.a * 0),
+            torch.eye(2, 32),
+        )

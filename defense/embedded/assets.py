@@ -24,8 +24,10 @@ FACE_CROP = 0.76
 
 FONT_ROOT = Path("/usr/share/fonts")
 FONT_FILES = {
+    "anonymous-pro-bold": "truetype/anonymous-pro/Anonymous Pro B.ttf",
     "caladea": "truetype/crosextra/Caladea-Regular.ttf",
     "carlito": "truetype/crosextra/Carlito-Bold.ttf",
+    "cmu-typewriter-bold": "truetype/cmu/cmuntb.ttf",
     "comic-neue": "opentype/comic-neue/ComicNeue-Bold.otf",
     "courier-prime-bold": "opentype/courier-prime/Courier Prime Bold.otf",
     "dejavu-sans-bold": "truetype/dejavu/DejaVuSans-Bold.ttf",
@@ -39,7 +41,9 @@ FONT_FILES = {
     "lato-heavy": "truetype/lato/Lato-Heavy.ttf",
     "liberation-sans": "truetype/liberation2/LiberationSans-Regular.ttf",
     "liberation-serif-bold": "truetype/liberation2/LiberationSerif-Bold.ttf",
+    "linux-libertine-bold": "opentype/linux-libertine/LinLibertine_RB.otf",
     "manrope": "truetype/manrope/Manrope-Bold.ttf",
+    "noto-serif-bold": "truetype/noto/NotoSerif-Bold.ttf",
     "open-sans-bold": "truetype/open-sans/OpenSans-Bold.ttf",
     "play-bold": "truetype/play/Play-Bold.ttf",
     "quicksand": "truetype/quicksand/Quicksand-Bold.ttf",

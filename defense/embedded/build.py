@@ -4,7 +4,7 @@ Three stages, each kept in the folder WORK and resumed from there:
 
 1. clip      draw the pictures, train the CLIP                        (train_clip.py)
 2. sae       residuals of fresh pictures, a TopK SAE per edited block     (defense.train)
-3. latents   choose S on fresh attacked pictures                          (defense.fit)
+3. latents   for each task, choose S on fresh pictures                    (defense.fit)
 
 and a report on pictures and fonts that none of them saw. Only with `--install` is the shipped model replaced.
 """
@@ -15,7 +15,7 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ from defense import artefact, labels
 from defense.attach import detach, wrap
 from defense.classifier import Host, RobustClassifier, load_host, make_golden
 from defense.errors import ConfigError
-from defense.fit import FitConfig, Pairs, Tail, TextFit
+from defense.fit import FitConfig, GroupFit, Groups, Pairs, Tail, TextFit
 from defense.hosts import VisionHost
 from defense.latents import LatentSet
 from defense.sae import SAEConfig, SparseAutoencoder
-from defense.train import TrainConfig, measure, train_topk
+from defense.train import TrainConfig, measure, train_in_memory
 
 from . import scenes, train_clip
 
@@ -54,17 +54,40 @@ class SiteRecipe:
     train: TrainConfig
     fit: FitConfig
 
+    @property
+    def hook_point(self) -> str:
+        """Where the block's output is edited."""
+        return f"blocks.{self.block}.hook_resid_post"
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A task with groups: how to draw n pictures of a seed, the classes, and the template of their prompts."""
+
+    draw: Callable[[int, int], Iterator[scenes.Grouped]]
+    classes: tuple[str, ...]
+    template: str
+
+
+GROUPINGS = {
+    "waterbirds": Grouping(scenes.waterbirds, ("landbird", "waterbird"), "a photo of a {}."),
+    "celeba": Grouping(scenes.celeba, ("dark hair", "blond hair"), "a photo of a person with {}."),
+}
+_TEXT_SAE = TrainConfig(d_sae=3072, k=24, steps=1500, lr=1e-3)
+_TEXT_SITES = (
+    SiteRecipe(2, _TEXT_SAE, FitConfig(kept_weight=4.0, clean_budget=0.003)),
+    SiteRecipe(3, _TEXT_SAE, FitConfig(kept_weight=4.0, clean_budget=0.002)),
+)
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the shipped model was built with."""
+    """What the shipped model was built with: the CLIP, and for each task the sites of its defense."""
 
     clip: train_clip.Recipe = field(default_factory=train_clip.Recipe)
-    sites: tuple[SiteRecipe, ...] = (
-        SiteRecipe(2, TrainConfig(d_sae=3072, k=24, steps=1500, lr=1e-3), FitConfig(edit="project", n_candidates=64)),
-    )
+    defenses: Mapping[str, tuple[SiteRecipe, ...]] = field(default_factory=lambda: {"text": _TEXT_SITES})
     n_sae_pictures: int = 5_000
-    n_pairs: int = 500
+    n_pairs: int = 2_000
     n_report: int = 2_000
 
 
@@ -122,22 +145,21 @@ def web_scenes(n: int, seed: int) -> list[scenes.Scene]:
 
 def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> SparseAutoencoder:
     """Train a site's SAE, or read the one in `work`."""
-    folder = work / f"sae-{site.block}"
+    folder = work / f"sae-{site.block}-{site.train.d_sae}"
     fingerprint = {
         **asdict(site.train),
         "n_pictures": recipe.n_sae_pictures,
         "seed_pictures": SEEDS["sae"],
         "host": VisionHost.of(host.model).fingerprint(),
     }
-    hook_point = f"blocks.{site.block}.hook_resid_post"
     if (folder / "sae.safetensors").exists() and json.loads((folder / "recipe.json").read_text())[
         "train"
     ] == fingerprint:
         fields = json.loads((folder / "recipe.json").read_text())["sae"]
         return SparseAutoencoder(SAEConfig.from_dict(fields), artefact.read_tensors(folder / "sae.safetensors"))
-    tail = Tail(host.model, hook_point)
+    tail = Tail(host.model, site.hook_point)
     resid = tail.resid(pixel_values_of(web_scenes(recipe.n_sae_pictures, SEEDS["sae"]), host)).flatten(0, 1).clone()
-    sae = train_topk(resid, site.train)
+    sae = train_in_memory(resid, site.train)
     held_out = tail.resid(pixel_values_of(web_scenes(500, SEEDS["sae_test"]), host)).flatten(0, 1)
     quality = measure(sae, held_out)
     log.info("SAE at block %d: %s", site.block, quality)
@@ -151,9 +173,9 @@ def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> Spars
 # --- stage 3 --------------------------------------------------------------------------------------
 
 
-def text_embeds_of(host: Host, names: Sequence[str]) -> Tensor:
-    """Return text_embeds [n_labels, d_embed], normalised, with the simple template."""
-    prompts = labels.Prompts(tuple(names), labels.resolve_templates("simple"))
+def text_embeds_of(host: Host, names: Sequence[str], template: str = "simple") -> Tensor:
+    """Return text_embeds [n_labels, d_embed], normalised."""
+    prompts = labels.Prompts(tuple(names), labels.resolve_templates(template))
 
     def encode_text(input_ids: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -175,14 +197,29 @@ def attack_pairs(n: int, seed: int, fonts: Sequence[str], host: Host) -> Pairs:
     )
 
 
-def build_latents(recipe: Recipe, site: SiteRecipe, host: Host, sae: SparseAutoencoder) -> LatentSet:
-    """Choose a site's latents; earlier sites are attached to the host already."""
-    pairs = attack_pairs(recipe.n_pairs, SEEDS["fit"], scenes.TRAIN_FONTS, host)
-    fit = TextFit(
-        host.model, f"blocks.{site.block}.hook_resid_post", sae, pairs, text_embeds_of(host, list(scenes.OBJECTS))
+def groups_of(grouping: Grouping, n: int, seed: int, host: Host) -> Groups:
+    """Return pictures of a task with groups, all groups alike."""
+    cases = list(grouping.draw(n, seed))
+    return Groups(
+        pixel_values_of([case.scene for case in cases], host),
+        torch.tensor([case.y for case in cases]),
+        torch.tensor([case.a for case in cases]),
     )
+
+
+def build_latents(recipe: Recipe, task: str, site: SiteRecipe, host: Host, sae: SparseAutoencoder) -> LatentSet:
+    """Choose a site's latents; earlier sites are attached to the host already."""
+    fit: TextFit | GroupFit
+    if task == "text":
+        pairs = attack_pairs(recipe.n_pairs, SEEDS["fit"], scenes.TRAIN_FONTS, host)
+        fit = TextFit(host.model, site.hook_point, sae, pairs, text_embeds_of(host, list(scenes.OBJECTS)))
+    else:
+        grouping = GROUPINGS[task]
+        text_embeds = text_embeds_of(host, grouping.classes, grouping.template)
+        groups = groups_of(grouping, recipe.n_pairs, SEEDS["fit"], host)
+        fit = GroupFit(host.model, site.hook_point, sae, groups, text_embeds)
     ranking = fit.rank()
-    return fit.latent_set(fit.choose(ranking.order(), site.fit), ranking, site.fit)
+    return fit.latent_set(fit.choose(ranking.order(), site.fit), ranking, site.fit, task)
 
 
 # --- the whole ------------------------------------------------------------------------------------
@@ -200,28 +237,36 @@ def accuracy(image_embeds: Tensor, text_embeds: Tensor, answer: Tensor) -> float
 
 
 @torch.inference_mode()
+def _embeds(host: Host, pixel_values: Tensor) -> Tensor:
+    parts = [functional.normalize(host.model.encode_image(part), dim=-1) for part in pixel_values.split(250)]
+    return torch.cat(parts)
+
+
 def report_on(host: Host, pairs: Pairs, text_embeds: Tensor) -> dict[str, float]:
     """Return accuracies, in percent, of a host as it stands (with whatever is attached to it)."""
-
-    def embeds(pixel_values: Tensor) -> Tensor:
-        parts = [functional.normalize(host.model.encode_image(part), dim=-1) for part in pixel_values.split(250)]
-        return torch.cat(parts)
-
-    attacked = embeds(pairs.attacked)
+    attacked = _embeds(host, pairs.attacked)
     return {
-        "clean": accuracy(embeds(pairs.clean), text_embeds, pairs.label),
-        "neutral": accuracy(embeds(pairs.neutral), text_embeds, pairs.label),
+        "clean": accuracy(_embeds(host, pairs.clean), text_embeds, pairs.label),
+        "neutral": accuracy(_embeds(host, pairs.neutral), text_embeds, pairs.label),
         "attacked": accuracy(attacked, text_embeds, pairs.label),
         "attack_success": accuracy(attacked, text_embeds, pairs.word),
     }
 
 
-def random_control(host: Host, site: artefact.Site, seed: int) -> artefact.Site:
-    """Return the site with random latents in place of the chosen: as many, of like activity on attacked pictures."""
+def group_report_on(host: Host, groups: Groups, text_embeds: Tensor) -> dict[str, float]:
+    """Return the accuracy of each group ("y-a"), their average and the worst, in percent, of a host as it stands."""
+    image_embeds = _embeds(host, groups.pixel_values)
+    report = {}
+    for y in range(2):
+        for a in range(2):
+            rows = (groups.y == y) & (groups.a == a)
+            report[f"{y}-{a}"] = accuracy(image_embeds[rows], text_embeds, groups.y[rows])
+    return {"average": float(np.mean(list(report.values()))), "worst": min(report.values()), **report}
+
+
+def random_control(host: Host, site: artefact.Site, pixel_values: Tensor, seed: int) -> artefact.Site:
+    """Return the site with random latents in place of the chosen: as many, of like activity on the pictures."""
     sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
-    pixel_values = pixel_values_of(
-        [case.scene for case in scenes.typographic(200, SEEDS["fit"], scenes.TRAIN_FONTS)], host
-    )
     total = torch.zeros(sae.config.d_sae)
     for part in Tail(host.model, site.hook_point).resid(pixel_values).split(50):
         total += sae.encode(part).sum((0, 1))
@@ -239,26 +284,41 @@ def random_control(host: Host, site: artefact.Site, seed: int) -> artefact.Site:
 
 
 def full_report(
-    host: Host, spec: artefact.HostSpec, sites: Sequence[artefact.Site], n: int, seed: int, *, n_controls: int = 3
+    host: Host,
+    spec: artefact.HostSpec,
+    sites: Sequence[artefact.Site],
+    task: str,
+    n: int,
+    seed: int,
+    *,
+    n_controls: int = 3,
 ) -> dict[str, dict[str, float]]:
     """Measure plain, defended and random control (mean of `n_controls` draws), in percent, on fresh seeds and fonts.
 
     Raises:
         ConfigError: `host` is not the one that `spec` describes.
     """
-    pairs = attack_pairs(n, seed, scenes.TEST_FONTS, host)
-    text_embeds = text_embeds_of(host, list(scenes.OBJECTS))
+    if task == "text":
+        pairs = attack_pairs(n, seed, scenes.TEST_FONTS, host)
+        text_embeds = text_embeds_of(host, list(scenes.OBJECTS))
+        active, evaluate = pairs.attacked, lambda: report_on(host, pairs, text_embeds)
+    else:
+        groups = groups_of(GROUPINGS[task], n, seed, host)
+        text_embeds = text_embeds_of(host, GROUPINGS[task].classes, GROUPINGS[task].template)
+        active, evaluate = groups.pixel_values, lambda: group_report_on(host, groups, text_embeds)
 
     def measured(arm: Sequence[artefact.Site]) -> dict[str, float]:
         wrap(host.model, artefact.Defense(spec, host.preprocess, tuple(arm)))
         try:
-            return report_on(host, pairs, text_embeds)
+            return evaluate()
         finally:
             detach(host.model)
 
-    controls = [measured([random_control(host, site, draw) for site in sites]) for draw in range(n_controls)]
+    controls = [
+        measured([random_control(host, site, active[:200], draw) for site in sites]) for draw in range(n_controls)
+    ]
     report = {
-        "plain": report_on(host, pairs, text_embeds),
+        "plain": evaluate(),
         "defended": measured(sites),
         "random latents": {key: float(np.mean([row[key] for row in controls])) for key in controls[0]},
     }
@@ -267,46 +327,56 @@ def full_report(
     return report
 
 
-def build(work: Path, recipe: Recipe) -> artefact.Defense:
-    """Run all stages in `work` and return the finished defense."""
-    work.mkdir(parents=True, exist_ok=True)
-    clip_folder = build_clip(work, recipe)
-    host = load_host(f"local-dir:{clip_folder}")
+def build_defense(work: Path, recipe: Recipe, task: str, host: Host) -> artefact.Defense:
+    """Build one task's defense, site by site, measure it, and write it into `work`."""
     spec = host_spec(host, "embedded")
     sites: list[artefact.Site] = []
-    for site in recipe.sites:
+    for site in recipe.defenses[task]:
         sae = build_sae(work, recipe, site, host)
         if sites:
             wrap(host.model, artefact.Defense(spec, host.preprocess, tuple(sites)), allow_mismatch=True)
-        latent_set = build_latents(recipe, site, host, sae)
+        latent_set = build_latents(recipe, task, site, host, sae)
         if sites:
             detach(host.model)
         # Rounded as they are shipped, so that the report speaks of the shipped numbers.
         parameters = {name: t.astype(np.float16).astype(np.float32) for name, t in sae.parameters_numpy().items()}
-        hook_point = f"blocks.{site.block}.hook_resid_post"
-        sites.append(artefact.Site(hook_point, sae.config.to_dict(), parameters, (latent_set,)))
-    report = full_report(host, spec, sites, recipe.n_report, SEEDS["report"])
+        sites.append(artefact.Site(site.hook_point, sae.config.to_dict(), parameters, (latent_set,)))
+    report = full_report(host, spec, sites, task, recipe.n_report, SEEDS["report"])
     provenance = {"recipe": "defense.embedded.build", "n": recipe.n_report, "report": report}
     defense = artefact.Defense(spec, host.preprocess, tuple(sites), None, "MIT", provenance)
     clf = RobustClassifier(host, defense)
-    pictures = [np.asarray(scenes.render(case.scene)) for case in scenes.typographic(3, SEEDS["golden"])]
+    pictures = [np.asarray(scenes.render(scene)) for scene in _golden_scenes(task)]
     defense = replace(defense, golden=make_golden(clf, np.stack(pictures)))
-    artefact.save(defense, work / "text", dtype=np.float16)
+    detach(host.model)
+    artefact.save(defense, work / task, dtype=np.float16)
     return defense
 
 
+def _golden_scenes(task: str) -> list[scenes.Scene]:
+    drawn = scenes.typographic if task == "text" else GROUPINGS[task].draw
+    return [case.scene for case in drawn(3, SEEDS["golden"])]
+
+
+def build(work: Path, recipe: Recipe) -> dict[str, artefact.Defense]:
+    """Run all stages in `work` and return the finished defenses by task."""
+    work.mkdir(parents=True, exist_ok=True)
+    host = load_host(f"local-dir:{build_clip(work, recipe)}")
+    return {task: build_defense(work, recipe, task, host) for task in recipe.defenses}
+
+
 def install(work: Path) -> None:
-    """Put the CLIP, the defense and the example pictures of `work` into the package."""
+    """Put the CLIP, its defenses and the example pictures of `work` into the package."""
     shutil.copy(work / "clip" / "open_clip_model.safetensors", HERE / "clip")
-    if (HERE / "text").exists():
-        shutil.rmtree(HERE / "text")
-    shutil.copytree(work / "text", HERE / "text")
+    for task in Recipe().defenses:
+        if (HERE / task).exists():
+            shutil.rmtree(HERE / task)
+        shutil.copytree(work / task, HERE / task)
     draw_examples(HERE / "examples")
 
 
 EXAMPLES = (
-    ("apple", "pizza", 1),
-    ("dog", "car", 2),
+    ("apple", "pizza", 5),
+    ("dog", "car", 4),
     ("guitar", "banana", 2),
     ("lion", "phone", 1),
     ("umbrella", None, 1),

@@ -69,8 +69,9 @@ ATLAS_CELL = 96
 ATLAS_COLUMNS = 12
 
 TRAIN_FONTS = (
-    "carlito", "comic-neue", "dejavu-sans-bold", "eb-garamond-bold", "fira-code", "hack-bold", "inter-bold",
-    "lato-heavy", "liberation-sans", "open-sans-bold", "play-bold", "quicksand", "roboto", "roboto-slab",
+    "anonymous-pro-bold", "carlito", "cmu-typewriter-bold", "comic-neue", "dejavu-sans-bold", "eb-garamond-bold",
+    "fira-code", "hack-bold", "inter-bold", "lato-heavy", "liberation-sans", "linux-libertine-bold", "noto-serif-bold",
+    "open-sans-bold", "play-bold", "quicksand", "roboto", "roboto-slab",
 )  # fmt: skip
 TEST_FONTS = (
     "caladea", "courier-prime-bold", "dejavu-serif-bold", "jetbrains-mono-bold", "klee", "liberation-serif-bold",
@@ -369,11 +370,11 @@ def sample_object(rng: np.random.Generator, name: str) -> Subject:
 
 
 def sample_bird(rng: np.random.Generator, kind: str) -> Subject:
-    """Return a bird of a kind, small: its place is easier to see than the bird."""
+    """Return a bird of a kind, rather small: its place is easier to see than the bird."""
     emoji = BIRDS[kind][rng.integers(len(BIRDS[kind]))]
-    x, y = rng.uniform(0.25, 0.75, 2).tolist()
+    x, y = rng.uniform(0.3, 0.7, 2).tolist()
     angle = float(rng.uniform(-20, 20))
-    return Subject(emoji, (x, y), float(rng.uniform(0.18, 0.40)), angle, bool(rng.random() < 0.5))
+    return Subject(emoji, (x, y), float(rng.uniform(0.25, 0.5)), angle, bool(rng.random() < 0.5))
 
 
 def sample_face(rng: np.random.Generator, hair: str, gender: str) -> Subject:

@@ -79,6 +79,35 @@ def _topk_acts(z: Tensor, pre_acts: Tensor, encoder: Encoder) -> Tensor:
     return acts
 
 
+def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return acts and indices of the k largest latents of each token after ReLU, both [tokens, k], in no set order.
+
+    Args:
+        z: Normalised residual, [tokens, d_model].
+        W_enc: [d_model, d_sae].
+        b: Folded bias, [d_sae].
+        k: Latents per token.
+    """
+    acts, indices = [], []
+    for chunk in z.split(max(1, _CHUNK_ELEMENTS // W_enc.shape[1])):
+        largest = torch.addmm(b, chunk, W_enc).relu().topk(k, dim=1, sorted=False)
+        acts.append(largest.values)
+        indices.append(largest.indices)
+    return torch.cat(acts), torch.cat(indices)
+
+
+def sparse_decode(acts: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """Return b_dec plus the sum of acts times their decoder rows, [tokens, d_model].
+
+    Args:
+        acts: [tokens, k].
+        indices: Which latents, int64 [tokens, k].
+        W_dec: [d_sae, d_model].
+        b_dec: [d_model].
+    """
+    return torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=acts, mode="sum") + b_dec
+
+
 def scaled(acts: Tensor, removal: Tensor, W_dec_S: Tensor) -> Tensor:
     """Return what the edit `scale` subtracts from z, [tokens, d_model].
 

@@ -1,0 +1,208 @@
+"""What a data set is to the benchmarks: pictures with their answers, the names to choose from, and how they are asked.
+
+A reader (one module per data set) makes a `Task`; `robust.py` runs methods over its data sets. Nothing here imports
+torch, and nothing is decoded before it is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from PIL import Image
+
+from defense.errors import ConfigError, InvalidImageError
+from defense.images import decode
+from defense.labels import TEMPLATES
+
+Choice = Literal["all", "pair"]
+
+
+class Picture(Protocol):
+    """Where the pixels of an example come from."""
+
+    def digest(self) -> str:
+        """Return a hex digest that changes with whatever decides the pixels."""
+        ...
+
+    def load(self) -> Image.Image:
+        """Return the picture, mode RGB, as stored: EXIF does not turn it (published figures are made that way).
+
+        Raises:
+            InvalidImageError: It cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class File:
+    """A picture in a file of its own."""
+
+    path: Path
+
+    def digest(self) -> str:
+        """Return the sha256 of the file's bytes."""
+        if not self.path.is_file():  # asked before opening: opening a pipe would wait for a writer
+            raise InvalidImageError("not_found", f"{self.path}: no such file")
+        try:
+            with self.path.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise InvalidImageError("not_found", f"{self.path} cannot be read: {error}") from error
+
+    def load(self) -> Image.Image:
+        """Return the picture."""
+        return decode(self.path, rotate=False).image
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture and what is known of it.
+
+    Attributes:
+        key: Its name, unique in the data set; the same for twins in other variants.
+        picture: Its pixels.
+        label: Index of the right answer in `Dataset.class_names`.
+        word: Index of the name that is written on it; None where there is none.
+        attribute: The spurious attribute, 0 or 1; None where there is none.
+    """
+
+    key: str
+    picture: Picture
+    label: int
+    word: int | None = None
+    attribute: int | None = None
+
+    @property
+    def group(self) -> int | None:
+        """2 label + attribute, as group_DRO counts."""
+        return None if self.attribute is None else 2 * self.label + self.attribute
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Pictures of one kind, and how the question is asked.
+
+    Attributes:
+        name: Which data set, e.g. "rta100".
+        variant: Which of its versions, e.g. "clean" or "attacked".
+        examples: The pictures.
+        class_names: What is chosen from.
+        templates: What the names are put into, each with one literal {}.
+        choice: "all" names, or the "pair" of label and word of each picture.
+        normalise_each: See `labels.average_templates`.
+        group_names: Names of the groups 0 to 3; empty where there are none.
+        train_counts: Pictures per group in the training split, the weights of the adjusted average; may be empty.
+        shortfall: How the data differ from the published ones; None where they do not.
+        facts: What else a result should record, as JSON values.
+
+    Raises:
+        ConfigError: No pictures, a key or name that repeats, an index out of range, a word that equals the label, or
+            an empty group.
+    """
+
+    name: str
+    variant: str
+    examples: tuple[Example, ...]
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...] = TEMPLATES["simple"]
+    choice: Choice = "all"
+    normalise_each: bool = True
+    group_names: tuple[str, ...] = ()
+    train_counts: tuple[int, ...] = ()
+    shortfall: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise ConfigError(f"{self.full_name} holds no pictures")
+        for what, names in (("picture", [each.key for each in self.examples]), ("class name", self.class_names)):
+            repeated = [name for name, count in Counter(names).items() if count > 1]
+            if repeated:
+                raise ConfigError(f"{self.full_name}: the {what} {repeated[0]!r} is there twice")
+        n_classes = len(self.class_names)
+        for each in self.examples:
+            if not (0 <= each.label < n_classes and 0 <= (each.word or 0) < n_classes):
+                raise ConfigError(f"{self.full_name}: {each.key} names a class outside of 0 to {n_classes - 1}")
+            if each.word == each.label:
+                raise ConfigError(
+                    f"{self.full_name}: {each.key} has {self.class_names[each.label]!r} written on itself"
+                )
+            if self.choice == "pair" and each.word is None:
+                raise ConfigError(f"{self.full_name}: {each.key} has no word to choose from beside its label")
+            if (each.attribute is None) != (not self.group_names):
+                raise ConfigError(f"{self.full_name}: {each.key} has attribute {each.attribute}; all or none have one")
+        counts = self.group_counts()
+        for name, count in zip(self.group_names, counts, strict=True):
+            if not count:
+                raise ConfigError(f"{self.full_name}: the group {name!r} is empty, so there is no worst group")
+
+    @property
+    def full_name(self) -> str:
+        """Name and variant."""
+        return f"{self.name}-{self.variant}"
+
+    @property
+    def is_attacked(self) -> bool:
+        """Whether names of other classes are written on the pictures."""
+        return any(each.word is not None for each in self.examples) and self.variant != "clean"
+
+    def group_counts(self) -> tuple[int, ...]:
+        """Return the number of pictures in each group; empty without groups."""
+        counts = Counter(each.group for each in self.examples)
+        return tuple(counts[group] for group in range(len(self.group_names)))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark: what methods may be fitted on, and what they are measured on.
+
+    Attributes:
+        name: E.g. "waterbirds".
+        title: The same for a caption.
+        tests: Data sets to measure on; a variant "clean" is what clean change is measured on.
+        train: The training split; None where the data set has none.
+        val: The validation split; None where the data set has none.
+    """
+
+    name: str
+    title: str
+    tests: tuple[Dataset, ...]
+    train: Dataset | None = None
+    val: Dataset | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What readers are told beside the folder.
+
+    Attributes:
+        allow_partial: Read data that differ from the published ones, and say so in every result.
+        font: Font file of drawn words; None for the fonts that ship with the package.
+        seed: Of whatever is drawn.
+    """
+
+    allow_partial: bool = False
+    font: Path | None = None
+    seed: int = 0
+
+
+def shortfall_of(title: str, problems: Sequence[str], options: Options) -> str | None:
+    """Return what is wrong with a data set as one sentence, None where nothing is.
+
+    Raises:
+        ConfigError: Something is, and partial data are not allowed.
+    """
+    if not problems:
+        return None
+    sentence = "; ".join(problems)
+    if not options.allow_partial:
+        raise ConfigError(
+            f"this is not the published {title}: {sentence}. Fetch all of it, or pass --allow-partial (allow_partial="
+            "True) to measure what is there; every result then says so"
+        )
+    return sentence

@@ -1,0 +1,64 @@
+"""The CLIP with a defense of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from defense.artefact import Defense
+from defense.benchmarks.datasets import Task
+from defense.benchmarks.methods.base import Encoder
+from defense.classifier import Host, RobustClassifier
+from defense.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Defended:
+    """A defense from disk, in full or in part.
+
+    Attributes:
+        name: In tables.
+        defense: What is attached.
+        strength: Part of what it removes that is removed, in [0, 1].
+
+    Raises:
+        ConfigError: The strength is outside of [0, 1], or the defense was not read from disk, where its hash is taken.
+    """
+
+    name: str
+    defense: Defense
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise ConfigError(f"{self.name!r} has strength {self.strength}; it must lie in [0, 1]")
+        if self.defense.manifest_sha256 is None:
+            raise ConfigError("this defense was not read from disk, so no result could name it; save and load it first")
+
+    @classmethod
+    def of(cls, name: str, defense: Defense | None, strength: float | None) -> Defended:
+        """Return the method for a name."""
+        if defense is None:
+            raise ConfigError(f"{name!r} needs a defense; give --defense")
+        return cls(name, defense, 1.0 if strength is None else strength)
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return which defense, and how much of it."""
+        return {"defense_sha256": self.defense.manifest_sha256, "strength": self.strength}
+
+    def fit(self, host: Host, task: Task) -> None:
+        """Learn nothing: the defense was fitted before, on other pictures."""
+
+    @contextmanager
+    def apply(self, host: Host) -> Iterator[Encoder]:
+        """Yield the defended host's embeddings."""
+        from defense.attach import attached, detach
+
+        clf = RobustClassifier(host, self.defense)
+        try:
+            attached(host.model).set_strength(self.strength)
+            yield Encoder(clf)
+        finally:
+            detach(host.model)

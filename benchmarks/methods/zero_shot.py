@@ -1,0 +1,40 @@
+"""The CLIP as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from defense.artefact import Defense
+from defense.benchmarks.datasets import Task
+from defense.benchmarks.methods.base import Encoder
+from defense.classifier import Host, RobustClassifier
+from defense.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Stock CLIP: what all others are compared with."""
+
+    name: str = "zero-shot"
+
+    @classmethod
+    def of(cls, name: str, _defense: Defense | None, strength: float | None) -> ZeroShot:
+        """Return the method for a name; it has no strength to set."""
+        if strength is not None:
+            raise ConfigError(f"{name!r}: the stock CLIP has no strength")
+        return cls(name)
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return nothing: the host decides all."""
+        return {}
+
+    def fit(self, host: Host, task: Task) -> None:
+        """Learn nothing."""
+
+    @contextmanager
+    def apply(self, host: Host) -> Iterator[Encoder]:
+        """Yield the host's own embeddings."""
+        yield Encoder(RobustClassifier(host))

@@ -1,0 +1,175 @@
+"""Results as Markdown: a table per task, a row per method, and a caption that says what the figures rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from defense.errors import ConfigError
+
+BASELINE = "zero-shot"
+_MUST_AGREE = (
+    "shortfall", "n", "n_unreadable", "choice", "class_names", "templates", "normalise_each", "data_sha256",
+    "host_sha256", "preprocess", "train_counts", "facts", "seed",
+)  # fmt: skip
+_N_TEMPLATES_SHOWN = 2
+
+Result = Mapping[str, Any]
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """Return the tables of all tasks, in the order of their first results; the baseline stands first in each.
+
+    Raises:
+        ConfigError: Results of one data set differ in classes, prompts, pictures or host.
+    """
+    check_comparable(results)
+    tasks = list(dict.fromkeys((result["robust"]["task"], result["model"], result["pretrained"]) for result in results))
+    return "\n\n".join(
+        _section([r for r in results if (r["robust"]["task"], r["model"], r["pretrained"]) == task]) for task in tasks
+    )
+
+
+def check_comparable(results: Sequence[Result]) -> None:
+    """Raise `ConfigError` where results that share a table do not share what they were asked.
+
+    Results of one data set and host are compared; two with the same method are refused as well.
+    """
+    first: dict[tuple[str, ...], Result] = {}
+    methods: set[tuple[str, ...]] = set()
+    for result in results:
+        place = (result["dataset"], result["model"], result["pretrained"])
+        other = first.setdefault(place, result)
+        for name in _MUST_AGREE:
+            if result["robust"][name] != other["robust"][name]:
+                raise ConfigError(
+                    f"{result['method']} and {other['method']} on {', '.join(place)} differ in {name}, so they cannot "
+                    "share a table; measure both in one run"
+                )
+        if (*place, result["method"]) in methods:
+            raise ConfigError(f"there are two results of {result['method']} on {', '.join(place)}")
+        methods.add((*place, result["method"]))
+
+
+def host_name(result: Result) -> str:
+    """Return what the host of a result is called, and whether its weights mean anything."""
+    if result["robust"]["has_random_weights"]:
+        return f"{result['model']}, **random weights: a rehearsal, no figure means anything**"
+    return ", ".join(dict.fromkeys((result["model"], result["pretrained"])))
+
+
+def _section(results: Sequence[Result]) -> str:
+    results = sorted(results, key=lambda result: result["robust"]["variant"] != "clean")
+    datasets = list(dict.fromkeys(result["dataset"] for result in results))
+    methods = sorted(dict.fromkeys(result["method"] for result in results), key=lambda name: name != BASELINE)
+    by_place = {(result["dataset"], result["method"]): result for result in results}
+    headings = ["method"]
+    rows: list[list[str]] = [[method] for method in methods]
+    for dataset in datasets:
+        names = _columns(next(result for result in results if result["dataset"] == dataset))
+        headings += names
+        for row, method in zip(rows, methods, strict=True):
+            found = by_place.get((dataset, method))
+            row += ["-"] * len(names) if found is None else _cells(found)
+    headings += ["ms", "MiB"]
+    for row, method in zip(rows, methods, strict=True):
+        row += _cost([result for result in results if result["method"] == method])
+    lines = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
+    return f"### {results[0]['robust']['title']}\n\n" + "\n".join(lines) + "\n\n" + _caption(results)
+
+
+def _columns(result: Result) -> list[str]:
+    robust, variant = result["robust"], result["robust"]["variant"]
+    if robust["groups"]:
+        adjusted = ["train-weighted average"] if "accuracy_adjusted" in robust["figures"] else []
+        return ["worst group", "of", "average", *adjusted, "gap", f"against {BASELINE}"]
+    names = [f"{variant} accuracy", f"against {BASELINE}"]
+    if robust["is_attacked"]:
+        names += ["margin"] if robust["choice"] == "pair" else ["attack success", "object over word", "margin"]
+    return names
+
+
+def _cells(result: Result) -> list[str]:
+    robust = result["robust"]
+    figures = robust["figures"]
+    if robust["groups"]:
+        worst = min(robust["groups"], key=lambda name: robust["groups"][name][1])
+        adjusted = [_percent(figures["accuracy_adjusted"])] if "accuracy_adjusted" in figures else []
+        cells = [_percent(figures["worst_group"]), worst, _percent(figures["accuracy"]), *adjusted]
+        return [*cells, _percent(figures["gap"]), _against(result)]
+    cells = [_percent(figures["accuracy"]), _against(result)]
+    if robust["is_attacked"]:
+        if robust["choice"] != "pair":
+            cells += [_percent(figures["attack_success"]), _percent(figures["object_over_word"])]
+        margin = figures["margin"]
+        cells.append(f"{margin['value']:.2f} ({margin['low']:.2f} to {margin['high']:.2f})")
+    return cells
+
+
+def _percent(figure: Mapping[str, float]) -> str:
+    return f"{100 * figure['value']:.1f} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
+
+
+def _against(result: Result) -> str:
+    """Return the change of accuracy against the baseline, in points, with its interval and McNemar's p."""
+    found = result["robust"]["versus"].get(BASELINE)
+    if found is None:
+        return "-"
+    change = found["difference"]
+    p = f"{found['p']:.2g}" if found["p"] >= 1e-4 else "< 0.0001"
+    return f"{100 * change['value']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f}; p {p})"
+
+
+def _cost(results: Sequence[Result]) -> list[str]:
+    runs = [result["robust"]["run"] for result in results]
+    peaks = [run["peak_mib"] for run in runs if run["peak_mib"] is not None]
+    n = sum(result["robust"]["n"] for result in results)
+    ms = sum(result["robust"]["n"] * result["robust"]["run"]["encode_ms"] for result in results) / n
+    return [f"{ms:.1f}", f"{max(peaks):.0f}" if peaks else "-"]
+
+
+def _caption(results: Sequence[Result]) -> str:
+    first = results[0]["robust"]
+    lines = []
+    if first["shortfall"]:
+        lines.append(f"**Not the published data: {first['shortfall']}.**")
+    if unreadable := {r["dataset"]: r["robust"]["n_unreadable"] for r in results if r["robust"]["n_unreadable"]}:
+        counts = ", ".join(f"{count:,} of {name}" for name, count in unreadable.items())
+        lines.append(f"**Incomplete: pictures that could not be read: {counts}.**")
+    counts = ", ".join(
+        f"{name} {n:,}" for name, n in dict.fromkeys((r["robust"]["variant"], r["robust"]["n"]) for r in results)
+    )
+    lines.append(f"{host_name(results[0])}. Pictures: {counts}.")
+    lines.append(f"{_question(first)} {_groups(first)}".strip())
+    hashes = {
+        r["method"]: r["robust"]["settings"]["defense_sha256"][:16]
+        for r in results
+        if "defense_sha256" in r["robust"]["settings"]
+    }
+    if hashes:
+        lines.append("Defenses (sha256 of the manifest): " + ", ".join(f"{k} {v}" for k, v in hashes.items()) + ".")
+    lines.append(
+        "Percent, and 95 % bootstrap intervals over pictures. Against the baseline: points, and p of McNemar's exact "
+        "test, not corrected for the number of tests. Margin: logit of the object less that of the word. ms: per "
+        "picture. MiB: at the peak of a chunk, above what was held before. EXIF orientation is not applied."
+    )
+    return "\n".join(lines)
+
+
+def _question(robust: Mapping[str, Any]) -> str:
+    templates = robust["templates"]
+    shown = ", ".join(f'"{template}"' for template in templates[:_N_TEMPLATES_SHOWN])
+    if len(templates) > _N_TEMPLATES_SHOWN:
+        shown = f"{len(templates)} templates ({shown}, ...)"
+    if robust["choice"] == "pair":
+        return f"Two-way, object or word, {shown}."
+    names = robust["class_names"]
+    which = ", ".join(names) if len(names) <= _N_TEMPLATES_SHOWN else f"{len(names)} classes"
+    return f"Classes: {which} ({robust['facts'].get('class_rule', 'given')}), {shown}."
+
+
+def _groups(robust: Mapping[str, Any]) -> str:
+    if not robust["groups"]:
+        return ""
+    counts = ", ".join(f"{name} {n:,}" for name, (n, _) in robust["groups"].items())
+    return f"Groups: {counts}."

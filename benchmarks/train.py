@@ -1,0 +1,320 @@
+"""How well and how fast SAEs are trained, beside the `dictionary-learning` package on the same batches.
+
+    python -m defense.benchmarks.train --out benchmarks/results/train-cpu.json
+
+Both train on residuals of the embedded model, on pictures of its world that it was not trained on, at one block. They
+get the same rows in the same order, scaled alike, the same number of latents and of steps, and the same learning rates
+and schedule. What differs is the code, the initial weights, and what each does to revive dead latents. Both are
+measured by the same function on pictures that neither saw; a `dictionary-learning` SAE is first converted to ours and
+held to give the same acts as its own code.
+
+The rate is that of whole steps: drawing a batch from memory, forward, backward, optimiser. The floor is the five matrix
+products that such a step cannot do without (one forward through the encoder, one through the decoder, three
+backward), each at the rate that the same product reaches alone.
+
+The encoding of pictures is not in these rates. It is measured by itself: pictures drawn, prepared and brought through
+the blocks of the CLIP up to the hook point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from defense.benchmarks.speed import environment_of, torch_threads
+from defense.classifier import EMBEDDED, Host, load_host
+from defense.errors import CheckpointError
+from defense.fit import Tail
+from defense.parallel import World
+from defense.sae import SAEConfig, SparseAutoencoder
+from defense.train import PREFIXES, InMemory, Quality, TrainConfig, Trainer, Variant, measure
+
+OURS, THEIRS = "defense train", "dictionary-learning"
+VARIANTS: tuple[Variant, ...] = ("topk", "batchtopk", "matryoshka")
+_MEASURED = ("explained_variance", "l0", "alive", "tokens_per_s")
+_N_SAMPLE = 8192
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        block: Block of the embedded model whose residual it is.
+        n_pictures: Pictures whose tokens are trained on.
+        n_held_out: Pictures whose tokens are measured on.
+        d_sae: Latents.
+        k: Latents per token.
+        n_tokens: Tokens trained on.
+        batch: Tokens per step.
+        lr: Peak learning rate.
+        seeds: How many trainings of each kind.
+        threads: Threads of torch.
+    """
+
+    block: int = 2
+    n_pictures: int = 5_000
+    n_held_out: int = 500
+    d_sae: int = 3072
+    k: int = 24
+    n_tokens: int = 1_000_000
+    batch: int = 2048
+    lr: float = 1e-3
+    seeds: int = 2
+    threads: int = 2
+
+    def config(self, variant: Variant, seed: int) -> TrainConfig:
+        """Return our settings."""
+        return TrainConfig(
+            d_sae=self.d_sae, k=self.k, steps=self.n_tokens // self.batch, batch=self.batch, lr=self.lr, seed=seed,
+            variant=variant,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training and what came of it."""
+
+    implementation: str
+    variant: str
+    seed: int
+    explained_variance: float
+    l0: float
+    alive: float
+    tokens_per_s: float
+
+
+# --- material -------------------------------------------------------------------------------------
+
+
+def residuals(case: Case, host: Host) -> tuple[Tensor, Tensor, float]:
+    """Return tokens to train on and to measure on, [n, d_model] each, and how many are encoded per second."""
+    from defense.embedded.build import SEEDS, pixel_values_of, web_scenes
+
+    tail = Tail(host.model, f"blocks.{case.block}.hook_resid_post")
+
+    def encoded(n: int, seed: int) -> Tensor:
+        scenes = web_scenes(n, seed)
+        parts = [tail.resid(pixel_values_of(scenes[i : i + 200], host)) for i in range(0, n, 200)]
+        return torch.cat(parts).flatten(0, 1).clone()
+
+    start = time.perf_counter()
+    train = encoded(case.n_pictures, SEEDS["benchmark"])
+    return train, encoded(case.n_held_out, SEEDS["benchmark"] + 1), len(train) / (time.perf_counter() - start)
+
+
+def floor_s(d_model: int, d_sae: int, batch: int, *, repeats: int = 10) -> float:
+    """Return the seconds that the five products of a step take by themselves, the fastest of some rounds."""
+    generator = torch.Generator().manual_seed(0)
+    x, W_enc = torch.randn(batch, d_model, generator=generator), torch.randn(d_model, d_sae, generator=generator)
+    acts = torch.randn(batch, d_sae, generator=generator)
+    W_dec = W_enc.T.contiguous()
+    products: list[Callable[[], Tensor]] = [
+        lambda: x @ W_enc,
+        lambda: acts @ W_dec,
+        lambda: x @ W_dec.T,
+        lambda: acts.T @ x,
+        lambda: x.T @ acts,
+    ]
+    total = 0.0
+    for product in products:
+        product()
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            product()
+            times.append(time.perf_counter() - start)
+        total += min(times)
+    return total
+
+
+# --- the two trainers -----------------------------------------------------------------------------
+
+
+def train_ours(resid: Tensor, config: TrainConfig) -> tuple[SparseAutoencoder, float]:
+    """Return our SAE and the tokens per second of its training."""
+    batches = InMemory(resid, config)
+    trainer = Trainer(config, resid.shape[1], resid.device, World())
+    trainer.start(batches.sample(_N_SAMPLE))
+    start = time.perf_counter()
+    while trainer.step < config.steps:
+        trainer.update(batches.next())
+    rate = config.steps * config.batch / (time.perf_counter() - start)
+    return trainer.finish(batches, "all"), rate
+
+
+def train_theirs(resid: Tensor, config: TrainConfig) -> tuple[SparseAutoencoder, float]:
+    """Return the SAE of dictionary-learning's trainer, converted to ours, and its tokens per second.
+
+    Its threshold starts to be learnt halfway (by default after 1,000 steps, more than there are here).
+
+    Raises:
+        CheckpointError: The conversion does not give the acts of its own code.
+    """
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    options: dict[str, Any] = {
+        "steps": config.steps, "activation_dim": resid.shape[1], "dict_size": config.d_sae, "k": config.k, "layer": 0,
+        "lm_name": "embedded", "lr": config.lr, "warmup_steps": 100, "decay_start": int(0.8 * config.steps),
+        "threshold_start_step": config.steps // 2, "seed": config.seed, "device": "cpu",
+    }  # fmt: skip
+    if config.variant == "matryoshka":
+        shares = [end - start for start, end in zip((0.0, *PREFIXES), PREFIXES, strict=False)]
+        trainer = MatryoshkaBatchTopKTrainer(**options, group_fractions=shares)
+    else:
+        trainer = {"topk": TopKTrainer, "batchtopk": BatchTopKTrainer}[config.variant](**options)
+    batches = InMemory(resid, config)
+    sample = batches.sample(_N_SAMPLE)
+    scale = float((sample - sample.mean(0)).square().mean().sqrt())
+    start = time.perf_counter()
+    for step in range(config.steps):
+        trainer.update(step, batches.next() / scale)
+    rate = config.steps * config.batch / (time.perf_counter() - start)
+    sae = _converted(trainer.ae, config, scale)
+    probe = resid[:256]
+    with torch.no_grad():
+        want = trainer.ae.encode(probe / scale) * scale
+    if not torch.allclose(sae.encode(probe), want, atol=1e-3 * float(want.max()), rtol=1e-3):
+        raise CheckpointError("the converted SAE does not give the acts of dictionary-learning's own code")
+    return sae, rate
+
+
+def _converted(ae: Any, config: TrainConfig, scale: float) -> SparseAutoencoder:
+    """Return an SAE of dictionary-learning, trained on residuals / scale, as one of ours on residuals."""
+    is_linear = hasattr(ae, "encoder")  # Matryoshka holds plain matrices, in our orientation
+    weights = {
+        "W_enc": ae.encoder.weight.T if is_linear else ae.W_enc,
+        "b_enc": (ae.encoder.bias if is_linear else ae.b_enc) * scale,
+        "W_dec": ae.decoder.weight.T if is_linear else ae.W_dec,
+        "b_dec": ae.b_dec * scale,
+    }
+    act = "topk" if config.variant == "topk" else "batchtopk"
+    if act == "batchtopk":
+        weights["threshold"] = ae.threshold.expand(config.d_sae) * scale
+    fields: dict[str, Any] = {"act": act, "k": config.k if act == "topk" else None}
+    parameters = {name: tensor.detach().numpy() for name, tensor in weights.items()}
+    return SparseAutoencoder(SAEConfig(parameters["b_dec"].shape[0], config.d_sae, **fields), parameters)
+
+
+TRAINERS = {OURS: train_ours, THEIRS: train_theirs}
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def run(case: Case, implementations: Sequence[str], command: str) -> dict[str, Any]:
+    """Train and measure everything; return the result as JSON values."""
+    environment = environment_of(command)
+    with torch_threads(case.threads):
+        train, held_out, encoded_per_s = residuals(case, load_host(EMBEDDED))
+        d_model = train.shape[1]
+        floor = floor_s(d_model, case.d_sae, case.batch)
+        rows = []
+        for seed in range(case.seeds):
+            for variant in VARIANTS:
+                for implementation in implementations:
+                    sae, rate = TRAINERS[implementation](train, case.config(variant, seed))
+                    quality = measure(sae, held_out)
+                    rows.append(_row(implementation, variant, seed, quality, rate))
+                    print(rows[-1], file=sys.stderr, flush=True)
+    return {
+        "case": asdict(case),
+        "environment": asdict(environment),
+        "versions": {name: _version(name) for name in ("clip-defense", "torch", THEIRS)},
+        "d_model": d_model,
+        "encoded_tokens_per_s": encoded_per_s,
+        "floor_tokens_per_s": case.batch / floor,
+        "matmul_gflops": 5 * 2 * case.batch * d_model * case.d_sae / floor / 1e9,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _row(implementation: str, variant: str, seed: int, quality: Quality, rate: float) -> Row:
+    return Row(implementation, variant, seed, quality.explained_variance, quality.l0, quality.alive, rate)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the Markdown table of a result of `run`: means over the seeds."""
+    lines = [
+        "| SAE | trained by | EV % (range) | L0 | alive % | tokens/s | of the floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for variant, implementation in itertools.product(VARIANTS, TRAINERS):
+        rows = [row for row in result["rows"] if row["variant"] == variant and row["implementation"] == implementation]
+        if not rows:
+            continue
+        mean = {key: sum(row[key] for row in rows) / len(rows) for key in _MEASURED}
+        evs = [100 * row["explained_variance"] for row in rows]
+        spread = f" ({min(evs):.2f}-{max(evs):.2f})" if len(rows) > 1 else ""
+        lines.append(
+            f"| {variant} | {implementation} | {100 * mean['explained_variance']:.2f}{spread} | {mean['l0']:.1f} | "
+            f"{100 * mean['alive']:.1f} | {mean['tokens_per_s']:,.0f} | "
+            f"{100 * mean['tokens_per_s'] / result['floor_tokens_per_s']:.0f} % |"
+        )
+    return "\n".join(lines)
+
+
+def caption(result: dict[str, Any]) -> str:
+    """Return what a reader of the table has to know."""
+    case, here = result["case"], result["environment"]
+    state = "no commit" if here["commit"] is None else here["commit"][:12] + (" + changes" if here["is_dirty"] else "")
+    return (
+        f"Residuals after block {case['block']} of the embedded model, d_model {result['d_model']}, "
+        f"d_sae {case['d_sae']:,}, k {case['k']}; {case['n_tokens']:,} tokens, batch {case['batch']:,}, learning rate "
+        f"{case['lr']:g}; mean of {case['seeds']} seeds; measured on {case['n_held_out']} other pictures.\n"
+        f"Floor: {result['floor_tokens_per_s']:,.0f} tokens/s ({result['matmul_gflops']:.0f} GFLOP/s). "
+        f"Drawing and encoding pictures: {result['encoded_tokens_per_s']:,.0f} tokens/s.\n"
+        f"{here['cpu']}, {case['threads']} threads, load before the run {here['load']:.1f}, torch {here['torch']}, "
+        f"dictionary-learning {result['versions'][THEIRS]}, {state}, {here['timestamp']}."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, print the table and return the exit code: 3 where dictionary-learning is missing."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m defense.benchmarks.train", description=__doc__.splitlines()[0])
+    for name, value in asdict(Case(threads=torch.get_num_threads())).items():
+        kind = type(value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help="(default: %(default)s)")
+    parser.add_argument("--alone", action="store_true", help="without dictionary-learning")
+    parser.add_argument("--out", type=Path, help="write the result there, as JSON")
+    fields = vars(parser.parse_args(argv))
+    out, alone = fields.pop("out"), fields.pop("alone")
+    if not alone and _version(THEIRS) is None:
+        print(
+            "dictionary-learning is not installed: pip install dictionary-learning (a separate environment is best, "
+            "it brings much with it), or run with --alone",
+            file=sys.stderr,
+        )
+        return 3
+    command = shlex.join(["python", "-m", "defense.benchmarks.train", *argv])
+    result = run(Case(**fields), [OURS] if alone else [OURS, THEIRS], command)
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result), caption(result), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""From a `RobustClassifier` to a bundle: trace, write, verify, and only then give the folder its name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from defense import artefact, images
+from defense.classifier import RobustClassifier, embedded_folder
+from defense.errors import ConfigError
+from defense.export import bundle, readme
+from defense.export.layouts import Layout, arrange
+from defense.export.sessions import HALF_OPTIONS
+from defense.export.text import TextGraph, trace_text
+from defense.export.verify import N_ROWS, Expected, Parity, Tolerance, verify
+from defense.export.vision import Mode, VisionGraph, trace_vision, write
+from defense.hosts import VisionHost
+
+Dtype = Literal["fp32", "fp16", "int8"]
+
+MODEL, TEXT_MODEL = "model.onnx", "text.onnx"
+TOLERANCES: dict[str, Tolerance] = {
+    "fp32": Tolerance(atol=1e-5, cosine=0.99999, agreement=1.0),
+    "fp16": Tolerance(atol=0.02, cosine=0.999, agreement=0.95),
+    "int8": Tolerance(atol=0.1, cosine=0.97, agreement=0.9),
+}
+"""What a graph of each dtype is allowed."""
+
+
+_GOLDEN_PICTURES = 3
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        folder: The bundle.
+        manifest_sha256: Names it.
+        mode: How the defense is written in the graph.
+        dtype: Of the vision graph.
+        model_bytes: Size of the vision graph with its weights.
+        parity: The vision graph's answers against torch's.
+        text_parity: The text graph's; None without one.
+    """
+
+    folder: Path
+    manifest_sha256: str
+    mode: Mode
+    dtype: Dtype
+    model_bytes: int
+    parity: Parity
+    text_parity: Parity | None
+
+
+def export_onnx(
+    clf: RobustClassifier,
+    folder: str | os.PathLike[str],
+    *,
+    mode: Mode = "exact",
+    dtype: Dtype = "fp32",
+    text: bool = False,
+    layout: Layout = "bundle",
+) -> ExportReport:
+    """Write a classifier and its labels as a bundle.
+
+    The folder appears under its name when everything in it was verified, and not at all otherwise.
+
+    Args:
+        clf: On the CPU, in float32, with labels set.
+        folder: Where to; it must not exist, or be empty. Its parent must exist.
+        mode: How a TopK SAE is written; see `vision`.
+        dtype: "fp32"; "fp16", for CUDA; or "int8", for CPUs (see `int8`).
+        text: Add the text tower, so that labels can be chosen at run time.
+        layout: "bundle", or the files of a server around the same; see `layouts`.
+
+    Raises:
+        ConfigError: An argument that cannot work, no labels, or a folder with something in it.
+        ParityError: The graph answers otherwise than torch.
+        ExportError: ONNX Runtime refuses the graph, or dies of it.
+    """
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"dtype={dtype!r}; it must be one of {', '.join(get_args(Dtype))}")
+    if layout not in get_args(Layout):
+        raise ConfigError(f"layout={layout!r}; it must be one of {', '.join(get_args(Layout))}")
+    target = Path(folder).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not an empty folder; choose another, or remove it first")
+    if not target.parent.is_dir():
+        raise ConfigError(f"there is no folder {target.parent} to put {target.name} into; make it first")
+    clf.text_embeds()  # raises where no labels are set
+    _check_host(clf)
+    graph, text_graph = VisionGraph(_tower(clf, dtype), mode), TextGraph(clf) if text else None
+    parities: list[Parity] = []
+    artefact.publish(
+        target,
+        lambda staging: parities.extend(_fill(staging, clf, graph, text_graph, mode, dtype, layout)),
+        bundle.load,
+    )
+    made = bundle.load(target, verify="size")
+    return ExportReport(
+        folder=Path(folder),
+        manifest_sha256=made.manifest_sha256,
+        mode=mode,
+        dtype=dtype,
+        model_bytes=sum(path.stat().st_size for path in (target / made.model).parent.glob(f"{MODEL}*")),
+        parity=parities[0],
+        text_parity=parities[1] if text else None,
+    )
+
+
+def _check_host(clf: RobustClassifier) -> None:
+    for parameter in clf.host.model.parameters():
+        if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+            raise ConfigError(
+                f"the model is {parameter.dtype} on {parameter.device}; load it with device='cpu', in float32"
+            )
+
+
+def _tower(clf: RobustClassifier, dtype: Dtype) -> Any:
+    """Return the model to trace: the classifier's own, or a copy whose vision tower is in half precision."""
+    if dtype != "fp16":
+        return clf.host.model
+    model = copy.deepcopy(clf.host.model)
+    model.visual.half()
+    return model
+
+
+def _fill(
+    folder: Path,
+    clf: RobustClassifier,
+    graph: VisionGraph,
+    text_graph: TextGraph | None,
+    mode: Mode,
+    dtype: Dtype,
+    layout: Layout,
+) -> list[Parity]:
+    """Write a bundle into an empty folder, and return how its graphs differ from torch."""
+    text_embeds = clf.text_embeds()
+    model = trace_vision(graph, clf.host.preprocess.size, torch.from_numpy(text_embeds))
+    if dtype == "int8":
+        from defense.export.int8 import quantise
+
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            write(model, Path(aside) / MODEL, _metadata(clf, mode, dtype))
+            quantise(Path(aside) / MODEL, folder / MODEL)
+    else:
+        write(model, folder / MODEL, _metadata(clf, mode, dtype))
+    parities = [
+        verify(folder / MODEL, _expected_of_vision(clf), TOLERANCES[dtype], HALF_OPTIONS if dtype == "fp16" else {})
+    ]
+    if text_graph is not None:
+        write(trace_text(text_graph), folder / TEXT_MODEL, {})
+        parities.append(verify(folder / TEXT_MODEL, _expected_of_text(clf, text_graph), TOLERANCES["fp32"]))
+    save_file({"text_embeds": text_embeds}, folder / bundle.LABELS)
+    save_file(_golden(clf), folder / bundle.GOLDEN)
+    fields = _fields(clf, mode, dtype, text_graph, parities[0])
+    fields |= arrange(folder, layout, fields)
+    (folder / bundle.README).write_text(readme.render(fields, layout, folder), encoding="utf-8")
+    (folder / bundle.LICENCES).write_text(readme.licences(fields), encoding="utf-8")
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors gives only its owner leave to read
+    bundle.write_manifest(folder, fields)
+    return parities
+
+
+def _metadata(clf: RobustClassifier, mode: Mode, dtype: Dtype) -> dict[str, str]:
+    """Return what the graph itself says, for whoever finds it without its bundle."""
+    assert clf.prompts is not None
+    return {
+        "labels": json.dumps(clf.prompts.labels, ensure_ascii=False),
+        "templates": json.dumps(clf.prompts.templates, ensure_ascii=False),
+        "preprocess": json.dumps(clf.host.preprocess.to_dict()),
+        "defense": json.dumps(None if clf.defense is None else bundle.describe_defense(clf.defense)),
+        "mode": mode,
+        "dtype": dtype,
+    }
+
+
+def _fields(
+    clf: RobustClassifier, mode: Mode, dtype: Dtype, text_graph: TextGraph | None, parity: Parity
+) -> dict[str, Any]:
+    """Return what the manifest says beside the files."""
+    assert clf.prompts is not None
+    defense = clf.defense
+    return {
+        "host": asdict(defense.host) if defense else {"sha256": VisionHost.of(clf.host.model).fingerprint()},
+        "defense": None if defense is None else bundle.describe_defense(defense),
+        "preprocess": clf.host.preprocess.to_dict(),
+        "labels": list(clf.prompts.labels),
+        "templates": list(clf.prompts.templates),
+        "context_length": None if text_graph is None else text_graph.context_length,
+        "d_embed": clf.text_embeds().shape[1],
+        "logit_scale": float(clf.host.model.logit_scale.detach().exp()),
+        "model": MODEL,
+        "text_model": None if text_graph is None else TEXT_MODEL,
+        "mode": mode,
+        "dtype": dtype,
+        "tolerance": asdict(TOLERANCES[dtype]),
+        "parity": asdict(parity),
+        "licence": defense.licence if defense is not None else "none: no defense inside",
+    }
+
+
+def _pictures(clf: RobustClassifier) -> np.ndarray:
+    """Return pixel_values of `N_ROWS` pictures, half of them real and half of them noise, by turns."""
+    preprocess = clf.host.preprocess
+    rng = np.random.default_rng(0)
+    real = [preprocess(images.decode(path).image) for path in sorted(embedded_folder("examples").glob("*.png"))]
+    rows = rng.normal(size=(N_ROWS, 3, *preprocess.size)).astype(np.float32)
+    for row in range(0, N_ROWS, 2):
+        shift = tuple(rng.integers(-8, 9, 2))  # so that no two are the same
+        rows[row] = np.roll(real[row // 2 % len(real)], shift, axis=(1, 2))
+    return rows
+
+
+def _expected_of_vision(clf: RobustClassifier) -> Expected:
+    pixel_values = _pictures(clf)
+    text_embeds = clf.text_embeds()
+    image_embeds = np.concatenate([clf.encode_pixels(rows) for rows in np.array_split(pixel_values, 5)])
+    scale = clf.host.model.logit_scale.detach().exp().item()
+    bias = getattr(clf.host.model, "logit_bias", None)
+    logits = scale * image_embeds @ text_embeds.T + (0 if bias is None else bias.item())
+    return Expected(
+        inputs={"pixel_values": pixel_values},
+        input_axes={"pixel_values": ["batch", 3, *clf.host.preprocess.size]},
+        outputs={"image_embeds": image_embeds, "logits_per_image": logits.astype(np.float32)},
+        output_axes={
+            "image_embeds": ["batch", image_embeds.shape[1]],
+            "logits_per_image": ["batch", "n_labels"],
+        },
+        logits="logits_per_image",
+    )
+
+
+def _expected_of_text(clf: RobustClassifier, graph: TextGraph) -> Expected:
+    assert clf.prompts is not None
+    texts = [f"{label} {i}" for i in range(math.ceil(N_ROWS / len(clf.prompts.labels))) for label in clf.prompts.labels]
+    input_ids = np.asarray(clf.host.tokenizer(texts[:N_ROWS]))
+    embeds = clf._encode_text(input_ids)
+    text_embeds = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
+    return Expected(
+        inputs={"input_ids": input_ids},
+        input_axes={"input_ids": ["n_texts", graph.context_length]},
+        outputs={"text_embeds": text_embeds},
+        output_axes={"text_embeds": ["n_texts", text_embeds.shape[1]]},
+    )
+
+
+def _golden(clf: RobustClassifier) -> dict[str, np.ndarray]:
+    """Return pictures with torch's answers, for whoever wants to know whether a bundle still works."""
+    from PIL import Image
+
+    if clf.defense is not None and clf.defense.golden is not None:
+        pictures = clf.defense.golden.pictures
+    else:
+        height, width = clf.host.preprocess.size
+        pictures = np.random.default_rng(0).integers(0, 256, (_GOLDEN_PICTURES, height, width, 3), dtype=np.uint8)
+    pixel_values = np.stack([clf.host.preprocess(Image.fromarray(picture)) for picture in pictures])
+    return {"pictures": np.ascontiguousarray(pictures), "image_embeds": clf.encode_pixels(pixel_values)}

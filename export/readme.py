@@ -1,0 +1,156 @@
+"""What a bundle says of itself to people: its README.md and LICENCES.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from defense.export.layouts import Layout
+
+_SHOWN_LABELS = 10
+
+
+def render(fields: Mapping[str, Any], layout: Layout, folder: Path) -> str:
+    """Return a README whose code runs in the bundle's folder.
+
+    Args:
+        fields: Of the manifest.
+        layout: See `layouts`.
+        folder: The bundle, for its size.
+    """
+    preprocess, parity, labels = fields["preprocess"], fields["parity"], fields["labels"]
+    height, width = preprocess["size"]
+    size = sum(path.stat().st_size for path in folder.rglob("*.onnx*")) / 2**20
+    shown = ", ".join(labels[:_SHOWN_LABELS]) + (", ..." if len(labels) > _SHOWN_LABELS else "")
+    return f"""# {_title(fields)}
+
+Written by clip-defense. {_what_is_removed(fields)}
+
+| | |
+|---|---|
+| CLIP | {_host(fields)} |
+| labels | {len(labels)}: {shown} |
+| graph | {fields["mode"]}, {fields["dtype"]}, {size:.1f} MiB |
+| against PyTorch | {parity["rows"]} pictures, batches of {", ".join(map(str, parity["batches"]))}: \
+largest difference {parity["max_abs_diff"]:.1e}, smallest cosine {parity["cosine"]:.6f}, \
+same label {100 * parity["agreement"]:.1f} % |
+
+## With clip-defense, without torch
+
+`pip install "clip-defense[onnx]"`, then:
+
+```python
+from defense.export.runtime import OnnxClassifier
+
+clf = OnnxClassifier(".")
+print(clf("picture.jpg", top_k=3))
+```
+
+{_open_vocabulary(fields)}
+`defense info .` checks every byte of this folder and that the graph still answers as it did.
+
+## With ONNX Runtime alone
+
+`pixel_values` is float32 [batch, 3, {height}, {width}]: an upright RGB picture, {_resize(preprocess)}, divided by 255,
+minus the mean, over the standard deviation. `logits_per_image` is [batch, n_labels].
+
+```python
+import json
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+manifest = json.load(open("manifest.json", encoding="utf-8"))
+session = onnxruntime.InferenceSession(manifest["model"], providers=["CPUExecutionProvider"])
+picture = Image.open("picture.jpg").convert("RGB").resize(({width}, {height}), Image.Resampling.{_filter(preprocess)})
+mean, std = (np.array(manifest["preprocess"][key], np.float32) for key in ("mean", "std"))
+pixel_values = ((np.asarray(picture, np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
+image_embeds, logits = session.run(["image_embeds", "logits_per_image"], {{"pixel_values": pixel_values}})
+print(manifest["labels"][int(logits[0].argmax())])
+```
+
+This shortens the preparation to a plain resize; `OnnxClassifier` does all of it. Other labels: feed their normalised
+embeddings as `text_embeds` [n_labels, {fields["d_embed"]}].
+{_server(fields, layout)}"""
+
+
+def _server(fields: Mapping[str, Any], layout: Layout) -> str:
+    if layout == "bundle":
+        return """
+## In a container
+
+`docker build -t clip-defense .` makes an image without torch; the Dockerfile says how to run it.
+"""
+    height, width = fields["preprocess"]["size"]
+    kserve = """
+On KServe: put `model_repository` where `storageUri` in `inference-service.yaml` points, then
+`kubectl apply -f inference-service.yaml`.
+"""
+    return f"""
+## With NVIDIA Triton
+
+`tritonserver --model-repository=model_repository` serves `clip_defense`. The client prepares pictures, e.g. with this
+bundle and `pip install "tritonclient[http]"`:
+
+```py
+import numpy as np
+import tritonclient.http as http
+from defense import images
+from defense.export import bundle
+
+here = bundle.load(".")
+pixel_values = here.preprocess(images.decode("picture.jpg").image)[None]  # [1, 3, {height}, {width}]
+request = http.InferInput("pixel_values", pixel_values.shape, "FP32")
+request.set_data_from_numpy(pixel_values)
+answer = http.InferenceServerClient("localhost:8000").infer("clip_defense", [request])
+print(here.prompts.labels[int(answer.as_numpy("logits_per_image")[0].argmax())])
+```
+{kserve if layout == "kserve" else ""}"""
+
+
+def _title(fields: Mapping[str, Any]) -> str:
+    return "A defended CLIP in ONNX" if fields["defense"] else "A CLIP in ONNX"
+
+
+def _host(fields: Mapping[str, Any]) -> str:
+    host = fields["host"]
+    name = " ".join(filter(None, (host.get("model"), host.get("pretrained")))) or "unnamed"
+    return f"{name}, weights {host['sha256'][:16]}"
+
+
+def _what_is_removed(fields: Mapping[str, Any]) -> str:
+    if not fields["defense"]:
+        return "There is no defense inside."
+    parts = [
+        f"{each['latents']} latents of the set `{each['name']}` ({each['edit']}, {each['scope']} tokens) at "
+        f"`{site['hook_point']}`"
+        for site in fields["defense"]["sites"]
+        for each in site["sets"]
+    ]
+    return f"Suppressed inside: {'; '.join(parts)}."
+
+
+def _open_vocabulary(fields: Mapping[str, Any]) -> str:
+    if fields["text_model"] is None:
+        return "Embeddings of other labels, from the same CLIP, go to `clf.set_label_embeds(labels, text_embeds)`.\n"
+    return "Other labels: `clf.set_labels([...])`, or `clf(picture, candidate_labels=[...])`.\n"
+
+
+def _filter(preprocess: Mapping[str, Any]) -> str:
+    return str(preprocess["interpolation"]).upper()
+
+
+def _resize(preprocess: Mapping[str, Any]) -> str:
+    how = {"shortest": "cropped at its longer side", "longest": "padded at its shorter side", "squash": "stretched"}
+    return f"resized ({preprocess['interpolation']}) and {how[preprocess['resize_mode']]} to the frame"
+
+
+def licences(fields: Mapping[str, Any]) -> str:
+    """Return what is known of the licences."""
+    return f"""# Licences
+
+- clip-defense, whose formula is in the graph: MIT.
+- The defense: {fields["licence"]}.
+- The CLIP's weights, {_host(fields)}: as their publisher says.
+"""

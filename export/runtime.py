@@ -1,0 +1,288 @@
+"""A bundle behind the calls of `RobustClassifier`, with ONNX Runtime and without torch.
+
+image  --images.decode, Preprocess, in a thread pool-->  pixel_values [batch, 3, height, width]
+       --model.onnx-->                                   image_embeds [batch, d_embed], normalised
+labels --text.onnx, or baked in-->                       text_embeds [n_labels, d_embed], normalised
+       --logit_scale * cos, softmax-->                   scores [batch, n_labels]
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from defense import images, labels
+from defense.classifier import Explanation, OnError, RobustClassifier
+from defense.errors import BackendError, CheckpointError, ConfigError, DefenseError, ShapeError
+from defense.export import bundle
+from defense.export.sessions import CPU, CUDA, HALF_OPTIONS, decoding_threads, open_session
+
+log = logging.getLogger(__name__)
+
+_left_behind: list[Any] = []
+
+
+class OnnxClassifier(RobustClassifier):
+    """A zero-shot classifier out of a bundle.
+
+    Safe to use from several threads. It can be pickled and survives a fork: what cannot be copied is built anew on
+    first use.
+
+    Args:
+        source: The bundle's folder.
+        providers: Execution providers, best first, all of which must start. None takes CUDA where it works, else the
+            CPU.
+        session_options: Attributes of `onnxruntime.SessionOptions`, e.g. {"intra_op_num_threads": 2}. By default as
+            many threads as this process may use cores.
+        batch_size: Pictures decoded and encoded at once.
+        verify: "sha256" checks every byte of the bundle; "size" only the sizes.
+
+    Attributes:
+        bundle: What is in the folder.
+
+    Raises:
+        CheckpointError, IntegrityError: The bundle cannot be used.
+        BackendError: A provider does not start, or a fp16 graph is to run on the CPU.
+        MissingDependencyError: onnxruntime is not installed.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        providers: Sequence[str] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+        batch_size: int = 32,
+        verify: bundle.Verify = "sha256",
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}; it must be at least 1")
+        self.bundle = bundle.load(source, verify=verify)
+        self.providers = None if providers is None else tuple(providers)
+        self.session_options = dict(session_options or {})
+        self.batch_size = batch_size
+        self.prompts: labels.Prompts | None = self.bundle.prompts
+        self._text_embeds = {self.bundle.prompts.sha256(): self.bundle.text_embeds}
+        self._start()
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> OnnxClassifier:  # type: ignore[override]
+        """Return the classifier of a bundle; `options` are those of the class."""
+        return cls(source, **options)
+
+    def _start(self) -> None:
+        """Build what cannot be copied to another process."""
+        # Of a forked process: ending a session would wait for its threads, which stayed in the parent.
+        _left_behind.append((vars(self).get("_sessions"), vars(self).get("_pool")))
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._sessions: dict[str, Any] = {}
+        self._session(self.bundle.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = ("_pid", "_lock", "_pool", "_sessions")
+        return {name: value for name, value in vars(self).items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._pid = -1  # of no process: `_own_process` builds the rest on first use
+
+    def _own_process(self) -> None:
+        if self._pid != os.getpid():  # unpickled, or forked: the threads of a session stay behind in the parent
+            self._start()
+
+    def _session(self, name: str) -> Any:
+        with self._lock:
+            if name not in self._sessions:
+                is_half = self.bundle.dtype == "fp16"
+                options = {**(HALF_OPTIONS if is_half else {}), **self.session_options}
+                session = open_session(self.bundle.folder / name, self.providers, options)
+                if is_half and session.get_providers()[0] == CPU:
+                    raise BackendError(
+                        f"this bundle is fp16, which can end the process on a CPU; use {CUDA}, or export fp32 or int8"
+                    )
+                self._check_axes(name, session)
+                self._sessions[name] = session
+            return self._sessions[name]
+
+    def _check_axes(self, name: str, session: Any) -> None:
+        """Raise `CheckpointError` unless a graph takes and gives what its place in the bundle calls for."""
+        d_embed = self.bundle.text_embeds.shape[1]
+        if name == self.bundle.model:
+            wanted = {"pixel_values": [3, *self.bundle.preprocess.size], "image_embeds": [d_embed]}
+        else:
+            wanted = {"input_ids": [self.bundle.context_length], "text_embeds": [d_embed]}
+        got = {value.name: list(value.shape)[1:] for value in (*session.get_inputs(), *session.get_outputs())}
+        if not wanted.items() <= got.items():
+            raise CheckpointError(
+                f"{self.bundle.folder / name} has the inputs and outputs {got} (less their first axis); want {wanted}"
+            )
+
+    @property
+    def running_on(self) -> str:
+        """The execution provider that runs the vision graph."""
+        self._own_process()
+        return str(self._session(self.bundle.model).get_providers()[0])
+
+    # --- labels ---
+
+    def set_labels(self, candidate_labels: Sequence[str], templates: str | Sequence[str] = "simple") -> OnnxClassifier:
+        """Choose what to classify into, and return self.
+
+        Raises:
+            ConfigError: See `RobustClassifier.set_labels`; or the bundle has no text tower and no embeddings of these.
+        """
+        prompts = labels.Prompts(labels.check_labels(candidate_labels), labels.resolve_templates(templates))
+        self._embeds_of(prompts)  # so that an error comes now
+        self.prompts = prompts
+        return self
+
+    def set_label_embeds(self, candidate_labels: Sequence[str], text_embeds: np.ndarray) -> OnnxClassifier:
+        """Choose what to classify into by embeddings, and return self.
+
+        Args:
+            candidate_labels: At least one, all different.
+            text_embeds: Of the text tower of the same CLIP, float32 [n_labels, d_embed]; they are normalised here.
+
+        Raises:
+            ShapeError: Another number of rows than labels, or another width than the bundle's.
+            NonFiniteError: A number is NaN or infinite.
+            ConfigError: See `labels.check_labels`; or an embedding is zero.
+        """
+        names = labels.check_labels(candidate_labels)
+        want = (len(names), self.bundle.text_embeds.shape[1])
+        if np.shape(text_embeds) != want:
+            raise ShapeError(f"text_embeds is {list(np.shape(text_embeds))}, want {list(want)} for these labels")
+        prompts = labels.Prompts(names, ("{}",))
+        self._text_embeds[prompts.sha256()] = labels.average_templates(text_embeds, len(names), 1)
+        self.prompts = prompts
+        return self
+
+    def _embeds_of(self, prompts: labels.Prompts) -> np.ndarray:
+        self._own_process()
+        key = prompts.sha256()
+        with self._lock:
+            if key not in self._text_embeds:
+                if self.bundle.text_model is None or self.bundle.context_length is None:
+                    raise ConfigError(
+                        f"this bundle knows {len(self.bundle.prompts.labels)} labels and has no text tower for others; "
+                        "export it with text=True (defense export --text), or hand over embeddings to set_label_embeds"
+                    )
+                tokenizer = labels.ClipTokenizer(self.bundle.context_length)
+                self._text_embeds[key] = labels.encode_prompts(prompts, tokenizer, self._encode_text)
+            return self._text_embeds[key]
+
+    def _encode_text(self, input_ids: np.ndarray) -> np.ndarray:
+        assert self.bundle.text_model is not None
+        return self._session(self.bundle.text_model).run(["text_embeds"], {"input_ids": input_ids})[0]
+
+    # --- images ---
+
+    def _prepare(self, image: Any) -> np.ndarray:
+        return self.bundle.preprocess(images.decode(image).image)
+
+    def _chunks(
+        self, inputs: Iterable[Any], on_error: OnError
+    ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
+        """Yield as `RobustClassifier` does, pictures being decoded by several threads, one chunk ahead of the graph."""
+        self._own_process()
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(decoding_threads(), thread_name_prefix="defense-decode")
+            pool = self._pool
+        iterator = iter(inputs)
+
+        def start() -> list[Any]:
+            return [pool.submit(self._prepare, image) for image in itertools.islice(iterator, self.batch_size)]
+
+        height, width = self.bundle.preprocess.size
+        ahead = start()
+        while ahead:
+            current, ahead = ahead, start()
+            errors: list[DefenseError | None] = []
+            prepared = []
+            for future in current:
+                try:
+                    prepared.append(future.result())
+                    errors.append(None)
+                except DefenseError as error:
+                    if on_error == "raise":
+                        for waiting in (*current, *ahead):
+                            waiting.cancel()
+                        raise
+                    if on_error == "skip":
+                        log.warning("skipped a picture: %s", error)
+                    errors.append(error)
+            yield errors, np.stack(prepared) if prepared else np.empty((0, 3, height, width), np.float32)
+
+    def _encode_image(self, pixel_values: np.ndarray, *, plain: bool = False) -> np.ndarray:
+        """Return image_embeds; a batch that does not fit into the accelerator's memory is halved until it does."""
+        if plain:
+            raise ConfigError("a bundle holds the defended tower alone; export one without a defense to compare")
+        self._own_process()
+        session = self._session(self.bundle.model)
+        want = (3, *self.bundle.preprocess.size)
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != want:
+            raise ShapeError(
+                f"pixel_values is {list(pixel_values.shape)}, want [batch, {', '.join(map(str, want))}] as "
+                "bundle.preprocess makes it"
+            )
+        if len(pixel_values) == 0:
+            return np.empty((0, self.bundle.text_embeds.shape[1]), np.float32)
+        try:
+            return session.run(["image_embeds"], {"pixel_values": pixel_values})[0]
+        except Exception as error:  # onnxruntime's own exceptions share no base class
+            if "allocate" not in str(error) or len(pixel_values) == 1:
+                raise BackendError(f"onnxruntime failed on a batch of {len(pixel_values)}: {error}") from error
+            half = len(pixel_values) // 2
+            log.warning("a batch of %d does not fit into memory, trying %d", len(pixel_values), half)
+            parts = (pixel_values[:half], pixel_values[half:])
+        return np.concatenate([self._encode_image(part) for part in parts])
+
+    def _scores(self, image_embeds: np.ndarray, text_embeds: np.ndarray) -> np.ndarray:
+        logits = self.bundle.logit_scale * image_embeds @ text_embeds.T
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        return weights / weights.sum(1, keepdims=True)
+
+    def transform(self, X: Iterable[Any]) -> np.ndarray:
+        """Return image_embeds, float32 [n, d_embed], normalised."""
+        if isinstance(X, (str, bytes, os.PathLike)):
+            raise ConfigError(f"X must be a list of pictures, not one: [{X!r}]")
+        parts = [self._encode_image(pixel_values) for _, pixel_values in self._chunks(X, "raise")]
+        return np.concatenate(parts or [np.empty((0, self.bundle.text_embeds.shape[1]), np.float32)])
+
+    def explain(self, image: Any, *, top_k: int | None = None) -> Explanation:
+        """Refuse: a bundle does not say what it removes.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("a bundle cannot explain itself; use RobustClassifier with the defense it was exported from")
+
+    # --- checks ---
+
+    def check_golden(self) -> float:
+        """Return the largest difference between the golden embeddings and what this machine makes of the same pictures.
+
+        Raises:
+            CheckpointError: It is larger than the bundle allows.
+        """
+        want = self.bundle.golden["image_embeds"]
+        got = self.transform(list(self.bundle.golden["pictures"]))
+        difference = float(np.abs(got - want).max())
+        cosine = float((got * want).sum(1).min())
+        tolerance = self.bundle.tolerance
+        if not (difference <= tolerance["atol"] and cosine >= tolerance["cosine"]):  # also where it is NaN
+            raise CheckpointError(
+                f"golden embeddings differ by {difference:.2g} (cosine {cosine:.6f}); the bundle allows "
+                f"{tolerance['atol']:.2g} ({tolerance['cosine']}): this runtime does not compute what was exported"
+            )
+        return difference

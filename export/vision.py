@@ -1,0 +1,260 @@
+"""The vision tower with the defense inside, in a form that goes through torch.onnx.
+
+    pixel_values [batch, 3, height, width] --host.visual, edited after block L--> image_embeds [batch, d_embed]
+    text_embeds [n_labels, d_embed] --logit_scale * image_embeds @ text_embeds.T--> logits_per_image [batch, n_labels]
+
+The Suppressor of the library branches on its data, which a graph cannot. So `TracedEdit` restates the one formula from
+a Suppressor's own buffers, and a test holds it equal to `wrap`. Only plain ONNX operators come out of it.
+
+| mode | a TopK rule ... | the other rules |
+|---|---|---|
+| delta | is refused | take |S| columns of the encoder |
+| exact | encodes the tokens on which a latent of S is positive, and no others | as above |
+| static | encodes every token, for engines that refuse shapes that depend on data | as above; no `project` |
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from defense.attach import EditedBlock, attached, is_wrapped
+from defense.errors import ConfigError
+from defense.export.coordinates import TRANSLATION, coordinates
+from defense.hosts import VisionHost
+from defense.ops import reference
+from defense.sae import normalise
+from defense.suppress import Suppressor
+
+Mode = Literal["delta", "exact", "static"]
+
+OPSET = 18
+_TRACED_BATCH = 3  # traced with 1, the exporter fixes the batch at 1 whatever it is told
+_TRACED_LABELS = 5
+_MAX_SIZE = 2**16
+OUTPUTS = ("image_embeds", "logits_per_image")
+ONE_FILE_BYTES = 2**31 - 2**20
+"""Weights beyond this go to a file beside the graph: protobuf holds no more than 2 GiB."""
+
+
+class TracedEdit(nn.Module):
+    """What one Suppressor subtracts from a residual, without a branch.
+
+    Args:
+        suppressor: In float32. Its strength becomes a constant.
+        mode: See the module.
+    """
+
+    removal: Tensor
+
+    def __init__(self, suppressor: Suppressor, mode: Mode) -> None:
+        super().__init__()
+        self.suppressor = suppressor
+        self.mode = mode
+        self.register_buffer("removal", suppressor.removal * suppressor.strength, persistent=False)
+
+    def forward(self, resid: Tensor) -> Tensor:
+        """Return the share of resid [batch, pos, d_model] to remove, at every pos."""
+        s = self.suppressor
+        rows = resid.reshape(-1, s.d_model)
+        z, scale, _ = normalise(rows, s.norm)
+        acts = reference.acts_of_set(z, s._encoder) if s.W_enc is None else self._topk_acts(z)
+        if s.values is not None:
+            delta = reference.steered(acts, self.removal, s.W_dec_S, s.values)
+        elif s.latent_set.edit == "project":
+            delta = self._projected(acts, z - s.b_dec)
+        else:
+            delta = reference.scaled(acts, self.removal, s.W_dec_S)
+        return (delta if scale is None else delta * scale).reshape(resid.shape)
+
+    def _topk_acts(self, z: Tensor) -> Tensor:
+        """Keep the pre-activations of S, [tokens, n], that are among the k largest of their token."""
+        s = self.suppressor
+        assert s.W_enc is not None
+        assert s.b is not None
+        values = z @ s.W_S + s.b_S
+        if not s.negative_counts:
+            values = values.relu()
+        if self.mode == "static" or s.negative_counts:
+            return values * self._survives(z)
+        rows = (values > 0).any(1).nonzero()[:, 0]
+        return torch.zeros_like(values).index_copy(0, rows, values[rows] * self._survives(z[rows]))
+
+    def _survives(self, z: Tensor) -> Tensor:
+        s = self.suppressor
+        assert s.W_enc is not None
+        assert s.b is not None
+        everything = z @ s.W_enc + s.b
+        kth_largest = everything.topk(s.k, dim=1).values[:, -1:]
+        return everything[:, s.latents] >= kth_largest
+
+    def _projected(self, acts: Tensor, centred: Tensor) -> Tensor:
+        rows = (acts != 0).any(1).nonzero()[:, 0]
+        W_dec_S = self.suppressor.W_dec_S.double()
+        shares = coordinates((acts[rows] != 0).float(), W_dec_S @ W_dec_S.T, centred[rows].double() @ W_dec_S.T)
+        delta = ((shares * self.removal) @ W_dec_S).to(centred.dtype)
+        return torch.zeros_like(centred).index_copy(0, rows, delta)
+
+
+class TracedBlock(nn.Module):
+    """The edits after one block, as a forward hook in the block's own layout."""
+
+    def __init__(self, block: EditedBlock, mode: Mode) -> None:
+        super().__init__()
+        parts = [part for part in block.parts() if len(part.latents)]
+        self.edits = nn.ModuleList(TracedEdit(part, mode) for part in parts)
+        self.slices = [part.token_slice(block.n_prefix) for part in parts]
+        self.batch_first = block.batch_first
+
+    def hook(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return the edited output of the block; each edit sees the unedited one."""
+        resid = (output if self.batch_first else output.transpose(0, 1)).float()
+        edited = resid
+        for edit, tokens in zip(self.edits, self.slices, strict=True):
+            delta = edit(resid[:, tokens])
+            before, after = tokens.start or 0, 0 if tokens.stop is None else resid.shape[1] - tokens.stop
+            edited = edited - F.pad(delta, (0, 0, before, after))
+        edited = edited.to(output.dtype)
+        return edited if self.batch_first else edited.transpose(0, 1)
+
+
+class VisionGraph(nn.Module):
+    """From pixel_values to image_embeds and logits_per_image; to be called within `in_place`.
+
+    Args:
+        model: An open_clip model on the CPU, defended or not. Its vision tower may be in half precision; what is in
+            front of it, the edits and the logits are in float32.
+        mode: See the module.
+
+    Raises:
+        ConfigError: A mode that is unknown, or does not go with the defense's SAEs.
+    """
+
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, model: Any, mode: Mode = "exact") -> None:
+        super().__init__()
+        if mode not in get_args(Mode):
+            raise ConfigError(f"mode={mode!r}; it must be one of {', '.join(get_args(Mode))}")
+        self.visual = model.visual
+        self.host = VisionHost.of(model)
+        self.dtype = next(parameter for parameter in model.visual.parameters() if parameter.ndim == 4).dtype
+        self.register_buffer("scale", model.logit_scale.detach().exp())
+        bias = getattr(model, "logit_bias", None)
+        self.register_buffer("bias", torch.zeros(()) if bias is None else bias.detach().clone())
+        self._attached = attached(model) if is_wrapped(model) else None
+        edited = [] if self._attached is None else self._attached.edited_blocks()
+        topk = [block.hook_point for block in edited for part in block.parts() if part.W_enc is not None]
+        if mode == "delta" and topk:
+            raise ConfigError(
+                f"mode='delta' cannot hold the topk SAE at {topk[0]}, whose latents compete; use 'exact', or 'static'"
+            )
+        if mode == "static" and any(part.latent_set.edit == "project" for block in edited for part in block.parts()):
+            raise ConfigError(
+                "mode='static' cannot hold the edit 'project', whose systems grow with what fires; use 'exact'"
+            )
+        self.hook_points = [block.hook_point for block in edited]
+        self.blocks = nn.ModuleList(TracedBlock(block, mode) for block in edited)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the traced edits stand in for the library's own."""
+        with ExitStack() as stack:
+            if self._attached is not None:
+                stack.enter_context(self._attached.bypassed())
+            for hook_point, block in zip(self.hook_points, self.blocks, strict=True):
+                assert isinstance(block, TracedBlock)
+                handle = self.host.block(hook_point).register_forward_hook(block.hook)
+                stack.callback(handle.remove)
+            yield
+
+    def forward(self, pixel_values: Tensor, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Return image_embeds [batch, d_embed], normalised, and logits_per_image [batch, n_labels]."""
+        image_embeds = F.normalize(self.visual(pixel_values.to(self.dtype)).float(), dim=-1)
+        return image_embeds, self.scale * image_embeds @ text_embeds.T + self.bias
+
+
+def trace_vision(graph: VisionGraph, size: tuple[int, int], text_embeds: Tensor) -> ir.Model:
+    """Return the graph in ONNX, with labels baked in that a caller may replace.
+
+    `text_embeds` is an initializer that is also an input: what is fed under this name, for any number of labels, stands
+    in for it.
+
+    Args:
+        graph: What to trace.
+        size: Height and width of its pictures.
+        text_embeds: The labels' embeddings, normalised, [n_labels, d_embed].
+    """
+    example = {
+        "pixel_values": torch.zeros(_TRACED_BATCH, 3, *size),
+        "text_embeds": torch.zeros(_TRACED_LABELS, text_embeds.shape[1]),
+    }
+    with graph.in_place():
+        model = trace(graph, example, {"pixel_values": "batch", "text_embeds": "n_labels"}, OUTPUTS)
+    labels = next(value for value in model.graph.inputs if value.name == "text_embeds")
+    labels.const_value = ir.tensor(text_embeds.numpy(), name="text_embeds")
+    model.graph.register_initializer(labels)
+    return model
+
+
+def trace(graph: nn.Module, example: dict[str, Tensor], axes: dict[str, str], outputs: tuple[str, ...]) -> ir.Model:
+    """Return a module in ONNX.
+
+    Args:
+        graph: Its forward takes the tensors of `example`, in that order.
+        example: Inputs by name.
+        axes: Input -> name of its first axis, which is dynamic. The others are fixed.
+        outputs: Names of the outputs.
+    """
+    dims = {axis: torch.export.Dim(axis, min=1, max=_MAX_SIZE) for axis in axes.values()}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it is one operator that ONNX does not have
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                graph.eval(),
+                tuple(example.values()),
+                input_names=list(example),
+                output_names=list(outputs),
+                dynamic_shapes={name: {0: dims[axes[name]]} if name in axes else None for name in example},
+                custom_translation_table=TRANSLATION,
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+    assert program is not None
+    return program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's advice on its own workings to itself; what it made is verified."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def write(model: ir.Model, path: Path, metadata: dict[str, str]) -> None:
+    """Write a graph as one file, or where its weights exceed 2 GiB as two: `path` and `path`.data beside it."""
+    model.metadata_props.update(metadata)
+    n_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    external = f"{path.name}.data" if n_bytes > ONE_FILE_BYTES else None
+    ir.save(model, path, external_data=external, size_threshold_bytes=1024)

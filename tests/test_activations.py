@@ -1,0 +1,271 @@
+"""Residuals as a stream and in shards: which rows, in which order, and the same again after an interruption."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+pytest.importorskip("open_clip")
+import torch
+from PIL import Image
+
+from defense import images
+from defense.activations import MANIFEST, Batches, Shards, Stream, Tap, write_shards
+from defense.classifier import load_host
+from defense.errors import CheckpointError, ConfigError, HookPointError, IntegrityError, NonFiniteError
+from defense.hosts import VisionHost
+from defense.pictures import START, open_pictures
+
+N = 102
+N_TRAINED = 99  # the first of every 50 is held out
+POINT = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """N pictures of noise."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(N):
+        Image.fromarray(rng.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def pictures(folder):
+    return open_pictures([folder])
+
+
+@pytest.fixture
+def host(tiny_folder):
+    return load_host(f"local-dir:{tiny_folder}")
+
+
+def resid_of(host, paths, block: int) -> torch.Tensor:
+    """The residual behind a block as a whole forward pass shows it."""
+    seen = []
+    handle = VisionHost.of(host.model).blocks[block].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    pixel_values = np.stack([host.preprocess(images.decode(path).image) for path in paths])
+    with torch.no_grad():
+        host.model.encode_image(torch.from_numpy(pixel_values))
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("block", "scope", "tokens", "positions"),
+    [(1, "all", "all", slice(None)), (1, "cls", "cls", slice(0, 1)), (0, "patch", "patch", slice(1, None)),
+     (2, "all", "cls", slice(0, 1))],
+    ids=["all", "cls", "patch", "last block"],
+)  # fmt: skip
+def test_a_tap_takes_the_residual_of_its_tokens(host, folder, block, scope, tokens, positions):
+    paths = sorted(folder.iterdir())[:3]
+    tap = Tap(host, f"blocks.{block}.hook_resid_post", scope)
+    want = resid_of(host, paths, block)[:, positions]
+    got = tap.resid(np.stack([host.preprocess(images.decode(path).image) for path in paths]))
+    assert torch.equal(got, want)
+    assert tap.tokens == tokens
+    assert tap.n_tokens == want.shape[1]
+
+
+def test_the_blocks_behind_a_tap_do_not_run(host):
+    vision = VisionHost.of(host.model)
+    ran = []
+    for index, block in enumerate(vision.blocks):
+        block.register_forward_hook(lambda *_args, index=index: ran.append(index))
+    Tap(host, POINT).resid(np.zeros((1, 3, 32, 32), np.float32))
+    assert ran == [0, 1]
+
+
+def test_tokens_that_mean_nothing_at_a_block_are_refused(host):
+    with pytest.raises(HookPointError, match="editing patches changes nothing"):
+        Tap(host, "blocks.2.hook_resid_post", "patch")
+    with pytest.raises(HookPointError, match="blocks 0 to 2"):
+        Tap(host, "blocks.3.hook_resid_post")
+
+
+def test_a_chunk_holds_the_residuals_of_the_next_pictures_in_order(host, pictures):
+    tap = Tap(host, POINT)
+    stream = Stream(tap, pictures, buffer=10 * tap.n_tokens, batch=4)
+    chunk = stream.chunk(START)
+    taken = [picture for picture, _ in pictures.epoch(0)][:10]
+    want = resid_of(host, [picture.source for picture in taken], 1).flatten(0, 1)
+    torch.testing.assert_close(chunk.resid, want, atol=1e-5, rtol=0)
+    assert chunk.n == len(want)
+    assert chunk.numbers.tolist() == list(range(chunk.n))
+    again = stream.chunk(chunk.next)
+    assert not torch.isclose(again.resid[0], want, atol=1e-3).all(1).any()
+
+
+def test_pictures_that_cannot_be_read_are_left_out_and_named(host, folder, tmp_path, caplog):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "007.png").write_bytes(b"")
+    (broken / "008.png").write_bytes((folder / "008.png").read_bytes()[:200])
+    tap = Tap(host, POINT)
+    damaged, whole = (Stream(tap, open_pictures([path]), batch=8) for path in (broken, folder))
+    chunk = damaged.chunk(START)
+    assert chunk.n == (N_TRAINED - 2) * tap.n_tokens
+    assert damaged.unreadable == {"007.png", "008.png"}
+    assert "007.png" in caplog.text
+    names = [picture.name for picture, _ in damaged.pictures.epoch(0)]
+    kept = [i for i, name in enumerate(names) if name not in damaged.unreadable]
+    want = whole.chunk(START).resid.view(N_TRAINED, -1)[kept]
+    torch.testing.assert_close(chunk.resid.view(len(kept), -1), want, atol=1e-5, rtol=0)
+
+
+def test_a_source_without_a_readable_picture_is_refused(host, tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match="none of 2 pictures in a row can be read"):
+        Stream(Tap(host, POINT), open_pictures([tmp_path])).chunk(START)
+
+
+def test_a_source_with_held_out_pictures_only_is_refused(host, folder, tmp_path):
+    shutil.copy(folder / "000.png", tmp_path)
+    with pytest.raises(ConfigError, match="no picture to train on"):
+        Stream(Tap(host, POINT), open_pictures([tmp_path])).chunk(START)
+
+
+def test_infinite_residuals_are_refused(host, pictures):
+    with torch.no_grad():
+        VisionHost.of(host.model).blocks[0].mlp.c_proj.bias[0] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"blocks\.1"):
+        Stream(Tap(host, POINT), pictures).chunk(START)
+
+
+@pytest.mark.parametrize(("field", "value"), [("text_rate", 1.5), ("buffer", 0), ("batch", 0)])
+def test_numbers_out_of_range_are_refused(host, pictures, field, value):
+    with pytest.raises(ConfigError, match=f"{field}={value}"):
+        Stream(Tap(host, POINT), pictures, **{field: value})
+
+
+def test_words_are_written_at_the_rate_asked_for(host, folder):
+    tap = Tap(host, POINT)
+    plain, half, half_again, written = (
+        Stream(tap, open_pictures([folder]), text_rate=rate).chunk(START).resid.view(N_TRAINED, -1)
+        for rate in (0, 0.5, 0.5, 1)
+    )
+    assert torch.equal(half, half_again)
+    assert (plain != written).any(1).all()
+    n_written = int((plain != half).any(1).sum())
+    assert 30 <= n_written <= 70
+    assert ((half == plain).all(1) | (half == written).all(1)).all()
+
+
+def test_what_is_written_does_not_depend_on_the_buffer(host, folder):
+    streams = [Stream(Tap(host, POINT), open_pictures([folder]), text_rate=1, buffer=size) for size in (2**17, 510)]
+    whole, part = (stream.chunk(START).resid for stream in streams)
+    torch.testing.assert_close(part, whole[: len(part)], atol=1e-5, rtol=0)
+
+
+def test_a_source_that_fits_into_the_buffer_is_encoded_once(host, pictures, monkeypatch):
+    n_encoded = 0
+    resid = Tap.resid
+
+    def counted(self, pixel_values):
+        nonlocal n_encoded
+        n_encoded += len(pixel_values)
+        return resid(self, pixel_values)
+
+    monkeypatch.setattr(Tap, "resid", counted)
+    batches = Batches(Stream(Tap(host, POINT), pictures), 500)
+    rows = [batches.next() for _ in range(10)]
+    assert n_encoded == N_TRAINED
+    assert batches.state()["chunk"] == 3
+    assert not torch.equal(rows[0], rows[3]), "each round has its own order"
+
+
+def test_a_chunk_gives_each_row_at_most_once(host, pictures):
+    stream = Stream(Tap(host, POINT), pictures)
+    batches = Batches(stream, 100)
+    rows = torch.cat([batches.next() for _ in range(16)])
+    assert len(rows.unique(dim=0)) == 1600
+    everything = {tuple(row) for row in stream.chunk(START).resid.tolist()}
+    assert {tuple(row) for row in rows.tolist()} <= everything
+
+
+@pytest.mark.parametrize("n_done", [1, 5, 12, 23])
+def test_batches_go_on_bit_for_bit_where_they_were(host, pictures, n_done):
+    def new_batches(state=None) -> Batches:
+        return Batches(Stream(Tap(host, POINT), pictures, buffer=40 * 17, text_rate=0.3), 200, state=state)
+
+    batches = new_batches()
+    for _ in range(n_done):
+        batches.next()
+    resumed = new_batches(batches.state())
+    for _ in range(4):
+        assert torch.equal(resumed.next(), batches.next())
+
+
+def test_a_sample_is_the_start_of_the_first_batches(host, pictures):
+    batches = Batches(Stream(Tap(host, POINT), pictures), 100)
+    sample = batches.sample(150)
+    assert torch.equal(sample[:100], batches.next())
+    assert len(batches.sample(10**6)) == N_TRAINED * 17
+
+
+def test_less_than_a_batch_is_refused(host, pictures):
+    tap = Tap(host, POINT)
+    with pytest.raises(ConfigError, match=f"together give {N_TRAINED * 17} tokens, less than a batch of 5000"):
+        Batches(Stream(tap, pictures), 5000)
+    with pytest.raises(ConfigError, match="larger buffer"):
+        Batches(Stream(tap, pictures, buffer=170), 300).next()
+
+
+def test_training_from_shards_sees_the_batches_of_the_stream(host, pictures, tmp_path):
+    stream = Stream(Tap(host, POINT), pictures, buffer=40 * 17, text_rate=0.3)
+    write_shards(stream, tmp_path / "shards", 10**9)
+    shards = Shards(tmp_path / "shards", stream.describe())
+    assert len(shards.files) == 3
+    from_stream, from_shards = Batches(stream, 200), Batches(shards, 200)
+    for _ in range(6):
+        assert torch.equal(from_shards.next(), from_stream.next())
+    for _ in range(5):  # into the second round
+        assert from_shards.next().shape == (200, 64)
+
+
+def test_shards_stop_at_the_tokens_asked_for(host, pictures, tmp_path):
+    stream = Stream(Tap(host, POINT), pictures, buffer=20 * 17)
+    write_shards(stream, tmp_path / "shards", 30 * 17)
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [
+        MANIFEST, "resid-00000.safetensors", "resid-00001.safetensors",
+    ]  # fmt: skip
+
+
+def test_shards_of_other_residuals_are_refused(host, pictures, tmp_path):
+    stream = Stream(Tap(host, POINT), pictures)
+    write_shards(stream, tmp_path / "shards", 1)
+    other = Stream(Tap(host, "blocks.0.hook_resid_post", "cls"), pictures, seed=1)
+    with pytest.raises(ConfigError, match="hook_point, tokens, pictures_per_chunk, seed differ"):
+        Shards(tmp_path / "shards", other.describe())
+    with pytest.raises(ConfigError, match="not there yet"):
+        write_shards(stream, tmp_path / "shards", 1)
+
+
+def test_damaged_shards_are_refused(host, pictures, tmp_path):
+    stream = Stream(Tap(host, POINT), pictures)
+    folder = write_shards(stream, tmp_path / "shards", 1)
+    path = folder / "resid-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError):
+        Shards(folder, stream.describe()).chunk(START)
+    path.write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match="write the shards anew"):
+        Shards(folder, stream.describe())
+    (folder / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        Shards(folder, stream.describe())
+
+
+def test_shards_that_fail_leave_nothing_behind(host, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / "in" / f"{i}.png").write_bytes(b"")
+    with pytest.raises(ConfigError):
+        write_shards(Stream(Tap(host, POINT), open_pictures([tmp_path / "in"])), tmp_path / "shards", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -1,0 +1,77 @@
+"""The benchmark of exported graphs: its gate, its tables, and one run on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("open_clip")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+import open_clip
+import torch
+
+from defense.benchmarks import export, speed
+from defense.errors import ConfigError
+
+
+@pytest.fixture
+def tiny_model(monkeypatch):
+    def create(case):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(case.seed)
+            return open_clip.CLIP(
+                embed_dim=16,
+                vision_cfg={"image_size": 32, "patch_size": 8, "width": 48, "layers": 3, "head_width": 16},
+                text_cfg={"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1},
+            )
+
+    monkeypatch.setattr(speed, "create_model", create)
+
+
+@pytest.mark.parametrize(("rough", "shift"), [(False, 1e-3), (True, 1.0)])
+def test_an_arm_that_computes_something_else_is_not_timed(rough, shift):
+    want = torch.nn.functional.normalize(torch.ones(2, 4), dim=-1)
+    got = want.numpy().copy()
+    got[:, 0] -= shift
+    with pytest.raises(ConfigError, match="arm differs by"):
+        export.check_arm("arm", got, want, rough=rough)
+    assert export.check_arm("arm", want.numpy(), want, rough=rough) == 0
+
+
+def test_tables_show_every_row_and_say_what_they_rest_on():
+    plain = export.GraphRow("ONNX, plain CLIP", 10.0, 9.0, 11.0, 1.0, 2e-7, (10.0,))
+    rows = [vars(plain), vars(export.GraphRow("ONNX, delta", 10.2, 9.1, 11.3, 1.021, 3e-7, (10.2,)))]
+    head, rule, *lines = export.graph_table(rows).splitlines()
+    assert lines[1] == "| ONNX, delta | 10.2 (9.1-11.3) | 1.021 | 3e-07 |"
+    assert head.count("|") == rule.count("|") == lines[0].count("|")
+
+
+@pytest.mark.slow
+def test_a_run_measures_every_arm_and_the_runtime(tiny_model, tmp_path, capsys):
+    out = tmp_path / "export.json"
+    sizes = ["--model=tiny", "--batch=2", "--d-sae=128", "--k=8", "--n-set=8", "--block=1", "--rounds=2", "--seed=3"]
+    assert export.main([*sizes, "--threads=1", "--pictures=8", "--no-compile", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [row["arm"] for row in result["graphs"]] == [
+        "ONNX, plain CLIP",
+        "ONNX, exact TopK, scale, 0 % of tokens firing",
+        "ONNX, exact TopK, scale, 5 % of tokens firing",
+        "ONNX, exact TopK, project, 5 % of tokens firing",
+        "ONNX, delta, scale, 100 % of tokens firing",
+        "ONNX int8, delta, scale",
+        "PyTorch eager, delta, scale",
+    ]
+    assert all(min(row["rounds_ms"]) > 0 and len(row["rounds_ms"]) == 2 for row in result["graphs"])
+    assert result["graphs"][0]["x_plain"] == 1.0
+    runtime = result["runtime"]
+    assert runtime["n"] == 8
+    assert 0 <= runtime["int8_agreement"] <= 1
+    assert all(value > 0 for name, value in runtime.items() if name.endswith(("_per_s", "_s")))
+    printed = capsys.readouterr().out
+    assert re.search(r"\| import to first answer \| [\d.]+ s \|", printed)
+    assert np.isfinite(result["environment"]["load"])

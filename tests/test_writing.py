@@ -1,0 +1,56 @@
+"""Words on pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from defense.writing import common_words, write_word
+
+
+def grey(size: tuple[int, int] = (200, 120)) -> Image.Image:
+    return Image.new("RGB", size, (128, 128, 128))
+
+
+def test_common_words_are_words_that_the_fonts_can_draw():
+    words = common_words()
+    assert len(words) == len(set(words)) == 10_000
+    assert all(word.isascii() and word.isalpha() and word.islower() and 3 <= len(word) <= 10 for word in words)
+    assert {"the", "love", "street"} <= set(words)
+
+
+@pytest.mark.parametrize("size", [(200, 120), (120, 200), (40, 40)], ids=str)
+def test_a_word_stands_within_the_central_square(size):
+    for seed in range(40):
+        image = grey(size)
+        written = write_word(image, np.random.default_rng(seed))
+        changed = (np.asarray(written) != np.asarray(image)).any(2)
+        assert changed.sum() > 20
+        side, left, top = min(size), (size[0] - min(size)) // 2, (size[1] - min(size)) // 2
+        outside = changed.copy()
+        outside[top : top + side, left : left + side] = False
+        assert not outside.any()
+        assert np.asarray(image).std() == 0, "the picture itself must stay as it is"
+
+
+def test_what_is_written_follows_the_generator():
+    pictures = [np.asarray(write_word(grey(), np.random.default_rng(seed))) for seed in (1, 1, 2)]
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] != pictures[2]).any()
+
+
+def test_ink_stands_out_from_its_paper():
+    for seed in range(20):
+        written = np.asarray(write_word(grey(), np.random.default_rng(seed), "word")).astype(int)
+        luminance = written @ np.array([0.299, 0.587, 0.114])
+        assert luminance.max() - luminance.min() > 90
+
+
+def test_another_word_gives_another_picture():
+    first, second = (np.asarray(write_word(grey(), np.random.default_rng(3), word)) for word in ("apple", "pizza"))
+    assert (first != second).any()
+
+
+def test_a_tiny_picture_does_no_harm():
+    assert write_word(grey((5, 3)), np.random.default_rng(0), "elephants").size == (5, 3)
