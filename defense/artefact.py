@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -309,19 +310,31 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Defens
         NonFiniteError: A weight is NaN or infinite.
         ConfigError: `verify` is neither of the two.
     """
+    check_verify(verify)
+    root = Path(folder)
+    with reading(root / MANIFEST, SCHEMA):
+        return _load(root, verify)
+
+
+def check_verify(verify: str) -> None:
+    """Raise `ConfigError` where it is not one of `Verify`."""
     if verify not in get_args(Verify):
         raise ConfigError(f"verify={verify!r}; it must be one of {', '.join(get_args(Verify))}")
-    root = Path(folder)
+
+
+@contextmanager
+def reading(manifest: Path, schema: int) -> Iterator[None]:
+    """Turn whatever reading a folder by its manifest can raise into `CheckpointError`, with the file's name."""
     try:
-        return _load(root, verify)
+        yield
     except ConfigError as error:
-        raise CheckpointError(f"{root / MANIFEST}: {error}") from error
+        raise CheckpointError(f"{manifest}: {error}") from error
     except DefenseError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{root} cannot be read: {error}") from error
-    except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{root / MANIFEST} does not have the values of schema {SCHEMA}: {error!r}") from error
+        raise CheckpointError(f"{manifest.parent} cannot be read: {error}") from error
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"{manifest} does not have the values of schema {schema}: {error!r}") from error
 
 
 def _load(root: Path, verify: Verify) -> Defense:

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from . import artefact
-from .errors import CheckpointError, ConfigError, DefenseError, HookPointError
+from .errors import CheckpointError, ConfigError, HookPointError
 from .hosts import VisionHost, block_of
 from .sae import SAEConfig, SparseAutoencoder, normalise
 
@@ -171,14 +171,8 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
         NonFiniteError: A weight is NaN or infinite.
     """
     root = Path(folder)
-    try:
+    with artefact.reading(root / MANIFEST, SCHEMA):
         return _load(root)
-    except ConfigError as error:
-        raise CheckpointError(f"{root / MANIFEST}: {error}") from error
-    except DefenseError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{root} cannot be read: {error}") from error
 
 
 def _load(root: Path) -> Checkpoint:

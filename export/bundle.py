@@ -17,13 +17,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from defense import artefact
-from defense.artefact import MANIFEST, Verify, read_tensors, sha256_of
-from defense.errors import CheckpointError, ConfigError, DefenseError, IntegrityError
+from defense.artefact import MANIFEST, Verify, check_verify, read_tensors, reading, sha256_of
+from defense.errors import CheckpointError, IntegrityError
 from defense.images import Preprocess
 from defense.labels import Prompts
 
@@ -134,19 +134,10 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Bundle
         NonFiniteError: An embedding is NaN or infinite.
         ConfigError: `verify` is neither of the two.
     """
-    if verify not in get_args(Verify):
-        raise ConfigError(f"verify={verify!r}; it must be one of {', '.join(get_args(Verify))}")
+    check_verify(verify)
     root = Path(folder)
-    try:
+    with reading(root / MANIFEST, SCHEMA):
         return _load(root, verify)
-    except ConfigError as error:
-        raise CheckpointError(f"{root / MANIFEST}: {error}") from error
-    except DefenseError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{root} cannot be read: {error}") from error
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise CheckpointError(f"{root / MANIFEST} does not have the values of schema {SCHEMA}: {error!r}") from error
 
 
 def _load(root: Path, verify: Verify) -> Bundle:
