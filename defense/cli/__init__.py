@@ -1,0 +1,31 @@
+"""The command line: `defense classify`, `export`, `info`, `import`, `train`, `bench`, `doctor`; a module each.
+
+stdout is data, stderr is talk. Exit codes: 0 ok, 2 usage, 3 a package is missing, 4 some inputs failed, 5 a defense
+was rejected, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from . import bench, classify, doctor, export, importing, info, train  # noqa: F401 - in the order of --help
+from .common import app, put
+
+__all__ = ["app", "main"]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show_version:
+        put(version("clip-defense"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,189 @@
+"""`defense classify`: plain and defended CLIP side by side."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress
+from rich.table import Table
+
+from defense.errors import InvalidImageError
+
+from .common import (
+    EXIT_INPUTS,
+    OnError,
+    app,
+    chosen_labels,
+    exit_codes,
+    expand,
+    print_json,
+    put,
+    say,
+    shown,
+    stderr,
+    stdout,
+)
+
+if TYPE_CHECKING:
+    from defense.classifier import Explanation, RobustClassifier
+
+_PROGRESS_FROM = 20
+
+
+@app.command()
+def classify(
+    pictures: Annotated[
+        list[Path] | None, typer.Argument(help="Files or folders. By default the pictures that ship with the package.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help='What to choose from, e.g. "dog,cat".')] = None,
+    labels_file: Annotated[Path | None, typer.Option(help="The same, one label a line.")] = None,
+    template: Annotated[str, typer.Option(help='"simple", "hf", "openai", or a template with {}.')] = "simple",
+    defense: Annotated[str, typer.Option(help='"embedded", a folder, a hub id, or an exported bundle.')] = "embedded",
+    model: Annotated[str | None, typer.Option(help="open_clip model; by default the one the defense names.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Stock CLIP only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+    on_error: Annotated[OnError, typer.Option(help="What becomes of a picture that cannot be read.")] = OnError.skip,
+    top_k: Annotated[int, typer.Option(min=1, help="How many labels to print.")] = 3,
+    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
+) -> None:
+    """Classify pictures with plain and with defended CLIP, side by side."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with exit_codes():
+        from defense.classifier import EMBEDDED, RobustClassifier
+        from defense.export import bundle
+
+        paths = _example_pictures() if not pictures else list(expand(pictures))
+        if not paths:
+            raise typer.BadParameter(f"no pictures in {', '.join(map(str, pictures or []))}")
+        if bundle.is_bundle(defense):
+            if plain or model is not None:
+                raise typer.BadParameter("a bundle holds one defended model; --plain and --model do not go with it")
+            given = None if labels is None and labels_file is None else chosen_labels(labels, labels_file, False)
+            _classify_with_bundle(defense, paths, given, template, as_json=as_json, on_error=on_error, top_k=top_k)
+            return
+        uses_embedded = defense == EMBEDDED and model in (None, EMBEDDED)
+        chosen = chosen_labels(labels, labels_file, uses_embedded)
+        clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device=device)
+        clf.set_labels(chosen, template)
+        n_failed = _classify_all(clf, paths, plain=plain, as_json=as_json, on_error=on_error, top_k=top_k)
+        if not pictures and not as_json:
+            _print_next_step()
+        if n_failed:
+            say(f"{n_failed} of {len(paths)} pictures could not be read")
+            raise typer.Exit(EXIT_INPUTS)
+
+
+def _example_pictures() -> list[Path]:
+    return sorted((Path(__file__).parents[1] / "embedded" / "examples").glob("*.png"))
+
+
+def _classify_all(
+    clf: RobustClassifier, paths: Sequence[Path], *, plain: bool, as_json: bool, on_error: OnError, top_k: int
+) -> int:
+    """Print an answer per picture; return how many could not be read."""
+    n_failed = 0
+    show_progress = len(paths) >= _PROGRESS_FROM and stderr.is_terminal
+    with Progress(console=stderr, disable=not show_progress, transient=True) as progress:
+        for path in progress.track(paths, description="classifying"):
+            try:
+                explanation = clf.explain(path, top_k=top_k)
+            except InvalidImageError as error:
+                if on_error is OnError.raise_:
+                    raise
+                n_failed += 1
+                say(f"{shown(path)}: {error}", "red")
+                if on_error is OnError.return_:
+                    print_json({"file": shown(path), "error": {"code": error.code, "message": error.message}})
+                continue
+            if as_json:
+                print_json({"file": shown(path), **_json_of(explanation, plain)})
+            else:
+                _print_table(path, explanation, plain)
+    return n_failed
+
+
+def _classify_with_bundle(
+    folder: str,
+    paths: Sequence[Path],
+    chosen: Sequence[str] | None,
+    template: str,
+    *,
+    as_json: bool,
+    on_error: OnError,
+    top_k: int,
+) -> None:
+    """Print an answer per picture, without torch."""
+    from defense.export.runtime import OnnxClassifier
+
+    clf = OnnxClassifier(folder)
+    if chosen is not None:
+        clf.set_labels(chosen, template)
+    n_failed = 0
+    answers = clf.stream(paths, on_error="raise" if on_error is OnError.raise_ else "return", top_k=top_k)
+    for path, answer in zip(paths, answers, strict=True):
+        if isinstance(answer, InvalidImageError):
+            n_failed += 1
+            say(f"{shown(path)}: {answer}", "red")
+            if on_error is OnError.return_:
+                print_json({"file": shown(path), "error": {"code": answer.code, "message": answer.message}})
+        elif as_json:
+            print_json({"file": shown(path), "robust": answer})
+        else:
+            put(shown(Path(path.name)), "bold")
+            for row in answer:
+                put(f"  {100 * row['score']:5.1f} %  {row['label']}")
+    if n_failed:
+        say(f"{n_failed} of {len(paths)} pictures could not be read")
+        raise typer.Exit(EXIT_INPUTS)
+
+
+def _json_of(explanation: Explanation, plain: bool) -> dict[str, Any]:
+    fields = explanation.to_dict()
+    if plain:
+        return {"plain": fields["plain"], "warnings": fields["warnings"]}
+    del fields["heatmap"]
+    return fields
+
+
+def _print_table(path: Path, explanation: Explanation, plain: bool) -> None:
+    scores = {side: {p["label"]: p["score"] for p in getattr(explanation, side)} for side in ("plain", "robust")}
+    table = Table("", "plain CLIP", *([] if plain else ["defended"]), box=None, pad_edge=False)
+    merged = scores["plain"] if plain else {**scores["robust"], **scores["plain"]}
+    for label in sorted(
+        merged, key=lambda name: -max(scores["plain"].get(name, 0), 0 if plain else scores["robust"].get(name, 0))
+    ):
+        cells = [_cell(scores["plain"], label)] + ([] if plain else [_cell(scores["robust"], label)])
+        table.add_row(f"  {label}", *cells)
+    put(shown(Path(path.name)), "bold")
+    stdout.print(table)
+    if not plain:
+        put(f"  {_what_was_removed(explanation)}\n")
+
+
+def _cell(scores: dict[str, float], label: str) -> str:
+    return f"{100 * scores[label]:5.1f} %" if label in scores else "      -"
+
+
+def _what_was_removed(explanation: Explanation) -> str:
+    if not explanation.removed:
+        return "nothing was removed: the answer is stock CLIP's, bit for bit"
+    names = ", ".join(dict.fromkeys(item.set_name for item in explanation.removed))
+    n_patches = int((explanation.heatmap > 0).sum())
+    return (
+        f"removed: {names}; {len(explanation.removed)} latents on {n_patches} of {explanation.heatmap.size} patches, "
+        f"{100 * explanation.fraction:.1f} % of the residual"
+    )
+
+
+def _print_next_step() -> None:
+    say(
+        'Your own picture:     defense classify PICTURE --labels "dog,cat"\n'
+        "This is the embedded model, a miniature CLIP that knows a hundred drawn things. For photographs, give a\n"
+        "full-size one and a defense that was fitted on it:\n"
+        "                      defense classify PICTURE --labels ... --defense DIR --model ViT-B-32 --pretrained TAG"
+    )

@@ -1,0 +1,104 @@
+"""What the commands share: where text goes, exit codes, labels and paths."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from defense.errors import CheckpointError, DefenseError, InvalidImageError, MissingDependencyError, NonFiniteError
+
+app = typer.Typer(
+    help="Zero-shot image classification with CLIP that does not read the note on the apple.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+stdout = Console()
+stderr = Console(stderr=True)
+
+EXIT_USAGE, EXIT_MISSING, EXIT_INPUTS, EXIT_ARTEFACT, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+class OnError(StrEnum):
+    """What becomes of a picture that cannot be read."""
+
+    skip = "skip"
+    raise_ = "raise"
+    return_ = "return"
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print a line of talk on stderr, as it is."""
+    stderr.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def put(text: str, style: str | None = None) -> None:
+    """Print a line of data on stdout, as it is."""
+    stdout.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn exceptions into one line on stderr and the exit code of their kind."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except (DefenseError, OSError) as error:
+        code = EXIT_USAGE
+        for kind, value in (
+            (MissingDependencyError, EXIT_MISSING),
+            (CheckpointError, EXIT_ARTEFACT),
+            (NonFiniteError, EXIT_ARTEFACT),
+            (InvalidImageError, EXIT_INPUTS),
+        ):
+            code = value if isinstance(error, kind) else code
+        say(f"error: {error}", "red")
+        raise typer.Exit(code) from None
+
+
+def chosen_labels(labels: str | None, labels_file: Path | None, uses_embedded: bool) -> Sequence[str]:
+    """Return the labels given by either option, or the embedded model's own."""
+    if labels is not None and labels_file is not None:
+        raise typer.BadParameter("give --labels or --labels-file, not both")
+    if labels_file is not None:
+        from defense.labels import read_labels
+
+        return read_labels(labels_file)
+    if labels is not None:
+        return [label.strip() for label in labels.split(",")]
+    if not uses_embedded:
+        raise typer.BadParameter('--labels or --labels-file is missing, e.g. --labels "dog,cat"')
+    from defense.embedded.scenes import OBJECTS
+
+    return list(OBJECTS)
+
+
+def expand(pictures: Sequence[Path]) -> Iterator[Path]:
+    """Yield files as they are, and the pictures below folders in sorted order."""
+    for path in pictures:
+        if path.is_dir():
+            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+        else:
+            yield path
+
+
+def shown(path: Path) -> str:
+    """Return a path as text that can be printed: bytes of a name that are no UTF-8 become escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def print_json(fields: dict[str, Any]) -> None:
+    """Print a line of JSON on stdout."""
+    sys.stdout.write(json.dumps(fields, ensure_ascii=False) + "\n")

@@ -1,0 +1,63 @@
+"""`defense doctor`: what is installed and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+import typer
+
+from .common import EXIT_MISSING, app, put, say
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def doctor() -> None:
+    """List what is installed and what is wrong with it."""
+    for package in (
+        "clip-defense",
+        "torch",
+        "torchvision",
+        "open_clip_torch",
+        "triton",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "onnx",
+        "onnxscript",
+        "gradio",
+        "pillow",
+    ):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = "not installed"
+        put(f"{package:18} {found}")
+    problems = list(_problems())
+    for problem in problems:
+        say(f"problem: {problem}", "red")
+    if problems:
+        raise typer.Exit(EXIT_MISSING)
+
+
+def _problems() -> Iterator[str]:
+    from defense.export.sessions import installed_wheels
+
+    if len(installed_wheels()) > 1:
+        yield (
+            "onnxruntime and onnxruntime-gpu overwrite each other; run: pip uninstall -y onnxruntime onnxruntime-gpu, "
+            'then pip install "clip-defense[onnx]" or "clip-defense[onnx-gpu]"'
+        )
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError:
+        return  # not installed, which the list says
+    except ImportError as error:
+        yield f'torch cannot be imported ({error}); the torch backend needs: pip install "clip-defense[torch]"'
+        return
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        yield f"torch and torchvision do not belong together ({error}); reinstall both in one pip command"

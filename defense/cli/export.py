@@ -1,0 +1,86 @@
+"""`defense export`: a defended CLIP as ONNX."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from defense.errors import MissingDependencyError
+
+from .common import app, chosen_labels, exit_codes, put, say, shown, stderr
+
+if TYPE_CHECKING:
+    from defense.export.exporter import ExportReport
+
+
+class Mode(StrEnum):
+    """How a TopK SAE is written in an exported graph."""
+
+    exact = "exact"
+    static = "static"
+    delta = "delta"
+
+
+class Dtype(StrEnum):
+    """Numbers of an exported graph."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+class Layout(StrEnum):
+    """Whose files stand around an exported graph."""
+
+    bundle = "bundle"
+    triton = "triton"
+    kserve = "kserve"
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist, or be empty.")],
+    labels: Annotated[str | None, typer.Option(help='Labels to bake in, e.g. "dog,cat".')] = None,
+    labels_file: Annotated[Path | None, typer.Option(help="The same, one label a line.")] = None,
+    template: Annotated[str, typer.Option(help='"simple", "hf", "openai", or a template with {}.')] = "simple",
+    defense: Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')] = "embedded",
+    model: Annotated[str | None, typer.Option(help="open_clip model; by default the one the defense names.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
+    mode: Annotated[Mode, typer.Option(help="How a TopK SAE is written.")] = Mode.exact,
+    dtype: Annotated[Dtype, typer.Option(help="fp16 is for CUDA, int8 for CPUs.")] = Dtype.fp32,
+    text: Annotated[bool, typer.Option("--text", help="Add the text tower, for labels chosen at run time.")] = False,
+    layout: Annotated[Layout, typer.Option(help="A server's files around the same bundle.")] = Layout.bundle,
+) -> None:
+    """Write a defended CLIP as ONNX, checked against PyTorch, with all that it takes to run it without."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with exit_codes():
+        from defense.classifier import EMBEDDED, RobustClassifier
+
+        try:
+            from defense.export.exporter import export_onnx
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(error.name or "onnxscript", "export") from error
+
+        chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED))
+        clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device="cpu")
+        clf.set_labels(chosen, template)
+        with stderr.status("tracing and checking") if stderr.is_terminal else nullcontext():
+            report = export_onnx(clf, out, mode=mode.value, dtype=dtype.value, text=text, layout=layout.value)
+        _print_report(report)
+
+
+def _print_report(report: ExportReport) -> None:
+    put(f"bundle      {shown(report.folder)}, {report.mode}, {report.dtype}, {report.model_bytes / 2**20:.1f} MiB")
+    put(f"manifest    {report.manifest_sha256}")
+    for name, parity in (("pictures", report.parity), ("texts", report.text_parity)):
+        if parity is not None:
+            put(
+                f"{name:11} {parity.rows}, batches of {', '.join(map(str, parity.batches))}: max difference to PyTorch "
+                f"{parity.max_abs_diff:.1e}, same label {100 * parity.agreement:.1f} %"
+            )
+    say(f"Check it again anywhere: defense info {shown(report.folder)}")

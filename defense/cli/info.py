@@ -1,0 +1,97 @@
+"""`defense info`: what a defense or a bundle is, after checking every byte of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from defense import artefact
+from defense.errors import CheckpointError, MissingDependencyError
+
+from .common import app, exit_codes, put, say
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def info(
+    source: Annotated[str, typer.Argument(help='"embedded", a folder, or a hub id.')] = "embedded",
+    expect: Annotated[str | None, typer.Option(help="sha256 that the manifest must have.")] = None,
+    check: Annotated[bool, typer.Option(help="Load the host and recompute the golden vectors.")] = False,
+    model: Annotated[str | None, typer.Option(help="open_clip model for --check.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag for --check.")] = None,
+) -> None:
+    """Say what a defense or an exported bundle is, after checking every byte of it."""
+    with exit_codes():
+        from defense.classifier import find_defense
+        from defense.export import bundle
+
+        if bundle.is_bundle(source):
+            _print_bundle(source, expect)
+            return
+        defense = find_defense(source)
+        manifest = defense.manifest_sha256
+        _check_pinned(manifest, expect)
+        tag = f", {defense.host.pretrained}" if defense.host.pretrained else ""
+        put(f"host        {defense.host.model}{tag}, weights {defense.host.sha256[:16]}")
+        put(f"manifest    {manifest}")
+        put(f"licence     {defense.licence}")
+        for site in defense.sites:
+            sae = site.sae_config
+            put(f"site        {site.hook_point}: {sae['act']} SAE, {sae['d_sae']} latents")
+            for latent_set in site.sets:
+                put(
+                    f"  set       {latent_set.name}: {len(latent_set.latents)} latents, edit {latent_set.edit}, "
+                    f"tokens {latent_set.scope}"
+                )
+        for key, value in defense.provenance.items():
+            put(f"{key:11} {value}")
+        if check:
+            _check_golden(defense, source, model, pretrained)
+
+
+def _check_pinned(manifest: str | None, expect: str | None) -> None:
+    if expect is not None and expect != manifest:
+        raise CheckpointError(f"the manifest's sha256 is {manifest}, not {expect}: it was changed, or is another one")
+
+
+def _print_bundle(source: str, expect: str | None) -> None:
+    """Check every byte of a bundle, then that its graph still answers as it did."""
+    from defense.export import bundle
+    from defense.export.runtime import OnnxClassifier
+
+    found = bundle.load(source)
+    _check_pinned(found.manifest_sha256, expect)
+    host = " ".join(filter(None, (found.host.get("model"), found.host.get("pretrained"))))
+    put(f"host        {host or 'unnamed'}, weights {found.host['sha256'][:16]}")
+    put(f"manifest    {found.manifest_sha256}")
+    put(f"licence     {found.licence}")
+    put(f"graph       {found.model}, {found.mode}, {found.dtype}")
+    put(f"labels      {len(found.prompts.labels)}, {'others by text.onnx' if found.text_model else 'fixed'}")
+    for site in found.defense["sites"] if found.defense else ():
+        put(f"site        {site['hook_point']}: {site['act']} SAE, {site['d_sae']} latents")
+        for each in site["sets"]:
+            put(f"  set       {each['name']}: {each['latents']} latents, edit {each['edit']}, tokens {each['scope']}")
+    try:
+        clf = OnnxClassifier(source, verify="size")  # the bytes were checked above
+    except MissingDependencyError as error:
+        say(f"golden embeddings not checked: {error}")
+        return
+    put(f"golden      reproduced on {clf.running_on}, max difference {clf.check_golden():.1e}")
+
+
+def _check_golden(defense: artefact.Defense, source: str, model: str | None, pretrained: str | None) -> None:
+    from defense.classifier import RobustClassifier, golden_difference
+
+    if defense.golden is None:
+        raise CheckpointError("this defense holds no golden vectors to check")
+    difference = golden_difference(
+        RobustClassifier.from_pretrained(source, model=model, pretrained=pretrained, device="cpu")
+    )
+    if not difference <= 1e-4:  # also where it is NaN
+        raise CheckpointError(
+            f"golden vectors differ by {difference:.2g}; expected at most 1e-4: this is not the host it was made with"
+        )
+    put(f"golden      reproduced, max difference {difference:.1e}")
