@@ -3,17 +3,18 @@
     python -m defense.benchmarks.train --out benchmarks/results/train-cpu.json
 
 Both train on residuals of the embedded model, on pictures of its world that it was not trained on, at one block. They
-get the same rows in the same order, scaled alike, the same number of latents and of steps, and the same learning rates
-and schedule. What differs is the code, the initial weights, and what each does to revive dead latents. Both are
-measured by the same function on pictures that neither saw; a `dictionary-learning` SAE is first converted to ours and
-held to give the same acts as its own code.
+get the same batches, scaled alike, the same number of latents and of steps, and the same learning rates and schedule.
+What differs is the code, the initial weights, and what each does to revive dead latents. Both are measured by the same
+function on pictures that neither saw; a `dictionary-learning` SAE is first converted to ours and held to give the same
+acts as its own code.
 
-The rate is that of whole steps: drawing a batch from memory, forward, backward, optimiser. The floor is the five matrix
-products that such a step cannot do without (one forward through the encoder, one through the decoder, three
-backward), each at the rate that the same product reaches alone.
+The two take turns, batch by batch, so that whatever else the machine does hits both alike. The rate is a batch over
+the median time of a step: forward, backward, optimiser. The floor is the five matrix products that such a step cannot
+do without (one forward through the encoder, one through the decoder, three backward), timed by themselves between
+the steps. What AuxK computes for dead latents comes on top of it.
 
 The encoding of pictures is not in these rates. It is measured by itself: pictures drawn, prepared and brought through
-the blocks of the CLIP up to the hook point.
+the CLIP.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import argparse
 import itertools
 import json
 import shlex
+import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,7 @@ OURS, THEIRS = "defense train", "dictionary-learning"
 VARIANTS: tuple[Variant, ...] = ("topk", "batchtopk", "matryoshka")
 _MEASURED = ("explained_variance", "l0", "alive", "tokens_per_s")
 _N_SAMPLE = 8192
+_FLOOR_EVERY = 5
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ class Case:
     """
 
     block: int = 2
-    n_pictures: int = 5_000
-    n_held_out: int = 500
+    n_pictures: int = 3_000
+    n_held_out: int = 300
     d_sae: int = 3072
     k: int = 24
     n_tokens: int = 1_000_000
@@ -115,132 +119,157 @@ def residuals(case: Case, host: Host) -> tuple[Tensor, Tensor, float]:
     return train, encoded(case.n_held_out, SEEDS["benchmark"] + 1), len(train) / (time.perf_counter() - start)
 
 
-def floor_s(d_model: int, d_sae: int, batch: int, *, repeats: int = 10) -> float:
-    """Return the seconds that the five products of a step take by themselves, the fastest of some rounds."""
-    generator = torch.Generator().manual_seed(0)
-    x, W_enc = torch.randn(batch, d_model, generator=generator), torch.randn(d_model, d_sae, generator=generator)
-    acts = torch.randn(batch, d_sae, generator=generator)
-    W_dec = W_enc.T.contiguous()
-    products: list[Callable[[], Tensor]] = [
-        lambda: x @ W_enc,
-        lambda: acts @ W_dec,
-        lambda: x @ W_dec.T,
-        lambda: acts.T @ x,
-        lambda: x.T @ acts,
-    ]
-    total = 0.0
-    for product in products:
-        product()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            product()
-            times.append(time.perf_counter() - start)
-        total += min(times)
-    return total
+class Floor:
+    """The five products of a step, on random matrices of its sizes."""
+
+    def __init__(self, d_model: int, d_sae: int, batch: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(batch, d_model, generator=generator)
+        self.W_enc = torch.randn(d_model, d_sae, generator=generator)
+        self.W_dec = self.W_enc.T.contiguous()
+        self.acts = torch.randn(batch, d_sae, generator=generator)
+
+    def step(self) -> None:
+        """Compute them."""
+        _ = self.x @ self.W_enc
+        _ = self.acts @ self.W_dec
+        _ = self.x @ self.W_dec.T
+        _ = self.acts.T @ self.x
+        _ = self.x.T @ self.acts
 
 
 # --- the two trainers -----------------------------------------------------------------------------
 
 
-def train_ours(resid: Tensor, config: TrainConfig) -> tuple[SparseAutoencoder, float]:
-    """Return our SAE and the tokens per second of its training."""
-    batches = InMemory(resid, config)
-    trainer = Trainer(config, resid.shape[1], resid.device, World())
-    trainer.start(batches.sample(_N_SAMPLE))
-    start = time.perf_counter()
-    while trainer.step < config.steps:
-        trainer.update(batches.next())
-    rate = config.steps * config.batch / (time.perf_counter() - start)
-    return trainer.finish(batches, "all"), rate
+class Ours:
+    """Our trainer."""
+
+    def __init__(self, config: TrainConfig, sample: Tensor) -> None:
+        self.trainer = Trainer(config, sample.shape[1], sample.device, World())
+        self.trainer.start(sample)
+
+    def step(self, batch: Tensor) -> None:
+        """Take a step on residuals [batch, d_model]."""
+        self.trainer.update(batch)
+
+    def finish(self, batches: InMemory) -> SparseAutoencoder:
+        """Return the SAE."""
+        return self.trainer.finish(batches, "all")
 
 
-def train_theirs(resid: Tensor, config: TrainConfig) -> tuple[SparseAutoencoder, float]:
-    """Return the SAE of dictionary-learning's trainer, converted to ours, and its tokens per second.
+class Theirs:
+    """The trainer of dictionary-learning.
 
     Its threshold starts to be learnt halfway (by default after 1,000 steps, more than there are here).
-
-    Raises:
-        CheckpointError: The conversion does not give the acts of its own code.
     """
-    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
-    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
-    from dictionary_learning.trainers.top_k import TopKTrainer
 
-    options: dict[str, Any] = {
-        "steps": config.steps, "activation_dim": resid.shape[1], "dict_size": config.d_sae, "k": config.k, "layer": 0,
-        "lm_name": "embedded", "lr": config.lr, "warmup_steps": 100, "decay_start": int(0.8 * config.steps),
-        "threshold_start_step": config.steps // 2, "seed": config.seed, "device": "cpu",
-    }  # fmt: skip
-    if config.variant == "matryoshka":
-        shares = [end - start for start, end in zip((0.0, *PREFIXES), PREFIXES, strict=False)]
-        trainer = MatryoshkaBatchTopKTrainer(**options, group_fractions=shares)
-    else:
-        trainer = {"topk": TopKTrainer, "batchtopk": BatchTopKTrainer}[config.variant](**options)
-    batches = InMemory(resid, config)
-    sample = batches.sample(_N_SAMPLE)
-    scale = float((sample - sample.mean(0)).square().mean().sqrt())
-    start = time.perf_counter()
-    for step in range(config.steps):
-        trainer.update(step, batches.next() / scale)
-    rate = config.steps * config.batch / (time.perf_counter() - start)
-    sae = _converted(trainer.ae, config, scale)
-    probe = resid[:256]
-    with torch.no_grad():
-        want = trainer.ae.encode(probe / scale) * scale
-    if not torch.allclose(sae.encode(probe), want, atol=1e-3 * float(want.max()), rtol=1e-3):
-        raise CheckpointError("the converted SAE does not give the acts of dictionary-learning's own code")
-    return sae, rate
+    def __init__(self, config: TrainConfig, sample: Tensor) -> None:
+        from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+        from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+        from dictionary_learning.trainers.top_k import TopKTrainer
+
+        options: dict[str, Any] = {
+            "steps": config.steps, "activation_dim": sample.shape[1], "dict_size": config.d_sae, "k": config.k,
+            "layer": 0, "lm_name": "embedded", "lr": config.lr, "warmup_steps": 100, "seed": config.seed,
+            "decay_start": int(0.8 * config.steps), "threshold_start_step": config.steps // 2, "device": "cpu",
+        }  # fmt: skip
+        if config.variant == "matryoshka":
+            shares = [end - start for start, end in zip((0.0, *PREFIXES), PREFIXES, strict=False)]
+            self.trainer = MatryoshkaBatchTopKTrainer(**options, group_fractions=shares)
+        else:
+            self.trainer = {"topk": TopKTrainer, "batchtopk": BatchTopKTrainer}[config.variant](**options)
+        self.config = config
+        self.scale = float((sample - sample.mean(0)).square().mean().sqrt())
+        self.n_done = 0
+
+    def step(self, batch: Tensor) -> None:
+        """Take a step on residuals [batch, d_model]."""
+        self.trainer.update(self.n_done, batch / self.scale)
+        self.n_done += 1
+
+    @torch.no_grad()
+    def finish(self, batches: InMemory) -> SparseAutoencoder:
+        """Return the SAE, converted to ours.
+
+        Raises:
+            CheckpointError: The conversion does not give the acts of its own code.
+        """
+        ae, scale = self.trainer.ae, self.scale
+        is_linear = hasattr(ae, "encoder")  # Matryoshka holds plain matrices, in our orientation
+        weights = {
+            "W_enc": ae.encoder.weight.T if is_linear else ae.W_enc,
+            "b_enc": (ae.encoder.bias if is_linear else ae.b_enc) * scale,
+            "W_dec": ae.decoder.weight.T if is_linear else ae.W_dec,
+            "b_dec": ae.b_dec * scale,
+        }
+        act = "topk" if self.config.variant == "topk" else "batchtopk"
+        if act == "batchtopk":
+            weights["threshold"] = ae.threshold.expand(self.config.d_sae) * scale
+        fields: dict[str, Any] = {"act": act, "k": self.config.k if act == "topk" else None}
+        parameters = {name: tensor.numpy() for name, tensor in weights.items()}
+        sae = SparseAutoencoder(SAEConfig(len(ae.b_dec), self.config.d_sae, **fields), parameters)
+        probe = batches.next()[:256]
+        want = ae.encode(probe / scale) * scale
+        if not torch.allclose(sae.encode(probe), want, atol=1e-3 * float(want.max()), rtol=1e-3):
+            raise CheckpointError("the converted SAE does not give the acts of dictionary-learning's own code")
+        return sae
 
 
-def _converted(ae: Any, config: TrainConfig, scale: float) -> SparseAutoencoder:
-    """Return an SAE of dictionary-learning, trained on residuals / scale, as one of ours on residuals."""
-    is_linear = hasattr(ae, "encoder")  # Matryoshka holds plain matrices, in our orientation
-    weights = {
-        "W_enc": ae.encoder.weight.T if is_linear else ae.W_enc,
-        "b_enc": (ae.encoder.bias if is_linear else ae.b_enc) * scale,
-        "W_dec": ae.decoder.weight.T if is_linear else ae.W_dec,
-        "b_dec": ae.b_dec * scale,
-    }
-    act = "topk" if config.variant == "topk" else "batchtopk"
-    if act == "batchtopk":
-        weights["threshold"] = ae.threshold.expand(config.d_sae) * scale
-    fields: dict[str, Any] = {"act": act, "k": config.k if act == "topk" else None}
-    parameters = {name: tensor.detach().numpy() for name, tensor in weights.items()}
-    return SparseAutoencoder(SAEConfig(parameters["b_dec"].shape[0], config.d_sae, **fields), parameters)
-
-
-TRAINERS = {OURS: train_ours, THEIRS: train_theirs}
+TRAINERS: Mapping[str, Callable[[TrainConfig, Tensor], Ours | Theirs]] = {OURS: Ours, THEIRS: Theirs}
 
 
 # --- the run --------------------------------------------------------------------------------------
 
 
-def run(case: Case, implementations: Sequence[str], command: str) -> dict[str, Any]:
+def run(case: Case, names: Sequence[str], command: str) -> dict[str, Any]:
     """Train and measure everything; return the result as JSON values."""
     environment = environment_of(command)
     with torch_threads(case.threads):
-        train, held_out, encoded_per_s = residuals(case, load_host(EMBEDDED))
-        d_model = train.shape[1]
-        floor = floor_s(d_model, case.d_sae, case.batch)
-        rows = []
-        for seed in range(case.seeds):
-            for variant in VARIANTS:
-                for implementation in implementations:
-                    sae, rate = TRAINERS[implementation](train, case.config(variant, seed))
-                    quality = measure(sae, held_out)
-                    rows.append(_row(implementation, variant, seed, quality, rate))
-                    print(rows[-1], file=sys.stderr, flush=True)
+        resid, held_out, encoded_per_s = residuals(case, load_host(EMBEDDED))
+        floor = Floor(resid.shape[1], case.d_sae, case.batch)
+        rows, floor_s = [], []
+        for seed, variant in itertools.product(range(case.seeds), VARIANTS):
+            config = case.config(variant, seed)
+            saes, seconds = duel(resid, config, names, floor)
+            floor_s += seconds.pop("floor")
+            for name, sae in saes.items():
+                rate = case.batch / statistics.median(seconds[name])
+                rows.append(_row(name, variant, seed, measure(sae, held_out), rate))
+                print(rows[-1], file=sys.stderr, flush=True)
+    floor_step_s = statistics.median(floor_s)
     return {
         "case": asdict(case),
         "environment": asdict(environment),
         "versions": {name: _version(name) for name in ("clip-defense", "torch", THEIRS)},
-        "d_model": d_model,
+        "d_model": resid.shape[1],
         "encoded_tokens_per_s": encoded_per_s,
-        "floor_tokens_per_s": case.batch / floor,
-        "matmul_gflops": 5 * 2 * case.batch * d_model * case.d_sae / floor / 1e9,
+        "floor_tokens_per_s": case.batch / floor_step_s,
+        "matmul_gflops": 5 * 2 * case.batch * resid.shape[1] * case.d_sae / floor_step_s / 1e9,
         "rows": [asdict(row) for row in rows],
     }
+
+
+def duel(
+    resid: Tensor, config: TrainConfig, names: Sequence[str], floor: Floor
+) -> tuple[dict[str, SparseAutoencoder], dict[str, list[float]]]:
+    """Let trainers take turns on the same batches; return their SAEs and the seconds of each step, the floor's too."""
+    batches = InMemory(resid, config)
+    sample = batches.sample(_N_SAMPLE)
+    trainers = {name: TRAINERS[name](config, sample) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in (*names, "floor")}
+
+    def timed(name: str, work: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        work()
+        seconds[name].append(time.perf_counter() - start)
+
+    for step in range(config.steps):
+        batch = batches.next()
+        for name in names if step % 2 else reversed(names):
+            timed(name, partial(trainers[name].step, batch))
+        if step % _FLOOR_EVERY == 0:
+            timed("floor", floor.step)
+    return {name: trainer.finish(batches) for name, trainer in trainers.items()}, seconds
 
 
 def _row(implementation: str, variant: str, seed: int, quality: Quality, rate: float) -> Row:

@@ -14,9 +14,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -150,6 +151,43 @@ class Defense:
         kept = [(site, tuple(s for s in site.sets if s.name in names)) for site in self.sites]
         sites = tuple(Site(site.hook_point, site.sae_config, site.parameters, sets) for site, sets in kept if sets)
         return Defense(self.host, self.preprocess, sites, None, self.licence, self.provenance)
+
+
+def join(defenses: Sequence[Defense]) -> Defense:
+    """Return one defense that does what several for the same host do; golden answers and provenance are left behind.
+
+    Raises:
+        ConfigError: There is none, or they are for different hosts or preparations of pictures, or two have a set of
+            the same name.
+    """
+    if not defenses:
+        raise ConfigError("no defenses to join; give at least one")
+    first = defenses[0]
+    for other in defenses[1:]:
+        if (other.host, other.preprocess) != (first.host, first.preprocess):
+            raise ConfigError(
+                f"these defenses are for different hosts: {first.host.model} and {other.host.model}, weights "
+                f"{first.host.sha256[:16]} and {other.host.sha256[:16]}"
+            )
+    names = [name for defense in defenses for name in defense.sets]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"several of these defenses have a set {repeated[0]!r}, so its name would mean two things")
+    sites: list[Site] = []
+    for site in (site for defense in defenses for site in defense.sites):
+        place = next((i for i, there in enumerate(sites) if _has_same_sae(there, site)), None)
+        if place is None:
+            sites.append(site)
+        else:  # one site, where a latent of several sets is edited once
+            sites[place] = replace(sites[place], sets=sites[place].sets + site.sets)
+    licence = ", ".join(dict.fromkeys(defense.licence for defense in defenses))
+    return Defense(first.host, first.preprocess, tuple(sites), licence=licence)
+
+
+def _has_same_sae(a: Site, b: Site) -> bool:
+    return (a.hook_point, dict(a.sae_config), a.parameters.keys()) == (
+        b.hook_point, dict(b.sae_config), b.parameters.keys()
+    ) and all(np.array_equal(a.parameters[name], b.parameters[name]) for name in a.parameters)  # fmt: skip
 
 
 def sha256_of(path: Path) -> str:

@@ -30,21 +30,27 @@ norms = pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_re
 if IS_INTERPRETED:
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime import interpreter
 
-    multiply = InterpreterBuilder.create_dot
+    multiply, patch_tensor = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
 
     def create_dot(self, a, b, *rest):
         """The interpreter holds bfloat16 as uint16, and its product multiplies these integers."""
         a, b = (
-            TensorHandle((each.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+            interpreter.TensorHandle((each.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
             if each.dtype.scalar == tl.bfloat16
             else each
             for each in (a, b)
         )
         return multiply(self, a, b, *rest)
 
-    InterpreterBuilder.create_dot = create_dot
+    def patch_lang_tensor(tensor, *rest):
+        """Triton 3.6 takes int() of arrays [1], which numpy 2.4 refuses."""
+        patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 TOPK_KERNELS = {"_candidates_kernel": 1, "_order_kernel": 1, "_count_kernel": 1, "_subtract_kernel": 1}
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from defense import artefact
-from defense.artefact import MANIFEST, SCHEMA, Defense, Golden, HostSpec, Site, load, save, sha256_of
+from defense.artefact import MANIFEST, SCHEMA, Defense, Golden, HostSpec, Site, join, load, save, sha256_of
 from defense.errors import CheckpointError, ConfigError, DefenseError, IntegrityError, NonFiniteError, ShapeError
 from defense.images import Preprocess
 from defense.latents import LatentSet
@@ -166,6 +166,26 @@ def test_only_keeps_the_named_sets_and_drops_what_no_longer_holds(defense: Defen
 def test_only_names_the_sets_there_are(defense: Defense) -> None:
     with pytest.raises(ConfigError, match="no set 'sky'; it has text, ciel étoilé"):
         defense.only("sky")
+
+
+def test_joining_merges_sites_that_share_an_sae_and_keeps_the_others(defense: Defense) -> None:
+    site = defense.sites[0]
+    same = replace(site, sets=(LatentSet("more", (1, 2)),))
+    elsewhere = replace(random_site(0, "relu", LatentSet("other", (3,)), seed=9), hook_point=site.hook_point)
+    joined = join([defense, replace(defense, sites=(same, elsewhere))])
+    assert joined.sites == (replace(site, sets=(*site.sets, *same.sets)), *defense.sites[1:], elsewhere)
+    assert joined.sets == (*defense.sets, "more", "other")
+    assert joined.golden is None
+    assert join([defense]).sites == defense.sites
+
+
+def test_defenses_of_different_hosts_or_with_sets_of_one_name_are_not_joined(defense: Defense) -> None:
+    with pytest.raises(ConfigError, match="different hosts"):
+        join([defense, replace(defense, host=replace(defense.host, sha256="0" * 64))])
+    with pytest.raises(ConfigError, match=f"have a set {defense.sets[0]!r}"):
+        join([defense, defense])
+    with pytest.raises(ConfigError, match="no defenses"):
+        join([])
 
 
 def test_verify_size_accepts_what_sha256_would_notice(folder: Path) -> None:

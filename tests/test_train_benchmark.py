@@ -8,7 +8,7 @@ pytest.importorskip("open_clip")
 import torch
 
 from defense.benchmarks import train as benchmark
-from defense.train import TrainConfig
+from defense.train import TrainConfig, train_in_memory
 
 
 def result() -> dict:
@@ -30,29 +30,29 @@ def test_the_table_gives_means_over_seeds_and_shares_of_the_floor():
     ]
 
 
-def test_the_floor_grows_with_the_work():
-    small, large = (benchmark.floor_s(32, d_sae, 64, repeats=3) for d_sae in (64, 8192))
-    assert 0 < small < large
+def duel(config: TrainConfig, *names: str):
+    resid = torch.randn(600, 16, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    floor = benchmark.Floor(16, config.d_sae, config.batch)
+    return resid, *benchmark.duel(resid, config, names, floor)
 
 
 def test_our_trainer_is_timed_on_the_steps_that_train_takes():
-    from defense.train import train_in_memory
-
-    resid = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
     config = TrainConfig(d_sae=32, k=3, steps=12, batch=50, variant="batchtopk")
-    sae, rate = benchmark.train_ours(resid, config)
+    resid, saes, seconds = duel(config, benchmark.OURS)
     want = train_in_memory(resid, config)
-    assert all(torch.equal(getattr(sae, name), getattr(want, name)) for name in want.config.parameter_shapes)
-    assert rate > 0
+    assert all(torch.equal(getattr(saes[benchmark.OURS], n), getattr(want, n)) for n in want.config.parameter_shapes)
+    assert len(seconds[benchmark.OURS]) == 12
+    assert len(seconds["floor"]) == 3
+    assert all(min(each) > 0 for each in seconds.values())
 
 
 @pytest.mark.parametrize("variant", benchmark.VARIANTS)
 def test_the_other_trainer_gives_an_sae_of_ours(variant):
     pytest.importorskip("dictionary_learning")
-    resid = torch.randn(600, 16, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    sae, rate = benchmark.train_theirs(resid, TrainConfig(d_sae=32, k=3, steps=150, batch=50, variant=variant))
-    assert sae.config.act == ("topk" if variant == "topk" else "batchtopk")
-    assert rate > 0
+    config = TrainConfig(d_sae=32, k=3, steps=150, batch=50, variant=variant)
+    _, saes, seconds = duel(config, benchmark.THEIRS)
+    assert saes[benchmark.THEIRS].config.act == ("topk" if variant == "topk" else "batchtopk")
+    assert len(seconds[benchmark.THEIRS]) == 150
 
 
 def test_without_the_other_package_the_command_says_so(monkeypatch, capsys):
