@@ -5,11 +5,13 @@
 Two tables. *Graphs*: one open_clip model with random weights and one random SAE (those of `speed.py`), as ONNX and in
 PyTorch. All arms run in one process, in every round once, in an order drawn anew for each round; "x plain" is the
 median over rounds of the ratio to the plain CLIP in ONNX within a round. Before anything is timed, every arm's
-embeddings are held against PyTorch's; int8 by its cosine only.
+embeddings are held against PyTorch's; int8 by its cosine only. "x fp32" is the same ratio to the fp32 graph of the same
+defense, for the arms that compute that one otherwise. Each ratio has its own spread, over rounds.
 
 *Runtime*: the embedded model and its defense as a bundle. Images per second of each stage alone (decoding and
 preparation by one thread, the graph at the batch size), of all stages together, the time from a fresh process to its
-first answer, and how often the int8 bundle gives the label of the fp32 one on pictures of the embedded benchmark.
+first answer, and how often the int8 bundle gives the label of the fp32 one on pictures of the embedded benchmark. The
+two graphs take turns, round by round.
 
 Not measured: GPUs; half precision, which is for CUDA.
 """
@@ -51,6 +53,22 @@ _ATOL = 1e-5
 _INT8_COSINE = 0.97
 _N_LABELS = 1000
 _PLAIN = "ONNX, plain CLIP"
+_RUNTIME_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of two times measured in the same round: median over rounds, and 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, ms: np.ndarray, base_ms: np.ndarray) -> Ratio:
+        """Return the ratio of two arms' times, [rounds] each."""
+        p20, median, p80 = (float(value) for value in np.percentile(ms / base_ms, (20, 50, 80)))
+        return cls(median, p20, p80)
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,8 @@ class GraphRow:
         latency_ms: Median over rounds.
         p20_ms: 20th percentile.
         p80_ms: 80th percentile.
-        x_plain: Median over rounds of the ratio to plain CLIP in ONNX.
+        x_plain: Ratio to plain CLIP in ONNX.
+        x_fp32: Ratio to the fp32 graph of the same defense, for an arm that is another form of it; else None.
         max_abs_diff: Of its embeddings to PyTorch's.
         rounds_ms: Every single time.
     """
@@ -71,7 +90,8 @@ class GraphRow:
     latency_ms: float
     p20_ms: float
     p80_ms: float
-    x_plain: float
+    x_plain: Ratio
+    x_fp32: Ratio | None
     max_abs_diff: float
     rounds_ms: tuple[float, ...]
 
@@ -88,6 +108,7 @@ class Runtime:
         preprocess_per_s: Pictures resized and normalised by one thread, per second.
         model_per_s: Pictures through the fp32 graph, per second.
         int8_per_s: Pictures through the int8 graph, per second.
+        int8_x_fp32: Ratio of the int8 graph's time to the fp32 graph's.
         all_per_s: Files to labels with the fp32 bundle, per second.
         int8_agreement: Share of pictures with the label of the fp32 bundle.
         first_answer_s: From the start of the import to the first answer in a fresh process, median of five.
@@ -100,6 +121,7 @@ class Runtime:
     preprocess_per_s: float
     model_per_s: float
     int8_per_s: float
+    int8_x_fp32: Ratio
     all_per_s: float
     int8_agreement: float
     first_answer_s: float
@@ -107,8 +129,8 @@ class Runtime:
 
 def graph_arms(
     stage: speed.Stage, folder: Path, threads: int, *, compiled: bool
-) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """Return what to time, by name, and how far each arm's embeddings are from PyTorch's.
+) -> tuple[dict[str, Callable[[], object]], dict[str, float], dict[str, str]]:
+    """Return what to time, by name; how far each arm's embeddings are from PyTorch's; the fp32 graph an arm stands for.
 
     Raises:
         ConfigError: An arm does not compute what PyTorch does, so that its time would mean nothing.
@@ -119,6 +141,7 @@ def graph_arms(
     feed = {"pixel_values": pixel_values.numpy()}
     jobs: dict[str, Callable[[], object]] = {}
     differences: dict[str, float] = {}
+    fp32_of: dict[str, str] = {}
 
     def add(name: str, embed: Callable[[], object], got: np.ndarray, want: Tensor, *, rough: bool = False) -> None:
         differences[name] = check_arm(name, got, want, rough=rough)
@@ -145,6 +168,7 @@ def graph_arms(
         name = f"ONNX, {rule}, {workload.share:.0%} of tokens firing".replace("%", " %")
         path, want = exported(name, model)
         if workload.config.act == "relu":
+            others = set(jobs)
             quantise(path, folder / "int8.onnx")
             add_onnx("ONNX int8, delta, scale", folder / "int8.onnx", want, rough=True)
             add("PyTorch eager, delta, scale", partial(model.encode_image, pixel_values), want.numpy(), want)
@@ -152,7 +176,8 @@ def graph_arms(
                 fast = torch.compile(model.encode_image)
                 got = nn.functional.normalize(fast(pixel_values), dim=-1)
                 add("torch.compile, delta, scale", partial(fast, pixel_values), got.numpy(), want)
-    return jobs, differences
+            fp32_of |= dict.fromkeys(set(jobs) - others, name)
+    return jobs, differences, fp32_of
 
 
 def check_arm(name: str, got: np.ndarray, want: Tensor, *, rough: bool) -> float:
@@ -186,13 +211,14 @@ def measure_graphs(case: speed.Case, *, compiled: bool) -> list[GraphRow]:
     # Not inference_mode: tensors made there cannot be traced.
     with speed.torch_threads(case.threads), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         stage = speed.set_stage(speed.create_model(case).requires_grad_(False), case)
-        jobs, differences = graph_arms(stage, Path(folder), case.threads, compiled=compiled)
+        jobs, differences, fp32_of = graph_arms(stage, Path(folder), case.threads, compiled=compiled)
         times = speed.time_interleaved(jobs, case.rounds, case.seed)
     rows = []
     for name, ms in times.items():
         p20, median, p80 = (float(value) for value in np.percentile(ms, (20, 50, 80)))
-        x_plain = float(np.median(ms / times[_PLAIN]))
-        rows.append(GraphRow(name, median, p20, p80, x_plain, differences[name], tuple(ms.tolist())))
+        x_plain = Ratio.of(ms, times[_PLAIN])
+        x_fp32 = Ratio.of(ms, times[fp32_of[name]]) if name in fp32_of else None
+        rows.append(GraphRow(name, median, p20, p80, x_plain, x_fp32, differences[name], tuple(ms.tolist())))
     return rows
 
 
@@ -222,6 +248,8 @@ def measure_runtime(n: int, batch: int, seed: int) -> Runtime:
         decoded = [images.decode(file).image for file in files]
         pixel_values = np.stack([clf.bundle.preprocess(image) for image in decoded])
         chunks = np.array_split(pixel_values, max(1, n // batch))
+        with_graph = {dtype: partial(_encode_all, each, chunks) for dtype, each in (("fp32", clf), ("int8", small))}
+        times = speed.time_interleaved(with_graph, _RUNTIME_ROUNDS, seed)
         first = Path(folder) / "first.jpg"
         first.write_bytes(files[0])
         return Runtime(
@@ -230,12 +258,18 @@ def measure_runtime(n: int, batch: int, seed: int) -> Runtime:
             picture_px=decoded[0].width,
             decode_per_s=_per_s(n, lambda: [images.decode(file) for file in files]),
             preprocess_per_s=_per_s(n, lambda: [clf.bundle.preprocess(image) for image in decoded]),
-            model_per_s=_per_s(n, lambda: [clf.encode_pixels(chunk) for chunk in chunks]),
-            int8_per_s=_per_s(n, lambda: [small.encode_pixels(chunk) for chunk in chunks]),
+            model_per_s=1e3 * n / float(np.median(times["fp32"])),
+            int8_per_s=1e3 * n / float(np.median(times["int8"])),
+            int8_x_fp32=Ratio.of(times["int8"], times["fp32"]),
             all_per_s=_per_s(n, lambda: clf.predict(files)),
             int8_agreement=float((clf.predict(files) == small.predict(files)).mean()),
             first_answer_s=float(np.median([_first_answer_s(Path(folder) / "fp32", first) for _ in range(5)])),
         )
+
+
+def _encode_all(clf: OnnxClassifier, chunks: Sequence[np.ndarray]) -> None:
+    for chunk in chunks:
+        clf.encode_pixels(chunk)
 
 
 def _first_answer_s(bundle: Path, picture: Path) -> float:
@@ -251,11 +285,16 @@ def _first_answer_s(bundle: Path, picture: Path) -> float:
 
 def graph_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the first table in Markdown."""
-    lines = ["| arm | ms (p20-p80) | x plain | max difference |", "|---|---|---|---|"]
+    lines = ["| arm | ms (p20-p80) | x plain (p20-p80) | x fp32 (p20-p80) | max difference |", "|---|---|---|---|---|"]
     for row in rows:
         spread = f"{row['latency_ms']:.1f} ({row['p20_ms']:.1f}-{row['p80_ms']:.1f})"
-        lines.append(f"| {row['arm']} | {spread} | {row['x_plain']:.3f} | {row['max_abs_diff']:.0e} |")
+        ratios = f"{_ratio(row['x_plain'])} | {_ratio(row['x_fp32'])}"
+        lines.append(f"| {row['arm']} | {spread} | {ratios} | {row['max_abs_diff']:.0e} |")
     return "\n".join(lines)
+
+
+def _ratio(ratio: Mapping[str, float] | None) -> str:
+    return "" if ratio is None else f"{ratio['median']:.3f} ({ratio['p20']:.3f}-{ratio['p80']:.3f})"
 
 
 def runtime_table(row: Mapping[str, Any]) -> str:
@@ -267,6 +306,7 @@ def runtime_table(row: Mapping[str, Any]) -> str:
         f"| preprocess, one thread | {row['preprocess_per_s']:.0f} images/s |",
         f"| graph, fp32 | {row['model_per_s']:.0f} images/s |",
         f"| graph, int8 | {row['int8_per_s']:.0f} images/s |",
+        f"| int8 over fp32, time | {_ratio(row['int8_x_fp32'])} |",
         f"| files to labels, fp32 | {row['all_per_s']:.0f} images/s |",
         f"| int8 gives the label of fp32 | {100 * row['int8_agreement']:.1f} % |",
         f"| import to first answer | {row['first_answer_s']:.2f} s |",
@@ -294,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("batch", "d-sae", "k", "n-set", "block", "rounds", "threads", "seed"):
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=value, help="see `speed` (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=1000, help="for the second table (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=2000, help="for the second table (default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="time torch.compile")
     parser.add_argument("--out", type=Path, help="write the result there, as JSON")
     return parser

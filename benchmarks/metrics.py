@@ -220,6 +220,15 @@ def per_class(answers: Answers) -> dict[int, tuple[int, float]]:
     return found
 
 
+def per_kind(answers: Answers, kinds: Sequence[str | None]) -> dict[str, tuple[int, float]]:
+    """Return kind -> (n, accuracy), for the pictures that are of a kind; `kinds` has one entry per answer."""
+    found = {}
+    for kind in sorted({kind for kind in kinds if kind is not None}):
+        members = answers.is_correct[[each == kind for each in kinds]]
+        found[kind] = (len(members), float(members.mean()))
+    return found
+
+
 # --- one method against another ---------------------------------------------------------------------------------------
 
 

@@ -3,17 +3,20 @@
 | file | what | where |
 |---|---|---|
 | `<task>-strength.png` | accuracies against the strength of a defense | a method at two strengths or more |
-| `<task>-trade-off.png` | attacked against clean accuracy, or worst group against average | tasks that have both |
+| `<task>-trade-off.png` | attacked accuracy, or that of the worst group, against what it costs | tasks with both |
 | `<task>-classes.png` | accuracy per group, or of the classes that changed most | two methods or more, or groups |
+
+What a method costs is the clean accuracy that it loses against the baseline, on the same pictures; of groups, the
+average.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from defense.benchmarks.tables import BASELINE, check_comparable, host_name
+from defense.benchmarks.tables import BASELINE, check_comparable, host_name, in_order
 from defense.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _N_CLASSES_SHOWN = 20
+_MARKERS = "os^D"
+_NOTHING: Mapping[str, float] = {"value": 0.0, "low": 0.0, "high": 0.0}
 
 Result = Mapping[str, Any]
 
@@ -34,10 +39,9 @@ def draw(results: Sequence[Result], out: Path) -> list[Path]:
     """
     check_comparable(results)
     paths = []
-    tasks = list(dict.fromkeys((r["robust"]["task"], r["model"], r["pretrained"]) for r in results))
-    for task in tasks:
-        own = [r for r in results if (r["robust"]["task"], r["model"], r["pretrained"]) == task]
-        for name, plot in (("strength", strength), ("trade-off", trade_off), ("classes", classes)):
+    for task in sorted({(r["robust"]["task"], r["model"], r["pretrained"]) for r in results}):
+        own = [r for r in in_order(results) if (r["robust"]["task"], r["model"], r["pretrained"]) == task]
+        for name, plot in KINDS.items():
             figure = plot(own)
             if figure is not None:
                 path = out / f"{task[0]}-{name}.png"
@@ -90,30 +94,40 @@ def strength(results: Sequence[Result]) -> Figure | None:
                     values, bars = _points([r["robust"]["figures"][what] for _, r in line])
                     label = f"{own[0]['robust']['variant']} {what.replace('_', ' ')}, {name}"
                     axes.errorbar([x for x, _ in line], values, yerr=bars, marker="o", capsize=3, label=label)
-    axes.legend(fontsize=8)
+    _legend(figure, len(axes.get_legend_handles_labels()[1]))
     return figure
 
 
 def trade_off(results: Sequence[Result]) -> Figure | None:
-    """Return attacked accuracy against clean accuracy, or worst group against average: a point per method."""
-    pairs: list[tuple[str, Mapping[str, float], Mapping[str, float]]] = []
-    clean = {r["method"]: r["robust"]["figures"]["accuracy"] for r in results if r["robust"]["variant"] == "clean"}
-    for result in results:
-        figures, variant = result["robust"]["figures"], result["robust"]["variant"]
-        if "worst_group" in figures:
-            pairs.append((result["method"], figures["accuracy"], figures["worst_group"]))
-        elif result["robust"]["is_attacked"] and result["method"] in clean:
-            pairs.append((f"{result['method']}, {variant}", clean[result["method"]], figures["accuracy"]))
-    if not pairs:
+    """Return attacked accuracy, or that of the worst group, against the accuracy that is lost: a point per method."""
+    costs = {r["method"]: r for r in results if r["robust"]["variant"] == "clean" or r["robust"]["groups"]}
+    gains = [r for r in results if r["robust"]["is_attacked"] or r["robust"]["groups"]]
+    shown = [r for r in gains if r["method"] in costs and _lost(costs[r["method"]]) is not None]
+    if len(shown) < 2:
         return None
-    x, y = ("clean accuracy, %", "attacked accuracy, %") if clean else ("average accuracy, %", "worst group, %")
-    figure, axes = _axes(results, x, y)
-    for name, across, up in pairs:
-        (x_value,), x_bar = _points([across])
-        (y_value,), y_bar = _points([up])
-        axes.errorbar(x_value, y_value, xerr=x_bar, yerr=y_bar, marker="o", capsize=3, label=name)
-    axes.legend(fontsize=8)
+    is_grouped = bool(shown[0]["robust"]["groups"])
+    x, y = ("average", "worst group, %") if is_grouped else ("clean accuracy", "attacked accuracy, %")
+    figure, axes = _axes(shown, f"{x} lost against {BASELINE}, points", y)
+    n_variants = len({r["dataset"] for r in shown})
+    for place, result in enumerate(shown):
+        (x_value,), x_bar = _points([_lost(costs[result["method"]]) or _NOTHING])
+        (y_value,), y_bar = _points([result["robust"]["figures"]["worst_group" if is_grouped else "accuracy"]])
+        name = result["method"] if n_variants == 1 else f"{result['method']}, {result['robust']['variant']}"
+        marker = _MARKERS[place // 10 % len(_MARKERS)]  # colours come again after ten
+        axes.errorbar(x_value, y_value, xerr=x_bar, yerr=y_bar, marker=marker, capsize=3, linestyle="", label=name)
+    _legend(figure, len(shown))
     return figure
+
+
+def _lost(result: Result) -> Mapping[str, float] | None:
+    """Return the accuracy that a method loses against the baseline, as a figure; None where that was not measured."""
+    if result["method"] == BASELINE:
+        return _NOTHING
+    found = result["robust"]["versus"].get(BASELINE)
+    if found is None:
+        return None
+    change = found["difference"]
+    return {"value": -change["value"], "low": -change["high"], "high": -change["low"]}
 
 
 def classes(results: Sequence[Result]) -> Figure | None:
@@ -130,17 +144,31 @@ def classes(results: Sequence[Result]) -> Figure | None:
     names = list(first) if own[0]["robust"]["groups"] else sorted(first, key=lambda name: -spread[name])
     names = names[:_N_CLASSES_SHOWN]
     figure, axes = _axes(own, "accuracy, %", "")
-    figure.set_figheight(max(3.0, 1.5 + 0.12 * len(names) * len(by_method)))
-    height = 0.8 / len(by_method)
-    for place, (method, entries) in enumerate(by_method.items()):
-        at = [row + place * height for row in range(len(names))]
-        axes.barh(at, [100 * entries[name][1] for name in names], height, label=method)
-    middle = (len(by_method) - 1) * height / 2
-    axes.set_yticks([row + middle for row in range(len(names))], [f"{name} (n {first[name][0]:,})" for name in names])
-    axes.set_xlim(0, 100)
-    axes.invert_yaxis()
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    figure.set_size_inches(2.5 + 0.45 * len(names), 2.5 + 0.25 * len(by_method))
+    axes.grid(visible=False)
+    shares = [[100 * entries[name][1] for name in names] for entries in by_method.values()]
+    axes.imshow(shares, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    for row, values in enumerate(shares):
+        for column, value in enumerate(values):
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="w" if value < 60 else "k", size=7)
+    axes.set_xticks(range(len(names)), [f"{name} (n {first[name][0]:,})" for name in names], rotation=90, size=8)
+    axes.set_yticks(range(len(by_method)), list(by_method), size=8)
     return figure
+
+
+def _legend(figure: Figure, n: int) -> None:
+    """Put a legend of n entries below the axes."""
+    rows = -(-n // 3)
+    figure.set_figheight(4.5 + 0.2 * rows)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+
+
+KINDS: Mapping[str, Callable[[Sequence[Result]], Figure | None]] = {
+    "strength": strength,
+    "trade-off": trade_off,
+    "classes": classes,
+}
+"""End of a file name -> what draws it."""
 
 
 def _spread(values: Sequence[float]) -> float:

@@ -1,29 +1,71 @@
-"""Put the measured tables into README.md: `python -m defense.benchmarks.report`.
+"""Put what was measured into README.md and benchmarks/RESULTS.md: `python -m defense.benchmarks.report`.
 
-The README's figures stand between `<!-- begin NAME -->` and `<!-- end NAME -->` and come from `benchmarks/results/`;
-nobody types them.
+Every figure in both comes from the JSON in `benchmarks/results/`; nobody types them. In the README they stand between
+`<!-- begin NAME -->` and `<!-- end NAME -->`; RESULTS.md is written as a whole, with a section for each stored result
+and the command that made it. What has not been measured is said to be missing. Plots are drawn beside the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from defense.benchmarks import embedded, speed
+from defense.benchmarks import embedded, export, kernel, latents, plots, robust, speed, tables, train
 
 ROOT = Path(__file__).resolve().parents[1]
+MINI = "mini.json"
+_ATTACKED, _CLEAN = "mini-typographic-attacked", "mini-typographic-clean"
+_GROUPED = ("mini-waterbirds-test", "mini-celeba-test")
+
+
+# --- the sections of RESULTS.md ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    """One stored result.
+
+    Attributes:
+        title: Heading.
+        file: Below `benchmarks/results`.
+        command: What measures it; shown where it has not been measured.
+        render: From the file to Markdown.
+    """
+
+    title: str
+    file: str
+    command: str
+    render: Callable[[Path], str]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _command_of(path: Path) -> str:
+    """Return what was typed, of a result with one environment, of rows or of `defense bench`."""
+    result = _json(path)
+    first = result[0] if isinstance(result, list) else result
+    environments = first["robust"]["run"] if "robust" in first else first
+    return str(environments["environment"]["command"])
 
 
 def embedded_table(path: Path) -> str:
     """Return the robustness table with a line that says what it rests on."""
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = _json(path)
     return (
         f"{embedded.table(result)}\n\n"
         f"Percent of {result['n']:,} pictures (95 % interval), {result['classes']} classes, "
         f"|S| = {result['latents']} latents; unseen seeds and unseen typefaces."
     )
+
+
+def _embedded_section(path: Path) -> str:
+    return f"{embedded_table(path)}\n{tables.machine(_json(path)['environment'])}"
 
 
 def speed_table(path: Path) -> str:
@@ -32,9 +74,162 @@ def speed_table(path: Path) -> str:
     return f"{speed.table(rows)}\n\n{speed.caption(rows)}"
 
 
-TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
-    "embedded": ("embedded.json", embedded_table),
-    "speed": ("speed-cpu.json", speed_table),
+def _mini_section(path: Path) -> str:
+    results = robust.read_results(path)
+    return "\n\n".join([tables.markdown(results), *_pictures(path.parent, results)])
+
+
+def _pictures(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines that show the plots in a folder, which are drawn from results."""
+    tasks = sorted({result["robust"]["task"] for result in results})
+    paths = [folder / f"{task}-{name}.png" for task in tasks for name in plots.KINDS]
+    return [f"![{path.stem.replace('-', ' ')}]({folder.name}/{path.name})" for path in paths if path.exists()]
+
+
+def _export_section(path: Path) -> str:
+    result = _json(path)
+    parts = export.graph_table(result["graphs"]), export.runtime_table(result["runtime"]), export.caption(result)
+    return "\n\n".join(parts)
+
+
+def _train_section(path: Path) -> str:
+    result = _json(path)
+    return f"{train.table(result)}\n\n{train.caption(result)}"
+
+
+def _latents_section(path: Path) -> str:
+    result = _json(path)
+    if result["rows"] is None:
+        return f"Not measured: the run in `benchmarks/results/{path.name}` was interrupted; the same command goes on."
+    return f"{latents.table(result)}\n{tables.machine(result['environment'])}"
+
+
+def _kernel_section(path: Path) -> str:
+    rows = kernel.load_rows(path)
+    return f"{kernel.table(rows)}\n\n{kernel.caption(rows)}"
+
+
+SECTIONS = (
+    Section(
+        "Methods, on the miniatures",
+        MINI,
+        "defense bench mini --methods all,defense@0.25,defense@0.5,defense@0.75 --out results/mini && "
+        "python -m defense.benchmarks.robust results/mini --into benchmarks/results/mini.json",
+        _mini_section,
+    ),
+    Section(
+        "The embedded model, with the empty plate as the ceiling",
+        "embedded.json",
+        "python -m defense.benchmarks.embedded --out benchmarks/results/embedded.json",
+        _embedded_section,
+    ),
+    Section(
+        "How S is chosen",
+        "latents.json",
+        "defense bench latents --out benchmarks/results",
+        _latents_section,
+    ),
+    Section(
+        "What the defense costs, CPU",
+        "speed-cpu.json",
+        "python -m defense.benchmarks.speed --out benchmarks/results/speed-cpu.json",
+        speed_table,
+    ),
+    Section(
+        "The Triton kernels, GPU",
+        "kernel.json",
+        "python -m defense.benchmarks.kernel  # needs a CUDA device",
+        _kernel_section,
+    ),
+    Section(
+        "Exported graphs, CPU",
+        "export-cpu.json",
+        "python -m defense.benchmarks.export --out benchmarks/results/export-cpu.json",
+        _export_section,
+    ),
+    Section(
+        "Training an SAE, CPU",
+        "train-cpu.json",
+        "python -m defense.benchmarks.train --out benchmarks/results/train-cpu.json",
+        _train_section,
+    ),
+)
+
+
+def results_page(results: Path) -> str:
+    """Return RESULTS.md for a folder of results."""
+    parts = [
+        "# Results",
+        "Made from the JSON in [results](results) by `python -m defense.benchmarks.report`; no figure here was typed.",
+    ]
+    for section in SECTIONS:
+        path = results / section.file
+        parts.append(f"## {section.title}")
+        if path.exists():
+            text, command = section.render(path), f"`{_command_of(path)}`"
+            parts += [text] if command in text else [text, command]
+        else:
+            parts.append(f"Not measured: `benchmarks/results/{section.file}` is missing. To measure:")
+            parts.append(f"`{section.command}`")
+    return "\n\n".join(parts) + "\n"
+
+
+# --- the tables of the README -----------------------------------------------------------------------------------------
+
+
+def main_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return one row per method, the best on attacked pictures first, with the main figures of the miniatures.
+
+    Methods at a part of their strength are left out.
+    """
+    results = [result for result in results if "@" not in result["method"]]
+    by_place = {(result["dataset"], result["method"]): result["robust"] for result in results}
+    columns = [
+        ("clean", _CLEAN, "accuracy"),
+        ("attacked", _ATTACKED, "accuracy"),
+        ("attack success", _ATTACKED, "attack_success"),
+        *((f"worst group, {name.removesuffix('-test')}", name, "worst_group") for name in _GROUPED),
+    ]
+
+    def figure(method: str, dataset: str, name: str) -> Mapping[str, float] | None:
+        found = by_place.get((dataset, method))
+        return None if found is None else found["figures"][name]
+
+    def rank(method: str) -> tuple[float, str]:
+        found = figure(method, _ATTACKED, "accuracy")
+        return (1.0 if found is None else -found["value"]), method
+
+    lines = [f"| method | {' | '.join(heading for heading, *_ in columns)} | ms |", "|---" * (len(columns) + 2) + "|"]
+    half_widths = []
+    for method in sorted({result["method"] for result in results}, key=rank):
+        shown = [figure(method, dataset, name) for _, dataset, name in columns]
+        half_widths += [(each["high"] - each["low"]) / 2 for each in shown if each is not None]
+        cells = ["-" if each is None else f"{100 * each['value']:.1f}" for each in shown]
+        runs = [robust for (_, name), robust in by_place.items() if name == method]
+        ms = sum(each["n"] * each["run"]["encode_ms"] for each in runs) / sum(each["n"] for each in runs)
+        lines.append(f"| {method} | {' | '.join(cells)} | {ms:.1f} |")
+    counts = ", ".join(f"{name} {n:,}" for name, n in {r["dataset"]: r["robust"]["n"] for r in results}.items())
+    return (
+        "\n".join(lines) + f"\n\nPercent, half of a 95 % interval at most {100 * max(half_widths):.1f} points; "
+        f'pictures: {counts}. "-": not applicable. Intervals, paired tests and each method\'s reasons, settings and '
+        "cost: [RESULTS.md](benchmarks/RESULTS.md).\n" + tables.machine(results[0]["robust"]["run"]["environment"])
+    )
+
+
+def robustness(results: Path) -> str:
+    """Return the README's tables of robustness."""
+    mini = SECTIONS[0]
+    path = results / mini.file
+    if path.exists():
+        beside = f"{main_table(robust.read_results(path))}\n\n`{_command_of(path)}`"
+    else:
+        beside = f"Not measured: `benchmarks/results/{mini.file}` is missing. To measure: `{mini.command}`"
+    return f"{embedded_table(results / 'embedded.json')}\n\nBeside other methods, on the miniatures:\n\n{beside}"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "embedded": robustness,
+    "speed": lambda results: speed_table(results / "speed-cpu.json"),
 }
 
 
@@ -44,27 +239,30 @@ def filled(text: str, results: Path) -> str:
     Raises:
         ValueError: The text lacks the markers of a table.
     """
-    for name, (file, render) in TABLES.items():
+    for name, render in TABLES.items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         head, found, rest = text.partition(begin)
         _, closed, tail = rest.partition(end)
         if not (found and closed):
             raise ValueError(f"the README has no {begin.strip()} ... {end}")
-        text = head + begin + render(results / file) + "\n" + end + tail
+        text = head + begin + render(results) + "\n" + end + tail
     return text
 
 
 def main() -> None:
-    """Rewrite the README in place, or say with --check whether it is up to date."""
+    """Rewrite README and RESULTS.md in place, or say with --check whether they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a figure is stale")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before, ROOT / "benchmarks" / "results")
+    readme, page, results = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "results"
+    if not arguments.check and (results / MINI).exists():
+        plots.draw(robust.read_results(results / MINI), results)
+    before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in (readme, page)}
+    after = {readme: filled(before[readme], results), page: results_page(results)}
     if arguments.check:
         raise SystemExit(int(before != after))
-    readme.write_text(after, encoding="utf-8")
+    for path, text in after.items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

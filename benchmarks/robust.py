@@ -23,11 +23,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -35,11 +35,13 @@ from safetensors.numpy import save_file
 from defense.artefact import read_tensors
 from defense.benchmarks import metrics, plots, tables
 from defense.benchmarks.datasets import Dataset, Example, File, Task
-from defense.benchmarks.methods import Encoder, Method
 from defense.classifier import Host, load_host, resolve_device
 from defense.errors import ConfigError, InvalidImageError, MissingDependencyError
 from defense.images import Preprocess
 from defense.labels import ClipTokenizer, Prompts, check_labels, resolve_templates
+
+if TYPE_CHECKING:
+    from defense.benchmarks.methods import Encoder, Method  # some import torch
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ RANDOM = "random"
 _CHUNK = 64
 _N_LISTED = 20
 _SEED_OF_WEIGHTS = 0
+_STOCK = "stock"
+"""In keys of what the stock CLIP gives."""
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 """Shows progress: from a sequence and what it stands for to the same items."""
@@ -198,22 +202,31 @@ def measure(
     Raises:
         ConfigError: No picture can be read, or none of a group.
     """
+    from defense.benchmarks.methods import Stock
+
     method_key = key_of(method.name.partition("@")[0], dict(method.settings()))
     text_embeds = _text_embeds(named, method_key, encoder, dataset, store)
+    tower: Encoder = Stock(named.host) if encoder.has_stock_tower else encoder
+    tower_key = _STOCK if encoder.has_stock_tower else method_key
     chunks = [dataset.examples[first : first + _CHUNK] for first in range(0, len(dataset.examples), _CHUNK)]
     parts, unreadable, contents, seconds, peaks = [], [], hashlib.sha256(), 0.0, [-1.0]
     for chunk in track(chunks, f"{dataset.full_name}, {method.name}"):
         digests = [_digest(example) for example in chunk]
         for example, digest in zip(chunk, digests, strict=True):
             contents.update(f"{example.key}\0{digest}\0".encode())
-        key = key_of("image", named.sha256, named.host.preprocess.to_dict(), method_key, digests)
-        kept = store.get(key, partial(_encode, named, encoder, chunk))
+        key = key_of("image", named.sha256, named.host.preprocess.to_dict(), tower_key, digests)
+        kept = store.get(key, partial(_encode, named, tower, chunk))
         is_readable = kept["is_readable"].astype(bool)
         unreadable += [example.key for example, good in zip(chunk, is_readable, strict=True) if not good]
         seconds += float(kept["encode_s"][0])
         peaks.append(float(kept["peak_mib"][0]))
         if is_readable.any():
-            logits = named.logit_scale * kept["embeds"] @ text_embeds.T
+            image_embeds = kept["embeds"]
+            if encoder.has_stock_tower:
+                start = time.perf_counter()
+                image_embeds = encoder.edited(image_embeds)
+                seconds += time.perf_counter() - start
+            logits = named.logit_scale * image_embeds @ text_embeds.T
             parts.append(_answers(logits, [e for e, good in zip(chunk, is_readable, strict=True) if good], dataset))
     answers = metrics.joined(parts)
     for group, name in enumerate(dataset.group_names):
@@ -283,7 +296,7 @@ def _with_cost(named: NamedHost, job: Callable[[], np.ndarray]) -> tuple[np.ndar
 
 def _text_embeds(named: NamedHost, method_key: str, encoder: Encoder, dataset: Dataset, store: Store) -> np.ndarray:
     prompts = Prompts(check_labels(dataset.class_names), resolve_templates(dataset.templates))
-    owner = method_key if encoder.edits_text else "stock"
+    owner = method_key if encoder.edits_text else _STOCK
     key = key_of("text", named.sha256, owner, prompts.sha256(), dataset.normalise_each)
     return store.get(key, lambda: {"embeds": encoder.text_embeds(prompts, normalise_each=dataset.normalise_each)})[
         "embeds"
@@ -308,50 +321,71 @@ def _answers(logits: np.ndarray, examples: Sequence[Example], dataset: Dataset) 
 
 def run(
     named: NamedHost,
-    tasks: Sequence[Task],
-    methods: Sequence[Method],
+    jobs: Sequence[tuple[Task, Sequence[Method]]],
     out: Path,
     *,
     seed: int = 0,
     command: str | None = None,
     track: Track = lambda items, _what: items,
 ) -> list[dict[str, Any]]:
-    """Run all methods over all tasks, write a JSON file for each data set and method, and return what was written.
+    """Measure, write a JSON file for each data set and method, and return what was written.
+
+    A method that cannot be fitted on a task is named there as not applicable, with the reason.
 
     Args:
         named: The host.
-        tasks: What to measure on.
-        methods: What to measure; all are compared with each other.
+        jobs: Each task with the methods to measure on it; all of them are compared with each other.
         out: Folder for the results; `out/embeddings` holds what a second run starts from.
         seed: Of the intervals.
         command: What was typed, for the results.
         track: Shows progress.
 
     Raises:
-        ConfigError: See `measure`; or a method cannot be fitted on a task.
+        ConfigError: See `measure`; or no method can be fitted on a task.
     """
-    for task in tasks:
+    for task, _ in jobs:
         for dataset in task.tests:
             check_present(dataset)
     store = Store(out / "embeddings")
+    where = _environment(command)
     results = []
-    for task in tasks:
+    for task, methods in jobs:
         measured: dict[str, dict[str, Measured]] = {dataset.variant: {} for dataset in task.tests}
-        fit_s = {}
+        fit_s: dict[str, float] = {}
+        reasons: dict[str, str] = {}
         for method in methods:
             start = time.perf_counter()
-            method.fit(named.host, task)
+            try:
+                method.fit(named.host, task)
+            except (ConfigError, MissingDependencyError) as error:
+                reasons[method.name] = str(error)
+                continue
             fit_s[method.name] = time.perf_counter() - start
             with method.apply(named.host) as encoder:
                 for dataset in task.tests:
                     measured[dataset.variant][method.name] = measure(named, method, encoder, dataset, store, track)
+        if not fit_s:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise ConfigError(f"nothing to measure on {task.title}: {listed}")
         for dataset in task.tests:
             for method in methods:
-                answered, seconds = measured[dataset.variant], fit_s[method.name]
-                result = result_of(named, task, dataset, method, answered, fit_s=seconds, seed=seed, command=command)
+                if method.name in reasons:
+                    continue
+                result = result_of(
+                    named, task, dataset, method, measured[dataset.variant],
+                    fit_s=fit_s[method.name], not_applicable=reasons, seed=seed, environment=where,
+                )  # fmt: skip
                 write_result(result, out)
                 results.append(result)
     return results
+
+
+def _environment(command: str | None) -> dict[str, Any]:
+    import torch
+
+    from defense.benchmarks.speed import environment_of
+
+    return {**asdict(environment_of(command or "")), "threads": torch.get_num_threads()}
 
 
 def check_present(dataset: Dataset) -> None:
@@ -375,8 +409,9 @@ def result_of(
     measured: Mapping[str, Measured],
     *,
     fit_s: float,
+    not_applicable: Mapping[str, str],
     seed: int,
-    command: str | None,
+    environment: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the result of one method on one data set, as JSON values.
 
@@ -387,14 +422,17 @@ def result_of(
         method: What was measured.
         measured: Name of a method -> its answers on this data set, this method's among them.
         fit_s: Time that fitting took, in seconds.
+        not_applicable: Name of a method that could not be fitted on this task -> why.
         seed: Of the intervals.
-        command: What was typed.
+        environment: Machine, versions and command, as JSON values.
     """
     own = measured[method.name]
     answers = own.answers
     found = metrics.figures(answers, seed=seed, train_counts=dataset.train_counts)
     by_class = metrics.per_class(answers)
     by_group = metrics.group_accuracies(answers) if dataset.group_names else {}
+    unreadable = set(own.unreadable)
+    kinds = [each.kind for each in dataset.examples if each.key not in unreadable]
     has_five = dataset.choice == "all" and len(dataset.class_names) >= 5
     return {
         "dataset": dataset.full_name,
@@ -424,6 +462,8 @@ def result_of(
             "groups": {dataset.group_names[group]: list(entry) for group, entry in by_group.items()},
             "train_counts": list(dataset.train_counts),
             "per_class": {dataset.class_names[label]: list(entry) for label, entry in by_class.items()},
+            "kinds": {kind: list(entry) for kind, entry in metrics.per_kind(answers, kinds).items()},
+            "not_applicable": dict(not_applicable),
             "versus": {
                 other: metrics.versus(answers, measured[other].answers, seed=seed)
                 for other in measured
@@ -443,7 +483,12 @@ def result_of(
             "seed": seed,
             "n_resamples": metrics.N_RESAMPLES,
             "versions": {name: version(name) for name in ("clip-defense", "torch", "open_clip_torch", "pillow")},
-            "run": {"command": command, "fit_s": fit_s, "encode_ms": own.encode_ms, "peak_mib": own.peak_mib},
+            "run": {
+                "fit_s": fit_s,
+                "encode_ms": own.encode_ms,
+                "peak_mib": own.peak_mib,
+                "environment": dict(environment),
+            },
         },
     }
 
@@ -470,28 +515,48 @@ def report(out: Path) -> None:
     plots.draw(results, out)
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Return the results in a folder, by file name; other JSON files are passed over.
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Return the results in a folder, by file name, or those that `collect` put into a file.
+
+    Other JSON files in the folder are passed over.
 
     Raises:
         ConfigError: One was written by a newer version.
     """
-    results = []
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(result, dict) or "robust" not in result:
-            continue
+    if path.is_file():
+        results = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(path.glob("*.json"))]
+    results = [result for result in results if isinstance(result, dict) and "robust" in result]
+    for result in results:
         if result["robust"]["schema"] > SCHEMA:
-            raise ConfigError(f"{path} has schema {result['robust']['schema']}; this version reads up to {SCHEMA}")
-        results.append(result)
+            raise ConfigError(
+                f"{path} holds a result of schema {result['robust']['schema']}; this version reads up to {SCHEMA}"
+            )
     return results
+
+
+def collect(folder: Path, path: Path) -> None:
+    """Put all results of a folder into one file.
+
+    Raises:
+        ConfigError: See `read_results`.
+    """
+    lines = [json.dumps(result, allow_nan=False) for result in read_results(folder)]
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text("[" + ",\n".join(lines) + "]\n", encoding="utf-8")
+    unfinished.rename(path)
 
 
 def main() -> None:
     """Write tables and plots of the results in a folder."""
     parser = argparse.ArgumentParser(description="Lay out the results of `defense bench` anew, from their JSON.")
     parser.add_argument("folder", type=Path, help="what `defense bench --out` wrote")
-    report(parser.parse_args().folder)
+    parser.add_argument("--into", type=Path, help="put all of them into this file as well")
+    arguments = parser.parse_args()
+    report(arguments.folder)
+    if arguments.into is not None:
+        collect(arguments.folder, arguments.into)
 
 
 if __name__ == "__main__":

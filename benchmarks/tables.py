@@ -8,6 +8,7 @@ from typing import Any
 from defense.errors import ConfigError
 
 BASELINE = "zero-shot"
+OURS = "defense"
 _MUST_AGREE = (
     "shortfall", "n", "n_unreadable", "choice", "class_names", "templates", "normalise_each", "data_sha256",
     "host_sha256", "preprocess", "train_counts", "facts", "seed",
@@ -18,13 +19,13 @@ Result = Mapping[str, Any]
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """Return the tables of all tasks, in the order of their first results; the baseline stands first in each.
+    """Return the tables of all tasks; tasks and methods by name, the baseline first.
 
     Raises:
         ConfigError: Results of one data set differ in classes, prompts, pictures or host.
     """
     check_comparable(results)
-    tasks = list(dict.fromkeys((result["robust"]["task"], result["model"], result["pretrained"]) for result in results))
+    tasks = sorted({(result["robust"]["task"], result["model"], result["pretrained"]) for result in results})
     return "\n\n".join(
         _section([r for r in results if (r["robust"]["task"], r["model"], r["pretrained"]) == task]) for task in tasks
     )
@@ -58,19 +59,32 @@ def host_name(result: Result) -> str:
     return ", ".join(dict.fromkeys((result["model"], result["pretrained"])))
 
 
+def in_order(results: Sequence[Result]) -> list[Result]:
+    """Return results with clean pictures before attacked ones, the baseline first, and the rest by name."""
+
+    def place(result: Result) -> tuple[Any, ...]:
+        robust, method = result["robust"], result["method"]
+        return robust["variant"] != "clean", robust["is_attacked"], robust["variant"], method != BASELINE, method
+
+    return sorted(results, key=place)
+
+
 def _section(results: Sequence[Result]) -> str:
-    results = sorted(results, key=lambda result: result["robust"]["variant"] != "clean")
+    results = in_order(results)
     datasets = list(dict.fromkeys(result["dataset"] for result in results))
-    methods = sorted(dict.fromkeys(result["method"] for result in results), key=lambda name: name != BASELINE)
+    methods = list(dict.fromkeys(result["method"] for result in results))
     by_place = {(result["dataset"], result["method"]): result for result in results}
     headings = ["method"]
     rows: list[list[str]] = [[method] for method in methods]
     for dataset in datasets:
-        names = _columns(next(result for result in results if result["dataset"] == dataset))
+        first = next(result for result in results if result["dataset"] == dataset)
+        is_main = first["robust"]["is_attacked"] or first["robust"]["groups"]
+        others = [BASELINE, OURS] if is_main and len(methods) > 2 and (dataset, OURS) in by_place else [BASELINE]
+        names = _columns(first, others)
         headings += names
         for row, method in zip(rows, methods, strict=True):
             found = by_place.get((dataset, method))
-            row += ["-"] * len(names) if found is None else _cells(found)
+            row += ["-"] * len(names) if found is None else _cells(found, others)
     headings += ["ms", "MiB"]
     for row, method in zip(rows, methods, strict=True):
         row += _cost([result for result in results if result["method"] == method])
@@ -78,26 +92,32 @@ def _section(results: Sequence[Result]) -> str:
     return f"### {results[0]['robust']['title']}\n\n" + "\n".join(lines) + "\n\n" + _caption(results)
 
 
-def _columns(result: Result) -> list[str]:
+def _columns(result: Result, others: Sequence[str]) -> list[str]:
     robust, variant = result["robust"], result["robust"]["variant"]
+    against = [f"against {other}" for other in others]
     if robust["groups"]:
         adjusted = ["train-weighted average"] if "accuracy_adjusted" in robust["figures"] else []
-        return ["worst group", "of", "average", *adjusted, "gap", f"against {BASELINE}"]
-    names = [f"{variant} accuracy", f"against {BASELINE}"]
+        return ["worst group", "of", "average", *adjusted, "gap", *against]
+    names = [f"{variant} accuracy", *against]
+    if robust["kinds"]:
+        names.append(", ".join(robust["kinds"]))
     if robust["is_attacked"]:
         names += ["margin"] if robust["choice"] == "pair" else ["attack success", "object over word", "margin"]
     return names
 
 
-def _cells(result: Result) -> list[str]:
+def _cells(result: Result, others: Sequence[str]) -> list[str]:
     robust = result["robust"]
     figures = robust["figures"]
+    against = [_against(result, other) for other in others]
     if robust["groups"]:
         worst = min(robust["groups"], key=lambda name: robust["groups"][name][1])
         adjusted = [_percent(figures["accuracy_adjusted"])] if "accuracy_adjusted" in figures else []
         cells = [_percent(figures["worst_group"]), worst, _percent(figures["accuracy"]), *adjusted]
-        return [*cells, _percent(figures["gap"]), _against(result)]
-    cells = [_percent(figures["accuracy"]), _against(result)]
+        return [*cells, _percent(figures["gap"]), *against]
+    cells = [_percent(figures["accuracy"]), *against]
+    if robust["kinds"]:
+        cells.append(", ".join(f"{100 * accuracy:.1f}" for _, accuracy in robust["kinds"].values()))
     if robust["is_attacked"]:
         if robust["choice"] != "pair":
             cells += [_percent(figures["attack_success"]), _percent(figures["object_over_word"])]
@@ -110,9 +130,9 @@ def _percent(figure: Mapping[str, float]) -> str:
     return f"{100 * figure['value']:.1f} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
 
 
-def _against(result: Result) -> str:
-    """Return the change of accuracy against the baseline, in points, with its interval and McNemar's p."""
-    found = result["robust"]["versus"].get(BASELINE)
+def _against(result: Result, other: str) -> str:
+    """Return the change of accuracy against another method, in points, with its interval and McNemar's p."""
+    found = result["robust"]["versus"].get(other)
     if found is None:
         return "-"
     change = found["difference"]
@@ -141,6 +161,11 @@ def _caption(results: Sequence[Result]) -> str:
     )
     lines.append(f"{host_name(results[0])}. Pictures: {counts}.")
     lines.append(f"{_question(first)} {_groups(first)}".strip())
+    reasons = {name: why for r in results for name, why in r["robust"]["not_applicable"].items()}
+    measured = {r["method"] for r in results}
+    left_out = [name for name in reasons if name not in measured]
+    for why in dict.fromkeys(reasons[name] for name in left_out):
+        lines.append(f"Not applicable: {', '.join(name for name in left_out if reasons[name] == why)}: {why}.")
     hashes = {
         r["method"]: r["robust"]["settings"]["defense_sha256"][:16]
         for r in results
@@ -149,11 +174,23 @@ def _caption(results: Sequence[Result]) -> str:
     if hashes:
         lines.append("Defenses (sha256 of the manifest): " + ", ".join(f"{k} {v}" for k, v in hashes.items()) + ".")
     lines.append(
-        "Percent, and 95 % bootstrap intervals over pictures. Against the baseline: points, and p of McNemar's exact "
-        "test, not corrected for the number of tests. Margin: logit of the object less that of the word. ms: per "
+        "Percent, and 95 % bootstrap intervals over pictures. Against a method: points of accuracy, and p of McNemar's "
+        "exact test, not corrected for the number of tests. Margin: logit of the object less that of the word. ms: per "
         "picture. MiB: at the peak of a chunk, above what was held before. EXIF orientation is not applied."
     )
+    lines += list(dict.fromkeys(machine(r["robust"]["run"]["environment"]) for r in results))
     return "\n".join(lines)
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """Return a sentence about the machine and the versions that a result comes from."""
+    here = environment
+    state = "no commit" if here["commit"] is None else here["commit"][:12] + (" + changes" if here["is_dirty"] else "")
+    threads = f"{here['threads']} threads, " if "threads" in here else ""
+    return (
+        f"{here['cpu']}, {here['cores']} cores, {threads}load before the run {here['load']:.1f}, "
+        f"torch {here['torch']}, open_clip {here['open_clip']}, {state}, {here['timestamp']}."
+    )
 
 
 def _question(robust: Mapping[str, Any]) -> str:

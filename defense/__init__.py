@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from .artefact import Defense as Defense
     from .attach import detach as detach
     from .attach import wrap as wrap
-    from .classifier import Explanation as Explanation
     from .classifier import RobustClassifier as RobustClassifier
     from .errors import BackendError as BackendError
+    from .errors import CalibrationError as CalibrationError
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
     from .errors import DefenseError as DefenseError
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .errors import MissingDependencyError as MissingDependencyError
     from .errors import NonFiniteError as NonFiniteError
     from .errors import ShapeError as ShapeError
+    from .explain import Controls as Controls
+    from .explain import Explanation as Explanation
     from .latents import LatentSet as LatentSet
     from .sae import SAEConfig as SAEConfig
     from .sae import SparseAutoencoder as SparseAutoencoder
@@ -36,9 +38,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "artefact": ("Defense",),
     "attach": ("detach", "wrap"),
-    "classifier": ("Explanation", "RobustClassifier"),
+    "classifier": ("RobustClassifier",),
     "errors": (
         "BackendError",
+        "CalibrationError",
         "CheckpointError",
         "ConfigError",
         "DefenseError",
@@ -49,6 +52,7 @@ _HOMES = {
         "NonFiniteError",
         "ShapeError",
     ),
+    "explain": ("Controls", "Explanation"),
     "latents": ("LatentSet",),
     "sae": ("SAEConfig", "SparseAutoencoder"),
     "suppress": ("Suppressor",),
@@ -57,8 +61,10 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BackendError",
+    "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "Controls",
     "Defense",
     "DefenseError",
     "Explanation",

@@ -225,11 +225,23 @@ def save(defense: Defense, folder: str | os.PathLike[str], *, dtype: type[np.flo
             written as JSON.
         NonFiniteError: A weight is NaN or infinite, or becomes so in `dtype`.
     """
+    target = check_target(folder)
+    publish(target, lambda staging: _write(defense, staging, dtype), load)
+    return Path(folder)
+
+
+def check_target(folder: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a folder that `save` could write now.
+
+    Raises:
+        ConfigError: It is there and holds something else than a defense, or its parent is not there.
+    """
     target = Path(folder).resolve()  # through a link: what it leads to is replaced, not the link
     if not _is_replaceable(target):
         raise ConfigError(f"{target} exists and is no defense, or holds other files too; choose another folder")
-    publish(target, lambda staging: _write(defense, staging, dtype), load)
-    return Path(folder)
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target.parent} is not there, so {target.name} cannot be written into it; make it first")
+    return target
 
 
 def publish(target: Path, write: Callable[[Path], None], read: Callable[[Path], object]) -> None:
@@ -430,7 +442,7 @@ def read_manifest(path: Path, schema: int, what: str) -> dict[str, Any]:
         CheckpointError: It is no JSON, states no schema, or a newer one; `what` says what it would be the manifest of.
     """
     try:
-        text = _own_file(path.parent, path.name).read_text(encoding="utf-8")
+        text = own_file(path.parent, path.name).read_text(encoding="utf-8")
         manifest = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
@@ -455,7 +467,7 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON number")
 
 
-def _own_file(root: Path, name: str) -> Path:
+def own_file(root: Path, name: str) -> Path:
     """Return the path of a regular file that belongs to the folder."""
     path, home = root / name, root.resolve()
     homes = [home]
@@ -486,7 +498,7 @@ def read_files(manifest: Path, entries: dict[str, Any], verify: Verify) -> dict[
             raise CheckpointError(f"{root / name} is not in the manifest; remove it")
     tensors = {}
     for name, fields in entries.items():
-        path = _own_file(root, name)
+        path = own_file(root, name)
         entry = typed(f"the manifest's entry for {name}", fields, _FILE_FIELDS)
         if path.stat().st_size != entry["size"]:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}")

@@ -9,16 +9,17 @@ object that the caller had.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .artefact import Defense, HostSpec
+from .artefact import Defense, HostSpec, Site
 from .errors import ConfigError
 from .hosts import VisionHost, is_compiled
+from .latents import LatentSet
 from .ops import Backend
 from .sae import SAEConfig, SparseAutoencoder
 from .suppress import Suppressor, suppress
@@ -41,6 +42,7 @@ class EditedBlock(nn.Module):
         self.is_bypassed = False
         self.seen: Tensor | None = None
         self.is_recording = False
+        self.stand_ins: list[Suppressor] | None = None
         self._handle: RemovableHandle | None = None
 
     def place(self, host: VisionHost) -> None:
@@ -54,12 +56,16 @@ class EditedBlock(nn.Module):
         resid = output if self.batch_first else output.transpose(0, 1)
         if self.is_recording:
             self.seen = resid
-        edited = suppress(resid, self.parts(), self.n_prefix)
+        edited = suppress(resid, self.in_force(), self.n_prefix)
         return edited if self.batch_first else edited.transpose(0, 1)
 
     def parts(self) -> list[Suppressor]:
         """Return the suppressors, typed."""
         return [part for part in self.suppressors if isinstance(part, Suppressor)]
+
+    def in_force(self) -> list[Suppressor]:
+        """Return the suppressors that act now: what `adjusted` put in place of the block's own, or these."""
+        return self.parts() if self.stand_ins is None else self.stand_ins
 
     def remove(self) -> None:
         """Take the hook off the block."""
@@ -79,16 +85,9 @@ class AttachedDefense(nn.Module):
     def __init__(self, host: VisionHost, defense: Defense, backend: Backend = "auto") -> None:
         super().__init__()
         self.grid_size = host.grid_size
-        per_block: dict[str, list[Suppressor]] = {}
-        for site in defense.sites:
-            sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
-            host.check_width(sae.config.d_model, f"the SAE at {site.hook_point}")
-            taken: frozenset[int] = frozenset()
-            for latent_set in site.sets:
-                scope = host.effective_scope(site.hook_point, latent_set.scope)
-                suppressor = Suppressor(sae, latent_set.without(taken), scope, backend=backend)
-                per_block.setdefault(site.hook_point, []).append(suppressor)
-                taken |= set(latent_set.latents)
+        self.backend: Backend = backend
+        sites = ((site.hook_point, sae_of(site), site.sets) for site in defense.sites)
+        per_block = suppressors_of(host, sites, backend)
         for hook_point in per_block:
             host.block(hook_point)  # raises where there is no such block, before any hook is placed
         self.blocks = nn.ModuleList(EditedBlock(point, suppressors, host) for point, suppressors in per_block.items())
@@ -129,6 +128,22 @@ class AttachedDefense(nn.Module):
                 block.is_bypassed = False
 
     @contextmanager
+    def adjusted(self, suppressors: Mapping[str, list[Suppressor]]) -> Iterator[None]:
+        """Let other suppressors act in place of the blocks' own.
+
+        Args:
+            suppressors: By hook point; a block that is not named passes unedited. On the model's device, in its dtype.
+        """
+        before = [(block, block.stand_ins) for block in self.edited_blocks()]
+        try:
+            for block, _ in before:
+                block.stand_ins = suppressors.get(block.hook_point, [])
+            yield
+        finally:
+            for block, stand_ins in before:
+                block.stand_ins = stand_ins
+
+    @contextmanager
     def recording(self) -> Iterator[None]:
         """Keep the residual that each edited block saw last, as `block.seen` [batch, pos, d_model]."""
         try:
@@ -138,6 +153,33 @@ class AttachedDefense(nn.Module):
         finally:
             for block in self.edited_blocks():
                 block.is_recording, block.seen = False, None
+
+
+def sae_of(site: Site) -> SparseAutoencoder:
+    """Return the autoencoder of a defense's site, in float32 on the CPU."""
+    return SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
+
+
+def suppressors_of(
+    host: VisionHost, sites: Iterable[tuple[str, SparseAutoencoder, Sequence[LatentSet]]], backend: Backend
+) -> dict[str, list[Suppressor]]:
+    """Return suppressors by hook point. A latent that several sets name at one site is edited once, by the first.
+
+    Args:
+        host: The vision tower.
+        sites: Hook point, SAE and sets of each.
+        backend: See `wrap`.
+    """
+    per_block: dict[str, list[Suppressor]] = {}
+    for hook_point, sae, sets in sites:
+        host.check_width(sae.config.d_model, f"the SAE at {hook_point}")
+        taken: frozenset[int] = frozenset()
+        for latent_set in sets:
+            scope = host.effective_scope(hook_point, latent_set.scope)
+            suppressor = Suppressor(sae, latent_set.without(taken), scope, backend=backend)
+            per_block.setdefault(hook_point, []).append(suppressor)
+            taken |= set(latent_set.latents)
+    return per_block
 
 
 def check_host(host: VisionHost, spec: HostSpec) -> None:

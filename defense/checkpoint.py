@@ -95,12 +95,12 @@ class Checkpoint:
 
         Args:
             host: The tower.
-            allow_mismatch: Accept a tower with the other kind of GELU than the SAE was trained with.
+            allow_mismatch: Accept a tower with other weights or another kind of GELU than the SAE was trained with.
 
         Raises:
             HookPointError: The SAE is one of pooled embeddings, or the tower has no such block.
             ShapeError: The tower has another width.
-            ConfigError: The tower has the other kind of GELU.
+            ConfigError: The tower has the other kind of GELU, or other weights than the SAE's provenance states.
         """
         if self.hook_point == POOLED:
             raise HookPointError("this SAE was trained on pooled image embeddings; it cannot be put into a block")
@@ -111,6 +111,17 @@ class Checkpoint:
                 f"this SAE was trained on activations with quick_gelu={self.quick_gelu}, this tower has "
                 f"quick_gelu={host.quick_gelu}; load the model that fits, or pass allow_mismatch=True"
             )
+        want = self._host_sha256()
+        if want is not None and not allow_mismatch and (got := host.fingerprint()) != want:
+            raise ConfigError(
+                f"this SAE was trained on the weights of {self.host_model} (sha256 {want[:16]}...); this tower's are "
+                f"{got[:16]}.... Load those weights, or pass allow_mismatch=True"
+            )
+
+    def _host_sha256(self) -> str | None:
+        """Return the fingerprint of the tower it was trained on, where `defense train` noted it."""
+        trained_on = self.provenance.get("host")
+        return trained_on.get("sha256") if isinstance(trained_on, Mapping) else None
 
 
 def save(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> Path:

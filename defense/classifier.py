@@ -5,90 +5,39 @@ The data flow is in the docstring of `RobustClassifier`; each step is one functi
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
 import os
-import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import artefact, images, labels
-from .errors import CheckpointError, ConfigError, DefenseError, MissingDependencyError, NonFiniteError
+from . import artefact, explain, images, labels
+from .errors import CheckpointError, ConfigError, DefenseError, MissingDependencyError
+from .explain import Controls, Explanation
+from .zeroshot import (
+    OnError,
+    ZeroShotClassifier,
+    batched,
+    check_top_k,
+    finite,
+    prediction_of,
+    warn_of_unknown_words,
+)
+from .zeroshot import Prediction as Prediction
 
 if TYPE_CHECKING:
-    from .attach import AttachedDefense
     from .ops import Backend
+    from .sae import SparseAutoencoder
 
 log = logging.getLogger(__name__)
 
-OnError = Literal["raise", "skip", "return"]
-Prediction = list[dict[str, Any]]
-"""[{"label": str, "score": float}, ...], best first; scores are a softmax over the given labels."""
-
 EMBEDDED = "embedded"
-
-
-@dataclass(frozen=True)
-class Removed:
-    """One latent that was suppressed in a picture.
-
-    Attributes:
-        hook_point: Where.
-        set_name: The latent set it belongs to, e.g. "text".
-        latent: Its index in the SAE.
-        energy: Squared norm of what it had written there, summed over tokens.
-        share: That energy as a fraction of all latents' energy.
-    """
-
-    hook_point: str
-    set_name: str
-    latent: int
-    energy: float
-    share: float
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What the defense did to one picture.
-
-    Attributes:
-        plain: The stock CLIP's answer.
-        robust: The defended one's.
-        removed: The latents that were suppressed, by falling energy.
-        heatmap: Squared norm of what was removed at each patch, float32 [rows, columns].
-        fraction: Norm of what was removed over the norm of the residual, over all tokens of the edited blocks.
-        warnings: What the decoder had to say about the file.
-    """
-
-    plain: Prediction
-    robust: Prediction
-    removed: tuple[Removed, ...]
-    heatmap: np.ndarray
-    fraction: float
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def changed(self) -> bool:
-        """Whether the defense changed the answer."""
-        return bool(self.plain[0]["label"] != self.robust[0]["label"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return {
-            "plain": self.plain,
-            "robust": self.robust,
-            "changed": self.changed,
-            "removed": [vars(item) for item in self.removed],
-            "heatmap": self.heatmap.tolist(),
-            "fraction": self.fraction,
-            "warnings": list(self.warnings),
-        }
 
 
 @dataclass(frozen=True)
@@ -167,6 +116,11 @@ def embedded_folder(name: str) -> Path:
     return Path(str(resources.files("defense.embedded").joinpath(name)))
 
 
+def embedded_defenses() -> tuple[str, ...]:
+    """Return the names of the embedded model's defenses: "text" is "embedded", the others are "embedded:NAME"."""
+    return tuple(sorted(path.parent.name for path in embedded_folder(".").glob("*/" + artefact.MANIFEST)))
+
+
 def find_defense(
     source: str | os.PathLike[str],
     *,
@@ -175,13 +129,18 @@ def find_defense(
     local_files_only: bool = False,
     token: str | None = None,
 ) -> artefact.Defense:
-    """Load a defense by name: "embedded", a folder, or a hub id ("org/repo").
+    """Load a defense by name: "embedded" or "embedded:NAME", a folder, or a hub id ("org/repo").
 
     Raises:
         CheckpointError: There is no such defense, or it cannot be used.
     """
-    if source == EMBEDDED:
-        return artefact.load(embedded_folder("text"))
+    if str(source).split(":")[0] == EMBEDDED:
+        name = str(source).partition(":")[2] or "text"
+        if name not in embedded_defenses():
+            raise CheckpointError(
+                f"the embedded model has no defense {name!r}; it has {', '.join(embedded_defenses())}"
+            )
+        return artefact.load(embedded_folder(name))
     path = Path(source)
     if path.exists():
         return artefact.load(path)
@@ -202,7 +161,7 @@ def find_defense(
     return artefact.load(folder)
 
 
-class RobustClassifier:
+class RobustClassifier(ZeroShotClassifier):
     """A zero-shot classifier that does not read what it should look at.
 
         image   --images.decode, Preprocess-->        pixel_values [batch, 3, height, width]
@@ -234,8 +193,7 @@ class RobustClassifier:
     ) -> None:
         from .attach import is_wrapped, wrap
 
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}; it must be at least 1")
+        super().__init__(batch_size)
         if defense is None and is_wrapped(host.model):
             raise ConfigError("this host's model is defended already; load it again for a stock CLIP")
         if defense is not None and not allow_mismatch and host.preprocess != defense.preprocess:
@@ -245,10 +203,7 @@ class RobustClassifier:
             )
         self.host = host
         self.defense = defense
-        self.batch_size = batch_size
-        self.prompts: labels.Prompts | None = None
-        self._text_embeds: dict[str, np.ndarray] = {}
-        self._lock = threading.RLock()
+        self._saes: dict[int, SparseAutoencoder] = {}
         if defense is not None:
             wrap(host.model, defense, allow_mismatch=allow_mismatch, backend=backend)
 
@@ -295,59 +250,37 @@ class RobustClassifier:
         host = load_host(model, pretrained, device=device)
         return cls(host, defense, allow_mismatch=allow_mismatch, batch_size=batch_size, backend=backend)
 
-    # --- labels ---
-
-    def set_labels(
-        self, candidate_labels: Sequence[str], templates: str | Sequence[str] = "simple"
-    ) -> RobustClassifier:
-        """Choose what to classify into, and return self. Labels are encoded once and cached.
-
-        Args:
-            candidate_labels: At least one, all different.
-            templates: "simple", "hf", "openai", a template with a literal {}, or several.
-
-        Raises:
-            ConfigError: See `labels.check_labels` and `labels.resolve_templates`.
-        """
-        self.prompts = labels.Prompts(labels.check_labels(candidate_labels), labels.resolve_templates(templates))
-        return self
+    @property
+    def preprocess(self) -> images.Preprocess:
+        """How pictures are prepared."""
+        return self.host.preprocess
 
     @property
-    def classes_(self) -> np.ndarray:
-        """The labels, in the order of `predict_proba`'s columns."""
-        return np.array(self._labels(), dtype=object)
+    def logit_scale(self) -> float:
+        """Factor between cosines and logits."""
+        return float(self.host.model.logit_scale.detach().float().exp())
 
-    def _labels(self) -> tuple[str, ...]:
-        if self.prompts is None:
-            raise ConfigError("no labels are set; call set_labels([...]), or pass candidate_labels=[...]")
-        return self.prompts.labels
-
-    def text_embeds(self) -> np.ndarray:
-        """Return the labels' embeddings, float32 [n_labels, d_embed], normalised."""
-        self._labels()
-        assert self.prompts is not None
-        return self._embeds_of(self.prompts)
+    # --- labels ---
 
     def _embeds_of(self, prompts: labels.Prompts) -> np.ndarray:
         key = prompts.sha256()
         with self._lock:
             if key not in self._text_embeds:
-                self._warn_of_unknown_words(prompts.labels)
-                self._text_embeds[key] = labels.encode_prompts(prompts, self.host.tokenizer, self._encode_text)
+                warn_of_unknown_words(prompts.labels, self.host.tokenizer, self.blank_tokens())
+                self._text_embeds[key] = labels.encode_prompts(prompts, self.host.tokenizer, self.encode_text)
             return self._text_embeds[key]
 
-    def _warn_of_unknown_words(self, names: Sequence[str]) -> None:
-        """Log the labels with a word that the text tower has no embedding for: most words, for the embedded model."""
+    def blank_tokens(self) -> np.ndarray | None:
+        """Return for each token id whether the text tower has no embedding for it, bool [vocabulary]; None unknown."""
         table = getattr(self.host.model, "token_embedding", None)
         if table is None:
-            return
+            return None
         is_blank = (table.weight == 0).all(1).cpu().numpy()
         is_blank[0] = False  # padding
-        unknown = [name for name in names if is_blank[np.asarray(self.host.tokenizer([name]))].any()]
-        if unknown:
-            log.warning("this model never saw these labels, and guesses: %s", ", ".join(map(repr, unknown)))
+        return is_blank
 
-    def _encode_text(self, input_ids: np.ndarray) -> np.ndarray:
+    def encode_text(self, input_ids: np.ndarray) -> np.ndarray:
+        """Return the text tower's answer, float32 [n, d_embed], not normalised, to ids int64 [n, context_length]."""
         import torch
 
         device = next(self.host.model.parameters()).device
@@ -356,7 +289,9 @@ class RobustClassifier:
 
     # --- images ---
 
-    def _encode_image(self, pixel_values: np.ndarray, *, plain: bool = False) -> np.ndarray:
+    def _encode_image(
+        self, pixel_values: np.ndarray, *, plain: bool = False, controls: Controls | None = None
+    ) -> np.ndarray:
         """Return image_embeds float32 [batch, d_embed], normalised, of pixel_values [batch, 3, height, width]."""
         import torch
 
@@ -367,28 +302,21 @@ class RobustClassifier:
         weight = next(parameter for parameter in model.visual.parameters() if parameter.ndim == 4)
         batch = torch.from_numpy(pixel_values).to(weight.device, weight.dtype)
         with self._lock, torch.inference_mode():
-            if plain and self.defense is not None:
-                with attached(model).bypassed():
-                    embeds = model.encode_image(batch)
+            if controls is not None:
+                in_force: AbstractContextManager = explain.in_force(self, controls)
+            elif plain and self.defense is not None:
+                in_force = attached(model).bypassed()
             else:
+                in_force = nullcontext()
+            with in_force:
                 embeds = model.encode_image(batch)
             return torch.nn.functional.normalize(embeds.float(), dim=-1).cpu().numpy()
 
-    def _scores(self, image_embeds: np.ndarray, text_embeds: np.ndarray) -> np.ndarray:
-        """Return the softmax over labels, float32 [batch, n_labels]."""
-        scale = float(self.host.model.logit_scale.detach().float().exp())
-        logits = scale * image_embeds @ text_embeds.T
-        weights = np.exp(logits - logits.max(1, keepdims=True))
-        return weights / weights.sum(1, keepdims=True)
-
-    def _prepare(self, image: Any) -> np.ndarray:
-        return self.host.preprocess(images.decode(image).image)
-
-    def _chunks(
-        self, inputs: Iterable[Any], on_error: OnError
+    def chunks(
+        self, inputs: Iterable[Any], on_error: OnError = "raise"
     ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
         """Yield `batch_size` pictures at a time: for each None or its error, and pixel_values of the good ones."""
-        for chunk in _batched(inputs, self.batch_size):
+        for chunk in batched(inputs, self.batch_size):
             errors: list[DefenseError | None] = []
             prepared = []
             for image in chunk:
@@ -403,90 +331,6 @@ class RobustClassifier:
             height, width = self.host.preprocess.size
             yield errors, np.stack(prepared) if prepared else np.empty((0, 3, height, width), np.float32)
 
-    def stream(self, inputs: Iterable[Any], *, on_error: OnError = "raise", top_k: int | None = None) -> Iterator[Any]:
-        """Yield a `Prediction` for each picture, or its error object (`on_error="return"`); memory stays flat.
-
-        The labels are those set when this is called, whatever is set while the stream runs.
-
-        Args:
-            inputs: Pictures of any kind that `images.decode` takes.
-            on_error: "raise" the first error, "skip" bad pictures with a log line, or "return" the error in its place.
-            top_k: Only the best so many labels.
-        """
-        self._labels()
-        assert self.prompts is not None
-        return self._stream(inputs, self.prompts, on_error, top_k)
-
-    def _stream(
-        self, inputs: Iterable[Any], prompts: labels.Prompts, on_error: OnError, top_k: int | None
-    ) -> Iterator[Any]:
-        if on_error not in get_args(OnError):
-            raise ConfigError(f"on_error={on_error!r}; it must be one of {', '.join(get_args(OnError))}")
-        _check_top_k(top_k)
-        return self._predictions(inputs, prompts, on_error, top_k)
-
-    def _predictions(
-        self, inputs: Iterable[Any], prompts: labels.Prompts, on_error: OnError, top_k: int | None
-    ) -> Iterator[Any]:
-        text_embeds = self._embeds_of(prompts)
-        for errors, pixel_values in self._chunks(inputs, on_error):
-            scores = iter(self._scores(self._encode_image(pixel_values), text_embeds) if len(pixel_values) else ())
-            for error in errors:
-                if error is None:
-                    yield _prediction(prompts.labels, next(scores), top_k)
-                elif on_error == "return":
-                    yield error
-
-    def __call__(
-        self,
-        images: Any,
-        candidate_labels: Sequence[str] | None = None,
-        *,
-        hypothesis_template: str | None = None,
-        on_error: OnError = "raise",
-        top_k: int | None = None,
-    ) -> Any:
-        """Classify, in the shape of the zero-shot-image-classification pipeline.
-
-        Args:
-            images: One picture (path, bytes, file object, PIL image, HWC uint8 array), a list of them, or an iterator.
-            candidate_labels: What to classify into, for this call; by default what `set_labels` chose.
-            hypothesis_template: A template with a literal {}, for this call; by default the one chosen before.
-            on_error: See `stream`. A single picture always raises.
-            top_k: Only the best so many labels.
-
-        Returns:
-            A `Prediction` for one picture, a list of them for a list, an iterator of them for an iterator.
-        """
-        chosen = self._labels() if candidate_labels is None else labels.check_labels(candidate_labels)
-        before = self.prompts.templates if self.prompts is not None else "simple"
-        prompts = labels.Prompts(chosen, labels.resolve_templates(hypothesis_template or before))
-        if isinstance(images, (list, tuple)):
-            return list(self._stream(images, prompts, on_error, top_k))
-        if isinstance(images, Iterator) and not hasattr(images, "read"):
-            return self._stream(images, prompts, on_error, top_k)
-        (prediction,) = self._stream([images], prompts, "raise", top_k)
-        return prediction
-
-    # --- in the shape of scikit-learn ---
-
-    def transform(self, X: Iterable[Any]) -> np.ndarray:
-        """Return image_embeds, float32 [n, d_embed], normalised."""
-        if isinstance(X, (str, bytes, os.PathLike)):
-            raise ConfigError(f"X must be a list of pictures, not one: [{X!r}]")
-        parts = [self._encode_image(pixel_values) for _, pixel_values in self._chunks(X, "raise")]
-        if not parts:
-            return self._encode_image(np.zeros((1, 3, *self.host.preprocess.size), np.float32))[:0]
-        return np.concatenate(parts)
-
-    def predict_proba(self, X: Iterable[Any]) -> np.ndarray:
-        """Return scores, float32 [n, n_labels], columns in the order of `classes_`, rows summing to 1."""
-        return self._scores(self.transform(X), self.text_embeds())
-
-    def predict(self, X: Iterable[Any]) -> np.ndarray:
-        """Return the best label of each picture, [n]."""
-        return self.classes_[self.predict_proba(X).argmax(1)]
-
     def encode_pixels(self, pixel_values: np.ndarray, *, plain: bool = False) -> np.ndarray:
         """Return image_embeds, float32 [batch, d_embed], of prepared pixel_values [batch, 3, height, width].
 
@@ -497,82 +341,88 @@ class RobustClassifier:
         Raises:
             NonFiniteError: A pixel is NaN or infinite.
         """
-        if not np.isfinite(pixel_values).all():
-            raise NonFiniteError("input")
-        return self._encode_image(np.ascontiguousarray(pixel_values, np.float32), plain=plain)
+        return self._encode_image(finite(pixel_values), plain=plain)
 
     # --- explanations ---
 
-    def explain(self, image: Any, *, top_k: int | None = None) -> Explanation:
+    def explain(self, image: Any, *, top_k: int | None = None, controls: Controls | None = None) -> Explanation:
         """Return the plain and the robust answer for one picture and what made the difference.
 
+        Args:
+            image: See `images.decode`.
+            top_k: Only the best so many labels.
+            controls: What of the defense is in force; by default all of it.
+
         Raises:
-            ConfigError: There is no defense to explain.
+            ConfigError: There is no defense to explain, or see `explain.Controls`.
         """
-        if self.defense is None:
-            raise ConfigError("this classifier has no defense, so there is nothing to explain")
         import torch
 
-        from .attach import attached
-
+        check_top_k(top_k)
         decoded = images.decode(image)
         pixel_values = self.host.preprocess(decoded.image)[None]
-        _check_top_k(top_k)
         names, text_embeds = self._labels(), self.text_embeds()
-        plain = self._scores(self._encode_image(pixel_values, plain=True), text_embeds)[0]
-        defense = attached(self.host.model)
-        with self._lock, defense.recording(), torch.inference_mode():
-            robust = self._scores(self._encode_image(pixel_values), text_embeds)[0]
-            removed, heatmap, fraction = _account(defense)
+        with self._lock, torch.inference_mode():
+            plain, plain_ms = self._timed(pixel_values, plain=True)
+            with explain.in_force(self, controls) as defense, defense.recording():
+                robust, robust_ms = self._timed(pixel_values)
+                removed, heatmap, fraction = explain.account(defense)
         return Explanation(
-            plain=_prediction(names, plain, top_k),
-            robust=_prediction(names, robust, top_k),
+            plain=prediction_of(names, self.scores(plain, text_embeds)[0], top_k),
+            robust=prediction_of(names, self.scores(robust, text_embeds)[0], top_k),
             removed=removed,
             heatmap=heatmap,
             fraction=fraction,
             warnings=decoded.warnings,
+            plain_ms=plain_ms,
+            robust_ms=robust_ms,
+            box=self.host.preprocess.seen_box(*decoded.image.size),
+            controls=controls or Controls(),
         )
 
+    def _timed(self, pixel_values: np.ndarray, *, plain: bool = False) -> tuple[np.ndarray, float]:
+        """Return image_embeds and how long they took, in milliseconds."""
+        start = time.perf_counter()
+        image_embeds = self._encode_image(pixel_values, plain=plain)  # on the CPU: a GPU has been waited for
+        return image_embeds, 1000 * (time.perf_counter() - start)
 
-def _batched(inputs: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
-    iterator = iter(inputs)
-    while chunk := tuple(itertools.islice(iterator, size)):
-        yield chunk
+    def classify_with(self, image: Any, controls: Controls, *, top_k: int | None = None) -> Prediction:
+        """Return the answer for one picture with the defense adjusted, without accounting for what it removed.
 
+        Args:
+            image: See `images.decode`.
+            controls: What of the defense is in force.
+            top_k: Only the best so many labels.
 
-def _check_top_k(top_k: int | None) -> None:
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k={top_k}; it must be at least 1")
+        Raises:
+            ConfigError: There is no defense to adjust, or see `explain.Controls`.
+        """
+        check_top_k(top_k)
+        image_embeds = self._encode_image(self._prepare(image)[None], controls=controls)
+        return prediction_of(self._labels(), self.scores(image_embeds, self.text_embeds())[0], top_k)
 
+    def sae(self, hook_point: str) -> SparseAutoencoder:
+        """Return the whole SAE at a hook point of the defense, on the model's device.
 
-def _prediction(names: Sequence[str], scores: np.ndarray, top_k: int | None) -> Prediction:
-    order = np.argsort(-scores, kind="stable")[:top_k]
-    return [{"label": names[i], "score": float(scores[i])} for i in order]
+        It is made on first use and kept, which takes as much memory again as the SAE has.
 
+        Raises:
+            ConfigError: There is no defense, or it has no such hook point.
+        """
+        sites = [] if self.defense is None else [site for site in self.defense.sites if site.hook_point == hook_point]
+        if not sites:
+            raise ConfigError(f"this classifier has no defense at {hook_point!r}")
+        return self._sae_of(sites[0])
 
-def _account(defense: AttachedDefense) -> tuple[tuple[Removed, ...], np.ndarray, float]:
-    """Add up what a recorded pass over one picture removed: by latent, by patch, and over the residual's norm."""
-    from .suppress import suppress
+    def _sae_of(self, site: artefact.Site) -> SparseAutoencoder:
+        import torch
 
-    latents: list[tuple[str, str, int, float]] = []
-    heatmap = np.zeros(defense.grid_size, np.float32)
-    lost = held = 0.0
-    for block in defense.edited_blocks():
-        assert block.seen is not None
-        parts = block.parts()
-        delta = block.seen.float() - suppress(block.seen, parts, block.n_prefix).float()
-        per_token = delta[0].square().sum(-1)
-        lost += float(per_token.sum())
-        held += float(block.seen.float().square().sum())
-        heatmap += per_token[block.n_prefix :].reshape(defense.grid_size).cpu().numpy()
-        for part in parts:
-            energies = part.energy(block.seen[:, part.token_slice(block.n_prefix)])[0].tolist()
-            for latent, energy in zip(part.latents.tolist(), energies, strict=True):
-                latents.append((block.hook_point, part.latent_set.name, latent, energy))
-    total = sum(energy for *_, energy in latents) or 1.0
-    ranked = sorted((item for item in latents if item[3] > 0), key=lambda item: -item[3])
-    removed = tuple(Removed(point, name, latent, energy, energy / total) for point, name, latent, energy in ranked)
-    return removed, heatmap, math.sqrt(lost / held) if held else 0.0
+        from .attach import sae_of
+
+        with self._lock, torch.inference_mode(False):  # it stays, for whoever needs gradients too
+            if id(site) not in self._saes:  # a classifier's sites live as long as it does
+                self._saes[id(site)] = sae_of(site).to(self.host.model.logit_scale.device)
+            return self._saes[id(site)]
 
 
 def make_golden(clf: RobustClassifier, pictures: np.ndarray) -> artefact.Golden:

@@ -8,6 +8,7 @@
     │   └── IntegrityError                   its bytes are not the ones that were written
     ├── InvalidImageError (ValueError)       one picture; `.code` says what is wrong with it
     ├── NonFiniteError (ValueError)          NaN or infinity in numbers that were handed over
+    ├── CalibrationError (RuntimeError)      thresholds that answer otherwise than the rule they stand in for
     ├── BackendError (RuntimeError)          a device, kernel or runtime that was asked for and cannot run
     └── MissingDependencyError (ImportError) a package that is not installed; the message names the extra
 
@@ -87,6 +88,27 @@ class NonFiniteError(DefenseError, ValueError):
 
     def __reduce__(self) -> tuple:
         return type(self), (self.where,)
+
+
+class CalibrationError(DefenseError, RuntimeError):
+    """Thresholds that answer otherwise than the TopK rule they stand in for.
+
+    Attributes:
+        agreement: Share of held-out pictures with the same prediction.
+        least_agreement: What was asked for.
+        n_held_out: How many pictures those were.
+    """
+
+    def __init__(self, agreement: float, least_agreement: float, n_held_out: int) -> None:
+        super().__init__(
+            f"thresholds give {agreement:.2%} of {n_held_out} held-out pictures the prediction of the exact rule; "
+            f"{least_agreement:.2%} were asked for. Calibrate on more pictures of the kind it will see, export the "
+            "exact rule (mode='exact'), or ask for less"
+        )
+        self.agreement, self.least_agreement, self.n_held_out = agreement, least_agreement, n_held_out
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.agreement, self.least_agreement, self.n_held_out)
 
 
 class BackendError(DefenseError, RuntimeError):

@@ -19,8 +19,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,10 @@ _LEAST_REMOVAL = 0.05
 class Pairs:
     """Pictures with a word on them, and their twins. All pixel_values are float32 [n, 3, height, width].
 
+    Fitting holds, for each picture and each of its three twins, 4 bytes times 3 * height * width (pixels) + pos *
+    d_model (residual) + pos * n_candidates (activations): 0.9 MB a picture for the embedded model, 2.5 MB for a
+    ViT-B/32, 7 MB for a ViT-L/14. What is computed on top of that goes in chunks and does not grow with n.
+
     Attributes:
         clean: Without the writing.
         neutral: With the plate only.
@@ -60,10 +64,20 @@ class Pairs:
     label: Tensor
     word: Tensor
 
+    def take(self, rows: Tensor) -> Pairs:
+        """Return some of the pictures, by their index, int64 [m]."""
+        return Pairs(*(column[rows] for column in vars(self).values()))
+
+    def all_pixel_values(self) -> Tensor:
+        """Return the pictures with and without the word, [2 n, 3, height, width]."""
+        return torch.cat([self.attacked, self.clean])
+
 
 @dataclass(frozen=True)
 class Groups:
     """Pictures whose right answer goes with an attribute that should not count.
+
+    Fitting holds a third of what it does for `Pairs`, per picture.
 
     Attributes:
         pixel_values: float32 [n, 3, height, width].
@@ -75,13 +89,23 @@ class Groups:
     y: Tensor
     a: Tensor
 
+    def take(self, rows: Tensor) -> Groups:
+        """Return some of the pictures, by their index, int64 [m]."""
+        return Groups(*(column[rows] for column in vars(self).values()))
+
+    def all_pixel_values(self) -> Tensor:
+        """Return the pictures, [n, 3, height, width]."""
+        return self.pixel_values
+
 
 @dataclass(frozen=True)
 class FitConfig:
     """How to choose.
 
     Attributes:
-        n_candidates: Latents that reach the joint step.
+        n_candidates: Latents that reach the joint step, at most.
+        mass: Share of all latents' score that the candidates may hold together, in (0, 1] (DIAL's rule, OpenReview
+            NHOLsaHuFv); 1 leaves the number to `n_candidates`.
         steps: Of gradient descent there.
         batch: Pictures of each arm that a step sees.
         lr: Learning rate of Adam on the logits of what is removed.
@@ -90,12 +114,16 @@ class FitConfig:
         chunk: Latents tried at once by the greedy step; a chunk that does harm is tried again in halves.
         clean_budget: Accuracy on the kept arms that may be lost, as a fraction.
         min_gain: A chunk must lower the fooled arms' loss by this much (nats).
-        edit: "scale" or "project"; the joint step always works with "scale".
+        gains: "zero" removes the chosen latents in full; "learnt" keeps of each the part that the joint step kept.
+        worst_rate: How fast the joint step moves its weight to the arms with the larger loss; 0 leaves it where it is.
+        edit: "scale", or "project", which takes out the span of the latents of S that fire at a token and leaves
+            tokens alone where none does; the joint step always works with "scale".
         scope: Tokens that are edited.
         seed: Of the order of pictures in the joint step.
     """
 
     n_candidates: int = 256
+    mass: float = 1.0
     steps: int = 200
     batch: int = 24
     lr: float = 0.1
@@ -104,6 +132,8 @@ class FitConfig:
     chunk: int = 4
     clean_budget: float = 0.005
     min_gain: float = 1e-3
+    gains: Literal["zero", "learnt"] = "zero"
+    worst_rate: float = 0.0
     edit: Edit = "scale"
     scope: Scope = "all"
     seed: int = 0
@@ -113,6 +143,8 @@ class FitConfig:
             raise ConfigError(f"edit={self.edit!r}; only 'scale' and 'project' can be fitted")
         if self.n_candidates < 1 or self.chunk < 1:
             raise ConfigError(f"n_candidates={self.n_candidates}, chunk={self.chunk}; both must be at least 1")
+        if not 0 < self.mass <= 1:
+            raise ConfigError(f"mass={self.mass}; it must lie in (0, 1]: 1 sets no limit")
 
 
 class _Skip(nn.Module):
@@ -194,12 +226,20 @@ class Ranking:
     effect: np.ndarray
     harm: np.ndarray
 
-    def order(self) -> np.ndarray:
-        """Return the latents that follow the cue and act on the answer, best first."""
+    def order(self, mass: float = 1.0) -> np.ndarray:
+        """Return the latents that follow the cue and act on the answer, best first.
+
+        Args:
+            mass: Stop where they hold this share of the score of all of them.
+        """
         score = np.where((self.contrast > 0) & (self.effect > 0), self.effect * np.clip(self.specificity, 0, 1), 0.0)
         score = np.where(self.effect > self.harm, score, 0.0)
         ranked = np.argsort(-score, kind="stable")
-        return ranked[score[ranked] > 0]
+        ranked = ranked[score[ranked] > 0]
+        if mass < 1:
+            held = score[ranked].cumsum()
+            ranked = ranked[: np.searchsorted(held, mass * held[-1:].sum()) + 1]
+        return ranked
 
 
 @dataclass(frozen=True)
@@ -282,6 +322,8 @@ class _SiteFit:
         trial = _Trial(self, order[: config.n_candidates], config)
         removal = self.learn_removal(trial, config)
         ranked = np.argsort(-removal, kind="stable")
+        if config.gains == "learnt":
+            trial.removal = torch.from_numpy(removal).float().to(self.device)
         with torch.no_grad():
             return _greedy(trial, ranked[removal[ranked] >= _LEAST_REMOVAL], config)
 
@@ -289,10 +331,11 @@ class _SiteFit:
         """Return how much of each candidate's writing is best removed, float64 [n_candidates] in [0, 1]: step 3.
 
         Minimises the loss of the right answer on all arms, plus `sparsity` times the sum of what is removed. So a
-        latent stays out where what should count speaks through it too.
+        latent stays out where what should count speaks through it too. With a `worst_rate`, weight moves step by step
+        to the arms with the larger loss (group DRO, arXiv:1911.08731, algorithm 1).
         """
         weights = {name: config.kept_weight if name in self.kept else 1.0 for name in self.arms}
-        total = sum(weights.values())
+        total = sum(weights.values())  # also where they move between the arms
         start = math.log(_LEAST_REMOVAL / (1 - _LEAST_REMOVAL))
         logits_of_removal = torch.full((len(trial.latents),), start, device=self.device, requires_grad=True)
         optimizer = torch.optim.Adam([logits_of_removal], lr=config.lr)
@@ -300,26 +343,33 @@ class _SiteFit:
         for step in range(config.steps if len(trial.latents) else 0):
             removal = logits_of_removal.sigmoid()
             loss = config.sparsity * removal.sum()
+            losses = {}
             for name, arm in self.arms.items():
                 n = len(arm.answer)
                 rows = torch.randint(n, (min(config.batch, n),), generator=generator).to(self.device)
-                answers = trial.logits(name, removal, rows)
-                loss = loss + functional.cross_entropy(answers, arm.answer[rows]) * weights[name] / total
+                losses[name] = functional.cross_entropy(trial.logits(name, removal, rows), arm.answer[rows])
+                loss = loss + losses[name] * weights[name] / total
             (logits_of_removal.grad,) = torch.autograd.grad(loss, logits_of_removal)
             optimizer.step()
+            if config.worst_rate:
+                grown = {name: weights[name] * math.exp(config.worst_rate * losses[name].item()) for name in weights}
+                weights = {name: weight * total / sum(grown.values()) for name, weight in grown.items()}
             if (step + 1) % 50 == 0:
                 n_removed = removal.sum().item()
                 log.info("joint step %d of %d: loss %.3f, %.1f removed", step + 1, config.steps, loss.item(), n_removed)
         return logits_of_removal.detach().sigmoid().double().cpu().numpy()
 
     def latent_set(self, selection: Selection, ranking: Ranking, config: FitConfig, name: str) -> LatentSet:
-        """Return the chosen latents with their scores."""
+        """Return the chosen latents with their scores, and how they were chosen."""
         chosen = np.array(selection.latents, dtype=int)
         scores = {key: tuple(float(v) for v in column[chosen]) for key, column in vars(ranking).items()}
         n_pictures = {arm: len(material.answer) for arm, material in self.arms.items()}
         return LatentSet(
-            name, tuple(selection.latents), edit=config.edit, scope=config.scope, scores=scores,
-            provenance={"n_pictures": n_pictures, "clean_budget": config.clean_budget, "rule": RULE},
+            name, tuple(selection.latents), tuple(selection.gains), edit=config.edit, scope=config.scope, scores=scores,
+            provenance={
+                "n_pictures": n_pictures, "fooled": list(self.fooled), "rule": RULE, "config": asdict(config),
+                "kept_accuracy": selection.clean, "fooled_loss": selection.loss,
+            },
         )  # fmt: skip
 
 
@@ -413,11 +463,13 @@ class Selection:
 
     Attributes:
         latents: S.
+        gains: The part of each that is kept.
         clean: Accuracy on the kept arms.
         loss: Of the right answer on the fooled arms, in nats.
     """
 
     latents: list[int] = field(default_factory=list)
+    gains: list[float] = field(default_factory=list)
     clean: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
 
@@ -442,6 +494,7 @@ def _greedy(trial: _Trial, ranked: np.ndarray, config: FitConfig) -> Selection:
             half = len(chunk) // 2  # it does something, but some of it does harm
             chunks[:0] = [chunk[:half], chunk[half:]]
     selection.latents = [int(latent) for latent in trial.latents[columns]]
+    selection.gains = (1 - trial.removal[columns]).tolist()
     return selection
 
 
@@ -459,6 +512,7 @@ class _Trial:
                 for name, arm in fit.arms.items()
             }
         self.W_dec_S = fit.sae.W_dec[index]
+        self.removal = torch.ones(len(index), device=fit.device)
 
     def logits(self, arm: str, removal: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """Return logits_per_image of some pictures with `removal` [n_candidates] of each candidate scaled away."""
@@ -474,17 +528,18 @@ class _Trial:
         return self.fit.logits(edited)
 
     def _removed(self, arm: str, columns: list[int]) -> Tensor:
-        """Return logits_per_image with the candidates of some columns removed in full, by the edit that will ship."""
+        """Return logits_per_image with the candidates of some columns removed as what will ship removes them."""
         if not columns:
             return self.fit.logits(self.fit.arms[arm].resid)
-        removal, W_dec_S = torch.ones(len(columns), device=self.fit.device), self.W_dec_S[columns]
+        removal, W_dec_S = self.removal[columns], self.W_dec_S[columns]
 
         def delta_of(acts: Tensor, z: Tensor) -> Tensor:
             if self.edit == "project":
                 return reference.projected(acts[:, columns], removal, W_dec_S, z - self.fit.sae.b_dec)
             return reference.scaled(acts[:, columns], removal, W_dec_S)
 
-        return self._edited(arm, slice(None), delta_of)
+        n, chunk = len(self.fit.arms[arm].answer), self.fit.tail.batch
+        return torch.cat([self._edited(arm, slice(i, i + chunk), delta_of) for i in range(0, n, chunk)])
 
     def fooled_loss(self, columns: list[int]) -> float:
         """Return the mean negative log-probability of the right answer, over the fooled arms alike."""

@@ -499,6 +499,17 @@ class Preprocess:
         pixels = np.asarray(framed).astype(np.float32) / np.float32(255)  # [height, width, 3]
         return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
+    def seen_box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Return the part of a picture that fills the frame: left, upper, right and lower edge, in its own pixels.
+
+        Where the picture is padded the box reaches beyond it, so that edges may be negative.
+        """
+        resized = self._resized(width, height)
+        left, upper = (-_offset(frame, side) for frame, side in zip(self.size[::-1], resized, strict=True))
+        across, down = width / resized[0], height / resized[1]
+        edges = (left * across, upper * down, (left + self.size[1]) * across, (upper + self.size[0]) * down)
+        return round(edges[0]), round(edges[1]), round(edges[2]), round(edges[3])
+
     def _resampling(self) -> Image.Resampling:
         # open_clip forgets the interpolation where a non-square frame is filled.
         forgotten = self.resize_mode == "shortest" and self.size[0] != self.size[1]

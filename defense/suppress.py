@@ -109,7 +109,7 @@ class Suppressor(nn.Module):
             tensors["b_mag_S"] = sae.b_mag[latents] - (sae.b_dec @ W_mag if config.subtract_b_dec else 0)
         for name, tensor in tensors.items():  # shared with the SAE where it needs all of it: W_enc may be large
             self.register_buffer(name, tensor, persistent=False)
-        ops.check_backend(backend, self._encoder, latent_set.edit)
+        ops.check_backend(backend, self.encoder, latent_set.edit)
         self.backend = backend
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Suppressor:
@@ -131,7 +131,8 @@ class Suppressor(nn.Module):
         self.strength.fill_(strength)
 
     @property
-    def _encoder(self) -> reference.Encoder:
+    def encoder(self) -> reference.Encoder:
+        """What deciding about S takes: the columns and biases that `reference.acts_of_set` reads."""
         return reference.Encoder(
             self.W_S, self.b_S, self.threshold_S, self.W_mag_S, self.b_mag_S,
             self.W_enc, self.b, self.latents, self.k, self.negative_counts,
@@ -141,14 +142,14 @@ class Suppressor(nn.Module):
         """Return f_i for i in S, [..., n], of a residual [..., d_model] (every token, whatever the scope)."""
         self._check(resid)
         rows = resid.reshape(-1, self.d_model).to(self.W_S.dtype)
-        return reference.acts_of_set(normalise(rows, self.norm).z, self._encoder).unflatten(0, resid.shape[:-1])
+        return reference.acts_of_set(normalise(rows, self.norm).z, self.encoder).unflatten(0, resid.shape[:-1])
 
     def removed(self, resid: Tensor) -> Tensor:
         """Return what is subtracted from a residual [..., d_model] (every token, whatever the scope)."""
         self._check(resid)
         rows = resid.reshape(-1, self.d_model).to(self.W_S.dtype)
         z, scale, _ = normalise(rows, self.norm)
-        acts = reference.acts_of_set(z, self._encoder)
+        acts = reference.acts_of_set(z, self.encoder)
         removal = self.removal * self.strength
         if self.values is not None:
             delta = reference.steered(acts, removal, self.W_dec_S, self.values)
@@ -167,25 +168,25 @@ class Suppressor(nn.Module):
             n_prefix: Tokens before the patches.
         """
         tokens = self.token_slice(n_prefix)
-        if ops.runs_fused(self.backend, resid, self._encoder, self.latent_set.edit):
+        if ops.runs_fused(self.backend, resid, self.encoder, self.latent_set.edit):
             self._check(resid)
             removal = self.removal * self.strength
-            return ops.fused_suppress(edited, resid, tokens, self.norm, self._encoder, self.W_dec_S, removal)
+            return ops.fused_suppress(edited, resid, tokens, self.norm, self.encoder, self.W_dec_S, removal)
         edited = edited.to(torch.promote_types(edited.dtype, torch.float32), copy=edited is resid)
         edited[:, tokens] -= self.removed(resid[:, tokens])
         return edited
 
     def energy(self, resid: Tensor) -> Tensor:
-        """Return the squared norm of what each latent of S wrote, times what the edit takes of it, [batch, n].
+        """Return the squared norm of what each latent of S wrote, times what the edit takes of it, [batch, pos, n].
 
-        Summed over pos. Decoder rows are not orthogonal: the energies do not add up to that of the sum, and `project`
-        removes more.
+        Decoder rows are not orthogonal: the energies at a token do not add up to that of the sum. And `project` removes
+        more: whatever lies in the span of the rows, not only what the SAE says that the latents wrote there.
         """
         rows = resid.to(self.W_S.dtype)
         _, scale, _ = normalise(rows, self.norm)
         moved = self.acts(rows) if self.values is None else self.acts(rows) - self.values
         written = moved * (self.removal * self.strength * self.W_dec_S.norm(dim=1))
-        return (written if scale is None else written * scale).float().square().sum(1)
+        return (written if scale is None else written * scale).float().square()
 
     def token_slice(self, n_prefix: int) -> slice:
         """Return the positions that the scope names; `n_prefix` tokens stand before the patches."""

@@ -1,4 +1,4 @@
-"""Words drawn on pictures, for training on activations in which something can be read.
+"""Words drawn on pictures: to train on activations in which something can be read, and to fit on attacks.
 
 Photographs for training hold little text, and an SAE learns no latent for what it never sees.
 """
@@ -6,6 +6,8 @@ Photographs for training hold little text, and an SAE learns no latent for what 
 from __future__ import annotations
 
 import gzip
+import re
+import unicodedata
 from functools import cache
 from importlib import resources
 
@@ -18,6 +20,8 @@ _N_WORDS = 10_000
 _LETTERS = range(3, 11)
 _HEIGHT = (0.08, 0.22)
 """Font size, as a fraction of the shorter side."""
+_GAP = 0.3
+"""Between two words, as a fraction of the font size."""
 _LEAST_CONTRAST = 110
 """Between ink and paper, in grey levels."""
 
@@ -33,21 +37,38 @@ def common_words() -> tuple[str, ...]:
     return tuple(words[:_N_WORDS])
 
 
-def write_word(image: Image.Image, rng: np.random.Generator, word: str | None = None) -> Image.Image:
+def writable(label: str) -> str:
+    """Return a label as `write_word` takes it: words of letters A-Z and a-z; "" where none is left."""
+    ascii_ = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
+    return " ".join(re.findall("[A-Za-z]+", ascii_))
+
+
+def write_word(
+    image: Image.Image,
+    rng: np.random.Generator,
+    word: str | None = None,
+    *,
+    height: tuple[float, float] = _HEIGHT,
+    blank: bool = False,
+) -> Image.Image:
     """Return a picture with a word on it, within its central square, which a model's crop keeps.
 
     Args:
         image: Mode RGB; left as it is.
         rng: Decides the typeface (one of `scenes.TRAIN_FONTS`), size, case, place, colours, and whether the word
             stands on a plate.
-        word: Letters a-z; one of `common_words` where None.
+        word: One word of letters A-Z and a-z or several with a space between; one of `common_words` where None.
+        height: Least and largest font size, as fractions of the shorter side. A long word is written smaller.
+        blank: Leave out the letters: the plate alone, or nothing where the word would stand on none.
     """
     text = common_words()[rng.integers(_N_WORDS)] if word is None else word
     text = (text, text.capitalize(), text.upper())[rng.integers(3)]
     side = min(image.size)
     name = str(rng.choice(TRAIN_FONTS))
-    px = rng.uniform(*_HEIGHT) * side
-    unit_width = load_font(name, 64).getlength(text) / 64
+    px = rng.uniform(*height) * side
+    words = text.split()  # the fonts hold letters and no space
+    widths = [load_font(name, 64).getlength(each) / 64 for each in words]
+    unit_width = sum(widths) + _GAP * (len(words) - 1)
     px = max(6, round(min(px, 0.9 * side / (unit_width + 0.6))))
     half_width, half_height = (unit_width / 2 + 0.3) * px, 0.68 * px
     x = image.width / 2 + rng.uniform(-1, 1) * max(0, side / 2 - half_width)
@@ -58,8 +79,14 @@ def write_word(image: Image.Image, rng: np.random.Generator, word: str | None = 
     has_plate = rng.random() < 0.5
     if has_plate:
         draw.rectangle((x - half_width, y - half_height, x + half_width, y + half_height), fill=paper)
+    if blank:
+        return picture
     stroke = 0 if has_plate else max(1, round(0.06 * px))
-    draw.text((x, y), text, ink, load_font(name, px), anchor="mm", stroke_width=stroke, stroke_fill=paper)
+    middle = x - unit_width / 2 * px
+    for each, width in zip(words, widths, strict=True):
+        middle += width / 2 * px
+        draw.text((middle, y), each, ink, load_font(name, px), anchor="mm", stroke_width=stroke, stroke_fill=paper)
+        middle += (width / 2 + _GAP) * px
     return picture
 
 

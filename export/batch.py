@@ -81,15 +81,15 @@ class BatchPredictor:
         embeds = np.full((n, clf.bundle.text_embeds.shape[1]), np.nan, np.float32)
         classes, text_embeds = clf.classes_, clf.text_embeds()
         start = 0
-        for chunk_errors, pixel_values in clf._chunks(batch[self.column], "return"):
+        for chunk_errors, pixel_values in clf.chunks(batch[self.column], "return"):
             rows = np.arange(start, start := start + len(chunk_errors))
             good = rows[[error is None for error in chunk_errors]]
             for row, error in zip(rows, chunk_errors, strict=True):
                 if error is not None:
                     errors[row] = error.code if isinstance(error, InvalidImageError) else type(error).__name__
             if len(good):
-                embeds[good] = clf._encode_image(pixel_values)
-                chunk_scores = clf._scores(embeds[good], text_embeds)
+                embeds[good] = clf.encode_pixels(pixel_values)
+                chunk_scores = clf.scores(embeds[good], text_embeds)
                 labels[good] = classes[chunk_scores.argmax(1)]
                 scores[good] = chunk_scores.max(1)
         others = {name: values for name, values in batch.items() if name != self.column}

@@ -3,7 +3,7 @@
     manifest.json              what the rest is; hash and size of each other file
     model.onnx                 pixel_values -> image_embeds, logits_per_image (model.onnx.data beside it above 2 GiB)
     text.onnx                  input_ids -> text_embeds, where the bundle has an open vocabulary
-    labels.safetensors         text_embeds of the labels that are baked in
+    labels.safetensors         text_embeds of the labels that are baked in; the tokens that text.onnx never learnt
     golden.safetensors         pictures with torch's answers
     README.md, LICENCES.md     for people
 
@@ -28,6 +28,7 @@ from defense.images import Preprocess
 from defense.labels import Prompts
 
 SCHEMA = 1
+BLANK_TOKENS = "blank_tokens"
 KIND = "clip-defense ONNX bundle"
 LABELS, GOLDEN, README, LICENCES = "labels.safetensors", "golden.safetensors", "README.md", "LICENCES.md"
 
@@ -77,6 +78,7 @@ class Bundle:
         parity: By how much they did when it was made.
         licence: Of the defense.
         text_embeds: Of the labels, float32 [n_labels, d_embed].
+        blank_tokens: For each token id whether the text tower has no embedding for it, bool; None where unknown.
         golden: Reference answers: pictures uint8 [n, height, width, 3], image_embeds [n, d_embed].
         manifest_sha256: Names this bundle and no other.
     """
@@ -96,6 +98,7 @@ class Bundle:
     parity: Mapping[str, Any]
     licence: str
     text_embeds: np.ndarray
+    blank_tokens: np.ndarray | None
     golden: Mapping[str, np.ndarray]
     manifest_sha256: str
 
@@ -147,7 +150,8 @@ def _load(root: Path, verify: Verify) -> Bundle:
         if name is not None and name not in manifest["files"]:
             raise CheckpointError(f"{root / MANIFEST} names {name}, but does not list it among its files")
     prompts = Prompts(tuple(manifest["labels"]), tuple(manifest["templates"]))
-    text_embeds = read_tensors(root / LABELS)["text_embeds"]
+    tensors = read_tensors(root / LABELS)
+    text_embeds = tensors["text_embeds"]
     if text_embeds.ndim != 2 or len(text_embeds) != len(prompts.labels):
         raise CheckpointError(f"{root / LABELS} is {list(text_embeds.shape)}, for {len(prompts.labels)} labels")
     return Bundle(
@@ -166,6 +170,7 @@ def _load(root: Path, verify: Verify) -> Bundle:
         parity=manifest["parity"],
         licence=manifest["licence"],
         text_embeds=text_embeds,
+        blank_tokens=tensors.get(BLANK_TOKENS),
         golden=read_tensors(root / GOLDEN),
         manifest_sha256=sha256_of(root / MANIFEST),
     )
@@ -195,7 +200,7 @@ def check_files(root: Path, entries: Mapping[str, Any], verify: Verify) -> None:
         if name not in entries:
             raise CheckpointError(f"{root / name} is not in the manifest; remove it")
     for name, fields in entries.items():
-        path = artefact._own_file(root, name)
+        path = artefact.own_file(root, name)
         entry = artefact.typed(f"the manifest's entry for {name}", fields, _FILE_FIELDS)
         if path.stat().st_size != entry["size"]:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}")

@@ -162,7 +162,7 @@ def _fill(
     if text_graph is not None:
         write(trace_text(text_graph), folder / TEXT_MODEL, {})
         parities.append(verify(folder / TEXT_MODEL, _expected_of_text(clf, text_graph), TOLERANCES["fp32"]))
-    save_file({"text_embeds": text_embeds}, folder / bundle.LABELS)
+    save_file(_labels(clf, with_tokens=text_graph is not None), folder / bundle.LABELS)
     save_file(_golden(clf), folder / bundle.GOLDEN)
     fields = _fields(clf, mode, dtype, text_graph, parities[0])
     fields |= arrange(folder, layout, fields)
@@ -172,6 +172,13 @@ def _fill(
         path.chmod(0o644)  # safetensors gives only its owner leave to read
     bundle.write_manifest(folder, fields)
     return parities
+
+
+def _labels(clf: RobustClassifier, *, with_tokens: bool) -> dict[str, np.ndarray]:
+    """Return the labels' embeddings; for labels chosen later also which tokens the text tower does not know."""
+    tensors = {"text_embeds": clf.text_embeds()}
+    is_blank = clf.blank_tokens() if with_tokens else None
+    return tensors if is_blank is None else {**tensors, bundle.BLANK_TOKENS: is_blank}
 
 
 def _metadata(clf: RobustClassifier, mode: Mode, dtype: Dtype) -> dict[str, str]:
@@ -247,7 +254,7 @@ def _expected_of_text(clf: RobustClassifier, graph: TextGraph) -> Expected:
     assert clf.prompts is not None
     texts = [f"{label} {i}" for i in range(math.ceil(N_ROWS / len(clf.prompts.labels))) for label in clf.prompts.labels]
     input_ids = np.asarray(clf.host.tokenizer(texts[:N_ROWS]))
-    embeds = clf._encode_text(input_ids)
+    embeds = clf.encode_text(input_ids)
     text_embeds = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
     return Expected(
         inputs={"input_ids": input_ids},

@@ -18,14 +18,15 @@ _LINEAR = "aten.linear.default"
 
 def quantise(model: Path, quantised: Path) -> None:
     """Write `model` with its linear layers in int8 as `quantised`."""
-    graph = onnx.load(model, load_external_data=False).graph
-    matrix_products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    proto = onnx.load(model)
+    del proto.graph.value_info[:]  # the quantiser transposes weights, and would be told shapes they had before
+    matrix_products = [node for node in proto.graph.node if node.op_type in ("MatMul", "Gemm")]
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)  # its advice to run a preprocessing that an exported graph went through already
     try:
         quantize_dynamic(
-            model,
+            proto,
             quantised,
             op_types_to_quantize=["MatMul"],
             nodes_to_exclude=[node.name for node in matrix_products if not _is_linear(node)],

@@ -35,7 +35,7 @@ Written by clip-defense. {_what_is_removed(fields)}
 | against PyTorch | {parity["rows"]} pictures, batches of {", ".join(map(str, parity["batches"]))}: \
 largest difference {parity["max_abs_diff"]:.1e}, smallest cosine {parity["cosine"]:.6f}, \
 same label {100 * parity["agreement"]:.1f} % |
-
+{_eight_bits(fields)}
 ## With clip-defense, without torch
 
 `pip install "clip-defense[onnx]"`, then:
@@ -107,6 +107,15 @@ answer = http.InferenceServerClient("localhost:8000").infer("clip_defense", [req
 print(here.prompts.labels[int(answer.as_numpy("logits_per_image")[0].argmax())])
 ```
 {kserve if layout == "kserve" else ""}"""
+
+
+def _eight_bits(fields: Mapping[str, Any]) -> str:
+    if fields["dtype"] != "int8":
+        return ""
+    return """
+The inputs of int8 layers are rounded by the range they have in a batch: the same picture in another batch may get
+slightly other numbers, and close to a tie another label. Send pictures one by one where that must not be.
+"""
 
 
 def _title(fields: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A bundle behind the calls of `RobustClassifier`, with ONNX Runtime and without torch.
+"""A bundle behind the calls of `ZeroShotClassifier`, with ONNX Runtime and without torch.
 
 image  --images.decode, Preprocess, in a thread pool-->  pixel_values [batch, 3, height, width]
        --model.onnx-->                                   image_embeds [batch, d_embed], normalised
@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 
 from defense import images, labels
-from defense.classifier import Explanation, OnError, RobustClassifier
 from defense.errors import BackendError, CheckpointError, ConfigError, DefenseError, ShapeError
 from defense.export import bundle
 from defense.export.sessions import CPU, CUDA, HALF_OPTIONS, decoding_threads, open_session
+from defense.zeroshot import OnError, ZeroShotClassifier, warn_of_unknown_words
 
 log = logging.getLogger(__name__)
 
 _left_behind: list[Any] = []
 
 
-class OnnxClassifier(RobustClassifier):
+class OnnxClassifier(ZeroShotClassifier):
     """A zero-shot classifier out of a bundle.
 
     Safe to use from several threads. It can be pickled and survives a fork: what cannot be copied is built anew on
@@ -62,18 +62,15 @@ class OnnxClassifier(RobustClassifier):
         batch_size: int = 32,
         verify: bundle.Verify = "sha256",
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}; it must be at least 1")
         self.bundle = bundle.load(source, verify=verify)
+        super().__init__(batch_size, self.bundle.prompts)
         self.providers = None if providers is None else tuple(providers)
         self.session_options = dict(session_options or {})
-        self.batch_size = batch_size
-        self.prompts: labels.Prompts | None = self.bundle.prompts
-        self._text_embeds = {self.bundle.prompts.sha256(): self.bundle.text_embeds}
+        self._text_embeds[self.bundle.prompts.sha256()] = self.bundle.text_embeds
         self._start()
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> OnnxClassifier:  # type: ignore[override]
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> OnnxClassifier:
         """Return the classifier of a bundle; `options` are those of the class."""
         return cls(source, **options)
 
@@ -127,6 +124,16 @@ class OnnxClassifier(RobustClassifier):
             )
 
     @property
+    def preprocess(self) -> images.Preprocess:
+        """How pictures are prepared."""
+        return self.bundle.preprocess
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor between cosines and logits."""
+        return self.bundle.logit_scale
+
+    @property
     def running_on(self) -> str:
         """The execution provider that runs the vision graph."""
         self._own_process()
@@ -177,22 +184,26 @@ class OnnxClassifier(RobustClassifier):
                         "export it with text=True (defense export --text), or hand over embeddings to set_label_embeds"
                     )
                 tokenizer = labels.ClipTokenizer(self.bundle.context_length)
-                self._text_embeds[key] = labels.encode_prompts(prompts, tokenizer, self._encode_text)
+                warn_of_unknown_words(prompts.labels, tokenizer, self.bundle.blank_tokens)
+                self._text_embeds[key] = labels.encode_prompts(prompts, tokenizer, self.encode_text)
             return self._text_embeds[key]
 
-    def _encode_text(self, input_ids: np.ndarray) -> np.ndarray:
-        assert self.bundle.text_model is not None
+    def encode_text(self, input_ids: np.ndarray) -> np.ndarray:
+        """Return the text tower's answer, float32 [n, d_embed], to ids int64 [n, context_length].
+
+        Raises:
+            ConfigError: The bundle has no text tower.
+        """
+        if self.bundle.text_model is None:
+            raise ConfigError("this bundle has no text tower; export it with text=True (defense export --text)")
         return self._session(self.bundle.text_model).run(["text_embeds"], {"input_ids": input_ids})[0]
 
     # --- images ---
 
-    def _prepare(self, image: Any) -> np.ndarray:
-        return self.bundle.preprocess(images.decode(image).image)
-
-    def _chunks(
-        self, inputs: Iterable[Any], on_error: OnError
+    def chunks(
+        self, inputs: Iterable[Any], on_error: OnError = "raise"
     ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
-        """Yield as `RobustClassifier` does, pictures being decoded by several threads, one chunk ahead of the graph."""
+        """Yield as the base class says, pictures being decoded by several threads, one chunk ahead of the graph."""
         self._own_process()
         with self._lock:
             if self._pool is None:
@@ -223,10 +234,8 @@ class OnnxClassifier(RobustClassifier):
                     errors.append(error)
             yield errors, np.stack(prepared) if prepared else np.empty((0, 3, height, width), np.float32)
 
-    def _encode_image(self, pixel_values: np.ndarray, *, plain: bool = False) -> np.ndarray:
+    def _encode_image(self, pixel_values: np.ndarray) -> np.ndarray:
         """Return image_embeds; a batch that does not fit into the accelerator's memory is halved until it does."""
-        if plain:
-            raise ConfigError("a bundle holds the defended tower alone; export one without a defense to compare")
         self._own_process()
         session = self._session(self.bundle.model)
         want = (3, *self.bundle.preprocess.size)
@@ -246,26 +255,6 @@ class OnnxClassifier(RobustClassifier):
             log.warning("a batch of %d does not fit into memory, trying %d", len(pixel_values), half)
             parts = (pixel_values[:half], pixel_values[half:])
         return np.concatenate([self._encode_image(part) for part in parts])
-
-    def _scores(self, image_embeds: np.ndarray, text_embeds: np.ndarray) -> np.ndarray:
-        logits = self.bundle.logit_scale * image_embeds @ text_embeds.T
-        weights = np.exp(logits - logits.max(1, keepdims=True))
-        return weights / weights.sum(1, keepdims=True)
-
-    def transform(self, X: Iterable[Any]) -> np.ndarray:
-        """Return image_embeds, float32 [n, d_embed], normalised."""
-        if isinstance(X, (str, bytes, os.PathLike)):
-            raise ConfigError(f"X must be a list of pictures, not one: [{X!r}]")
-        parts = [self._encode_image(pixel_values) for _, pixel_values in self._chunks(X, "raise")]
-        return np.concatenate(parts or [np.empty((0, self.bundle.text_embeds.shape[1]), np.float32)])
-
-    def explain(self, image: Any, *, top_k: int | None = None) -> Explanation:
-        """Refuse: a bundle does not say what it removes.
-
-        Raises:
-            ConfigError: Always.
-        """
-        raise ConfigError("a bundle cannot explain itself; use RobustClassifier with the defense it was exported from")
 
     # --- checks ---
 

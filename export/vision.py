@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from defense.attach import EditedBlock, attached, is_wrapped
 from defense.errors import ConfigError
 from defense.export.coordinates import TRANSLATION, coordinates
+from defense.export.operators import rewritten
 from defense.hosts import VisionHost
 from defense.ops import reference
 from defense.sae import normalise
@@ -67,7 +68,7 @@ class TracedEdit(nn.Module):
         s = self.suppressor
         rows = resid.reshape(-1, s.d_model)
         z, scale, _ = normalise(rows, s.norm)
-        acts = reference.acts_of_set(z, s._encoder) if s.W_enc is None else self._topk_acts(z)
+        acts = reference.acts_of_set(z, s.encoder) if s.W_enc is None else self._topk_acts(z)
         if s.values is not None:
             delta = reference.steered(acts, self.removal, s.W_dec_S, s.values)
         elif s.latent_set.edit == "project":
@@ -87,7 +88,8 @@ class TracedEdit(nn.Module):
         if self.mode == "static" or s.negative_counts:
             return values * self._survives(z)
         rows = (values > 0).any(1).nonzero()[:, 0]
-        return torch.zeros_like(values).index_copy(0, rows, values[rows] * self._survives(z[rows]))
+        kept = values.index_select(0, rows) * self._survives(z.index_select(0, rows))
+        return torch.zeros_like(values).index_copy(0, rows, kept)
 
     def _survives(self, z: Tensor) -> Tensor:
         s = self.suppressor
@@ -95,7 +97,7 @@ class TracedEdit(nn.Module):
         assert s.b is not None
         everything = z @ s.W_enc + s.b
         kth_largest = everything.topk(s.k, dim=1).values[:, -1:]
-        return everything[:, s.latents] >= kth_largest
+        return everything.index_select(1, s.latents) >= kth_largest  # [:, latents] would transpose it in ONNX
 
     def _projected(self, acts: Tensor, centred: Tensor) -> Tensor:
         rows = (acts != 0).any(1).nonzero()[:, 0]
@@ -157,7 +159,8 @@ class VisionGraph(nn.Module):
         topk = [block.hook_point for block in edited for part in block.parts() if part.W_enc is not None]
         if mode == "delta" and topk:
             raise ConfigError(
-                f"mode='delta' cannot hold the topk SAE at {topk[0]}, whose latents compete; use 'exact', or 'static'"
+                f"mode='delta' cannot hold the topk SAE at {topk[0]}, whose latents compete; use 'exact' or "
+                "'static', or give each latent a threshold of its own first (defense.calibrate)"
             )
         if mode == "static" and any(part.latent_set.edit == "project" for block in edited for part in block.parts()):
             raise ConfigError(
@@ -168,8 +171,9 @@ class VisionGraph(nn.Module):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the traced edits stand in for the library's own."""
+        """Let the traced edits stand in for the library's own, and `operators` for the tower's."""
         with ExitStack() as stack:
+            stack.enter_context(rewritten(self.visual))
             if self._attached is not None:
                 stack.enter_context(self._attached.bypassed())
             for hook_point, block in zip(self.hook_points, self.blocks, strict=True):

@@ -79,6 +79,15 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def small_minis(monkeypatch):
+    """The benchmarks that are drawn, with 40 pictures in each split."""
+    from defense.benchmarks.datasets import mini
+
+    monkeypatch.setattr(mini, "N_TEST", 40)
+    monkeypatch.setattr(mini, "N_TRAIN", 40)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A folder that open_clip loads as "local-dir:...": a 3-block ViT with random weights."""

@@ -89,7 +89,7 @@ def kernels(sae, latent_set: LatentSet, dtype: torch.dtype = torch.float32) -> S
 
 def check(suppressor: Suppressor, resid: torch.Tensor, clear_share: float = 0.9) -> None:
     """Hold the kernels against float64, at tokens where rounding does not decide what is kept."""
-    exact = exact_edit(resid, suppressor.norm, suppressor._encoder, suppressor.W_dec_S, suppressor.removal)
+    exact = exact_edit(resid, suppressor.norm, suppressor.encoder, suppressor.W_dec_S, suppressor.removal)
     got = suppressor(resid)
     assert got.dtype == resid.dtype
     assert exact.is_clear.float().mean() >= clear_share, "the case decides too little"

@@ -124,5 +124,5 @@ def test_clip_benchmark_measures_the_accuracy_that_we_measure(defense_folder, ti
     dataset = Dataset("colours", "clean", examples, found.class_names, found.templates)
     named = robust.load_named_host(name, None)
     methods = make_methods(["defense"], artefact.load(defense_folder))
-    (ours,) = robust.run(named, [Task("colours", "colours", (dataset,))], methods, tmp_path / "out")
+    (ours,) = robust.run(named, [(Task("colours", "colours", (dataset,)), methods)], tmp_path / "out")
     assert theirs["metrics"] == pytest.approx(ours["metrics"])

@@ -958,11 +958,12 @@ def test_a_data_set_that_cannot_be_measured_is_refused(examples, fields, message
         Dataset(**{"name": "x", "variant": "test", "examples": examples, "class_names": ("cat", "dog"), **fields})
 
 
+@pytest.mark.usefixtures("small_minis")
 def test_a_suite_reads_what_is_there_and_names_the_rest(tmp_path, named_folder, image_folder):
     named_folder.rename(tmp_path / "paint")
     image_folder.rename(tmp_path / "synthetic")
     tasks, missing = read_tasks("typographic", tmp_path, PARTIAL)
-    assert [task.name for task in tasks] == ["paint", "synthetic"]
+    assert [task.name for task in tasks] == ["paint", "synthetic", "mini-typographic"]
     assert missing == ["rta100", "disentangling", "scam"]
 
 
@@ -976,8 +977,37 @@ def test_a_single_data_set_may_be_given_by_its_own_folder(named_folder, tmp_path
 def test_a_suite_of_which_nothing_is_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"holds none of rta100, paint.*nothing is downloaded"):
         read_tasks("typographic", tmp_path, PARTIAL)
-    with pytest.raises(ConfigError, match="no data set 'imagenet'; there are typographic"):
+    with pytest.raises(ConfigError, match="no data set 'imagenet'; there are mini, typographic"):
         read_tasks("imagenet", tmp_path, PARTIAL)
+
+
+@pytest.mark.usefixtures("small_minis")
+def test_without_a_folder_a_suite_is_what_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for suite, names in {
+        "typographic": ["mini-typographic"],
+        "waterbirds": ["mini-waterbirds"],
+        "celeba": ["mini-celeba"],
+        "all": list(SUITES["mini"]),
+        "mini": list(SUITES["mini"]),
+    }.items():
+        tasks, missing = read_tasks(suite, None, Options())
+        assert [task.name for task in tasks] == names
+        assert set(missing) == set(SUITES[suite]) - set(names)
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="there is no folder"):
+        read_tasks("mini", tmp_path / "typo", Options())
+
+
+@pytest.mark.usefixtures("small_minis")
+def test_a_data_set_with_the_name_of_a_suite_may_be_given_by_its_own_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"metadata\.csv is missing"):
+        read_tasks("waterbirds", tmp_path, PARTIAL)
+    write_waterbirds(tmp_path, waterbird_lines(SMALL))
+    tasks, _ = read_tasks("waterbirds", tmp_path, PARTIAL)
+    assert [task.name for task in tasks] == ["waterbirds", "mini-waterbirds"]
 
 
 def test_a_data_set_of_a_suite_that_cannot_be_used_is_an_error(tmp_path, image_folder):

@@ -13,9 +13,17 @@ import torch
 from typer.testing import CliRunner
 
 from defense import artefact
-from defense.classifier import RobustClassifier, embedded_folder, golden_difference, load_host
+from defense.classifier import (
+    RobustClassifier,
+    embedded_defenses,
+    embedded_folder,
+    find_defense,
+    golden_difference,
+    load_host,
+)
 from defense.cli import app
 from defense.embedded import build, scenes
+from defense.errors import CheckpointError
 
 FOLDER = Path(build.__file__).parent
 EXAMPLES = sorted((FOLDER / "examples").glob("*.png"))
@@ -70,6 +78,34 @@ def test_the_plain_model_leans_on_what_goes_with_the_answer(task):
     assert report["worst"] == min(of_groups)
     assert report["average"] == pytest.approx(sum(of_groups) / 4)
     assert report["worst"] <= report["average"] - 15
+
+
+@pytest.mark.parametrize(("task", "rise"), [("waterbirds", 20), ("celeba", 10)])
+def test_a_group_defense_lifts_the_worst_group_and_keeps_the_average(task, rise):
+    defense = find_defense(f"embedded:{task}")
+    host, grouping = load_host("embedded"), build.GROUPINGS[task]
+    groups = build.groups_of(grouping, 300, 123_456, host)
+    text_embeds = build.text_embeds_of(host, grouping.classes, grouping.template)
+    plain = build.group_report_on(host, groups, text_embeds)
+    RobustClassifier(host, defense)
+    defended = build.group_report_on(host, groups, text_embeds)
+    assert defended["worst"] >= plain["worst"] + rise
+    assert defended["average"] >= plain["average"] - 2
+
+
+def test_the_defenses_are_named_and_others_refused():
+    assert embedded_defenses() == ("celeba", "text", "waterbirds")
+    assert find_defense("embedded:text").manifest_sha256 == find_defense("embedded").manifest_sha256
+    with pytest.raises(CheckpointError, match="no defense 'dogs'; it has celeba, text, waterbirds"):
+        find_defense("embedded:dogs")
+
+
+def test_several_defenses_work_together():
+    joined = artefact.join([find_defense(f"embedded:{name}") for name in embedded_defenses()])
+    assert set(joined.sets) == {"text", "waterbirds", "celeba"}
+    assert [site.hook_point for site in joined.sites].count("blocks.4.hook_resid_post") == 1
+    clf = RobustClassifier(load_host("embedded"), joined).set_labels(["apple", "pizza"])
+    assert clf(EXAMPLES[0])[0]["label"] == "apple"
 
 
 def test_random_latents_of_equal_activity_do_not_defend(pairs):
@@ -145,7 +181,11 @@ def test_words_that_no_caption_used_are_named(clf, caplog):
 
 
 def test_the_shipped_weights_are_small():
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*.safetensors")) <= 25e6
+    def size(name: str) -> int:
+        return sum(path.stat().st_size for path in (FOLDER / name).rglob("*.safetensors"))
+
+    assert size("clip") + size("text") <= 25e6
+    assert all(size(task) <= 1e6 for task in build.GROUPINGS)
 
 
 def test_training_resumes_where_it_stopped(tmp_path):

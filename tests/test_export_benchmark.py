@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -44,11 +45,18 @@ def test_an_arm_that_computes_something_else_is_not_timed(rough, shift):
 
 
 def test_tables_show_every_row_and_say_what_they_rest_on():
-    plain = export.GraphRow("ONNX, plain CLIP", 10.0, 9.0, 11.0, 1.0, 2e-7, (10.0,))
-    rows = [vars(plain), vars(export.GraphRow("ONNX, delta", 10.2, 9.1, 11.3, 1.021, 3e-7, (10.2,)))]
+    one, more = export.Ratio(1.0, 1.0, 1.0), export.Ratio(1.021, 1.01, 1.03)
+    plain = export.GraphRow("ONNX, plain CLIP", 10.0, 9.0, 11.0, one, None, 2e-7, (10.0,))
+    rows = [asdict(plain), asdict(export.GraphRow("ONNX int8", 10.2, 9.1, 11.3, more, one, 3e-7, (10.2,)))]
     head, rule, *lines = export.graph_table(rows).splitlines()
-    assert lines[1] == "| ONNX, delta | 10.2 (9.1-11.3) | 1.021 | 3e-07 |"
+    assert lines[1] == ("| ONNX int8 | 10.2 (9.1-11.3) | 1.021 (1.010-1.030) | 1.000 (1.000-1.000) | 3e-07 |")
     assert head.count("|") == rule.count("|") == lines[0].count("|")
+
+
+def test_ratios_are_taken_within_rounds():
+    """Both arms were slow in the second round: neither lost."""
+    ratio = export.Ratio.of(np.array([2.0, 20.0, 2.0]), np.array([1.0, 10.0, 1.0]))
+    assert (ratio.p20, ratio.median, ratio.p80) == (2.0, 2.0, 2.0)
 
 
 @pytest.mark.slow
@@ -67,10 +75,15 @@ def test_a_run_measures_every_arm_and_the_runtime(tiny_model, tmp_path, capsys):
         "PyTorch eager, delta, scale",
     ]
     assert all(min(row["rounds_ms"]) > 0 and len(row["rounds_ms"]) == 2 for row in result["graphs"])
-    assert result["graphs"][0]["x_plain"] == 1.0
+    assert result["graphs"][0]["x_plain"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+    fp32 = result["graphs"][4]["rounds_ms"]
+    for row in result["graphs"][5:]:
+        assert row["x_fp32"]["median"] == pytest.approx(np.median(np.divide(row["rounds_ms"], fp32)))
+    assert not any(row["x_fp32"] for row in result["graphs"][:5])
     runtime = result["runtime"]
     assert runtime["n"] == 8
     assert 0 <= runtime["int8_agreement"] <= 1
+    assert runtime.pop("int8_x_fp32")["median"] > 0
     assert all(value > 0 for name, value in runtime.items() if name.endswith(("_per_s", "_s")))
     printed = capsys.readouterr().out
     assert re.search(r"\| import to first answer \| [\d.]+ s \|", printed)

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("open_clip")
 pytest.importorskip("onnxscript")
@@ -34,6 +36,7 @@ from defense.errors import (
 )
 from defense.export import sessions
 from defense.export.runtime import OnnxClassifier
+from defense.labels import ClipTokenizer
 
 from .conftest import restated
 
@@ -83,7 +86,7 @@ def test_without_a_text_graph_labels_come_as_embeddings(copied, seven_pictures, 
     text_embeds = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
     scores = clf.set_label_embeds(["stone", "tree"], text_embeds).predict_proba(seven_pictures)
     unit = text_embeds / np.linalg.norm(text_embeds, axis=1, keepdims=True)
-    want = tiny_classifier._scores(tiny_classifier.transform(seven_pictures), unit)
+    want = tiny_classifier.scores(tiny_classifier.transform(seven_pictures), unit)
     np.testing.assert_allclose(scores, want, atol=1e-4)
     with pytest.raises(ShapeError, match=r"\[2, 3\], want \[2, 32\]"):
         clf.set_label_embeds(["stone", "tree"], np.zeros((2, 3)))
@@ -126,11 +129,43 @@ def test_fault_43_a_long_stream_needs_no_more_memory_than_a_short_one(clf):
     assert peak(2000) < peak(100) + 500_000
 
 
-def test_explanations_and_plain_answers_are_refused(clf, seven_pictures):
-    with pytest.raises(ConfigError, match="cannot explain"):
-        clf.explain(seven_pictures[0])
-    with pytest.raises(ConfigError, match="defended tower alone"):
-        clf.encode_pixels(np.zeros((1, 3, 32, 32), np.float32), plain=True)
+def test_a_label_with_a_token_that_the_text_tower_never_learnt_is_named(copied, caplog):
+    is_blank = np.zeros(49408, bool)
+    is_blank[ClipTokenizer(16)(["zebra"])[0][1]] = True
+    labels = load_file(copied / "labels.safetensors")
+    save_file({**labels, "blank_tokens": is_blank}, copied / "labels.safetensors")
+    clf = OnnxClassifier(restated(copied))
+    with caplog.at_level(logging.WARNING):
+        clf.set_labels(["dog", "a zebra"]).text_embeds()
+    assert caplog.messages == ["this model never saw these labels, and guesses: 'a zebra'"]
+
+
+def test_a_bundle_says_which_tokens_its_text_tower_never_learnt(clf, tiny_classifier):
+    np.testing.assert_array_equal(clf.bundle.blank_tokens, tiny_classifier.blank_tokens())
+
+
+def test_pictures_are_decoded_side_by_side_and_stay_in_order(tiny_bundle, seven_pictures, monkeypatch):
+    """The first picture of a batch is done last, and the second is broken."""
+    clf = OnnxClassifier(tiny_bundle, batch_size=3)
+    monkeypatch.setattr("defense.export.runtime.decoding_threads", lambda: 3)
+    others_done = threading.Semaphore(0)
+    prepare = clf._prepare
+
+    def slow_first(picture):
+        if picture is seven_pictures[0]:
+            assert others_done.acquire(timeout=30)
+            assert others_done.acquire(timeout=30)
+        try:
+            return prepare(picture)
+        finally:
+            others_done.release()
+
+    monkeypatch.setattr(clf, "_prepare", slow_first)
+    pictures = [seven_pictures[0], b"<html>", *seven_pictures[2:]]
+    parts = list(clf.chunks(pictures, "return"))
+    assert [[error is None for error in errors] for errors, _ in parts] == [[True, False, True], [True] * 3, [True]]
+    want = np.stack([prepare(picture) for picture in pictures if not isinstance(picture, bytes)])
+    np.testing.assert_array_equal(np.concatenate([pixel_values for _, pixel_values in parts]), want)
 
 
 def test_golden_embeddings_are_reproduced_or_refused(clf, copied):

@@ -188,6 +188,7 @@ EXCEPTIONS = {
     ),
     "InvalidImageError": (errors.InvalidImageError("empty", "no bytes"), ValueError, errors.DefenseError),
     "NonFiniteError": (errors.NonFiniteError("W_dec"), ValueError, errors.DefenseError),
+    "CalibrationError": (errors.CalibrationError(0.9, 0.99, 200), RuntimeError, errors.DefenseError),
     "BackendError": (errors.BackendError("text"), RuntimeError, errors.DefenseError),
     "MissingDependencyError": (errors.MissingDependencyError("torch", "torch"), ImportError, errors.DefenseError),
 }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defense.writing import common_words, write_word
+from defense.writing import common_words, writable, write_word
 
 
 def grey(size: tuple[int, int] = (200, 120)) -> Image.Image:
@@ -54,3 +54,43 @@ def test_another_word_gives_another_picture():
 
 def test_a_tiny_picture_does_no_harm():
     assert write_word(grey((5, 3)), np.random.default_rng(0), "elephants").size == (5, 3)
+
+
+def test_the_plate_alone_is_what_the_word_stands_on():
+    n_plates = 0
+    for seed in range(20):
+        written, blank = (
+            np.asarray(write_word(grey(), np.random.default_rng(seed), "word", blank=blank)) for blank in (False, True)
+        )
+        outside_letters = (written == blank).all(2)
+        is_bare = (blank == np.asarray(grey())).all()
+        n_plates += not is_bare
+        assert 0.5 < outside_letters.mean() < 1, "the two differ by the letters"
+        if not is_bare:
+            assert len(np.unique(blank.reshape(-1, 3), axis=0)) == 2, "a plate has one colour"
+    assert 5 < n_plates < 15
+
+
+def test_several_words_stand_side_by_side():
+    for seed in range(10):
+        one, two = (
+            np.asarray(write_word(grey((400, 400)), np.random.default_rng(seed), text)) for text in ("ab", "ab ab")
+        )
+        columns = [(picture != 128).any((0, 2)).sum() for picture in (one, two)]
+        assert columns[1] > 1.4 * columns[0]
+
+
+@pytest.mark.parametrize(
+    ("label", "want"),
+    [("apple", "apple"), ("hot dog", "hot dog"), ("Café-bar", "Cafe bar"), ("7up", "up"), ("猫", ""), ("2", "")],
+)
+def test_a_label_is_written_with_the_letters_that_the_fonts_have(label, want):
+    assert writable(label) == want
+
+
+def test_the_height_of_the_letters_can_be_chosen():
+    small, large = (
+        np.asarray(write_word(grey(), np.random.default_rng(3), "cat", height=(height, height)))
+        for height in (0.1, 0.3)
+    )
+    assert (large != 128).sum() > 3 * (small != 128).sum()

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from defense.benchmarks.datasets import celeba, disentangling, named, scam, synthetic, waterbirds
+from defense.benchmarks.datasets import celeba, disentangling, mini, named, scam, synthetic, waterbirds
 from defense.benchmarks.datasets.base import Dataset, Example, File, Options, Picture, Task
 from defense.errors import ConfigError
 
@@ -38,23 +38,32 @@ READERS: Mapping[str, Reader] = {
     "waterbirds": Reader("waterbirds", waterbirds.read),
     "celeba-blond": Reader("celeba", partial(celeba.read, direction=celeba.BLOND)),
     "celeba-male": Reader("celeba", partial(celeba.read, direction=celeba.MALE)),
+    "mini-typographic": Reader(None, mini.typographic),
+    "mini-waterbirds": Reader(None, mini.waterbirds),
+    "mini-celeba": Reader(None, mini.celeba),
 }
 """Name of a data set -> its reader."""
 
 SUITES: Mapping[str, tuple[str, ...]] = {
-    "typographic": ("rta100", "paint", "disentangling", "scam", "synthetic"),
-    "celeba": ("celeba-blond", "celeba-male"),
+    "mini": ("mini-typographic", "mini-waterbirds", "mini-celeba"),
+    "typographic": ("rta100", "paint", "disentangling", "scam", "synthetic", "mini-typographic"),
+    "waterbirds": ("waterbirds", "mini-waterbirds"),
+    "celeba": ("celeba-blond", "celeba-male", "mini-celeba"),
     "all": tuple(READERS),
 }
-"""Name of several -> their names."""
+"""Name of several -> their names. Those that are drawn are always there."""
+
+DATA = Path("data")
+"""Where data sets are looked for unless a folder is given."""
 
 
-def read_tasks(suite: str, data: Path, options: Options) -> tuple[list[Task], list[str]]:
-    """Read the data sets of a suite that are below a folder.
+def read_tasks(suite: str, data: Path | None, options: Options) -> tuple[list[Task], list[str]]:
+    """Read the data sets of a suite: those below a folder, and those that are drawn.
 
     Args:
         suite: Of `SUITES` or `READERS`.
-        data: The folder that holds the data sets' folders (`Reader.folder`); for one data set also its own folder.
+        data: The folder that holds the data sets' folders (`Reader.folder`), by default `DATA`; for one data set also
+            its own folder.
         options: For the readers.
 
     Returns:
@@ -63,21 +72,31 @@ def read_tasks(suite: str, data: Path, options: Options) -> tuple[list[Task], li
     Raises:
         ConfigError: There is no such suite, none of its data sets is there, or one that is there cannot be used.
     """
-    if suite in READERS:
-        folder = data / (READERS[suite].folder or "")
-        return [READERS[suite].read(folder if folder.is_dir() else data, options)], []
+    if data is not None and not data.is_dir():
+        raise ConfigError(f"there is no folder {data}; --data takes the one that holds the data sets' folders")
+    root = data or DATA
+    if suite in READERS and (suite not in SUITES or data is not None):
+        others = (name for name in SUITES.get(suite, ()) if name != suite)
+        return [_read(name, root, options) for name in (suite, *others)], []
     if suite not in SUITES:
-        raise ConfigError(f"there is no data set {suite!r}; there are {', '.join([*SUITES, *READERS])}")
-    tasks, missing = [], []
-    for name in SUITES[suite]:
-        reader = READERS[name]
-        if reader.folder is None or (data / reader.folder).exists():
-            tasks.append(reader.read(data / (reader.folder or ""), options))
-        else:
-            missing.append(name)
-    if not tasks:
+        raise ConfigError(f"there is no data set {suite!r}; there are {', '.join(dict.fromkeys([*SUITES, *READERS]))}")
+    is_there = {name: _is_there(READERS[name], root) for name in SUITES[suite]}
+    fetched = [name for name in is_there if READERS[name].folder is not None]
+    if data is not None and fetched and not any(is_there[name] for name in fetched):
         raise ConfigError(
-            f"{data} holds none of {', '.join(missing)}, each in a folder of its name; nothing is downloaded: "
+            f"{data} holds none of {', '.join(fetched)}, each in a folder of its name; nothing is downloaded: "
             "ask for one of them by name to see where to get it"
         )
-    return tasks, missing
+    tasks = [_read(name, root, options) for name, here in is_there.items() if here]
+    return tasks, [name for name, here in is_there.items() if not here]
+
+
+def _is_there(reader: Reader, root: Path) -> bool:
+    return reader.folder is None or (root / reader.folder).exists()
+
+
+def _read(name: str, root: Path, options: Options) -> Task:
+    """Read a data set from its folder below `root`, or from `root` itself."""
+    reader = READERS[name]
+    below = root / (reader.folder or "")
+    return reader.read(below if below.exists() else root, options)

@@ -69,6 +69,7 @@ class Example:
         label: Index of the right answer in `Dataset.class_names`.
         word: Index of the name that is written on it; None where there is none.
         attribute: The spurious attribute, 0 or 1; None where there is none.
+        kind: What kind of picture it is, e.g. how the word is written; a result gives the accuracy of each kind.
     """
 
     key: str
@@ -76,6 +77,7 @@ class Example:
     label: int
     word: int | None = None
     attribute: int | None = None
+    kind: str | None = None
 
     @property
     def group(self) -> int | None:
@@ -96,7 +98,7 @@ class Dataset:
         choice: "all" names, or the "pair" of label and word of each picture.
         normalise_each: See `labels.average_templates`.
         group_names: Names of the groups 0 to 3; empty where there are none.
-        train_counts: Pictures per group in the training split, the weights of the adjusted average; may be empty.
+        train_counts: Pictures per group in the training data, the weights of the adjusted average; may be empty.
         shortfall: How the data differ from the published ones; None where they do not.
         facts: What else a result should record, as JSON values.
 
@@ -167,6 +169,7 @@ class Task:
         tests: Data sets to measure on; a variant "clean" is what clean change is measured on.
         train: The training split; None where the data set has none.
         val: The validation split; None where the data set has none.
+        train_clean: Of a task with written words, the twins of `train` without the writing, in its order.
     """
 
     name: str
@@ -174,6 +177,7 @@ class Task:
     tests: tuple[Dataset, ...]
     train: Dataset | None = None
     val: Dataset | None = None
+    train_clean: Dataset | None = None
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,48 @@ A new one is a module with a class of the shape of `base.Method`, and a line in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from defense.artefact import Defense
-from defense.benchmarks.methods.base import Encoder, Method
+from defense.benchmarks.methods.base import Encoder, Factory, Method, NotApplicableError, Stock, Unmade, by_name, needed
 from defense.benchmarks.methods.defended import Defended
+from defense.benchmarks.methods.defense_prefix import DefensePrefix
+from defense.benchmarks.methods.dyslexify import Dyslexify
+from defense.benchmarks.methods.embedding_sae import EmbeddingSAE
+from defense.benchmarks.methods.leace import Leace
+from defense.benchmarks.methods.mirror_clip import MirrorClip
+from defense.benchmarks.methods.naive_splice import NaiveSplice
+from defense.benchmarks.methods.ocr_blur import OcrBlur
+from defense.benchmarks.methods.orth_cali import OrthCali
+from defense.benchmarks.methods.random_latents import RandomLatents
+from defense.benchmarks.methods.roboshot import RoboShot
+from defense.benchmarks.methods.sampling_tar import SamplingTar
+from defense.benchmarks.methods.textspan import TextSpan
+from defense.benchmarks.methods.variants import Delta, OtherEdit
 from defense.benchmarks.methods.zero_shot import ZeroShot
 from defense.errors import ConfigError
 
-__all__ = ["FACTORIES", "Encoder", "Method", "make_methods"]
+__all__ = ["FACTORIES", "Encoder", "Method", "NotApplicableError", "Stock", "Unmade", "make_methods", "needed"]
 
-FACTORIES: Mapping[str, Callable[[str, Defense | None, float | None], Method]] = {
+FACTORIES: Mapping[str, Factory] = {
     "zero-shot": ZeroShot.of,
     "defense": Defended.of,
+    "defense-scale": partial(OtherEdit.of, edit="scale"),
+    "defense-project": partial(OtherEdit.of, edit="project"),
+    "defense-delta": Delta.of,
+    "random-latents": RandomLatents.of,
+    "naive-splice": NaiveSplice.of,
+    "embedding-sae": by_name(EmbeddingSAE),
+    "dyslexify": by_name(Dyslexify),
+    "textspan": by_name(TextSpan),
+    "ocr-blur": by_name(OcrBlur),
+    "sampling-tar": by_name(SamplingTar),
+    "mirror-clip": by_name(MirrorClip),
+    "defense-prefix": by_name(DefensePrefix),
+    "orth-cali": by_name(OrthCali),
+    "roboshot": by_name(RoboShot),
+    "leace": by_name(Leace),
 }
 """Name -> from the name as typed, the defense that was given and the strength after "@" to the method."""
 
@@ -25,13 +54,14 @@ FACTORIES: Mapping[str, Callable[[str, Defense | None, float | None], Method]] =
 def make_methods(names: Sequence[str], defense: Defense | None) -> list[Method]:
     """Return methods by name; "defense@0.5" is the defense at half its strength.
 
+    A method that needs a defense where none was given is `Unmade`: to be listed as not applicable.
+
     Raises:
-        ConfigError: An unknown name, one that is there twice, a strength that is none, or a method that needs a defense
-            where none was given.
+        ConfigError: An unknown name, one that is there twice, or a strength that is none.
     """
     if len(set(names)) != len(names):
         raise ConfigError(f"a method is there twice: {', '.join(names)}")
-    methods = []
+    methods: list[Method] = []
     for name in names:
         base, at, text = name.partition("@")
         if base not in FACTORIES:
@@ -40,5 +70,8 @@ def make_methods(names: Sequence[str], defense: Defense | None) -> list[Method]:
             strength = float(text) if at else None
         except ValueError as error:
             raise ConfigError(f"{name!r}: after @ comes a strength in [0, 1], e.g. {base}@0.5") from error
-        methods.append(FACTORIES[base](name, defense, strength))
+        try:
+            methods.append(FACTORIES[base](name, defense, strength))
+        except NotApplicableError as error:
+            methods.append(Unmade(name, str(error)))
     return methods

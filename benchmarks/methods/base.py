@@ -10,16 +10,34 @@ An answer is the label whose embedding has the largest cosine with the picture's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from defense.artefact import Defense
 from defense.benchmarks.datasets import Task
 from defense.classifier import Host, RobustClassifier
+from defense.errors import ConfigError
 from defense.labels import Prompts, encode_prompts
+
+
+class NotApplicableError(ConfigError):
+    """A method needs what is not there: a defense, a training split, a kind of task. It is listed, with the reason."""
+
+
+def needed(defense: Defense | None) -> Defense:
+    """Return the defense that a method cannot do without.
+
+    Raises:
+        NotApplicableError: None was given.
+    """
+    if defense is None:
+        raise NotApplicableError("needs a defense; give --defense")
+    return defense
 
 
 class Encoder:
@@ -27,9 +45,12 @@ class Encoder:
 
     Attributes:
         edits_text: Whether `text_embeds` differ from the stock CLIP's, which are then not shared between methods.
+        has_stock_tower: Whether the image tower is the stock CLIP's, whose embeddings are then computed once for all
+            such methods; `edited` makes the difference.
     """
 
     edits_text = False
+    has_stock_tower = False
 
     def __init__(self, clf: RobustClassifier) -> None:
         self.clf = clf
@@ -37,6 +58,10 @@ class Encoder:
     def image_embeds(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Return normalised embeddings, float32 [n, d_embed], of RGB pictures."""
         return self.clf.encode_pixels(np.stack([self.clf.host.preprocess(picture) for picture in pictures]))
+
+    def edited(self, image_embeds: np.ndarray) -> np.ndarray:
+        """Return what the method makes of the stock tower's embeddings, normalised, float32 [n, d_embed]."""
+        return image_embeds
 
     def text_embeds(self, prompts: Prompts, *, normalise_each: bool = True) -> np.ndarray:
         """Return normalised embeddings, float32 [n_labels, d_embed]; see `labels.average_templates`."""
@@ -50,6 +75,19 @@ class Encoder:
                 return model.encode_text(torch.from_numpy(input_ids).to(device)).float().cpu().numpy()
 
         return encode_prompts(prompts, self.clf.host.tokenizer, encode_text, normalise_each=normalise_each)
+
+
+class Stock(Encoder):
+    """The stock CLIP, with its embeddings as they are or edited."""
+
+    has_stock_tower = True
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(RobustClassifier(host))
+
+    def image_embeds(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """Return normalised embeddings, float32 [n, d_embed], of RGB pictures."""
+        return self.edited(super().image_embeds(pictures))
 
 
 class Method(Protocol):
@@ -78,3 +116,47 @@ class Method(Protocol):
     def apply(self, host: Host) -> AbstractContextManager[Encoder]:
         """Put the method into a host; at the end of the context the host is as it was."""
         ...
+
+
+Factory = Callable[[str, Defense | None, float | None], Method]
+"""From the name as typed, the defense that was given and the number after "@" to the method."""
+
+
+def by_name(make: Callable[[str], Method]) -> Factory:
+    """Return the factory of a method that takes neither a defense nor a strength.
+
+    Args:
+        make: From the name to the method. The factory raises `ConfigError` where a strength was given.
+    """
+
+    def factory(name: str, _defense: Defense | None, strength: float | None) -> Method:
+        if strength is not None:
+            raise ConfigError(f"{name!r}: this method has no strength; leave out what follows @")
+        return make(name)
+
+    return factory
+
+
+@dataclass(frozen=True)
+class Unmade:
+    """In place of a method that could not even be made: it fails to fit, as others do that are not applicable.
+
+    Attributes:
+        name: Of that method.
+        reason: Why not.
+    """
+
+    name: str
+    reason: str
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def fit(self, host: Host, task: Task) -> None:
+        """Raise `NotApplicableError`."""
+        raise NotApplicableError(self.reason)
+
+    def apply(self, host: Host) -> AbstractContextManager[Encoder]:
+        """Raise `NotApplicableError`."""
+        raise NotApplicableError(self.reason)

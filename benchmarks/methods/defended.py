@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from defense.artefact import Defense
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder
+from defense.benchmarks.methods.base import Encoder, needed
 from defense.classifier import Host, RobustClassifier
 from defense.errors import ConfigError
 
@@ -40,9 +40,7 @@ class Defended:
     @classmethod
     def of(cls, name: str, defense: Defense | None, strength: float | None) -> Defended:
         """Return the method for a name."""
-        if defense is None:
-            raise ConfigError(f"{name!r} needs a defense; give --defense")
-        return cls(name, defense, 1.0 if strength is None else strength)
+        return cls(name, needed(defense), 1.0 if strength is None else strength)
 
     def settings(self) -> Mapping[str, Any]:
         """Return which defense, and how much of it."""
@@ -51,14 +49,19 @@ class Defended:
     def fit(self, host: Host, task: Task) -> None:
         """Learn nothing: the defense was fitted before, on other pictures."""
 
-    @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
-        """Yield the defended host's embeddings."""
-        from defense.attach import attached, detach
+    def apply(self, host: Host) -> AbstractContextManager[Encoder]:
+        """Put the defense in."""
+        return defended(host, self.defense, self.strength)
 
-        clf = RobustClassifier(host, self.defense)
-        try:
-            attached(host.model).set_strength(self.strength)
-            yield Encoder(clf)
-        finally:
-            detach(host.model)
+
+@contextmanager
+def defended(host: Host, defense: Defense, strength: float = 1.0) -> Iterator[Encoder]:
+    """Yield the embeddings of a host with a defense in it, at a strength in [0, 1]."""
+    from defense.attach import attached, detach
+
+    clf = RobustClassifier(host, defense)
+    try:
+        attached(host.model).set_strength(strength)
+        yield Encoder(clf)
+    finally:
+        detach(host.model)

@@ -9,8 +9,8 @@ from typing import Any
 
 from defense.artefact import Defense
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder
-from defense.classifier import Host, RobustClassifier
+from defense.benchmarks.methods.base import Encoder, Stock
+from defense.classifier import Host
 from defense.errors import ConfigError
 
 
@@ -37,4 +37,4 @@ class ZeroShot:
     @contextmanager
     def apply(self, host: Host) -> Iterator[Encoder]:
         """Yield the host's own embeddings."""
-        yield Encoder(RobustClassifier(host))
+        yield Stock(host)

@@ -1,4 +1,4 @@
-"""The command line: `defense classify`, `export`, `info`, `import`, `train`, `bench`, `doctor`; a module each.
+"""The command line: `defense classify`, `explain`, `export`, `info`, `import` and so on; a module each.
 
 stdout is data, stderr is talk. Exit codes: 0 ok, 2 usage, 3 a package is missing, 4 some inputs failed, 5 a defense
 was rejected, 130 interrupted.
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, classify, doctor, export, importing, info, train  # noqa: F401 - in the order of --help
+from . import bench, classify, demo, describe, doctor, explain, export, fit, importing, info, train  # noqa: F401 - in the order of --help
 from .common import app, put
 
 __all__ = ["app", "main"]

@@ -11,6 +11,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
+from defense import images
 from defense.errors import InvalidImageError
 
 from .common import (
@@ -29,7 +30,8 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from defense.classifier import Explanation, RobustClassifier
+    from defense.classifier import Prediction, RobustClassifier
+    from defense.explain import Explanation
 
 _PROGRESS_FROM = 20
 
@@ -68,9 +70,12 @@ def classify(
             return
         uses_embedded = defense == EMBEDDED and model in (None, EMBEDDED)
         chosen = chosen_labels(labels, labels_file, uses_embedded)
-        clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device=device)
+        if plain:
+            clf = _undefended(defense, model, pretrained, device)
+        else:
+            clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device=device)
         clf.set_labels(chosen, template)
-        n_failed = _classify_all(clf, paths, plain=plain, as_json=as_json, on_error=on_error, top_k=top_k)
+        n_failed = _classify_all(clf, paths, as_json=as_json, on_error=on_error, top_k=top_k)
         if not pictures and not as_json:
             _print_next_step()
         if n_failed:
@@ -78,20 +83,28 @@ def classify(
             raise typer.Exit(EXIT_INPUTS)
 
 
+def _undefended(defense: str, model: str | None, pretrained: str | None, device: str) -> RobustClassifier:
+    """Return the stock CLIP that was given, or the one that a defense names."""
+    from defense.classifier import RobustClassifier, find_defense, load_host
+
+    if model is None:
+        spec = find_defense(defense).host
+        model, pretrained = spec.model, spec.pretrained
+    return RobustClassifier(load_host(model, pretrained, device=device))
+
+
 def _example_pictures() -> list[Path]:
     return sorted((Path(__file__).parents[1] / "embedded" / "examples").glob("*.png"))
 
 
-def _classify_all(
-    clf: RobustClassifier, paths: Sequence[Path], *, plain: bool, as_json: bool, on_error: OnError, top_k: int
-) -> int:
+def _classify_all(clf: RobustClassifier, paths: Sequence[Path], *, as_json: bool, on_error: OnError, top_k: int) -> int:
     """Print an answer per picture; return how many could not be read."""
     n_failed = 0
     show_progress = len(paths) >= _PROGRESS_FROM and stderr.is_terminal
     with Progress(console=stderr, disable=not show_progress, transient=True) as progress:
         for path in progress.track(paths, description="classifying"):
             try:
-                explanation = clf.explain(path, top_k=top_k)
+                _classify_one(clf, path, as_json=as_json, top_k=top_k)
             except InvalidImageError as error:
                 if on_error is OnError.raise_:
                     raise
@@ -99,12 +112,24 @@ def _classify_all(
                 say(f"{shown(path)}: {error}", "red")
                 if on_error is OnError.return_:
                     print_json({"file": shown(path), "error": {"code": error.code, "message": error.message}})
-                continue
-            if as_json:
-                print_json({"file": shown(path), **_json_of(explanation, plain)})
-            else:
-                _print_table(path, explanation, plain)
     return n_failed
+
+
+def _classify_one(clf: RobustClassifier, path: Path, *, as_json: bool, top_k: int) -> None:
+    """Print the answer for one picture: both sides, or stock CLIP's alone where there is no defense."""
+    if clf.defense is not None:
+        explanation = clf.explain(path, top_k=top_k)
+        if as_json:
+            print_json({"file": shown(path), **_json_of(explanation)})
+        else:
+            print_explanation(path, explanation)
+        return
+    decoded = images.decode(path)
+    plain = clf(decoded.image, top_k=top_k)
+    if as_json:
+        print_json({"file": shown(path), "plain": plain, "warnings": list(decoded.warnings)})
+    else:
+        _print_table(path, {"plain CLIP": plain})
 
 
 def _classify_with_bundle(
@@ -142,27 +167,33 @@ def _classify_with_bundle(
         raise typer.Exit(EXIT_INPUTS)
 
 
-def _json_of(explanation: Explanation, plain: bool) -> dict[str, Any]:
+def _json_of(explanation: Explanation) -> dict[str, Any]:
+    """Return an explanation less its maps, which would drown the rest of a line."""
     fields = explanation.to_dict()
-    if plain:
-        return {"plain": fields["plain"], "warnings": fields["warnings"]}
     del fields["heatmap"]
+    for item in fields["removed"]:
+        del item["map"]
     return fields
 
 
-def _print_table(path: Path, explanation: Explanation, plain: bool) -> None:
-    scores = {side: {p["label"]: p["score"] for p in getattr(explanation, side)} for side in ("plain", "robust")}
-    table = Table("", "plain CLIP", *([] if plain else ["defended"]), box=None, pad_edge=False)
-    merged = scores["plain"] if plain else {**scores["robust"], **scores["plain"]}
-    for label in sorted(
-        merged, key=lambda name: -max(scores["plain"].get(name, 0), 0 if plain else scores["robust"].get(name, 0))
-    ):
-        cells = [_cell(scores["plain"], label)] + ([] if plain else [_cell(scores["robust"], label)])
-        table.add_row(f"  {label}", *cells)
+def print_explanation(path: Path, explanation: Explanation) -> None:
+    """Print both answers side by side, and what was removed in a line."""
+    _print_table(path, {"plain CLIP": explanation.plain, "defended": explanation.robust})
+    put(f"  {_what_was_removed(explanation)}\n")
+
+
+def _print_table(path: Path, answers: dict[str, Prediction]) -> None:
+    """Print answers in columns, labels in the order of their best score."""
+    scores = {side: {entry["label"]: entry["score"] for entry in answer} for side, answer in answers.items()}
+    best: dict[str, float] = {}
+    for column in reversed(scores.values()):
+        for label, score in column.items():
+            best[label] = max(score, best.get(label, 0))
+    table = Table("", *scores, box=None, pad_edge=False)
+    for label in sorted(best, key=lambda name: -best[name]):
+        table.add_row(f"  {label}", *(_cell(column, label) for column in scores.values()))
     put(shown(Path(path.name)), "bold")
     stdout.print(table)
-    if not plain:
-        put(f"  {_what_was_removed(explanation)}\n")
 
 
 def _cell(scores: dict[str, float], label: str) -> str:

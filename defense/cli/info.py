@@ -1,7 +1,8 @@
-"""`defense info`: what a defense or a bundle is, after checking every byte of it."""
+"""`defense info`: what a defense, a bundle or an SAE is, after checking every byte of it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from defense import artefact
 from defense.errors import CheckpointError, MissingDependencyError
 
-from .common import app, exit_codes, put, say
+from .common import app, exit_codes, put, say, shown
 
 if TYPE_CHECKING:
     pass
@@ -23,8 +24,11 @@ def info(
     model: Annotated[str | None, typer.Option(help="open_clip model for --check.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="open_clip's tag for --check.")] = None,
 ) -> None:
-    """Say what a defense or an exported bundle is, after checking every byte of it."""
+    """Say what a defense, an exported bundle or an SAE is, after checking every byte of it."""
     with exit_codes():
+        if (Path(source) / "sae.json").is_file():
+            _print_sae(Path(source), expect)
+            return
         from defense.classifier import find_defense
         from defense.export import bundle
 
@@ -55,6 +59,27 @@ def info(
 def _check_pinned(manifest: str | None, expect: str | None) -> None:
     if expect is not None and expect != manifest:
         raise CheckpointError(f"the manifest's sha256 is {manifest}, not {expect}: it was changed, or is another one")
+
+
+def _print_sae(folder: Path, expect: str | None) -> None:
+    """Check every byte of an SAE, and that its numbers still mean what they did."""
+    try:
+        from defense import checkpoint
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "torch", "torch") from error
+    manifest = artefact.sha256_of(folder / checkpoint.MANIFEST)
+    found = checkpoint.load(folder)
+    _check_pinned(manifest, expect)
+    put(f"host        {found.host_model or 'not stated'}")
+    put(f"manifest    {manifest}")
+    put(f"licence     {found.licence}")
+    put(f"hook point  {found.hook_point}")
+    for key, value in found.sae.config.to_dict().items():
+        put(f"{key:11} {value}")
+    for key, value in found.provenance.items():
+        put(f"{key:11} {value}")
+    put("golden      acts and reconstructions reproduced")
+    say(f"Fit a defense with it: defense fit OUT PICTURES --sae {shown(folder)}")
 
 
 def _print_bundle(source: str, expect: str | None) -> None:

@@ -31,7 +31,8 @@ from defense import artefact, labels
 from defense.attach import detach, wrap
 from defense.classifier import Host, RobustClassifier, load_host, make_golden
 from defense.errors import ConfigError
-from defense.fit import FitConfig, GroupFit, Groups, Pairs, Tail, TextFit
+from defense.fit import FitConfig, Groups, Pairs, Tail
+from defense.fit_sites import SitePlan, fit_sites
 from defense.hosts import VisionHost
 from defense.latents import LatentSet
 from defense.sae import SAEConfig, SparseAutoencoder
@@ -48,11 +49,20 @@ SEEDS = {"sae": 31, "sae_test": 32, "fit": 41, "report": 97, "benchmark": 101, "
 
 @dataclass(frozen=True)
 class SiteRecipe:
-    """One edited block: its SAE and its selection."""
+    """One edited block: its SAE and its selection.
+
+    Attributes:
+        block: Which.
+        train: Settings of the SAE.
+        fit: Settings of the selection.
+        group_share: Part of the pictures that the SAE is trained on that are birds and faces of the tasks with groups;
+            the rest are of the kind that the CLIP was trained on.
+    """
 
     block: int
     train: TrainConfig
     fit: FitConfig
+    group_share: float = 0.0
 
     @property
     def hook_point(self) -> str:
@@ -78,6 +88,14 @@ _TEXT_SITES = (
     SiteRecipe(2, _TEXT_SAE, FitConfig(kept_weight=4.0, clean_budget=0.003)),
     SiteRecipe(3, _TEXT_SAE, FitConfig(kept_weight=4.0, clean_budget=0.002)),
 )
+_GROUP_SITES = (
+    SiteRecipe(
+        4,
+        TrainConfig(d_sae=1024, k=24, steps=1500, lr=1e-3),
+        FitConfig(batch=32, gains="learnt", worst_rate=0.01, clean_budget=0.01),
+        group_share=0.5,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,9 @@ class Recipe:
     """What the shipped model was built with: the CLIP, and for each task the sites of its defense."""
 
     clip: train_clip.Recipe = field(default_factory=train_clip.Recipe)
-    defenses: Mapping[str, tuple[SiteRecipe, ...]] = field(default_factory=lambda: {"text": _TEXT_SITES})
+    defenses: Mapping[str, tuple[SiteRecipe, ...]] = field(
+        default_factory=lambda: {"text": _TEXT_SITES, **dict.fromkeys(GROUPINGS, _GROUP_SITES)}
+    )
     n_sae_pictures: int = 5_000
     n_pairs: int = 2_000
     n_report: int = 2_000
@@ -143,13 +163,21 @@ def web_scenes(n: int, seed: int) -> list[scenes.Scene]:
     return [next(attacks).scene if i % 4 == 0 else train_clip.draw_example(first + i).scene for i in range(n)]
 
 
+def sae_scenes(n: int, seed: int, group_share: float) -> list[scenes.Scene]:
+    """Return fresh pictures to train an SAE on; see `SiteRecipe.group_share`."""
+    n_each = int(n * group_share) // len(GROUPINGS)
+    groups = [case.scene for grouping in GROUPINGS.values() for case in grouping.draw(n_each, 20_000 + seed)]
+    return web_scenes(n - len(groups), seed) + groups
+
+
 def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> SparseAutoencoder:
     """Train a site's SAE, or read the one in `work`."""
-    folder = work / f"sae-{site.block}-{site.train.d_sae}"
+    folder = work / f"sae-{site.block}-{site.train.d_sae}{'-groups' if site.group_share else ''}"
     fingerprint = {
         **asdict(site.train),
         "n_pictures": recipe.n_sae_pictures,
         "seed_pictures": SEEDS["sae"],
+        "group_share": site.group_share,
         "host": VisionHost.of(host.model).fingerprint(),
     }
     if (folder / "sae.safetensors").exists() and json.loads((folder / "recipe.json").read_text())[
@@ -158,9 +186,11 @@ def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> Spars
         fields = json.loads((folder / "recipe.json").read_text())["sae"]
         return SparseAutoencoder(SAEConfig.from_dict(fields), artefact.read_tensors(folder / "sae.safetensors"))
     tail = Tail(host.model, site.hook_point)
-    resid = tail.resid(pixel_values_of(web_scenes(recipe.n_sae_pictures, SEEDS["sae"]), host)).flatten(0, 1).clone()
+    pictures = sae_scenes(recipe.n_sae_pictures, SEEDS["sae"], site.group_share)
+    resid = tail.resid(pixel_values_of(pictures, host)).flatten(0, 1).clone()
     sae = train_in_memory(resid, site.train)
-    held_out = tail.resid(pixel_values_of(web_scenes(500, SEEDS["sae_test"]), host)).flatten(0, 1)
+    pictures = sae_scenes(500, SEEDS["sae_test"], site.group_share)
+    held_out = tail.resid(pixel_values_of(pictures, host)).flatten(0, 1)
     quality = measure(sae, held_out)
     log.info("SAE at block %d: %s", site.block, quality)
     folder.mkdir(exist_ok=True)
@@ -207,19 +237,12 @@ def groups_of(grouping: Grouping, n: int, seed: int, host: Host) -> Groups:
     )
 
 
-def build_latents(recipe: Recipe, task: str, site: SiteRecipe, host: Host, sae: SparseAutoencoder) -> LatentSet:
-    """Choose a site's latents; earlier sites are attached to the host already."""
-    fit: TextFit | GroupFit
+def fit_data(task: str, n: int, seed: int, host: Host) -> tuple[Pairs | Groups, Tensor]:
+    """Return pictures of a task to choose latents on, and text_embeds of its answers."""
     if task == "text":
-        pairs = attack_pairs(recipe.n_pairs, SEEDS["fit"], scenes.TRAIN_FONTS, host)
-        fit = TextFit(host.model, site.hook_point, sae, pairs, text_embeds_of(host, list(scenes.OBJECTS)))
-    else:
-        grouping = GROUPINGS[task]
-        text_embeds = text_embeds_of(host, grouping.classes, grouping.template)
-        groups = groups_of(grouping, recipe.n_pairs, SEEDS["fit"], host)
-        fit = GroupFit(host.model, site.hook_point, sae, groups, text_embeds)
-    ranking = fit.rank()
-    return fit.latent_set(fit.choose(ranking.order(), site.fit), ranking, site.fit, task)
+        return attack_pairs(n, seed, scenes.TRAIN_FONTS, host), text_embeds_of(host, list(scenes.OBJECTS))
+    grouping = GROUPINGS[task]
+    return groups_of(grouping, n, seed, host), text_embeds_of(host, grouping.classes, grouping.template)
 
 
 # --- the whole ------------------------------------------------------------------------------------
@@ -330,17 +353,11 @@ def full_report(
 def build_defense(work: Path, recipe: Recipe, task: str, host: Host) -> artefact.Defense:
     """Build one task's defense, site by site, measure it, and write it into `work`."""
     spec = host_spec(host, "embedded")
-    sites: list[artefact.Site] = []
-    for site in recipe.defenses[task]:
-        sae = build_sae(work, recipe, site, host)
-        if sites:
-            wrap(host.model, artefact.Defense(spec, host.preprocess, tuple(sites)), allow_mismatch=True)
-        latent_set = build_latents(recipe, task, site, host, sae)
-        if sites:
-            detach(host.model)
-        # Rounded as they are shipped, so that the report speaks of the shipped numbers.
-        parameters = {name: t.astype(np.float16).astype(np.float32) for name, t in sae.parameters_numpy().items()}
-        sites.append(artefact.Site(site.hook_point, sae.config.to_dict(), parameters, (latent_set,)))
+    plans = [SitePlan(site.hook_point, build_sae(work, recipe, site, host), site.fit) for site in recipe.defenses[task]]
+    data, text_embeds = fit_data(task, recipe.n_pairs, SEEDS["fit"], host)
+    # Rounded as they are shipped, so that the report speaks of the shipped numbers.
+    fitted = fit_sites(host, spec, plans, data, text_embeds, name=task, dtype=np.float16)
+    sites = [each.site for each in fitted]
     report = full_report(host, spec, sites, task, recipe.n_report, SEEDS["report"])
     provenance = {"recipe": "defense.embedded.build", "n": recipe.n_report, "report": report}
     defense = artefact.Defense(spec, host.preprocess, tuple(sites), None, "MIT", provenance)

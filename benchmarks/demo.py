@@ -1,0 +1,213 @@
+"""How fast the demo answers one visitor and many: start-up, first page, updates.
+
+    python -m defense.benchmarks.demo --out benchmarks/results/demo.json
+
+The server runs in a process of its own, on loopback. Each visitor opens the page's configuration, then types letters
+into the box for the word, as the browser does it: an event joins the queue, its answer comes back as a stream. The next
+letter follows after the answer and a pause. Nothing is cached between letters; the picture stays the example.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from defense.benchmarks.speed import environment_of
+
+_PATIENCE_S = 120.0
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@contextmanager
+def demo_process(arguments: Sequence[str] = ()) -> Iterator[tuple[str, float]]:
+    """Run `defense demo`, and yield its address and how long it took until the page was there, in seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from defense.cli import main; main()", "demo", "--port", str(port), *arguments]
+    address = f"http://127.0.0.1:{port}/"
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not _answers(address):
+                if process.poll() is not None or time.perf_counter() - started > _PATIENCE_S:
+                    raise RuntimeError(f"{shlex.join(command)} did not start (exit code {process.returncode})")
+                time.sleep(0.05)
+            yield address, time.perf_counter() - started
+        finally:
+            process.terminate()
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(address, timeout=1).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+class Visitor:
+    """One browser's worth of requests.
+
+    Args:
+        address: Of the demo.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.session = uuid.uuid4().hex
+        self.http = httpx.Client(timeout=_PATIENCE_S)
+        config = self.http.get(f"{address}config").json()
+        by_id = {each["id"]: each for each in config["components"]}
+        self.word = next(i for i, each in by_id.items() if each["props"].get("elem_id") == "word")
+        event = next(each for each in config["dependencies"] if [self.word, "change"] in each["targets"])
+        self.fn_index, self.inputs = event["id"], event["inputs"]
+        self.values = {i: by_id[i]["props"].get("value") for i in self.inputs}
+
+    def page(self) -> float:
+        """Return how long the page itself takes to arrive, in milliseconds."""
+        started = time.perf_counter()
+        self.http.get(self.address).raise_for_status()
+        return 1000 * (time.perf_counter() - started)
+
+    def write(self, word: str) -> float:
+        """Write a word, and return how long the page's answer takes, in milliseconds.
+
+        Raises:
+            RuntimeError: The demo answered with an error.
+        """
+        values = [word if i == self.word else self.values[i] for i in self.inputs]
+        body = {"data": values, "fn_index": self.fn_index, "session_hash": self.session}
+        started = time.perf_counter()
+        joined = self.http.post(f"{self.address}gradio_api/queue/join", json=body)
+        if joined.status_code != 200:
+            raise RuntimeError(joined.text)
+        answer = self._answer(joined.json()["event_id"])
+        if not answer["success"]:
+            raise RuntimeError(str(answer["output"]))
+        return 1000 * (time.perf_counter() - started)
+
+    def _answer(self, event: str) -> dict[str, Any]:
+        """Return the message that completes an event."""
+        url = f"{self.address}gradio_api/queue/data"
+        with self.http.stream("GET", url, params={"session_hash": self.session}) as stream:
+            for line in stream.iter_lines():
+                message = json.loads(line[5:]) if line.startswith("data:") else {}
+                if message.get("msg") == "process_completed" and message.get("event_id") == event:
+                    return message
+        raise RuntimeError("the stream ended without an answer")
+
+
+def visit(address: str, n_users: int, n_letters: int, pause_s: float) -> dict[str, Any]:
+    """Let visitors write at the same time; return the times of their updates, and what went wrong.
+
+    Args:
+        address: Of the demo.
+        n_users: Visitors.
+        n_letters: Updates of each.
+        pause_s: Between an answer and the next letter.
+    """
+    times: list[float] = []
+    errors: list[str] = []
+
+    def write(number: int) -> None:
+        try:
+            visitor = Visitor(address)
+            for i in range(n_letters):
+                times.append(visitor.write(_LETTERS[(number + i) % len(_LETTERS)]))
+                time.sleep(pause_s)
+        except (RuntimeError, httpx.HTTPError, ValueError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(n_users)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.perf_counter() - started
+    return {
+        "n_users": n_users,
+        "n_updates": len(times),
+        "pause_s": pause_s,
+        "n_errors": len(errors),
+        "errors": sorted(set(errors))[:5],
+        "updates_per_s": len(times) / took,
+        **{f"{name}_ms": value for name, value in quantiles(times).items()},
+    }
+
+
+def quantiles(times: Sequence[float]) -> dict[str, float]:
+    """Return median, 95th percentile and largest of times; nothing of none."""
+    if not times:
+        return {}
+    cuts = statistics.quantiles(times, n=100, method="inclusive") if len(times) > 1 else [times[0]] * 99
+    return {"p50": cuts[49], "p95": cuts[94], "max": max(times)}
+
+
+def measure(n_users: int, n_letters: int, pause_s: float, command: str) -> dict[str, Any]:
+    """Return what was measured, with where."""
+    with demo_process() as (address, start_s):
+        visitor = Visitor(address)
+        pages = [visitor.page() for _ in range(5)]
+        visitor.write("a")  # the first update embeds the labels
+        alone = visit(address, 1, n_letters, 0.0)
+        many = visit(address, n_users, n_letters, pause_s)
+    return {
+        "environment": asdict(environment_of(command)),
+        "n_cores": len(os.sched_getaffinity(0)),
+        "start_s": start_s,
+        "page_ms": statistics.median(pages),
+        "alone": alone,
+        "many": many,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the Markdown table of a result of `measure`."""
+    lines = [
+        "| users | updates | errors | median ms | p95 ms | largest ms | updates/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in (result["alone"], result["many"]):
+        times = " | ".join(f"{row.get(f'{name}_ms', float('nan')):.0f}" for name in ("p50", "p95", "max"))
+        lines.append(
+            f"| {row['n_users']} | {row['n_updates']} | {row['n_errors']} | {times} | {row['updates_per_s']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print the table, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=20)
+    parser.add_argument("--letters", type=int, default=10, help="updates of each user")
+    parser.add_argument("--pause", type=float, default=1.0, help="seconds between an answer and the next letter")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    command = shlex.join(["python", "-m", "defense.benchmarks.demo", *sys.argv[1:]])
+    result = measure(arguments.users, arguments.letters, arguments.pause, command)
+    print(table(result))
+    print(f"\nstart-up {result['start_s']:.1f} s, page {result['page_ms']:.0f} ms")
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

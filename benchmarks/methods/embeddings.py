@@ -1,0 +1,56 @@
+"""Methods that leave the towers alone and work on what they give: image or text embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from defense.benchmarks.methods.base import Stock
+from defense.classifier import Host
+from defense.labels import Prompts
+
+Map = Callable[[np.ndarray], np.ndarray]
+"""From embeddings [n, d_embed] to embeddings [n, d_embed]."""
+
+
+class EditedImages(Stock):
+    """The stock CLIP with its image embeddings edited.
+
+    Args:
+        host: The CLIP.
+        edit: What is done to normalised embeddings; the result is normalised again.
+    """
+
+    def __init__(self, host: Host, edit: Map) -> None:
+        super().__init__(host)
+        self.edit = edit
+
+    def edited(self, image_embeds: np.ndarray) -> np.ndarray:
+        """Return edited embeddings, float32 [n, d_embed], normalised."""
+        return unit(self.edit(image_embeds))
+
+
+class EditedTexts(Stock):
+    """The stock CLIP with its text embeddings edited.
+
+    Args:
+        host: The CLIP.
+        edit: What is done to normalised embeddings; the result is normalised again.
+    """
+
+    edits_text = True
+
+    def __init__(self, host: Host, edit: Map) -> None:
+        super().__init__(host)
+        self.edit = edit
+
+    def text_embeds(self, prompts: Prompts, *, normalise_each: bool = True) -> np.ndarray:
+        """Return edited embeddings, float32 [n_labels, d_embed], normalised."""
+        return unit(self.edit(super().text_embeds(prompts, normalise_each=normalise_each)))
+
+
+def unit(embeds: np.ndarray) -> np.ndarray:
+    """Return the rows at length 1, float32; a row of zeros stays one: it has the same cosine with every label."""
+    norms = np.linalg.norm(embeds, axis=1, keepdims=True)
+    return (embeds / np.where(norms > 0, norms, 1)).astype(np.float32)

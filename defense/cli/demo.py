@@ -1,0 +1,59 @@
+"""`defense demo`: a page in the browser."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from defense.errors import MissingDependencyError
+
+from .common import app, chosen_labels, exit_codes, say
+
+if TYPE_CHECKING:
+    from defense.demo.engine import Engine
+
+
+@app.command()
+def demo(
+    defense: Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')] = "embedded",
+    model: Annotated[str | None, typer.Option(help="open_clip model; by default the one the defense names.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="An exported bundle in place of all this; without torch.")] = None,
+    labels: Annotated[str | None, typer.Option(help='Labels to begin with, e.g. "dog,cat".')] = None,
+    labels_file: Annotated[Path | None, typer.Option(help="The same, one label a line.")] = None,
+    template: Annotated[str | None, typer.Option(help='A prompt with {}; "a photo of a {}." by default.')] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free from 7860 on.")] = None,
+    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
+) -> None:
+    """Open the demo: write a word on a picture, and see what falls, what stands, and what was removed."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("defense").propagate = False  # notes on visitors' labels are for them alone
+    with exit_codes():
+        if find_spec("gradio") is None:
+            raise MissingDependencyError("gradio", "demo")
+        from defense.demo.app import serving
+        from defense.demo.loading import bundled, defended
+
+        engine: Engine
+        if bundle is not None:
+            if model is not None or pretrained is not None or defense != "embedded":
+                raise typer.BadParameter("a bundle holds its model and defense; give --bundle without these")
+            given = None if labels is None and labels_file is None else chosen_labels(labels, labels_file, False)
+            engine = bundled(bundle, given, template)
+        else:
+            uses_embedded = defense.partition(":")[0] == "embedded" and model in (None, "embedded")
+            is_given = labels is not None or labels_file is not None or not uses_embedded
+            given = chosen_labels(labels, labels_file, uses_embedded) if is_given else None
+            engine = defended(defense, given, template, model=model, pretrained=pretrained, device=device)
+        with serving(engine, host=host, port=port) as address:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder of uploads is deleted
+            say(f"{engine.title}: {address}   Ctrl-C ends it.")
+            while True:
+                time.sleep(3600)

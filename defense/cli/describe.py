@@ -1,0 +1,69 @@
+"""`defense describe`: a catalogue of an SAE's latents."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from .common import EXIT_INPUTS, app, exit_codes, put, say, stderr
+
+
+@app.command()
+def describe(
+    sae: Annotated[list[Path], typer.Argument(help="SAEs that `defense train` or `import` wrote, one per block.")],
+    pictures: Annotated[
+        list[Path], typer.Option(help="Folder with pictures, .tar or .parquet files; or such a file. May come again.")
+    ],
+    words: Annotated[Path, typer.Option(help="Candidates for names, one a line.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for it; <defense>.catalogue is found by itself.")],
+    model: Annotated[str, typer.Option(help="open_clip model.")] = "embedded",
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
+    n_top: Annotated[int, typer.Option(min=1, help="Pictures to keep per latent.")] = 8,
+    n_names: Annotated[int, typer.Option(min=1, help="Words to keep per latent.")] = 3,
+    n_steered: Annotated[
+        int, typer.Option(min=2, help="Pictures to steer each latent on; takes most of the time.")
+    ] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the pictures drawn for names and steering.")] = 0,
+    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
+) -> None:
+    """Say of each latent when it fires, what it does to the answer, and which words name it."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with exit_codes():
+        from defense import catalogue, checkpoint
+        from defense import describe as describing
+        from defense.classifier import load_host
+        from defense.hosts import VisionHost
+        from defense.labels import read_labels
+        from defense.pictures import open_pictures
+
+        catalogue.check_target(out)
+        names, source = read_labels(words), open_pictures(pictures)
+        found = [checkpoint.load(folder) for folder in sae]
+        host = load_host(model, pretrained, device=device)
+        for each in found:
+            each.check_host(VisionHost.of(host.model))
+        unreadable: set[str] = set()
+        made_from = {"pictures": source.fingerprint, "host_model": model, "pretrained": pretrained}
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        catalogues = []
+        with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
+            for each in found:
+                progress.add_task(each.hook_point)
+                stream = describing.examples(host, source, unreadable.add)
+                catalogues.append(
+                    describing.describe(
+                        host, each.hook_point, each.sae, stream, names, n_top=n_top, n_names=n_names,
+                        n_steered=n_steered, n_probed=max(16, n_steered), seed=seed, provenance=made_from,
+                    )
+                )  # fmt: skip
+        catalogue.save(catalogues, out)
+        for table in catalogues:
+            n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
+            put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
+        if unreadable:
+            say(f"{len(unreadable)} pictures could not be read and were left out")
+            raise typer.Exit(EXIT_INPUTS)

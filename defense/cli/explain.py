@@ -1,0 +1,98 @@
+"""`defense explain`: what was removed from a picture, as a file to look at."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+
+from .classify import print_explanation
+from .common import app, chosen_labels, exit_codes, say, shown, stderr
+
+_SUFFIXES = (".html", ".png")
+_TOP_K = 3
+
+
+class Edit(StrEnum):
+    """What becomes of the latents of a set."""
+
+    scale = "scale"
+    project = "project"
+
+
+@app.command()
+def explain(
+    picture: Annotated[Path, typer.Argument(help="The file.")],
+    out: Annotated[Path, typer.Option(help="What to write: a .html or a .png file. One that is there is replaced.")],
+    labels: Annotated[str | None, typer.Option(help='What to choose from, e.g. "dog,cat".')] = None,
+    labels_file: Annotated[Path | None, typer.Option(help="The same, one label a line.")] = None,
+    template: Annotated[str, typer.Option(help='"simple", "hf", "openai", or a template with {}.')] = "simple",
+    defense: Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')] = "embedded",
+    model: Annotated[str | None, typer.Option(help="open_clip model; by default the one the defense names.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
+    strength: Annotated[float, typer.Option(min=0, max=1, help="Factor on what is removed; 0 is stock CLIP.")] = 1.0,
+    edit: Annotated[Edit | None, typer.Option(help="In place of each latent set's own.")] = None,
+    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
+) -> None:
+    """Write what the defense removed from a picture, and where, to one HTML file or PNG that needs nothing else."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with exit_codes():
+        from defense import catalogue, images
+        from defense.classifier import EMBEDDED, RobustClassifier
+        from defense.explain import Controls, counterfactual, report_html, report_png
+        from defense.export import bundle
+
+        _check_target(out)
+        if bundle.is_bundle(defense):
+            raise typer.BadParameter("a bundle cannot explain itself; give the defense that it was exported from")
+        chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED))
+        decoded = images.decode(picture)
+        clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device=device)
+        clf.set_labels(chosen, template)
+        controls = Controls(strength=strength, edit=None if edit is None else edit.value)
+        with stderr.status("looking for what mattered") if stderr.is_terminal else nullcontext():
+            explanation = replace(clf.explain(decoded.image, controls=controls), warnings=decoded.warnings)
+            enough = counterfactual(clf, decoded.image, controls=controls) if explanation.changed else None
+        report = report_png if out.suffix.lower() == ".png" else report_html
+        page = report(
+            decoded.image,
+            explanation,
+            name=shown(Path(picture.name)),
+            defense=clf.defense,
+            catalogues=catalogue.find(defense),
+            counterfactual=enough,
+        )
+        _write(out, page)
+        short = replace(explanation, plain=explanation.plain[:_TOP_K], robust=explanation.robust[:_TOP_K])
+        print_explanation(picture, short)
+        say(f"wrote {shown(out)}")
+
+
+def _check_target(out: Path) -> None:
+    """Refuse what could not be written, before anything is computed."""
+    if out.suffix.lower() not in _SUFFIXES:
+        raise typer.BadParameter(f"--out {shown(out)}: the name must end in {' or '.join(_SUFFIXES)}")
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"--out {shown(out)}: there is no folder {shown(out.parent)}; make it first")
+    if out.exists() and not out.is_file():
+        raise typer.BadParameter(f"--out {shown(out)} is there and is no file; choose another name")
+
+
+def _write(out: Path, page: str | Image.Image) -> None:
+    """Write a file beside its final place and only then give it its name: a failure leaves what was there before."""
+    target = out.resolve()  # through a link: what it leads to is replaced, not the link
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as workshop:
+        staging = Path(workshop) / target.name
+        if isinstance(page, str):
+            staging.write_text(page, encoding="utf-8")
+        else:
+            page.save(staging, "PNG")
+        os.replace(staging, target)

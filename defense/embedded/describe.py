@@ -1,0 +1,127 @@
+"""Make the catalogue of the embedded model's latents: `python -m defense.embedded.describe`.
+
+Pictures are scenes of the kind the CLIP was trained on, from a seed of their own; a catalogue names them by seed and
+index, and they are drawn again when they are looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from defense import artefact, catalogue
+from defense.classifier import EMBEDDED, Host, embedded_folder, load_host
+from defense.describe import Example, describe
+from defense.errors import ConfigError
+from defense.fit import GroupFit, Pairs, TextFit
+from defense.sae import SAEConfig, SparseAutoencoder
+
+from . import build, scenes, train_clip
+
+log = logging.getLogger(__name__)
+
+SEED = 51
+"""Of the pictures; no stream of `build.SEEDS` has it, nor one of these."""
+GROUP_SEEDS = {"waterbirds": 53, "celeba": 54}
+"""Of the pictures of a task with groups."""
+SEED_FIT = 52
+WORDS = (*train_clip.THINGS, *scenes.PLACES, "dark hair", "blond hair")
+"""What the text tower was taught."""
+N_STEERED = 4
+"""Pictures that each latent is steered on."""
+
+_ATTACK_EVERY = 4
+_TASK_OF = {seed: task for task, seed in GROUP_SEEDS.items()}
+
+
+def scene_of(key: str) -> scenes.Scene:
+    """Return the scene of a key, "scene:<seed>:<index>": a picture of a task with groups, or of `build.web_scenes`.
+
+    Raises:
+        ConfigError: The key is none of this form.
+    """
+    kind, _, place = key.partition(":")
+    seed_text, _, index_text = place.partition(":")
+    if kind != "scene" or not (seed_text.isdecimal() and index_text.isdecimal()):
+        raise ConfigError(f"{key!r} names no scene; want 'scene:<seed>:<index>'")
+    seed, index = int(seed_text), int(index_text)
+    if seed in _TASK_OF:
+        return next(islice(build.GROUPINGS[_TASK_OF[seed]].draw(index + 1, seed), index, None)).scene
+    if index % _ATTACK_EVERY == 0:
+        nth = index // _ATTACK_EVERY
+        return next(islice(scenes.typographic(nth + 1, 10_000 + seed, scenes.TRAIN_FONTS), nth, None)).scene
+    return train_clip.draw_example(10**9 + seed * 10**6 + index).scene
+
+
+def web_examples(n: int, seed: int, host: Host) -> Iterator[Example]:
+    """Yield pictures of the kind the CLIP was trained on; the class of one is the object that it shows."""
+    name_of = {emoji: name for name, emoji in scenes.OBJECTS.items()}
+    for index, scene in enumerate(build.web_scenes(n, seed)):
+        label = None if scene.subject is None else name_of.get(scene.subject.emoji)
+        yield Example(f"scene:{seed}:{index}", host.preprocess(scenes.render(scene)), label)
+
+
+def group_examples(task: str, n: int, host: Host) -> Iterator[Example]:
+    """Yield pictures of a task with groups, with their classes."""
+    grouping, seed = build.GROUPINGS[task], GROUP_SEEDS[task]
+    for index, case in enumerate(grouping.draw(n, seed)):
+        yield Example(f"scene:{seed}:{index}", host.preprocess(scenes.render(case.scene)), grouping.classes[case.y])
+
+
+def describe_defense(name: str, n: int, n_fit: int) -> list[catalogue.Catalogue]:
+    """Return the catalogues of the SAEs of a defense of the embedded model.
+
+    Args:
+        name: Of the defense, e.g. "text".
+        n: Pictures to look at; for a task with groups every other one is its own.
+        n_fit: Pictures for contrast and effect of a latent.
+    """
+    host = load_host(EMBEDDED)
+    defense = artefact.load(embedded_folder(name))
+    data, text_embeds = build.fit_data(name, n_fit, SEED_FIT, host)
+    n_own = n // 2 if name in GROUP_SEEDS else 0
+    pictures = list(web_examples(n - n_own, SEED, host))
+    pictures += group_examples(name, n_own, host) if n_own else []
+    made_from = {"pictures": "embedded", "seed_pictures": SEED, "seed_fit": SEED_FIT, "n_fit": n_fit}
+    found = []
+    for site in defense.sites:
+        sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
+        fit: TextFit | GroupFit
+        if isinstance(data, Pairs):
+            fit = TextFit(host.model, site.hook_point, sae, data, text_embeds)
+        else:
+            fit = GroupFit(host.model, site.hook_point, sae, data, text_embeds)
+        found.append(
+            describe(
+                host,
+                site.hook_point,
+                sae,
+                pictures,
+                WORDS,
+                columns=vars(fit.rank()),
+                n_steered=N_STEERED,
+                provenance=made_from,
+            )
+        )
+        log.info("described %s", site.hook_point)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and describe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder for the catalogues, e.g. defense/embedded/catalogue")
+    parser.add_argument("--defense", default="text", help="of the embedded model")
+    parser.add_argument("--n", type=int, default=3000, help="pictures")
+    parser.add_argument("--n-fit", type=int, default=300, help="pictures for contrast and effect")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    options.work.mkdir(parents=True, exist_ok=True)
+    catalogue.save(describe_defense(options.defense, options.n, options.n_fit), options.work / options.defense)
+
+
+if __name__ == "__main__":
+    main()

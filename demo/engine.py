@@ -1,0 +1,251 @@
+"""The model behind the page: one for all visitors, each of whom brings labels and controls of their own.
+
+A `Task` is something that may be removed, with the labels and the pictures that show it. The tasks of the embedded
+model stand here; any other defense is one task, with the labels that the command line gave.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from defense import labels
+from defense.classifier import EMBEDDED, Prediction, RobustClassifier
+from defense.embedded.scenes import OBJECTS
+from defense.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from defense.catalogue import Catalogue
+    from defense.explain import Controls, Counterfactual, Explanation
+    from defense.latents import LatentSet
+
+_MAX_VOCABULARIES = 32
+"""Sets of labels whose embeddings are kept."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something that may be removed.
+
+    Attributes:
+        name: Of its latent sets.
+        title: What the page calls it.
+        labels: What to classify into where a visitor gives nothing.
+        template: The prompt, with a literal {}.
+    """
+
+    name: str
+    title: str
+    labels: tuple[str, ...]
+    template: str = "a photo of a {}."
+
+
+EMBEDDED_TASKS = (
+    Task("text", "text in the picture", tuple(OBJECTS)),
+    Task("waterbirds", "background behind birds", ("landbird", "waterbird")),
+    Task("celeba", "gender behind hair colour", ("dark hair", "blond hair"), "a photo of a person with {}."),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a visitor asks about a picture.
+
+    Attributes:
+        labels: What to classify into, as `limits.check_labels` gives them.
+        template: The prompt, with a literal {}.
+        controls: What of the defense is in force; None for all of it.
+    """
+
+    labels: tuple[str, ...]
+    template: str
+    controls: Controls | None = None
+
+
+@dataclass
+class Engine:
+    """A classifier for many visitors at once.
+
+    Args:
+        clf: With a defense, or from a bundle.
+        tasks: What may be removed, at least one.
+        catalogues: What is known of the latents, by hook point.
+        title: What the page calls the model.
+    """
+
+    clf: RobustClassifier
+    tasks: tuple[Task, ...]
+    catalogues: Mapping[str, Catalogue] = field(default_factory=dict)
+    title: str = EMBEDDED
+
+    def __post_init__(self) -> None:
+        self._notes: OrderedDict[tuple[tuple[str, ...], str], tuple[str, ...]] = OrderedDict()
+
+    @property
+    def can_explain(self) -> bool:
+        """Whether plain answers and what was removed are known: a bundle holds the defended tower alone."""
+        return self.clf.__class__ is RobustClassifier
+
+    @property
+    def can_relabel(self) -> bool:
+        """Whether labels may be chosen: a bundle may hold some and no text tower."""
+        return self.can_explain or getattr(self.clf, "bundle").text_model is not None  # noqa: B009 - of a subclass
+
+    def question(self, text: str, template: str, controls: Controls | None = None, task: int = 0) -> Question:
+        """Return a visitor's question, checked.
+
+        Args:
+            text: Labels; where there are none, those of the task.
+            template: The prompt; where it is blank, that of the task.
+            controls: What of the defense is in force.
+            task: Which of `tasks`.
+
+        Raises:
+            ConfigError: See `limits.check_labels` and `labels.resolve_templates`.
+        """
+        from defense.demo import limits
+
+        chosen = limits.check_labels(text, self.tasks[task].labels)
+        if len(template) > limits.MAX_LABEL_LENGTH:
+            raise ConfigError(f"the prompt is {len(template):,} characters long; at most {limits.MAX_LABEL_LENGTH}")
+        (prompt,) = labels.resolve_templates([template.strip() or self.tasks[task].template])
+        return Question(chosen, prompt, controls)
+
+    def notes(self, question: Question) -> tuple[str, ...]:
+        """Return what the model had to say about labels when it first met them."""
+        return self._notes.get((question.labels, question.template), ())
+
+    def classify(self, image: Any, question: Question, top_k: int | None = None) -> Prediction:
+        """Return the defended answer."""
+        if not self.can_explain:
+            with self._encoding(question):
+                return self.clf(
+                    image, candidate_labels=question.labels, hypothesis_template=question.template, top_k=top_k
+                )
+        clf = self._asked(question)
+        if question.controls is None:
+            (found,) = clf.stream([image], top_k=top_k)
+            return found
+        return clf.classify_with(image, question.controls, top_k=top_k)
+
+    def explain(self, image: Any, question: Question, top_k: int | None = None) -> Explanation:
+        """Return both answers and what was removed."""
+        return self._asked(question).explain(image, top_k=top_k, controls=question.controls)
+
+    def counterfactual(self, image: Any, question: Question) -> Counterfactual:
+        """Return the few latents whose removal changes the plain answer."""
+        from defense.explain import counterfactual
+
+        return counterfactual(self._asked(question), image, controls=question.controls)
+
+    def embed(self, image: Any, *, plain: bool = False) -> np.ndarray:
+        """Return the image embedding, float32 [d_embed], normalised."""
+        if not plain:
+            return self.clf.transform([image])[0]
+        if not self.can_explain:
+            raise ConfigError("a bundle holds the defended tower alone, so there is no plain embedding")
+        from defense.images import decode
+
+        pixel_values = self.clf.host.preprocess(decode(image).image)[None]
+        return self.clf.encode_pixels(pixel_values, plain=True)[0]
+
+    def phrase(self, text: str, template: str) -> np.ndarray:
+        """Return the embedding of a phrase, float32 [d_embed], normalised."""
+        return self._asked(Question((text,), template)).text_embeds()[0]
+
+    def activation_map(self, image: Image.Image, hook_point: str, latent: int) -> np.ndarray:
+        """Return a latent's activation at each patch in the plain network, float32 [rows, columns]."""
+        from defense.catalogue import latent_map
+
+        with self.clf._lock:  # another visitor's pass would undo the bypass
+            return latent_map(self.clf.host, hook_point, self.clf.sae(hook_point), latent, image)
+
+    def seen_box(self, image: Image.Image) -> tuple[int, int, int, int]:
+        """Return the part of a picture that the model sees."""
+        return self.clf.host.preprocess.seen_box(*image.size)
+
+    def set_of(self, hook_point: str, latent: int) -> LatentSet | None:
+        """Return the latent set that names a latent, or None: the defense leaves it alone."""
+        sites = self.clf.defense.sites if self.can_explain and self.clf.defense is not None else ()
+        for site in sites:
+            for latent_set in site.sets:
+                if site.hook_point == hook_point and latent in latent_set.latents:
+                    return latent_set
+        return None
+
+    def name_of(self, hook_point: str, latent: int) -> str:
+        """Return a latent's best name, or "" where nothing is known of it."""
+        catalogue = self.catalogues.get(hook_point)
+        names = catalogue.names[latent] if catalogue is not None else ()
+        return names[0][0] if names else ""
+
+    def _asked(self, question: Question) -> RobustClassifier:
+        """Return the same model with a visitor's labels; other visitors' stay as they are."""
+        with self._encoding(question):
+            asked = copy.copy(self.clf).set_labels(question.labels, [question.template])
+            asked.text_embeds()
+        return asked
+
+    @contextmanager
+    def _encoding(self, question: Question) -> Iterator[None]:
+        """Keep what is said of labels while they are encoded, and the embeddings of the last few sets of labels."""
+        key = (question.labels, question.template)
+        with _said() as said:
+            yield
+        with self.clf._lock:
+            self._notes[key] = tuple(said) or self._notes.get(key, ())
+            self._notes.move_to_end(key)
+            while len(self._notes) > _MAX_VOCABULARIES:
+                self._notes.popitem(last=False)
+            cached = self.clf._text_embeds
+            while len(cached) > _MAX_VOCABULARIES:
+                cached.pop(next(iter(cached)))
+
+
+class _Collector(logging.Handler):
+    """Keeps the warnings of one thread."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.thread = threading.get_ident()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        if record.thread == self.thread:
+            self.said.append(record.getMessage())
+
+
+@contextmanager
+def _said() -> Iterator[list[str]]:
+    """Yield the list that collects what the package logs in this thread."""
+    collector, logger = _Collector(), logging.getLogger("defense")
+    logger.addHandler(collector)
+    try:
+        yield collector.said
+    finally:
+        logger.removeHandler(collector)
+
+
+def tasks_of(names: Sequence[str], default: Sequence[str] | None, template: str | None) -> tuple[Task, ...]:
+    """Return the tasks for the latent sets of a defense.
+
+    Args:
+        names: Of the sets.
+        default: Labels where a visitor gives none; the embedded model's own where None.
+        template: The prompt; the embedded model's own where None.
+    """
+    own = {task.name: task for task in EMBEDDED_TASKS} if default is None else {}
+    chosen = tuple(default or OBJECTS)
+    fallback = template or EMBEDDED_TASKS[0].template
+    return tuple(own.get(name) or Task(name, name, chosen, fallback) for name in names)

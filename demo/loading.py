@@ -1,0 +1,71 @@
+"""From the command line's arguments to an `Engine`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from defense import artefact, catalogue
+from defense.classifier import EMBEDDED, RobustClassifier, embedded_defenses, find_defense, load_host
+from defense.demo.engine import EMBEDDED_TASKS, Engine, Task, tasks_of
+
+
+def defended(
+    source: str = EMBEDDED,
+    labels: Sequence[str] | None = None,
+    template: str | None = None,
+    *,
+    model: str | None = None,
+    pretrained: str | None = None,
+    device: str = "auto",
+) -> Engine:
+    """Return the engine of a defense and the CLIP it was fitted on; "embedded" stands for all that ship with it.
+
+    Args:
+        source: See `find_defense`.
+        labels: What to classify into where a visitor gives nothing; the embedded model's own where None.
+        template: The prompt; the embedded model's own where None.
+        model: See `RobustClassifier.from_pretrained`.
+        pretrained: As above.
+        device: As above.
+    """
+    sources = _embedded_sources() if source == EMBEDDED else [source]
+    defense = artefact.join([find_defense(each) for each in sources]) if len(sources) > 1 else find_defense(sources[0])
+    if model is None:
+        model, pretrained = defense.host.model, defense.host.pretrained
+    clf = RobustClassifier(load_host(model, pretrained, device=device), defense)
+    catalogues: dict[str, catalogue.Catalogue] = {}
+    d_sae = {site.hook_point: site.sae_config["d_sae"] for site in reversed(defense.sites)}
+    for each in sources:
+        for hook_point, found in catalogue.find(each).items():
+            if d_sae.get(hook_point) == found.d_sae:  # else: of another SAE at the same block
+                catalogues.setdefault(hook_point, found)
+    title = ", ".join(part for part in (model, pretrained) if part)
+    return Engine(clf, tasks_of(defense.sets, labels, template), catalogues, title)
+
+
+def _embedded_sources() -> list[str]:
+    """Return the embedded model's defenses, in the order of their tasks."""
+    known = [task.name for task in EMBEDDED_TASKS]
+    there = embedded_defenses()
+    return [f"{EMBEDDED}:{name}" for name in known if name in there]
+
+
+def bundled(folder: str | os.PathLike[str], labels: Sequence[str] | None = None, template: str | None = None) -> Engine:
+    """Return the engine of an exported bundle, without torch.
+
+    Args:
+        folder: The bundle.
+        labels: What to classify into where a visitor gives nothing; those baked into the bundle where None.
+        template: The prompt; that of the bundle where None.
+    """
+    from defense.export.runtime import OnnxClassifier
+
+    clf = OnnxClassifier(folder)
+    if labels is not None:
+        clf.set_labels(labels, template or "simple")
+    assert clf.prompts is not None  # a bundle has labels
+    asked = clf.prompts.labels, template or clf.prompts.templates[0]
+    task = next((task for task in EMBEDDED_TASKS if (task.labels, task.template) == asked), Task("", "", *asked))
+    return Engine(clf, (task,), title=f"bundle {Path(folder).name}, {clf.running_on}")

@@ -1,0 +1,106 @@
+"""The third tab: the stored results of the benchmarks, as they stand in `benchmarks/results`."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from defense.errors import DefenseError
+
+NOTHING = "No results are stored with this installation. `defense bench` measures them."
+_NEEDS_TORCH = '`{file}` is there; its table takes torch to be put together: `pip install "clip-defense[torch]"`.'
+
+
+def results_folder() -> Path:
+    """Return where results are stored."""
+    return Path(str(resources.files("defense.benchmarks").joinpath("results")))
+
+
+def sections(folder: Path) -> list[str]:
+    """Return the stored results as Markdown, one section each."""
+    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    renderers = _renderers()
+    found = []
+    robust = []
+    for file in files:
+        if file.name in renderers:
+            title, render = renderers[file.name]
+            found.append(f"## {title}\n\n{_rendered(file, render)}")
+        else:
+            robust += _robust_results(file)
+    if robust:
+        found.append(_tables(robust))
+    return found or [NOTHING]
+
+
+def _renderers() -> dict[str, tuple[str, Callable[[Path], str]]]:
+    """Return, for each file that has a table of its own, its title and what makes the table."""
+
+    def embedded(path: Path) -> str:
+        from defense.benchmarks.report import embedded_table
+
+        return embedded_table(path)
+
+    def speed(path: Path) -> str:
+        from defense.benchmarks.report import speed_table
+
+        return speed_table(path)
+
+    return {
+        "embedded.json": ("The embedded model: objects with another object's name on them", embedded),
+        "speed-cpu.json": ("What it costs on a CPU", speed),
+    }
+
+
+def _rendered(file: Path, render: Callable[[Path], str]) -> str:
+    try:
+        return re.sub(r"^\| \|", "| model |", render(file), flags=re.MULTILINE)  # no column without a heading
+    except ImportError:
+        return _NEEDS_TORCH.format(file=file.name)
+    except (ValueError, KeyError, TypeError) as error:
+        return f"`{file.name}` is there and cannot be read ({type(error).__name__}: {error})."
+
+
+def _robust_results(file: Path) -> list[dict[str, Any]]:
+    """Return the results of `defense bench` in a file; none where it holds something else."""
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return []
+    rows = held if isinstance(held, list) else held.get("results", [held]) if isinstance(held, dict) else []
+    return [row for row in rows if isinstance(row, dict) and "robust" in row]
+
+
+def _tables(results: list[dict[str, Any]]) -> str:
+    from defense.benchmarks.tables import markdown
+
+    try:
+        return re.sub("^### ", "## ", markdown(results), flags=re.MULTILINE)
+    except (DefenseError, KeyError) as error:
+        return f"The stored results cannot be shown in one table: {error}"
+
+
+def plots(folder: Path) -> str:
+    """Return the stored plots as HTML."""
+    files = sorted(folder.glob("*.png")) if folder.is_dir() else []
+    return "".join(
+        f'<figure><img src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode("ascii")}" '
+        f'alt="Plot: {file.stem.replace("-", " ")}"><figcaption>{file.stem.replace("-", " ")}</figcaption></figure>'
+        for file in files
+    )
+
+
+def build(folder: Path | None = None) -> None:
+    """Put the tab together."""
+    folder = folder or results_folder()
+    for section in sections(folder):
+        gr.Markdown(section, elem_classes="measured")
+    if drawn := plots(folder):
+        gr.HTML(f'<div class="plots">{drawn}</div>')

@@ -1,0 +1,61 @@
+"""Demo servers in a process of their own: Gradio leaves event loops open, which would count as warnings here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+STUCK = "stuck"
+WITHOUT_TORCH = ("torch", "open_clip", "onnx", "onnxscript")
+
+
+@contextmanager
+def served(what: str | Path = "embedded") -> Iterator[str]:
+    """Serve a demo in another process, and yield its address.
+
+    Args:
+        what: "embedded"; `STUCK`, whose model never answers; or a bundle's folder, without torch.
+    """
+    command = [sys.executable, "-P", __file__, str(what)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()
+            process.wait(60)
+
+
+def main(what: str) -> None:
+    """Serve until stdin ends."""
+    if what != "embedded":
+        sys.modules.update(dict.fromkeys(WITHOUT_TORCH))  # as if they were not installed
+    from defense.demo.app import serving
+    from defense.demo.engine import Engine, Task
+    from defense.demo.loading import bundled, defended
+
+    never = threading.Event()
+
+    class Stuck(Engine):
+        def classify(self, *_arguments, **_options):
+            never.wait()
+            return []
+
+    if what == STUCK:
+        engine = Stuck(SimpleNamespace(bundle=SimpleNamespace(text_model=None)), (Task("", "", ("dog", "cat")),))
+    else:
+        engine = defended(device="cpu") if what == "embedded" else bundled(what)
+    with serving(engine) as address:
+        print(address, flush=True)  # noqa: T201
+        sys.stdin.read()
+        never.set()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,264 @@
+"""The comparison of ways to choose S, on a tiny CLIP: what each rule takes, when it stops, and that a run goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("open_clip")
+import torch
+
+from defense.benchmarks import latents
+from defense.benchmarks.latents import Bench, Choice, Chooser, Settings, _largest, arms, summary, table, verdict
+from defense.errors import ConfigError
+from defense.fit import FitConfig, Pairs, TextFit, _Trial
+
+from .conftest import random_sae
+
+POINT = "blocks.1.hook_resid_post"
+CONFIG = FitConfig(n_candidates=40, steps=8, batch=10, clean_budget=0.1, min_gain=0.0)
+STEERABILITY = np.where(np.arange(160) % 7, np.arange(160) / 160, np.nan)
+N_TEST = 20
+
+
+def pairs_of(clip, text_embeds: torch.Tensor, n: int, seed: int) -> Pairs:
+    def images(kind: int) -> torch.Tensor:
+        return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(10 * seed + kind))
+
+    with torch.inference_mode():
+        label = (torch.nn.functional.normalize(clip.encode_image(images(0)), dim=1) @ text_embeds.T).argmax(1).clone()
+    return Pairs(images(0), images(1), images(2), label, (label + 1) % 5)
+
+
+@pytest.fixture
+def bench(tiny_clip) -> Bench:
+    pictures = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    with torch.inference_mode():
+        embeds = torch.nn.functional.normalize(tiny_clip.encode_image(pictures), dim=1)
+    text_embeds = torch.nn.functional.normalize(embeds - embeds.mean(0), dim=1).clone()  # so that answers differ
+
+    def fit_of(seed: int) -> TextFit:
+        pairs = pairs_of(tiny_clip, text_embeds, 30, seed)
+        return TextFit(tiny_clip, POINT, random_sae(act="topk", k=8), pairs, text_embeds)
+
+    return Bench(fit_of, pairs_of(tiny_clip, text_embeds, N_TEST, 99), text_embeds)
+
+
+@pytest.fixture
+def chooser(bench) -> Chooser:
+    return Chooser(bench.fit_of(0), CONFIG, STEERABILITY, 0)
+
+
+def test_ours_is_what_fitting_chooses(chooser) -> None:
+    selection = chooser.fit.choose(chooser.ranking.order(), chooser.config)
+    assert selection.latents
+    assert list(chooser.ours.latents) == selection.latents
+    assert not any(chooser.ours.gains)
+    learnt = chooser.fit.choose(chooser.ranking.order(), replace(chooser.config, gains="learnt"))
+    assert chooser.without("full removal") == Choice(tuple(learnt.latents), tuple(learnt.gains))
+    assert chooser._chosen(chooser.ranking.order(), chooser.config) == chooser.ours
+
+
+def test_each_rule_ranks_by_its_own_score(chooser) -> None:
+    ranking = chooser.ranking
+    scores = {
+        "contrast": ranking.contrast,
+        "causal": ranking.effect,
+        "contrast x causal": ranking.contrast * ranking.effect,
+        "steerability": STEERABILITY,
+    }
+    for rule, score in scores.items():
+        ranked = score[chooser.order(rule)]
+        assert len(ranked) > 5
+        assert (np.diff(ranked) <= 0).all(), rule
+        assert (ranked > 0).all(), rule
+    assert (ranking.contrast[chooser.order("steerability")] > 0).all()
+
+
+def test_random_latents_are_none_of_ours_and_of_like_activity(chooser) -> None:
+    activity = chooser.fit._activity("attacked").numpy()
+    order = chooser.order("random")
+    assert len(set(order.tolist())) == len(order)
+    assert not set(order.tolist()) & set(chooser.ours.latents)
+    ranks = activity.argsort().argsort()
+    like = [abs(int(ranks[a]) - int(ranks[b])) for a, b in zip(order, chooser.ours.latents, strict=False)]
+    assert max(like) <= 45
+
+
+@pytest.mark.parametrize("rule", latents.RULES[1:])
+def test_equal_size_means_as_many_as_ours_removed_in_full(chooser, rule) -> None:
+    choice = chooser.as_many(rule)
+    assert len(choice.latents) == len(chooser.ours.latents)
+    assert choice.gains == ()
+
+
+@pytest.mark.parametrize("rule", ["contrast", "causal", "random"])
+def test_a_rule_stops_where_clean_pictures_would_suffer(chooser, rule) -> None:
+    n = len(chooser.own_stop(rule).latents)
+    trial = _Trial(chooser.fit, chooser.order(rule)[: CONFIG.n_candidates], CONFIG)
+    with torch.no_grad():
+        floor = trial.kept_accuracy([]) - CONFIG.clean_budget
+        assert trial.kept_accuracy(list(range(n))) >= floor
+        assert n == len(trial.latents) or trial.kept_accuracy(list(range(n + 1))) < floor
+
+
+def test_joint_gains_are_kept_as_they_were_learnt(chooser) -> None:
+    choice = chooser.own_stop("joint gains")
+    assert len(choice.gains) == len(choice.latents) > 0
+    assert all(0 <= gain <= 0.95 + 1e-9 for gain in choice.gains)
+
+
+def test_an_ablation_takes_out_its_ingredient_alone(chooser) -> None:
+    seen = {}
+
+    def choose(order, config):
+        seen["order"], seen["config"] = order, config
+        return Choice(())
+
+    chooser._chosen = choose
+    ranking = chooser.ranking
+    for ingredient, field in (("specificity", "specificity"), ("harm filter", "harm")):
+        chooser.without(ingredient)
+        score = ranking.effect * (1 if field == "specificity" else np.clip(ranking.specificity, 0, 1))
+        fits = (ranking.contrast > 0) & (ranking.effect > 0)
+        fits &= (ranking.effect > ranking.harm) if field == "specificity" else True
+        assert set(seen["order"].tolist()) == set(np.flatnonzero(fits & (score > 0)).tolist())
+        assert (np.diff(score[seen["order"]]) <= 0).all()
+        assert seen["config"] == chooser.config
+    for ingredient, field, value in (
+        ("kept weight", "kept_weight", 1.0),
+        ("chunk", "chunk", 1),
+        ("full removal", "gains", "learnt"),
+    ):
+        chooser.without(ingredient)
+        assert getattr(seen["config"], field) == value
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 5, 8, 13, 20])
+def test_the_largest_number_that_holds_is_found(limit) -> None:
+    assert _largest(20, lambda n: n <= limit) == limit
+    assert _largest(5, lambda n: n <= limit) == min(5, limit)
+
+
+def test_no_latents_are_the_plain_model(bench) -> None:
+    fit = bench.fit_of(0)
+    found = bench.is_correct(fit.tail, fit.sae, Choice(()))
+    assert found["clean"].all()
+    with torch.inference_mode():
+        answers = (fit.tail.embeds(fit.tail.resid(bench.pixel_values["attacked"])) @ bench.text_embeds.T).argmax(1)
+    np.testing.assert_array_equal(found["attacked"], (answers == bench.label).numpy())
+
+
+def test_gains_are_in_force_when_measured(bench) -> None:
+    fit = bench.fit_of(0)
+    all_of_them = tuple(range(160))
+    kept = bench.is_correct(fit.tail, fit.sae, Choice(all_of_them, (1.0,) * 160))
+    assert kept["clean"].all()
+    assert not bench.is_correct(fit.tail, fit.sae, Choice(all_of_them))["clean"].all()
+
+
+def test_packing_keeps_every_answer() -> None:
+    answers = np.random.default_rng(0).random(13) < 0.5
+    np.testing.assert_array_equal(latents._unpacked(latents._packed(answers), 13), answers)
+
+
+def record(arm: str, seed: int, clean: list[int], attacked: list[int]) -> dict:
+    correct = {"clean": latents._packed(np.array(clean, bool)), "attacked": latents._packed(np.array(attacked, bool))}
+    return {"arm": arm, "seed": seed, "latents": [1] * (seed + 1), "correct": correct}
+
+
+def test_the_summary_averages_over_seeds_and_compares_with_ours() -> None:
+    records = [
+        record("ours", 0, [1, 1, 1, 1], [1, 1, 1, 0]),
+        record("ours", 1, [1, 1, 1, 1], [1, 1, 1, 1]),
+        record("other", 0, [1, 1, 0, 0], [0, 0, 0, 0]),
+        record("other", 1, [1, 0, 0, 0], [0, 0, 1, 0]),
+    ]
+    rows = summary(records, 4)
+    assert rows["other"]["clean"]["value"] == 3 / 8
+    assert rows["other"]["by_seed"]["clean"] == [0.5, 0.25]
+    assert rows["other"]["less_ours"]["attacked"]["value"] == pytest.approx(1 / 8 - 7 / 8)
+    assert rows["other"]["n_latents"] == [1, 2]
+    assert rows["ours"]["less_ours"]["clean"]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("clean", "attacked", "said"),
+    [
+        ((-0.02, 0.01), (-0.3, -0.1), "yes: attacked"),
+        ((-0.02, -0.01), (-0.3, -0.1), "yes: clean and attacked"),
+        ((-0.02, 0.01), (-0.1, 0.1), "no difference seen"),
+        ((0.01, 0.02), (-0.1, 0.1), "no: better without"),
+        ((0.01, 0.02), (-0.2, -0.1), "a trade: attacked for clean"),
+    ],
+)
+def test_the_verdict_rests_on_intervals(clean, attacked, said) -> None:
+    assert verdict({k: {"low": v[0], "high": v[1]} for k, v in (("clean", clean), ("attacked", attacked))}) == said
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+SETTINGS = Settings(30, N_TEST, CONFIG)
+
+
+@pytest.fixture
+def run_tiny(bench, monkeypatch):
+    """`run`, with the tiny CLIP in the embedded model's place."""
+    from defense import artefact
+
+    site = SimpleNamespace(hook_point=POINT)
+    found = {POINT: SimpleNamespace(columns={"steerability": STEERABILITY})}
+    monkeypatch.setattr(latents.artefact, "load", lambda _: SimpleNamespace(sites=[site]))
+    monkeypatch.setattr(artefact, "sha256_of", lambda _: "0" * 64)
+    monkeypatch.setattr(latents.catalogue, "find", lambda _: found)
+    monkeypatch.setattr(latents, "load_host", lambda _: None)
+    monkeypatch.setattr(latents, "_embedded_bench", lambda *_: bench)
+    return lambda out, seeds=(0,), settings=SETTINGS, **options: latents.run(out, seeds, settings, **options)
+
+
+def results_of(result: dict) -> dict:
+    arms_done = [{**each, "seconds": 0} for each in result["arms"]]
+    return {**result, "arms": arms_done, "environment": None}
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_same_result(run_tiny, tmp_path) -> None:
+    whole = run_tiny(tmp_path / "whole.json")
+    assert [each["arm"] for each in whole["arms"]] == list(arms())
+    n_done = 0
+
+    def interrupt(_line: str) -> None:
+        nonlocal n_done
+        n_done += 1
+        if n_done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path / "cut", report=interrupt)
+    stored = json.loads((tmp_path / "cut" / "latents.json").read_text())
+    assert len(stored["arms"]) == 6
+    with pytest.raises(ConfigError, match="was interrupted"):
+        table(stored)
+    again: list[str] = []
+    assert results_of(run_tiny(tmp_path / "cut", report=again.append)) == results_of(whole)
+    assert len(again) == len(arms()) - 6
+    assert results_of(json.loads((tmp_path / "whole.json").read_text())) == results_of(whole)
+    text = table(whole)
+    assert all(f"| {name} |" in text for name in (*latents.RULES, *latents.ABLATIONS))
+
+
+def test_another_run_is_not_overwritten(run_tiny, tmp_path) -> None:
+    path = tmp_path / "latents.json"
+    path.write_text(json.dumps({"seeds": [5]}))
+    with pytest.raises(ConfigError, match="other settings"):
+        run_tiny(path)
+    assert json.loads(path.read_text()) == {"seeds": [5]}
+
+
+def test_without_a_catalogue_the_error_says_what_to_run(run_tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(latents.catalogue, "find", lambda _: {})
+    with pytest.raises(ConfigError, match=r"python -m defense\.embedded\.describe"):
+        run_tiny(tmp_path / "out.json")
