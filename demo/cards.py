@@ -85,9 +85,9 @@ def _known(gallery: Gallery, place: Place, catalogue: Catalogue) -> str:
     names_html = f'<ol class="names">{words}</ol>' if words else '<p class="empty">no word is near</p>'
     return (
         f"<section><h3>names it might have</h3>{names_html}</section>"
-        f"{_pictures(gallery, place, catalogue)}"
         f"<section><h3>activation, tokens by octave</h3>{histogram(catalogue.histogram[latent])}</section>"
-        f"<section><h3>measured</h3>{_numbers(_row(catalogue.columns, latent), COLUMNS)}</section>"
+        f"{_pictures(gallery, place, catalogue)}"
+        f'<section class="wide"><h3>measured</h3>{_numbers(_row(catalogue.columns, latent), COLUMNS)}</section>'
     )
 
 
@@ -96,8 +96,11 @@ def _why(latent_set: LatentSet, latent: int) -> str:
     scores = {name: column[index] for name, column in latent_set.scores.items()}
     rank = f"Number {index + 1} of {len(latent_set.latents)} in its set; keeps {100 * latent_set.gains[index]:.0f} %."
     if not scores:
-        return f"<section><h3>why it was chosen</h3><p>{rank} The defense does not say why.</p></section>"
-    return f"<section><h3>why it was chosen, and its effect</h3><p>{rank}</p>{_numbers(scores, SCORES)}</section>"
+        return f'<section class="wide"><h3>why it was chosen</h3><p>{rank} The defense does not say why.</p></section>'
+    return (
+        f'<section class="wide"><h3>why it was chosen, and its effect</h3><p>{rank}</p>'
+        f"{_numbers(scores, SCORES)}</section>"
+    )
 
 
 def _row(columns: Mapping[str, np.ndarray], latent: int) -> dict[str, float]:
@@ -118,7 +121,13 @@ def number(value: float) -> str:
     """Return a number in three figures; a dash where it means nothing."""
     if not math.isfinite(value):
         return "-"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}" if abs(value) < 0.1 else f"{value:.2f}"
+    return (
+        f"{value:.0f}"
+        if abs(value) >= 100 or value == int(value)
+        else f"{value:.2g}"
+        if abs(value) < 0.1
+        else f"{value:.2f}"
+    )
 
 
 def histogram(counts: np.ndarray) -> str:

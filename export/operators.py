@@ -52,9 +52,7 @@ def _is_plain_self_attention(
     return same and mask is None and padding is None and not module.add_zero_attn and query.ndim == 3
 
 
-def _attention_or_original(
-    module: nn.MultiheadAttention, *inputs: Tensor, **options: Any
-) -> tuple[Tensor, Tensor | None]:
+def _attention_or_original(module: nn.MultiheadAttention, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
     if _is_plain_self_attention(module, *inputs, **options):
         return attention(module, *inputs, **options)
     return type(module).forward(module, *inputs, **options)
@@ -63,7 +61,7 @@ def _attention_or_original(
 @contextmanager
 def rewritten(tower: nn.Module) -> Iterator[None]:
     """Let the modules of a tower compute as above for as long as the context lasts."""
-    changed = []
+    changed: list[nn.Module] = []
     try:
         for module in tower.modules():
             if isinstance(module, nn.MultiheadAttention):
@@ -74,9 +72,9 @@ def rewritten(tower: nn.Module) -> Iterator[None]:
                 forward = partial(gelu, module)
             else:
                 continue
-            module.forward = forward
+            vars(module)["forward"] = forward
             changed.append(module)
         yield
     finally:
         for module in changed:
-            del module.forward
+            del vars(module)["forward"]

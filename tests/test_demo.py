@@ -385,6 +385,14 @@ def test_plots_travel_in_the_page(tmp_path):
     assert "typographic strength" in html
 
 
+def test_the_load_test_states_quantiles_of_its_times():
+    from defense.benchmarks.demo import quantiles
+
+    assert quantiles([float(i) for i in range(1, 102)]) == {"p50": 51.0, "p95": 96.0, "max": 101.0}
+    assert quantiles([7.0]) == {"p50": 7.0, "p95": 7.0, "max": 7.0}
+    assert quantiles([]) == {}
+
+
 def test_controls_reach_the_model(demo, form):
     full, none = (demo.classify(form.picture, demo.question("", "", Controls(s)))[0]["label"] for s in (1.0, 0.0))
     assert (full, none) == ("apple", "pizza")
