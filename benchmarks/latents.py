@@ -129,8 +129,12 @@ class Chooser:
         by_activity = rest[np.argsort(activity[rest], kind="stable")]
         like: list[int] = []
         for place in np.searchsorted(activity[by_activity], activity[list(self.ours.latents)]):
-            near = by_activity[max(0, place - 20) : place + 20]
-            like.append(int(rng.choice(np.setdiff1d(near, like))))
+            reach = 20  # further, where ours are many of like activity and nothing is left so near
+            while not len(near := np.setdiff1d(by_activity[max(0, place - reach) : place + reach], like)):
+                if reach > len(rest):
+                    raise ConfigError(f"ours are {len(self.ours.latents)} latents; too few others fire to draw as many")
+                reach *= 2
+            like.append(int(rng.choice(near)))
         return np.array([*like, *rng.permutation(np.setdiff1d(rest, like))], dtype=int)
 
     def as_many(self, rule: str) -> Choice:

@@ -1,7 +1,7 @@
 """How right a method was, how sure that is, and whether another one was better.
 
 All of it is computed from `Answers`, one entry per picture. Shares lie in 0 to 1. Every figure comes with its n and
-a 95 % bootstrap interval over pictures (within groups, where there are groups), from a seed.
+a 95 % bootstrap interval over pictures (within groups, for the figures of groups), from a seed.
 """
 
 from __future__ import annotations

@@ -143,6 +143,12 @@ class FitConfig:
             raise ConfigError(f"edit={self.edit!r}; only 'scale' and 'project' can be fitted")
         if self.n_candidates < 1 or self.chunk < 1:
             raise ConfigError(f"n_candidates={self.n_candidates}, chunk={self.chunk}; both must be at least 1")
+        if self.steps < 0 or self.batch < 1:
+            raise ConfigError(f"steps={self.steps}, batch={self.batch}; want steps >= 0 and batch >= 1")
+        if self.gains not in ("zero", "learnt"):
+            raise ConfigError(f"gains={self.gains!r}; it must be 'zero' or 'learnt'")
+        if not 0 <= self.clean_budget <= 1:
+            raise ConfigError(f"clean_budget={self.clean_budget}; it is a fraction of the pictures, in [0, 1]")
         if not 0 < self.mass <= 1:
             raise ConfigError(f"mass={self.mass}; it must lie in (0, 1]: 1 sets no limit")
 
@@ -284,36 +290,46 @@ class _SiteFit:
         """Return logits_per_image [n, n_labels] of residuals at the hook point."""
         return self.logit_scale * self.tail.embeds(resid) @ self.text_embeds.T
 
-    def rank(self) -> Ranking:
-        """Score every latent: steps 1 and 2."""
-        contrast, total = self._contrast()
+    def rank(self, scope: Scope = "all") -> Ranking:
+        """Score every latent by what it does at the tokens of a scope: steps 1 and 2.
+
+        An SAE of CLS tokens means nothing at the others, of which there are many more.
+        """
+        positions = self.positions(scope)
+        contrast, total = self._contrast(positions)
         specificity = contrast / total.clamp(min=1e-9)
-        effect = torch.stack([self._attribution(self.arms[name], _margin) for name in self.fooled]).mean(0)
-        harm = torch.stack([self._attribution(self.arms[name], _log_prob) for name in self.kept]).mean(0)
+        effect = torch.stack([self._attribution(self.arms[name], _margin, positions) for name in self.fooled]).mean(0)
+        harm = torch.stack([self._attribution(self.arms[name], _log_prob, positions) for name in self.kept]).mean(0)
         return Ranking(*(column.cpu().numpy() for column in (contrast, specificity, effect, harm)))
 
-    def _contrast(self) -> tuple[Tensor, Tensor]:
+    def positions(self, scope: Scope) -> slice:
+        """Return the tokens that an edit of a scope touches here."""
+        host = self.tail.host
+        return token_slice(host.effective_scope(self.hook_point, scope), host.n_prefix)
+
+    def _contrast(self, positions: slice) -> tuple[Tensor, Tensor]:
         """Return the difference that the cue makes to each latent, and the sum of both sides, float64 [d_sae]."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def _activity(self, arm: str) -> Tensor:
+    def _activity(self, arm: str, positions: slice = slice(None)) -> Tensor:
         """Return each latent's activation, summed over tokens, mean over pictures, float64 [d_sae]."""
-        resid = self.arms[arm].resid
+        resid = self.arms[arm].resid[:, positions]
         total = torch.zeros(self.sae.config.d_sae, dtype=torch.float64, device=self.device)
         for part in resid.split(50):
             total += self.sae.encode(part).sum((0, 1)).double()
         return total / len(resid)
 
-    def _attribution(self, arm: _Arm, target: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def _attribution(self, arm: _Arm, target: Callable[[Tensor, Tensor, Tensor], Tensor], positions: slice) -> Tensor:
         """Return mean over pictures of sum over tokens of f_i * (gradient of the target along decoder row i)."""
         total = torch.zeros(self.sae.config.d_sae, dtype=torch.float64, device=self.device)
         for rows in torch.arange(len(arm.answer), device=self.device).split(50):
             leaf = arm.resid[rows].clone().requires_grad_()
             (gradient,) = torch.autograd.grad(target(self.logits(leaf), arm.answer[rows], arm.rival[rows]).sum(), leaf)
             with torch.no_grad():
-                scale = normalise(arm.resid[rows], self.sae.config.norm).scale
-                written = self.sae.encode(arm.resid[rows]) * (gradient @ self.sae.W_dec.T)
+                resid = arm.resid[rows][:, positions]
+                scale = normalise(resid, self.sae.config.norm).scale
+                written = self.sae.encode(resid) * (gradient[:, positions] @ self.sae.W_dec.T)
                 total += (written if scale is None else written * scale).sum((0, 1)).double()
         return total / len(arm.answer)
 
@@ -406,8 +422,8 @@ class TextFit(_SiteFit):
         for name in ("clean", "neutral", "attacked"):
             self.add_arm(name, getattr(pairs, name), pairs.label, pairs.word)
 
-    def _contrast(self) -> tuple[Tensor, Tensor]:
-        attacked, neutral = self._activity("attacked"), self._activity("neutral")
+    def _contrast(self, positions: slice) -> tuple[Tensor, Tensor]:
+        attacked, neutral = self._activity("attacked", positions), self._activity("neutral", positions)
         return attacked - neutral, attacked + neutral
 
 
@@ -449,10 +465,10 @@ class GroupFit(_SiteFit):
         arm = self.arms[name]
         return float((self.logits(arm.resid).argmax(1) == arm.answer).double().mean())
 
-    def _contrast(self) -> tuple[Tensor, Tensor]:
+    def _contrast(self, positions: slice) -> tuple[Tensor, Tensor]:
         """The range over values of the attribute, averaged over classes: a latent may stand for either value."""
-        activity = torch.stack([torch.stack([self._activity(f"{y}-{a}") for a in self.values]) for y in self.classes])
-        by_value = activity.mean(0)
+        by_class = [torch.stack([self._activity(f"{y}-{a}", positions) for a in self.values]) for y in self.classes]
+        by_value = torch.stack(by_class).mean(0)
         high, low = by_value.amax(0), by_value.amin(0)
         return high - low, high + low
 
@@ -484,7 +500,7 @@ def _greedy(trial: _Trial, ranked: np.ndarray, config: FitConfig) -> Selection:
         chunk = chunks.pop(0)
         loss = trial.fooled_loss(columns + chunk)
         helps = loss < selection.loss[-1] - config.min_gain
-        clean = trial.kept_accuracy(columns + chunk) if helps else -1.0
+        clean = trial.kept_accuracy(columns + chunk) if helps else -math.inf
         if clean >= floor:
             columns += chunk
             selection.loss.append(loss)
@@ -504,8 +520,7 @@ class _Trial:
     def __init__(self, fit: _SiteFit, latents: np.ndarray, config: FitConfig) -> None:
         self.fit, self.edit, self.latents = fit, config.edit, np.asarray(latents, dtype=np.int64)
         index = torch.from_numpy(self.latents).to(fit.device)
-        host = fit.tail.host
-        self.positions = token_slice(host.effective_scope(fit.hook_point, config.scope), host.n_prefix)
+        self.positions = fit.positions(config.scope)
         with torch.no_grad():
             self.acts = {
                 name: torch.cat([fit.sae.encode(part[:, self.positions])[..., index] for part in arm.resid.split(50)])

@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from .writing import writable, write_word
 WORD_HEIGHT = (0.14, 0.28)
 """Font size of the written label, as a fraction of the picture's shorter side."""
 
-_TEST_SPLITS = ("2", "test")
+_TEST_SPLITS = ("2", "2.0", "test")
 _MOST_VALUES = 20
 """Distinct values of an attribute; a column with more is something else."""
 _NEIGHBOURS = 10
@@ -158,15 +159,15 @@ def text_material(clf: RobustClassifier, source: Pictures, *, n: int, seed: int)
     clean = _read(clf, pictures)
     label = (_embeds(clf, clean.pixel_values) @ clf.text_embeds().T).argmax(1)
     readable = [pictures[row] for row in clean.rows]
-    chosen = {
-        picture.name: int(_rng(seed, picture).choice([c for c in choices if c != answer]))
+    chosen = {  # by picture: two folders may hold one of the same name
+        picture: int(_rng(seed, picture).choice([c for c in choices if c != answer]))
         for picture, answer in zip(readable, label, strict=True)
     }
 
     def written(*, blank: bool) -> np.ndarray:
         def change(picture: Picture, image: Image.Image) -> Image.Image:
             rng = _rng(seed + 1, picture)
-            return write_word(image, rng, words[chosen[picture.name]], height=WORD_HEIGHT, blank=blank)
+            return write_word(image, rng, words[chosen[picture]], height=WORD_HEIGHT, blank=blank)
 
         return _read(clf, readable, change).pixel_values
 
@@ -175,7 +176,7 @@ def text_material(clf: RobustClassifier, source: Pictures, *, n: int, seed: int)
         neutral=torch.from_numpy(written(blank=True)),
         attacked=torch.from_numpy(written(blank=False)),
         label=torch.from_numpy(label),
-        word=torch.tensor([chosen[picture.name] for picture in readable]),
+        word=torch.tensor([chosen[picture] for picture in readable]),
     )
     provenance = _provenance("text", pictures, clean, source_sha256=source.fingerprint)
     return Material(data, np.zeros(len(label), dtype=np.int64), clean.unreadable, provenance)
@@ -198,6 +199,7 @@ class Metadata:
         a: Index of the attribute's value, int64 [n]; None where no column holds it.
         values: The attribute's values, as they stand there.
         n_test: Rows that were left out because a column "split" puts them into the test set.
+        has_split: Whether there is such a column.
     """
 
     pictures: tuple[Picture, ...]
@@ -205,6 +207,7 @@ class Metadata:
     a: np.ndarray | None
     values: tuple[str, ...]
     n_test: int
+    has_split: bool
 
 
 def read_metadata(
@@ -218,31 +221,35 @@ def read_metadata(
 ) -> Metadata:
     """Read a csv file with a row per picture, such as Waterbirds' metadata.csv or CelebA's list_attr_celeba.csv.
 
-    Rows whose column "split" says "test", or 2, are left out: nothing is fitted on a test set.
+    Rows whose column "split" says "test", or 2, are left out: nothing is fitted on a test set. A file without that
+    column, such as CelebA's, is used as a whole.
 
     Args:
         path: The file: UTF-8, comma separated, names of the columns in the first line.
         classes: The classes, in the order of their numbers.
-        path_column: Where a picture is, relative to `root`.
+        path_column: Where a picture is, relative to `root` and within it.
         label_column: Its class: one of the names, its number from 0, or -1 and 1 for the first and second.
         attribute_column: What should not count: any values.
         root: Folder of the pictures; by default that of the file.
 
     Raises:
-        ConfigError: The file is no csv file, lacks a column, has no rows to fit on, or holds a value that is none of
-            these.
+        ConfigError: The file is no csv file, lacks a column, has no rows to fit on, holds a value that is none of
+            these, or a path that leads out of `root`.
     """
     root = path.parent if root is None else root
     wanted = [column for column in (path_column, label_column, attribute_column) if column is not None]
     rows = _csv_rows(path, wanted)
-    used = [(line, row) for line, row in rows if (row.get("split") or "").strip().lower() not in _TEST_SPLITS]
+    split = next((name for name in (rows[0][1] if rows else ()) if str(name).strip().lower() == "split"), None)
+    used = [
+        (line, row) for line, row in rows if split is None or (row[split] or "").strip().lower() not in _TEST_SPLITS
+    ]
     if not used:
         raise ConfigError(f"{path} has no rows to fit on, apart from {len(rows)} of the test split")
     y = np.array([_class_of(row[label_column], classes, f"{path}, line {line}") for line, row in used])
     a: np.ndarray | None = None
     values: tuple[str, ...] = ()
     if attribute_column is not None:
-        cells = [row[attribute_column] for _, row in used]
+        cells = [row[attribute_column].strip() for _, row in used]
         values = tuple(sorted(set(cells)))
         if not 2 <= len(values) <= _MOST_VALUES:
             raise ConfigError(
@@ -250,8 +257,17 @@ def read_metadata(
                 f"2 to {_MOST_VALUES}"
             )
         a = np.array([values.index(cell) for cell in cells])
-    pictures = tuple(Picture(row[path_column], i, root / row[path_column]) for i, (_, row) in enumerate(used))
-    return Metadata(pictures, y, a, values, len(rows) - len(used))
+    pictures = tuple(
+        Picture(row[path_column], i, _within(root, row[path_column], f"{path}, line {line}"))
+        for i, (line, row) in enumerate(used)
+    )
+    return Metadata(pictures, y, a, values, len(rows) - len(used), split is not None)
+
+
+def _within(root: Path, cell: str, where: str) -> Path:
+    if not Path(os.path.abspath(root / cell)).is_relative_to(os.path.abspath(root)):
+        raise ConfigError(f"{where}: the path {cell!r} leads out of the pictures' folder {root}; give paths within it")
+    return root / cell
 
 
 def _csv_rows(path: Path, wanted: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
@@ -353,10 +369,12 @@ def spurious_material(
         seed: Decides which.
 
     Raises:
-        ConfigError: There are fewer than two prompts, a group comes out empty, or no picture can be read.
+        ConfigError: There are fewer than two prompts or classes, a group comes out empty, or no picture can be read.
     """
     if len(spurious) < 2:
         raise ConfigError(f"the spurious prompts are {list(spurious)}; give two or more, which exclude each other")
+    if len(clf.classes_) < 2:
+        raise ConfigError(f"the classes are {list(clf.classes_)}; give two or more")
     pictures = sample(source, n, seed)
     read = _read(clf, pictures)
     embeds = _embeds(clf, read.pixel_values)

@@ -115,6 +115,7 @@ def markdown(fitted: Fitted) -> str:
         lines += ["## Layers and tokens", "", "| place | points gained | points lost | latents |", "|---|---|---|---|"]
         lines += [_option_row(option) for option in fitted.options]
         lines += ["", "![points gained and lost](sweep.png)", ""]
+        lines += ["The place was chosen by these figures, so those of the chosen one flatter it a little.", ""]
     for each in fitted.sites:
         lines += _site_lines(each)
     return "\n".join(lines)

@@ -131,7 +131,7 @@ def fit_sites(
                 fit = TextFit(host.model, plan.hook_point, plan.sae, data, text_embeds)
             else:
                 fit = GroupFit(host.model, plan.hook_point, plan.sae, data, text_embeds)
-            ranking = fit.rank()
+            ranking = fit.rank(plan.config.scope)
             selection = fit.choose(ranking.order(plan.config.mass), plan.config)
         latent_set = fit.latent_set(selection, ranking, plan.config, name)
         parameters = {key: t.astype(dtype).astype(np.float32) for key, t in plan.sae.parameters_numpy().items()}
@@ -364,7 +364,8 @@ class Fitted:
     Attributes:
         defense: Without golden vectors yet.
         sites: Its blocks, and those at which nothing was chosen.
-        validation: What this way to fit does to pictures that it was not fitted on.
+        validation: What this way to fit does to pictures that it was not fitted on. After a sweep these have chosen
+            the placement, so the figures flatter it a little.
         options: What was tried; empty without a sweep.
     """
 

@@ -179,7 +179,8 @@ class ZeroShotClassifier(ABC):
         """
         chosen = self._labels() if candidate_labels is None else labels.check_labels(candidate_labels)
         before = self.prompts.templates if self.prompts is not None else "simple"
-        prompts = labels.Prompts(chosen, labels.resolve_templates(hypothesis_template or before))
+        template = before if hypothesis_template is None else hypothesis_template
+        prompts = labels.Prompts(chosen, labels.resolve_templates(template))
         if isinstance(images, (list, tuple)):
             return list(self._stream(images, prompts, on_error, top_k))
         if isinstance(images, Iterator) and not hasattr(images, "read"):

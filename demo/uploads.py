@@ -27,8 +27,7 @@ def untouched(component: Component) -> Component:
 
     Its methods are replaced on the object: for a subclass, Gradio would write a `.pyi` file beside this one.
     """
-    component.async_move_resource_to_block_cache = _as_it_lies  # type: ignore[method-assign]
-    component.preprocess = _bytes_of  # type: ignore[method-assign]
+    vars(component).update(async_move_resource_to_block_cache=_as_it_lies, preprocess=_bytes_of)
     return component
 
 

@@ -130,8 +130,9 @@ def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, row
     todo = pending(shards, out)
     done = {"shards": len(shards), "worked_on": len(todo), "rows": 0, "errors": 0}
     if todo:
+        worker: Any = ShardWorker  # a class is what `map` starts actors of; Ray's annotation knows functions only
         dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
-            ShardWorker, fn_constructor_args=(source, out, predictor), concurrency=workers, num_cpus=1
+            worker, fn_constructor_args=(source, out, predictor), concurrency=workers, num_cpus=1
         )
         for result in dataset.iter_rows():
             done["rows"] += result["rows"]

@@ -118,11 +118,21 @@ def fit(
         if not sae:
             raise typer.BadParameter("--sae is missing: a folder that `defense train` or `defense import` wrote")
         chosen = _choices(task, labels, labels_file, classes)
-        _check_sources(task, pictures, metadata, spurious)
+        _check_sources(task, pictures, metadata, attribute_column, spurious)
+        if sweep and scope is not None:
+            raise typer.BadParameter("--sweep tries every scope; leave out --scope")
         artefact.check_target(out)
         if report is not None:
+            if report.resolve().is_relative_to(out.resolve()):
+                raise typer.BadParameter(
+                    f"--report {report} lies in the folder of the defense, which holds nothing else"
+                )
             fit_report.check_target(report)
         checkpoints = [checkpoint.load(folder) for folder in sae]
+        if calibrate and not any(each.sae.config.act == "topk" for each in checkpoints):
+            raise typer.BadParameter(
+                "--calibrate is for SAEs with a topk rule; leave it out, these decide alone already"
+            )
         host = load_host(model, pretrained, device=resolve_device(device))
         config = FitConfig(
             clean_budget=clean_budget / len(sae), edit=edit.value, mass=mass, seed=seed, **_SETTINGS[task]
@@ -180,12 +190,16 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-def _check_sources(task: Task, pictures: list[Path] | None, metadata: Path | None, spurious: str | None) -> None:
+def _check_sources(
+    task: Task, pictures: list[Path] | None, metadata: Path | None, attribute_column: str | None, spurious: str | None
+) -> None:
     """Refuse sources that contradict each other or the task."""
     if task is Task.text and (metadata is not None or spurious is not None):
         raise typer.BadParameter("--metadata and --spurious go with --task group")
     if metadata is not None and spurious is not None:
         raise typer.BadParameter("give --metadata, which names the groups, or --spurious, which does without; not both")
+    if attribute_column is not None and metadata is None:
+        raise typer.BadParameter("--attribute-column names a column of --metadata; give that too")
     if metadata is None and not pictures:
         raise typer.BadParameter("no pictures: give a folder, or --metadata FILE")
     if metadata is not None and len(pictures or []) > 1:
@@ -215,6 +229,8 @@ def _material(
         )  # fmt: skip
         if rows.n_test:
             say(f"{rows.n_test} rows of the test split were left out")
+        if not rows.has_split:
+            say(f"{shown(metadata)} has no column 'split': if it lists test pictures, they are fitted on too")
         return fit_data.metadata_material(clf, rows, n=n, seed=seed)
     source = open_pictures(pictures)
     if task is Task.text:
