@@ -214,10 +214,10 @@ def arms() -> dict[str, Callable[[Chooser], Choice]]:
     """Return every way of choosing: name -> what does it. Ours first: others take its number of latents."""
     found: dict[str, Callable[[Chooser], Choice]] = {"plain": lambda _: Choice(()), "ours": lambda c: c.ours}
     for rule in RULES[1:]:
-        found[f"{rule}, as many"] = lambda c, rule=rule: c.as_many(rule)
-        found[f"{rule}, own stop"] = lambda c, rule=rule: c.own_stop(rule)
+        found[f"{rule}, as many"] = partial(Chooser.as_many, rule=rule)
+        found[f"{rule}, own stop"] = partial(Chooser.own_stop, rule=rule)
     for ingredient in ABLATIONS:
-        found[f"without {ingredient}"] = lambda c, ingredient=ingredient: c.without(ingredient)
+        found[f"without {ingredient}"] = partial(Chooser.without, ingredient=ingredient)
     return found
 
 

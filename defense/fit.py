@@ -147,8 +147,8 @@ class FitConfig:
             raise ConfigError(f"steps={self.steps}, batch={self.batch}; want steps >= 0 and batch >= 1")
         if self.gains not in ("zero", "learnt"):
             raise ConfigError(f"gains={self.gains!r}; it must be 'zero' or 'learnt'")
-        if not 0 <= self.clean_budget <= 1:
-            raise ConfigError(f"clean_budget={self.clean_budget}; it is a fraction of the pictures, in [0, 1]")
+        if not self.clean_budget >= 0:
+            raise ConfigError(f"clean_budget={self.clean_budget}; it is a fraction of the pictures, 0 or more")
         if not 0 < self.mass <= 1:
             raise ConfigError(f"mass={self.mass}; it must lie in (0, 1]: 1 sets no limit")
 

@@ -239,10 +239,8 @@ def read_metadata(
     root = path.parent if root is None else root
     wanted = [column for column in (path_column, label_column, attribute_column) if column is not None]
     rows = _csv_rows(path, wanted)
-    split = next((name for name in (rows[0][1] if rows else ()) if str(name).strip().lower() == "split"), None)
-    used = [
-        (line, row) for line, row in rows if split is None or (row[split] or "").strip().lower() not in _TEST_SPLITS
-    ]
+    split = next((name for name in (rows[0][1] if rows else ()) if str(name).strip().lower() == "split"), "")
+    used = [(line, row) for line, row in rows if (row.get(split) or "").strip().lower() not in _TEST_SPLITS]
     if not used:
         raise ConfigError(f"{path} has no rows to fit on, apart from {len(rows)} of the test split")
     y = np.array([_class_of(row[label_column], classes, f"{path}, line {line}") for line, row in used])
@@ -261,7 +259,7 @@ def read_metadata(
         Picture(row[path_column], i, _within(root, row[path_column], f"{path}, line {line}"))
         for i, (line, row) in enumerate(used)
     )
-    return Metadata(pictures, y, a, values, len(rows) - len(used), split is not None)
+    return Metadata(pictures, y, a, values, len(rows) - len(used), bool(split))
 
 
 def _within(root: Path, cell: str, where: str) -> Path:

@@ -93,9 +93,9 @@ class Expected:
     """What a graph must answer.
 
     Attributes:
-        inputs: Name -> `N_ROWS` rows.
+        inputs: Name -> rows, as many for each, and `N_ROWS` at least.
         input_axes: Name -> names and sizes of its axes.
-        outputs: Name -> `N_ROWS` rows, embeddings first.
+        outputs: Name -> as many rows, embeddings first.
         output_axes: Name -> names and sizes of its axes.
         logits: Name of the output that holds logits, if one does.
     """
@@ -106,13 +106,23 @@ class Expected:
     output_axes: Mapping[str, list[str | int]]
     logits: str | None = None
 
+    @property
+    def n_rows(self) -> int:
+        """How many rows there are."""
+        return len(next(iter(self.inputs.values())))
 
-def batches() -> Iterator[tuple[int, int]]:
-    """Yield first and last row of each batch: every row once, and then those of the batch of 5 again, one by one."""
+
+def batches(n_rows: int) -> Iterator[tuple[int, int]]:
+    """Yield first and last row of each batch: every row once, and then those of the batch of 5 again, one by one.
+
+    Rows beyond `N_ROWS` come in further batches of 32.
+    """
     start = 0
     for size in BATCHES:
         yield start, start + size
         start += size
+    for start in range(N_ROWS, n_rows, BATCHES[-1]):
+        yield start, min(start + BATCHES[-1], n_rows)
     first = BATCHES[0] + BATCHES[1]
     yield from ((row, row + 1) for row in range(first, first + BATCHES[2]))
 
@@ -143,7 +153,7 @@ def _run(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     from defense.export.probe import INPUTS, JOB, OUTPUTS, SIGNATURE
 
-    job = {"model": str(model.resolve()), "batches": list(batches()), "options": dict(options)}
+    job = {"model": str(model.resolve()), "batches": list(batches(expected.n_rows)), "options": dict(options)}
     (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
     save_file({name: np.ascontiguousarray(rows) for name, rows in expected.inputs.items()}, folder / INPUTS)
     try:
@@ -180,10 +190,11 @@ def _compare_values(answers: Mapping[str, np.ndarray], expected: Expected, toler
     failures: list[str] = []
     embeds_name = next(iter(expected.outputs))
     together: dict[str, np.ndarray] = {}
-    ranges = list(batches())
+    every = list(batches(expected.n_rows))
+    ranges, singles = every[: -BATCHES[2]], every[-BATCHES[2] :]
     for name, rows in expected.outputs.items():
-        parts = [answers[f"{name}.{start}.{stop}"] for start, stop in ranges[: len(BATCHES)]]
-        for (start, stop), part in zip(ranges, parts, strict=False):
+        parts = [answers[f"{name}.{start}.{stop}"] for start, stop in ranges]
+        for (start, stop), part in zip(ranges, parts, strict=True):
             if part.shape != (shape := rows[start:stop].shape):
                 failures.append(f"{name} is {list(part.shape)} at batch {stop - start}, want {list(shape)}")
             elif not np.isfinite(part).all():
@@ -193,10 +204,10 @@ def _compare_values(answers: Mapping[str, np.ndarray], expected: Expected, toler
         raise ParityError(tuple(failures), float("nan"), tolerance.atol, embeds_name)
 
     got, want = together[embeds_name], expected.outputs[embeds_name]
-    alone = np.concatenate([answers[f"{embeds_name}.{start}.{stop}"] for start, stop in ranges[len(BATCHES) :]])
-    first = ranges[len(BATCHES)][0]
+    alone = np.concatenate([answers[f"{embeds_name}.{start}.{stop}"] for start, stop in singles])
+    first = singles[0][0]
     parity = Parity(
-        rows=N_ROWS,
+        rows=expected.n_rows,
         batches=BATCHES,
         max_abs_diff=float(np.abs(got - want).max()),
         cosine=float((got * want).sum(1).min()),
@@ -208,8 +219,8 @@ def _compare_values(answers: Mapping[str, np.ndarray], expected: Expected, toler
     if parity.cosine < tolerance.cosine:
         failures.append(f"{embeds_name} has a cosine of {parity.cosine:.6f} with torch's, want {tolerance.cosine}")
     if parity.agreement < tolerance.agreement:
-        flips = round((1 - parity.agreement) * N_ROWS)
-        failures.append(f"{flips} of {N_ROWS} rows get another label; {tolerance.agreement:.1%} must be the same")
+        flips = round((1 - parity.agreement) * parity.rows)
+        failures.append(f"{flips} of {parity.rows} rows get another label; {tolerance.agreement:.1%} must be the same")
     if parity.batch_diff > tolerance.atol:
         failures.append(
             f"a row alone and in a batch differ by {parity.batch_diff:.2g}, allowed are {tolerance.atol:.2g}"

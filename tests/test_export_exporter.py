@@ -77,8 +77,8 @@ def test_bundle_holds_what_was_asked_for(tiny_bundle, tiny_classifier):
 
 def wrong(tiny_classifier, monkeypatch, change) -> None:
     """Let torch expect something else than what the graph computes."""
-    right = exporter._expected_of_vision(tiny_classifier)
-    monkeypatch.setattr(exporter, "_expected_of_vision", lambda _clf: change(right))
+    right = exporter._expected_of_vision(tiny_classifier, "fp32")
+    monkeypatch.setattr(exporter, "_expected_of_vision", lambda _clf, _dtype: change(right))
 
 
 def shifted(expected: verify.Expected) -> verify.Expected:

@@ -97,6 +97,19 @@ def test_a_block_is_fitted_with_those_before_it_at_work(host, spec, material):
     assert not np.array_equal(unaware.effect, second.ranking.effect)
 
 
+@pytest.mark.parametrize(("scope", "tokens"), [("cls", slice(0, 1)), ("patch", slice(1, None))])
+def test_latents_are_ranked_by_the_tokens_that_are_edited(host, spec, material, scope, tokens):
+    only = plan(1, replace(EASY, scope=scope), tokens=scope)
+    (fitted,) = fit_sites(host, spec, [only], material.data, TEXT_EMBEDS, name="text")
+    fit = TextFit(host.model, POINT.format(1), only.sae, material.data, TEXT_EMBEDS)
+    acts = {name: only.sae.encode(fit.arms[name].resid[:, tokens]).sum((0, 1)) / 18 for name in ("attacked", "neutral")}
+    want = (acts["attacked"] - acts["neutral"]).numpy()
+    np.testing.assert_allclose(fitted.ranking.contrast, want, atol=1e-4)
+    both = fit.rank("cls").effect + fit.rank("patch").effect
+    np.testing.assert_allclose(both, fit.rank("all").effect, atol=1e-6)
+    np.testing.assert_array_equal(fitted.ranking.effect, fit.rank(scope).effect)
+
+
 def test_later_blocks_see_what_earlier_ones_do_as_stored(host, spec, material):
     fitted = fit_sites(host, spec, [plan(0)], material.data, TEXT_EMBEDS, name="text", dtype=np.float16)
     stored = fitted[0].site.parameters["W_dec"]
@@ -246,6 +259,7 @@ def check_report(fitted: Fitted, folder: Path) -> None:
         with Image.open(folder / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 5
     text = (folder / "report.md").read_text()
+    assert "The place was chosen by these figures" in text
     row = fitted.validation.summary()["attacked"]
     assert f"| right with a wrong word on it | {100 * row['plain']:.1f} | {100 * row['defended']:.1f} ±" in text
     for latent in fitted.defense.sites[0].sets[0].latents:
@@ -361,6 +375,7 @@ def test_groups_come_from_a_csv_file(run, pictures, sae_folder, tmp_path):
     code, text, talk = run(out, pictures, *arguments, "--attribute-column", "place")
     assert code == 0, talk
     assert "worst" in text
+    assert "rows.csv has no column 'split'" in " ".join(talk.split())
     assert artefact.load(out).provenance["pictures"]["groups"] == {"a, 0": 4, "a, 1": 3, "b, 0": 4, "b, 1": 3}
     code, _, talk = run(tmp_path / "other", pictures, *arguments, "--attribute-column", "background")
     assert code == 2
@@ -403,15 +418,40 @@ def test_nothing_that_helps_leaves_no_artefact(run, pictures, sae_folder, tmp_pa
         (["PICTURES", "--sae", "SAE", "--labels", "a,b", "--mass", "2"], "mass=2"),
         (["PICTURES", "--sae", "PICTURES", "--labels", "a,b"], "sae.json is missing"),
         (["PICTURES", "--sae", "SAE", "--sae", "SAE", "--labels", "a,b"], "one SAE per block"),
+        (["PICTURES", "--sae", "SAE", "--labels", "a,b", "--sweep", "--scope", "cls"], "leave out --scope"),
+        (["PICTURES", "--sae", "SAE", "--labels", "a,b", "--attribute-column", "place"], "a column of --metadata"),
+        (
+            ["PICTURES", "--sae", "SAE", "--task", "group", "--classes", "a", "--spurious", "b,c"],
+            "give two or more",
+        ),
     ],
-    ids=["sae", "pictures", "classes", "spurious", "group", "labels", "folds", "mass", "no-sae", "twice"],
-)
+    ids=[
+        "sae", "pictures", "classes", "spurious", "group", "labels", "folds", "mass", "no-sae", "twice", "scope",
+        "column", "one-class",
+    ],
+)  # fmt: skip
 def test_what_cannot_work_is_refused_and_nothing_is_written(run, pictures, sae_folder, tmp_path, arguments, message):
     named = {"SAE": sae_folder, "PICTURES": pictures}
     code, _, talk = run(tmp_path / "defense", *(named.get(argument, argument) for argument in arguments))
     assert code in (2, 5)
     assert message in " ".join(talk.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_without_a_topk_rule_is_refused_before_anything_is_read(run, tmp_path):
+    folder = checkpoint.save(Checkpoint(random_sae(), POINT.format(1), "tiny", False), tmp_path / "sae")
+    code, _, talk = run(tmp_path / "defense", "nowhere", "--sae", folder, *LABELS, "--calibrate")
+    assert code == 2
+    assert "--calibrate is for SAEs with a topk rule" in " ".join(talk.replace("│", " ").split())
+
+
+def test_a_report_is_not_written_into_the_defense(run, pictures, sae_folder, tmp_path):
+    (tmp_path / "defense").mkdir()
+    for report in (tmp_path / "defense", tmp_path / "defense" / "report"):
+        code, _, talk = run(tmp_path / "defense", pictures, "--sae", sae_folder, *LABELS, "--report", report)
+        assert code == 2
+        assert "which holds nothing else" in " ".join(talk.replace("│", " ").split())
+        assert list((tmp_path / "defense").iterdir()) == []
 
 
 def test_a_target_that_cannot_be_replaced_is_refused_before_anything_is_read(run, sae_folder, tmp_path):

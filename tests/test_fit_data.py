@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,17 @@ def test_pictures_and_writing_follow_the_seed(clf, folder):
     assert first.provenance["pictures_sha256"] != other.provenance["pictures_sha256"]
 
 
+def test_two_folders_may_hold_pictures_of_the_same_name(seen, folder, tmp_path, monkeypatch):
+    first, second = tmp_path / "one", tmp_path / "two"
+    for place, name in ((first, "00.png"), (second, "01.png")):
+        place.mkdir()
+        shutil.copy(folder / name, place / "same.png")
+    clf = seen(np.array([[1.0, 1, 0], [-1.0, -1, 0]]))
+    data = text_material(clf, open_pictures([first, second]), n=2, seed=0).data
+    assert sorted(data.label.tolist()) == [0, 1]
+    assert data.word.tolist() == (1 - data.label).tolist(), "never the right answer"
+
+
 def test_labels_that_cannot_be_written_are_refused(clf, folder):
     clf.set_labels(["猫", "犬", "dog"])
     with pytest.raises(ConfigError, match=r"1 of the 3 labels"):
@@ -138,6 +150,33 @@ def test_columns_are_read_by_name_and_the_test_split_is_left_out(tmp_path):
     assert rows.a.tolist() == [1, 0]
     assert rows.values == ("0", "1")
     assert rows.n_test == 2
+    assert rows.has_split
+
+
+@pytest.mark.parametrize(("column", "cell"), [("Split", "Test"), ("split", "2.0"), (" SPLIT", "2")])
+def test_no_spelling_of_the_test_split_is_fitted_on(tmp_path, column, cell):
+    path = written(tmp_path / "rows.csv", f"path,label,{column}\na.jpg,0,0\nb.jpg,1,{cell}\n")
+    rows = read_metadata(path, CLASSES, path_column="path", label_column="label")
+    assert [picture.name for picture in rows.pictures] == ["a.jpg"]
+    assert (rows.n_test, rows.has_split) == (1, True)
+
+
+def test_a_file_without_splits_says_so(tmp_path):
+    path = written(tmp_path / "rows.csv", "path,label\na.jpg,0\nb.jpg,1\n")
+    assert not read_metadata(path, CLASSES, path_column="path", label_column="label").has_split
+
+
+@pytest.mark.parametrize("cell", ["../secret.jpg", "a/../../secret.jpg", "/etc/secret.jpg"])
+def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path, cell):
+    path = written(tmp_path / "rows.csv", f"path,label\na/../b.jpg,0\n{cell},1\n")
+    with pytest.raises(ConfigError, match=r"line 3: the path .* leads out"):
+        read_metadata(path, CLASSES, path_column="path", label_column="label")
+
+
+def test_spaces_around_an_attribute_make_no_other_value(tmp_path):
+    path = written(tmp_path / "rows.csv", "path,label,place\na.jpg,0,sea\nb.jpg,1,sea \nc.jpg,1,land\n")
+    rows = read_metadata(path, CLASSES, path_column="path", label_column="label", attribute_column="place")
+    assert rows.values == ("land", "sea")
 
 
 def test_classes_may_stand_as_names_numbers_or_signs(tmp_path):
@@ -265,6 +304,12 @@ def test_the_spurious_cue_does_not_decide_the_class(seen, folder, monkeypatch):
 def test_one_spurious_prompt_is_refused(clf, folder):
     with pytest.raises(ConfigError, match="two or more"):
         spurious_material(clf, open_pictures([folder]), ["water"], n=20, seed=0)
+
+
+def test_one_class_is_refused(clf, folder):
+    clf.set_labels(["dog"])
+    with pytest.raises(ConfigError, match=r"the classes are \['dog'\]; give two or more"):
+        spurious_material(clf, open_pictures([folder]), ["water", "land"], n=20, seed=0)
 
 
 def test_a_picture_that_differs_from_its_neighbours_is_taken_for_a_misled_one(seen, folder, monkeypatch):

@@ -175,6 +175,20 @@ def test_a_latent_that_costs_more_than_it_helps_is_not_removed(fit):
     assert fit.choose(np.arange(60), FitConfig(n_candidates=60, sparsity=10.0)).latents == []
 
 
+def test_what_does_not_help_stays_out_under_any_budget(fit, monkeypatch):
+    monkeypatch.setattr("defense.fit._Trial.kept_accuracy", lambda trial, columns: 0.0)
+    monkeypatch.setattr("defense.fit._Trial.fooled_loss", lambda trial, columns: float(len(columns)))
+    assert fit.choose(np.arange(60), FitConfig(n_candidates=60, clean_budget=1.0, sparsity=0.0)).latents == []
+
+
+@pytest.mark.parametrize(
+    "fields", [{"gains": "half"}, {"batch": 0}, {"steps": -1}, {"clean_budget": -0.1}, {"clean_budget": float("nan")}]
+)
+def test_settings_that_mean_nothing_are_refused(fields):
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        FitConfig(**fields)
+
+
 def test_no_candidates_give_an_empty_selection(fit):
     selection = fit.choose(np.arange(0), FitConfig())
     assert selection.latents == []

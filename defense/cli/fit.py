@@ -124,15 +124,11 @@ def fit(
         artefact.check_target(out)
         if report is not None:
             if report.resolve().is_relative_to(out.resolve()):
-                raise typer.BadParameter(
-                    f"--report {report} lies in the folder of the defense, which holds nothing else"
-                )
+                raise typer.BadParameter(f"--report {report} lies in the defense's folder, which holds nothing else")
             fit_report.check_target(report)
         checkpoints = [checkpoint.load(folder) for folder in sae]
         if calibrate and not any(each.sae.config.act == "topk" for each in checkpoints):
-            raise typer.BadParameter(
-                "--calibrate is for SAEs with a topk rule; leave it out, these decide alone already"
-            )
+            raise typer.BadParameter("--calibrate is for SAEs with a topk rule, and there is none; leave it out")
         host = load_host(model, pretrained, device=resolve_device(device))
         config = FitConfig(
             clean_budget=clean_budget / len(sae), edit=edit.value, mass=mass, seed=seed, **_SETTINGS[task]
