@@ -23,7 +23,10 @@ from .artefact import Defense, Site
 from .attach import attached, detach
 from .classifier import Host, RobustClassifier, make_golden
 from .errors import CalibrationError, ConfigError, ShapeError
+from .hosts import VisionHost
+from .latents import Scope
 from .sae import SAEConfig, SparseAutoencoder, normalise
+from .suppress import token_slice
 
 _LEAST_PICTURES = 16
 _N_ANCHORS = 100
@@ -148,7 +151,10 @@ def _threshold_sites(
     exact: RobustClassifier, defense: Defense, pixel_values: Tensor
 ) -> tuple[tuple[Site, ...], dict[str, float], np.ndarray]:
     """Return the sites with thresholds for TopK rules, the energy that is wrong at each, and the exact embeddings."""
-    observers = {index: _Observer(site) for index, site in enumerate(defense.sites) if site.sae_config["act"] == "topk"}
+    vision = VisionHost.of(exact.host.model)
+    observers = {
+        index: _Observer(site, vision) for index, site in enumerate(defense.sites) if site.sae_config["act"] == "topk"
+    }
     host_defense = attached(exact.host.model)
     blocks = {block.hook_point: block for block in host_defense.edited_blocks()}
     embeds = []
@@ -167,29 +173,38 @@ def _threshold_sites(
 
 
 class _Observer:
-    """What the latents of one site's sets do on pictures: their activations, and which of them the TopK rule keeps."""
+    """What the latents of one site's sets do on pictures: their activations, and which of them the TopK rule keeps.
 
-    def __init__(self, site: Site) -> None:
+    Each is watched at the tokens where it is edited: thresholds for the CLS token are not those of the many patches.
+    """
+
+    def __init__(self, site: Site, vision: VisionHost) -> None:
         self.site = site
         self.sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
-        self.latents = sorted({latent for latent_set in site.sets for latent in latent_set.latents})
+        self.n_prefix = vision.n_prefix
+        self.latents: dict[Scope, list[int]] = {}
         self.kth_largest: list[Tensor] = []
-        self.seen: dict[int, list[tuple[Tensor, Tensor]]] = {latent: [] for latent in self.latents}
+        self.seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for latent_set in site.sets:
+            new = [latent for latent in latent_set.latents if latent not in self.seen]  # the first set that names it
+            self.latents.setdefault(vision.effective_scope(site.hook_point, latent_set.scope), []).extend(new)
+            self.seen |= {latent: [] for latent in new}
 
     @torch.inference_mode()
     def see(self, resid: Tensor) -> None:
         """Take in residuals [batch, pos, d_model]."""
         k = self.sae.config.k
         assert k is not None
-        for rows in resid.flatten(0, 1).split(_CHUNK_TOKENS):
-            z = normalise(rows, self.sae.config.norm).z
-            pre_acts = z @ self.sae.W_enc + self.sae.folded_bias
-            kth_largest = pre_acts.topk(k, dim=1).values[:, -1]
-            self.kth_largest.append(kth_largest)
-            for latent in self.latents:
-                positive = pre_acts[:, latent] > 0
-                acts = pre_acts[positive, latent]
-                self.seen[latent].append((acts, acts >= kth_largest[positive]))
+        for scope, latents in self.latents.items():
+            for rows in resid[:, token_slice(scope, self.n_prefix)].flatten(0, 1).split(_CHUNK_TOKENS):
+                z = normalise(rows, self.sae.config.norm).z
+                pre_acts = z @ self.sae.W_enc + self.sae.folded_bias
+                kth_largest = pre_acts.topk(k, dim=1).values[:, -1]
+                self.kth_largest.append(kth_largest)
+                for latent in latents:
+                    positive = pre_acts[:, latent] > 0
+                    acts = pre_acts[positive, latent]
+                    self.seen[latent].append((acts, acts >= kth_largest[positive]))
 
     def thresholded(self) -> tuple[Site, float]:
         """Return the site with a threshold for every latent, and the share of energy on which the rules differ.

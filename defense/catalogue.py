@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from .errors import CheckpointError, ConfigError, NonFiniteError, ShapeError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .artefact import Site
     from .classifier import Host
     from .sae import SparseAutoencoder
 
@@ -44,6 +46,10 @@ _SITE_FIELDS = {
 _TENSORS = {"columns", "is_defined", "name", "name_score", "direction", "top", "top_activation", "histogram"}
 _SCENE = "scene:"
 _INT8 = 127
+_EVEN, _FEWEST_CLASSES = 0.97, 20
+"""A latent whose entropy of classes is this share of the largest possible names no class: all latents of the embedded
+text defense are above it, and of those with one object on most of their top pictures one in 25. Where classes are few,
+firing on all of them says little."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +94,25 @@ class Catalogue:
     def d_sae(self) -> int:
         """Number of latents."""
         return len(self.names)
+
+    def names_of(self, latent: int) -> tuple[tuple[str, float], ...]:
+        """Return what `names` has for a latent; nothing where it fires alike on pictures of all classes.
+
+        Such a latent tells none of them apart, as one that reads letters wherever they stand: a word is near it by
+        chance. This shows only where the pictures had classes, at least 20.
+        """
+        entropy, n_classes = self.columns.get("class_entropy"), self.columns.get("n_classes")
+        if entropy is None or n_classes is None:
+            return self.names[latent]
+        most = float(np.nan_to_num(n_classes).max(initial=0))
+        is_even = most >= _FEWEST_CLASSES and entropy[latent] >= _EVEN * math.log(most)
+        return () if is_even else self.names[latent]
+
+    def is_of(self, site: Site) -> bool:
+        """Return whether this is the SAE of a defense's site; thresholds that `calibrate` gave it count for nothing."""
+        without = {name: tensor for name, tensor in site.parameters.items() if name != "threshold"}
+        hashes = [fingerprint(parameters) for parameters in (site.parameters, without)]
+        return self.hook_point == site.hook_point and self.provenance.get("sae") in hashes
 
 
 def fingerprint(parameters: Mapping[str, np.ndarray]) -> str:
@@ -255,7 +280,7 @@ def find(source: str | os.PathLike[str]) -> dict[str, Catalogue]:
     if kind == EMBEDDED:
         folder = embedded_folder("catalogue") / (name or "text")
     else:
-        folder = Path(source)
+        folder = Path(os.path.abspath(source))  # "." has no name; a link keeps its own, so not resolve()
         folder = folder.with_name(f"{folder.name}.catalogue")
     return load(folder) if folder.is_dir() else {}
 

@@ -137,9 +137,10 @@ class Controls:
 
 
 def _place(place: Any) -> Place:
-    if len(place) != 2 or not isinstance(place[0], str) or not isinstance(place[1], Integral):
-        raise ConfigError(f"a latent is named {place!r}; want (hook_point, latent)")
-    return place[0], int(place[1])
+    match place:
+        case (str(hook_point), Integral() as latent):
+            return hook_point, int(latent)
+    raise ConfigError(f"a latent is named {place!r}; want (hook_point, latent)")
 
 
 @dataclass(frozen=True)
@@ -338,9 +339,9 @@ def counterfactual(clf: RobustClassifier, image: Any, *, controls: Controls | No
     """Find a small set of latents of S whose removal alone changes the stock CLIP's best label.
 
     Greedy: of the latents that fire, the one whose removal on top of the others takes most from the margin of that
-    label over the next is added, until the answer changes. Then each is put back in turn, and stays back where the
-    answer stays changed. So none of the result can be left out; that no other set is smaller is certain only where it
-    holds one latent.
+    label over the next is added, until the answer changes. Then those without which it stays changed are put back, the
+    last found first, until there is no such latent. So none of the result can be left out; that no other set is smaller
+    is certain only where it holds one latent.
 
     Args:
         clf: With a defense, and labels set.
@@ -364,11 +365,17 @@ def counterfactual(clf: RobustClassifier, image: Any, *, controls: Controls | No
         rest.remove(best)
     if not search.flips(found):
         return Counterfactual(search.prediction([]), (), None, search.n_tried)
-    for place in reversed(found):
-        without = [each for each in found if each != place]
-        if search.flips(without):
-            found = without
+    while (spare := _spare(search, found)) is not None:
+        found.remove(spare)
     return Counterfactual(search.prediction([]), tuple(found), search.prediction(found), search.n_tried)
+
+
+def _spare(search: _Search, found: list[Place]) -> Place | None:
+    """Return the last of some latents without which the answer stays changed, or None."""
+    for place in reversed(found):
+        if search.flips(each for each in found if each != place):
+            return place
+    return None
 
 
 class _Search:

@@ -128,7 +128,7 @@ def _minimum(counterfactual: Counterfactual, catalogues: Mapping[str, Catalogue]
 def _names(catalogues: Mapping[str, Catalogue], hook_point: str, latent: int) -> str:
     """Return the best words for a latent, or nothing."""
     found = catalogues.get(hook_point)
-    return ", ".join(word for word, _ in found.names[latent][:_WORDS]) if found is not None else ""
+    return ", ".join(word for word, _ in found.names_of(latent)[:_WORDS]) if found is not None else ""
 
 
 def _facts(explanation: Explanation, defense: Defense | None) -> list[tuple[str, str]]:
@@ -150,6 +150,8 @@ def _facts(explanation: Explanation, defense: Defense | None) -> list[tuple[str,
     facts.append(
         ("latent sets", ", ".join(dict.fromkeys(item.set_name for item in explanation.removed)) or "none fired")
     )
+    if controls.sets is not None:
+        facts.append(("only the sets", ", ".join(controls.sets) or "none"))
     facts.append(("strength", f"{controls.strength:g}"))
     facts.append(("edit", controls.edit or "each set's own"))
     if controls.off:
@@ -346,7 +348,7 @@ _PLAIN, _ROBUST = "#8b8b84", "#0f7a58"
 
 
 class _Sheet:
-    """A page that grows downwards: what is drawn last ends at `y`."""
+    """A page that is filled downwards: what is drawn last ends at `y`."""
 
     def __init__(self) -> None:
         self.image = Image.new("RGB", (_WIDTH, 4000), _PAGE)

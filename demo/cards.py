@@ -80,9 +80,9 @@ def _here(engine: Engine, place: Place, image: Image.Image) -> str:
 
 def _known(gallery: Gallery, place: Place, catalogue: Catalogue) -> str:
     latent = place[1]
-    names = catalogue.names[latent]
+    names = catalogue.names_of(latent)
     words = "".join(f"<li>{escape(word)} <span>{score:.2f}</span></li>" for word, score in names)
-    names_html = f'<ol class="names">{words}</ol>' if words else '<p class="empty">no word is near</p>'
+    names_html = f'<ol class="names">{words}</ol>' if words else '<p class="empty">no word is near, or it fires on all classes alike</p>'
     return (
         f"<section><h3>names it might have</h3>{names_html}</section>"
         f"<section><h3>activation, tokens by octave</h3>{histogram(catalogue.histogram[latent])}</section>"
@@ -224,7 +224,7 @@ def _chosen(engine: Engine, catalogue: Catalogue, query: str, sort: str) -> tupl
     by = "" if column is None else f", by {sort.replace('_', ' ')}"
     if not query:
         return order[:_N_LISTED].tolist(), f"The first {_N_LISTED} of {catalogue.d_sae:,} latents{by}."
-    named = [int(i) for i in order if any(query.lower() in word.lower() for word, _ in catalogue.names[i])]
+    named = [int(i) for i in order if any(query.lower() in word.lower() for word, _ in catalogue.names_of(i))]
     if named:
         shown = min(len(named), _N_LISTED)
         return named[:_N_LISTED], f'{shown} of {len(named):,} latents named "{query}"{by}.'
@@ -235,7 +235,7 @@ def _chosen(engine: Engine, catalogue: Catalogue, query: str, sort: str) -> tupl
 def _tile(engine: Engine, gallery: Gallery, hook_point: str, latent: int, sort: str) -> str:
     catalogue = engine.catalogues[hook_point]
     key = escape(views.place_key((hook_point, latent)), quote=True)
-    names = ", ".join(word for word, _ in catalogue.names[latent]) or "no name"
+    names = ", ".join(word for word, _ in catalogue.names_of(latent)) or "no name"
     column = catalogue.columns.get(sort)
     value = "" if column is None else f"{sort.replace('_', ' ')} {number(float(column[latent]))}"
     badge = ' <span class="badge">removed</span>' if engine.set_of(hook_point, latent) is not None else ""

@@ -186,7 +186,7 @@ class Engine:
     def name_of(self, hook_point: str, latent: int) -> str:
         """Return a latent's best name, or "" where nothing is known of it."""
         catalogue = self.catalogues.get(hook_point)
-        names = catalogue.names[latent] if catalogue is not None else ()
+        names = catalogue.names_of(latent) if catalogue is not None else ()
         return names[0][0] if names else ""
 
     def _asked(self, question: Question) -> RobustClassifier:

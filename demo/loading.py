@@ -36,10 +36,9 @@ def defended(
         model, pretrained = defense.host.model, defense.host.pretrained
     clf = RobustClassifier(load_host(model, pretrained, device=device), defense)
     catalogues: dict[str, catalogue.Catalogue] = {}
-    d_sae = {site.hook_point: site.sae_config["d_sae"] for site in reversed(defense.sites)}
     for each in sources:
         for hook_point, found in catalogue.find(each).items():
-            if d_sae.get(hook_point) == found.d_sae:  # else: of another SAE at the same block
+            if any(found.is_of(site) for site in defense.sites):  # else: of another SAE at the same block
                 catalogues.setdefault(hook_point, found)
     title = ", ".join(part for part in (model, pretrained) if part)
     return Engine(clf, tasks_of(defense.sets, labels, template), catalogues, title)

@@ -55,7 +55,7 @@ _FIELDS = {
     "files": dict,
 }
 _FILE_FIELDS = {"sha256": str, "size": int}
-_TOLERANCE_FIELDS = {"atol": float, "cosine": float, "agreement": float}
+_TOLERANCE_FIELDS = {"atol": float, "cosine": float, "agreement": float, "tie": float}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Bundle:
         text_model: The text graph, or None.
         mode: How the defense is written in the graph.
         dtype: "fp32", "fp16" or "int8".
-        tolerance: What the graph's answers may differ from torch's: atol, cosine, agreement.
+        tolerance: What the graph's answers may differ from torch's: atol, cosine, agreement, tie.
         parity: By how much they did when it was made.
         licence: Of the defense.
         text_embeds: Of the labels, float32 [n_labels, d_embed].

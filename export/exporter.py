@@ -33,9 +33,12 @@ MODEL, TEXT_MODEL = "model.onnx", "text.onnx"
 TOLERANCES: dict[str, Tolerance] = {
     "fp32": Tolerance(atol=1e-5, cosine=0.99999, agreement=1.0),
     "fp16": Tolerance(atol=0.02, cosine=0.999, agreement=0.95),
-    "int8": Tolerance(atol=0.1, cosine=0.97, agreement=0.9),
+    "int8": Tolerance(atol=0.05, cosine=0.99, agreement=0.99, tie=0.01),
 }
-"""What a graph of each dtype is allowed."""
+"""What a graph of each dtype is allowed.
+
+int8 has a tie: where a picture shows nothing of the labels, several are about as good, and rounding chooses.
+"""
 
 
 _N_DRAWN = 200
@@ -160,7 +163,9 @@ def _fill(
     else:
         write(model, folder / MODEL, _metadata(clf, mode, dtype))
     parities = [
-        verify(folder / MODEL, _expected_of_vision(clf, dtype), TOLERANCES[dtype], HALF_OPTIONS if dtype == "fp16" else {})
+        verify(
+            folder / MODEL, _expected_of_vision(clf, dtype), TOLERANCES[dtype], HALF_OPTIONS if dtype == "fp16" else {}
+        )
     ]
     if text_graph is not None:
         write(trace_text(text_graph), folder / TEXT_MODEL, {})
@@ -255,6 +260,7 @@ def _expected_of_vision(clf: RobustClassifier, dtype: Dtype) -> Expected:
             "logits_per_image": ["batch", "n_labels"],
         },
         logits="logits_per_image",
+        logit_scale=scale,
     )
 
 

@@ -89,6 +89,18 @@ def test_random_latents_are_none_of_ours_and_of_like_activity(chooser) -> None:
     assert max(like) <= 45
 
 
+def test_random_latents_are_found_where_ours_are_the_most_active_of_all(chooser) -> None:
+    activity = chooser.fit._activity("attacked").numpy()
+    firing = np.argsort(activity)[-int((activity > 0).sum()) :]
+    n = min(30, len(firing) // 2)
+    assert n > 20, "more than lie within reach at the upper end"
+    chooser.__dict__["ours"] = Choice(tuple(firing[-n:].tolist()))
+    assert sorted(chooser.order("random").tolist()) == sorted(firing[:-n].tolist())
+    chooser.__dict__["ours"] = Choice(tuple(firing[5:].tolist()))
+    with pytest.raises(ConfigError, match="too few others fire"):
+        chooser.order("random")
+
+
 @pytest.mark.parametrize("rule", latents.RULES[1:])
 def test_equal_size_means_as_many_as_ours_removed_in_full(chooser, rule) -> None:
     choice = chooser.as_many(rule)

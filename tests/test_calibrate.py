@@ -17,8 +17,10 @@ from defense.attach import is_wrapped
 from defense.calibrate import best_threshold, calibrated
 from defense.classifier import Host, RobustClassifier, golden_difference, load_host, make_golden
 from defense.errors import CalibrationError, ConfigError, ShapeError
+from defense.fit import Tail
 from defense.labels import ClipTokenizer
 from defense.latents import LatentSet
+from defense.sae import normalise
 
 from .conftest import D_SAE, random_defense, random_sae
 
@@ -107,6 +109,19 @@ def test_latents_outside_the_sets_share_one_threshold_and_those_inside_have_thei
     assert len(np.unique(threshold[outside])) == 1
     assert len(np.unique(threshold[list(S)])) > len(S) // 2
     assert (threshold >= 0).all()
+
+
+@pytest.mark.parametrize(("scope", "tokens"), [("cls", slice(0, 1)), ("patch", slice(1, None))])
+def test_thresholds_are_those_of_the_tokens_that_are_edited(host, scope, tokens):
+    sae = random_sae(act="topk", k=8)
+    defense = random_defense(host.model, (1, sae, LatentSet("text", tuple(range(D_SAE)), scope=scope)))
+    _, calibration = calibrated(host, defense, pixels(), least_agreement=0)
+    rows = Tail(host.model, "blocks.1.hook_resid_post").resid(pixels()[SPLIT[::2]])[:, tokens].flatten(0, 1)
+    pre_acts = (normalise(rows, sae.config.norm).z @ sae.W_enc + sae.folded_bias).numpy()
+    kept = sae.encode(rows).numpy() > 0
+    wrong = [best_threshold(h[h > 0], k[h > 0])[1] for h, k in zip(pre_acts.T, kept.T, strict=True) if (h > 0).any()]
+    share = sum(wrong) / float((np.where(kept, pre_acts, 0) ** 2).sum())
+    assert calibration.wrong_energy["blocks.1.hook_resid_post"] == pytest.approx(share, rel=1e-3)
 
 
 def test_thresholds_that_do_not_agree_are_refused_and_the_host_stays_as_it_was(host):

@@ -336,6 +336,46 @@ def test_a_catalogue_lies_beside_its_defense(found, tmp_path) -> None:
     assert catalogue.find("embedded:no-such-defense") == {}
 
 
+def test_a_catalogue_is_found_from_within_its_defense(found, tmp_path, monkeypatch) -> None:
+    (tmp_path / "mine").mkdir()
+    catalogue.save([found], tmp_path / "mine.catalogue")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert list(catalogue.find(".")) == [POINT]
+
+
+def test_a_catalogue_knows_its_sae_also_with_thresholds(found) -> None:
+    parameters = sparse_sae().parameters_numpy()
+    site = SimpleNamespace(hook_point=POINT, parameters=parameters)
+    assert found.is_of(site)
+    assert found.is_of(SimpleNamespace(hook_point=POINT, parameters={**parameters, "threshold": np.ones(D_SAE)}))
+    assert not found.is_of(SimpleNamespace(hook_point="blocks.0.hook_resid_post", parameters=parameters))
+    assert not found.is_of(SimpleNamespace(hook_point=POINT, parameters={**parameters, "W_dec": parameters["W_enc"]}))
+
+
+def test_a_latent_that_fires_alike_on_many_classes_has_no_name(found) -> None:
+    latent = next(latent for latent, names in enumerate(found.names) if names)
+
+    def named(entropy: float, n_classes: int) -> bool:
+        columns = {"class_entropy": np.full(D_SAE, entropy), "n_classes": np.full(D_SAE, n_classes)}
+        return bool(replace(found, columns=columns).names_of(latent))
+
+    assert named(0.9 * np.log(50), 50)
+    assert not named(0.99 * np.log(50), 50)
+    assert named(np.nan, 50)
+    assert named(np.log(2), 2), "of few classes it says little"
+    assert replace(found, columns={}).names_of(latent) == found.names[latent]
+
+
+def test_of_the_embedded_text_defense_no_latent_has_a_name() -> None:
+    from defense.classifier import find_defense
+
+    found = catalogue.find("embedded")
+    for site in find_defense("embedded").sites:
+        table = found[site.hook_point]
+        assert not any(table.names_of(latent) for each in site.sets for latent in each.latents)
+        assert sum(bool(table.names_of(latent)) for latent in range(table.d_sae)) > 0.8 * table.d_sae
+
+
 def test_parts_of_different_length_are_refused(found) -> None:
     with pytest.raises(ShapeError, match="one row per latent"):
         replace(found, top=found.top[:-1])

@@ -173,6 +173,11 @@ def test_labels_are_encoded_once(clf, monkeypatch):
     assert clf.prompts.templates == ("a photo of a {}.",), "what one call chooses is for that call"
 
 
+def test_an_empty_template_is_refused_and_not_replaced_by_another(clf):
+    with pytest.raises(ConfigError, match="template"):
+        clf(picture(), hypothesis_template="")
+
+
 def test_classifying_without_labels_is_refused(tiny_folder):
     clf = RobustClassifier(load_host(f"local-dir:{tiny_folder}"))
     with pytest.raises(ConfigError, match="set_labels"):

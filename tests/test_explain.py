@@ -206,6 +206,7 @@ def test_a_latent_steered_after_the_last_block_needs_a_token_that_counts(defende
         ({"sets": "text"}, "want a tuple"),
         ({"off": {("blocks.1.hook_resid_post",)}}, "want .hook_point, latent."),
         ({"off": {(1, 2)}}, "want .hook_point, latent."),
+        ({"off": {3}}, "a latent is named 3; want .hook_point, latent."),
         ({"sets": ("birds",)}, "no set 'birds'; it has text"),
         ({"off": {("blocks.0.hook_resid_post", 1)}}, "this defense edits blocks.1"),
         ({"steer": {("blocks.0.hook_resid_post", 1): 1.0}}, "this defense edits blocks.1"),
@@ -442,6 +443,21 @@ def test_on_an_attacked_picture_a_few_of_the_latents_are_enough(embedded):
     found = counterfactual(embedded, image)
     assert 1 <= len(found.latents) <= 4 < len(explanation.removed)
     assert json.loads(json.dumps(found.to_dict()))["latents"] == [list(place) for place in found.latents]
+
+
+def test_no_latent_of_a_counterfactual_can_be_left_out_even_where_they_depend_on_each_other(defended, monkeypatch):
+    places = [(BLOCK, latent) for latent in range(4)]
+    # Without 0 the answer stays changed, and only then can 3 go too.
+    margins = {(): 4, (0,): 3, (0, 1): 2, (0, 1, 2): 1, (0, 1, 2, 3): -1, (1, 2, 3): -1, (1, 2): -1}
+
+    def scores(_search, removed):
+        margin = margins.get(tuple(sorted(latent for _, latent in removed)), 3.5)
+        return np.array([0.5, 0.5 * np.exp(-margin), 0], np.float32)
+
+    monkeypatch.setattr("defense.explain._Search.scores", scores)
+    monkeypatch.setattr("defense.explain._Search.firing", lambda _search: list(places))
+    monkeypatch.setattr("defense.explain._Search.n_tried", 0)
+    assert counterfactual(defended(a_set(range(4))), picture()).latents == (places[1], places[2])
 
 
 def test_where_no_latent_takes_anything_none_is_found(defended):

@@ -134,7 +134,7 @@ def test_whatever_users_and_files_say_is_text():
         warnings=(EVIL,),
         controls=Controls(off=frozenset({(EVIL, 3)})),
     )
-    catalogues = {POINT: SimpleNamespace(names=[((f"{EVIL}word", 1.0),)] * 5)}
+    catalogues = {POINT: SimpleNamespace(names_of=lambda _latent: ((f"{EVIL}word", 1.0),))}
     found = Counterfactual(evil.plain, ((POINT, 1), (EVIL, 2)), evil.robust, 3)
     html = report_html(
         picture(), evil, name=f'"{EVIL}.png', catalogues=catalogues, counterfactual=found
@@ -208,7 +208,9 @@ def test_long_tables_are_cut_and_say_so():
 
 def test_names_come_from_the_catalogue_where_there_is_one():
     catalogues = {
-        POINT: SimpleNamespace(names=[(), (("letters", 0.9), ("sign", 0.4), ("word", 0.2), ("ink", 0.1)), ()])
+        POINT: SimpleNamespace(
+            names_of=((), (("letters", 0.9), ("sign", 0.4), ("word", 0.2), ("ink", 0.1)), ()).__getitem__
+        )
     }
     page = Page(report_html(picture(), explanation(), catalogues=catalogues))
     assert "letters, sign, word 1" in page.text
@@ -229,9 +231,11 @@ def test_the_page_says_which_defense_it_was(tiny_clip):
 
 
 def test_what_was_in_force_is_said():
-    controls = Controls(strength=0.5, edit="project", off=frozenset({(POINT, 8)}), steer={(POINT, 9): 2.5})
+    places = {"off": frozenset({(POINT, 8)}), "steer": {(POINT, 9): 2.5}}
+    controls = Controls(strength=0.5, edit="project", sets=("text", "birds"), **places)
     text = Page(report_html(picture(), explanation(controls=controls))).text
-    for expected in ("strength 0.5", "edit project", f"8 at {POINT}", f"9 at {POINT} to 2.5"):
+    in_force = ("only the sets text, birds", "strength 0.5", "edit project", f"8 at {POINT}", f"9 at {POINT} to 2.5")
+    for expected in in_force:
         assert expected in text
 
 
@@ -341,6 +345,25 @@ def test_strength_and_edit_reach_the_report(defense_folder, apple, tmp_path):
     assert "edit project" in Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
 
 
+def test_names_of_another_sae_are_left_out_and_that_is_said(defense_folder, apple, tmp_path):
+    from defense import artefact, catalogue
+
+    site = artefact.load(defense_folder).sites[0]
+    d_sae = site.sae_config["d_sae"]
+    made = catalogue.Catalogue(
+        site.hook_point, {}, ((("zebra", 0.5),),) * d_sae, np.zeros((d_sae, 2), np.float16),
+        np.full((d_sae, 1), -1, np.int32), np.zeros((d_sae, 1), np.float32), np.zeros((d_sae, 16), np.int32), (),
+        {"sae": catalogue.fingerprint(site.parameters)},
+    )  # fmt: skip
+    arguments = ("explain", apple, "--labels", "dog,cat", "--defense", defense_folder, "--out", tmp_path / "r.html")
+    for provenance, is_named in ((made.provenance, True), ({"sae": "another"}, False)):
+        catalogue.save([replace(made, provenance=provenance)], tmp_path / "defense.catalogue")
+        code, _, err = run(*arguments)
+        assert code == 0
+        assert ("zebra" in Page((tmp_path / "r.html").read_text(encoding="utf-8")).text) == is_named
+        assert ("of another SAE" in err) != is_named
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -348,12 +371,13 @@ def test_strength_and_edit_reach_the_report(defense_folder, apple, tmp_path):
         (["--out", "{tmp}/report", "--labels", "a,b"], 2, "must end in"),
         (["--out", "{tmp}/nowhere/report.png", "--labels", "a,b"], 2, "there is no folder"),
         (["--out", "{tmp}/folder.html", "--labels", "a,b"], 2, "is no file"),
+        (["--out", "{tmp}/apple & <b>pear.png", "--labels", "a,b"], 2, "is the picture itself"),
         (["--out", "{tmp}/report.html"], 2, "--labels"),
         (["--out", "{tmp}/report.html", "--labels", "a,b", "--strength", "2"], 2, "strength"),
         (["--out", "{tmp}/report.html", "--labels", "a,b", "--edit", "set"], 2, "edit"),
         (["--labels", "a,b"], 2, "--out"),
     ],
-    ids=["pdf", "no-suffix", "no-folder", "a-folder", "no-labels", "strength", "edit", "no-out"],
+    ids=["pdf", "no-suffix", "no-folder", "a-folder", "the-picture", "no-labels", "strength", "edit", "no-out"],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_computed(
     defense_folder, apple, tmp_path, monkeypatch, arguments, code, message

@@ -80,11 +80,14 @@ def test_a_run_measures_every_arm_and_the_runtime(tiny_model, tmp_path, capsys):
     for row in result["graphs"][5:]:
         assert row["x_fp32"]["median"] == pytest.approx(np.median(np.divide(row["rounds_ms"], fp32)))
     assert not any(row["x_fp32"] for row in result["graphs"][:5])
+    printed = capsys.readouterr().out
     runtime = result["runtime"]
     assert runtime["n"] == 8
-    assert 0 <= runtime["int8_agreement"] <= 1
-    assert runtime.pop("int8_x_fp32")["median"] > 0
+    assert [each["mode"] for each in runtime["eight_bits"]] == ["exact", "delta"]
+    for each in runtime["eight_bits"]:
+        assert 0.5 <= each["agreement"] <= 1
+        assert min(each["x_fp32"]["median"], each["fp32_per_s"], each["int8_per_s"]) > 0
+        assert f"| int8 gives the label of fp32, {each['mode']} | {100 * each['agreement']:.2f} % |" in printed
     assert all(value > 0 for name, value in runtime.items() if name.endswith(("_per_s", "_s")))
-    printed = capsys.readouterr().out
     assert re.search(r"\| import to first answer \| [\d.]+ s \|", printed)
     assert np.isfinite(result["environment"]["load"])

@@ -75,9 +75,9 @@ def test_bundle_holds_what_was_asked_for(tiny_bundle, tiny_classifier):
     assert "blocks.1.hook_resid_post" in metadata["defense"]
 
 
-def wrong(tiny_classifier, monkeypatch, change) -> None:
+def wrong(tiny_classifier, monkeypatch, change, dtype="fp32") -> None:
     """Let torch expect something else than what the graph computes."""
-    right = exporter._expected_of_vision(tiny_classifier, "fp32")
+    right = exporter._expected_of_vision(tiny_classifier, dtype)
     monkeypatch.setattr(exporter, "_expected_of_vision", lambda _clf, _dtype: change(right))
 
 
@@ -121,11 +121,32 @@ def test_all_failures_are_told_at_once(tiny_classifier, tmp_path, monkeypatch):
     assert caught.value.output == "image_embeds"
 
 
+@pytest.mark.parametrize("n_rows", [verify.N_ROWS, 41, 200])
+def test_every_row_is_compared_once_and_five_of_them_alone(n_rows):
+    ranges = list(verify.batches(n_rows))
+    assert [row for start, stop in ranges[:-5] for row in range(start, stop)] == list(range(n_rows))
+    assert ranges[-5:] == [(row, row + 1) for row in range(3, 8)]
+
+
+def test_int8_that_changes_labels_is_not_written(tiny_classifier, tmp_path, monkeypatch):
+    def flipped(expected: verify.Expected) -> verify.Expected:
+        logits = expected.outputs["logits_per_image"].copy()
+        logits[:3, :] = np.where(logits[:3] == logits[:3].max(1, keepdims=True), -99, logits[:3])  # 3 of 200
+        return replace(expected, outputs={**expected.outputs, "logits_per_image": logits})
+
+    wrong(tiny_classifier, monkeypatch, flipped, "int8")
+    with pytest.raises(ParityError, match=r"of 200 rows get another label; 99.0% must be the same"):
+        export_onnx(tiny_classifier, tmp_path / "out", dtype="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_rows_that_tie_are_no_flips():
     logits = np.array([[1.0, 1.0005, 0.0], [1.0, 2.0, 0.0]], np.float32)
     swapped = logits[:, [1, 0, 2]]
     expected = verify.Expected({}, {}, {"logits": logits}, {}, "logits")
-    assert verify._agreement({"logits": swapped}, expected) == 0.5
+    assert verify._agreement({"logits": swapped}, expected, 1e-3) == 0.5
+    assert verify._agreement({"logits": swapped}, expected, 1e-4) == 0.0
+    assert verify._agreement({"logits": swapped}, expected, 2.0) == 1.0
 
 
 @pytest.mark.parametrize("broken", ["segfault", "refused"])
@@ -207,6 +228,9 @@ def test_errors_are_those_of_a_rejected_bundle():
 
 def test_int8_quantises_the_tower_and_leaves_the_edit_alone(tiny_classifier, tmp_path, seven_pictures):
     report = export_onnx(tiny_classifier, tmp_path / "int8", dtype="int8")
+    assert report.parity.rows == 200
+    assert report.parity.cosine >= 0.99
+    assert report.parity.agreement >= 0.99
     assert 1e-5 < report.parity.max_abs_diff <= exporter.TOLERANCES["int8"].atol
     model = onnx.load(tmp_path / "int8" / "model.onnx")
     n_linear = 3 * 4  # blocks, each with attention's two and the MLP's two

@@ -8,9 +8,10 @@
 
 The CLIP was trained where 95 % of the birds are in their own place and 95 % of blond hair is on women; the adjusted
 average weighs groups like that. The training splits are not its training data but what methods may be fitted on, and
-show groups alike: that is what `defense.fit` asks for, so every method gets it. Tests have seeds of their own, and
-typefaces that occur in no training picture. The empty plate hides a part of the object: accuracy on `neutral` is the
-ceiling of any defense against words.
+show groups alike, as what `defense.fit` asks for does. The embedded defenses were fitted before, on 2,000 pictures of
+their own, with SAEs trained on 5,000 more; methods that are fitted here see the 1,000 of the training split at most.
+Tests have seeds of their own, and typefaces that occur in no training picture. The empty plate hides a part of the
+object: accuracy on `neutral` is the ceiling of any defense against words.
 """
 
 from __future__ import annotations

@@ -204,9 +204,10 @@ def _what_was_removed(explanation: Explanation) -> str:
     if not explanation.removed:
         return "nothing was removed: the answer is stock CLIP's, bit for bit"
     names = ", ".join(dict.fromkeys(item.set_name for item in explanation.removed))
+    n_latents = f"{len(explanation.removed)} latent{'s' * (len(explanation.removed) != 1)}"
     n_patches = int((explanation.heatmap > 0).sum())
     return (
-        f"removed: {names}; {len(explanation.removed)} latents on {n_patches} of {explanation.heatmap.size} patches, "
+        f"removed: {names}; {n_latents} on {n_patches} of {explanation.heatmap.size} patches, "
         f"{100 * explanation.fraction:.1f} % of the residual"
     )
 

@@ -9,13 +9,17 @@ from contextlib import nullcontext
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from PIL import Image
 
 from .classify import print_explanation
 from .common import app, chosen_labels, exit_codes, say, shown, stderr
+
+if TYPE_CHECKING:
+    from defense.catalogue import Catalogue
+    from defense.classifier import RobustClassifier
 
 _SUFFIXES = (".html", ".png")
 _TOP_K = 3
@@ -45,18 +49,19 @@ def explain(
     """Write what the defense removed from a picture, and where, to one HTML file or PNG that needs nothing else."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes():
-        from defense import catalogue, images
+        from defense import images
         from defense.classifier import EMBEDDED, RobustClassifier
         from defense.explain import Controls, counterfactual, report_html, report_png
         from defense.export import bundle
 
-        _check_target(out)
+        _check_target(out, picture)
         if bundle.is_bundle(defense):
             raise typer.BadParameter("a bundle cannot explain itself; give the defense that it was exported from")
         chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED))
         decoded = images.decode(picture)
         clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device=device)
         clf.set_labels(chosen, template)
+        catalogues = _catalogues_of(clf, defense)
         controls = Controls(strength=strength, edit=None if edit is None else edit.value)
         with stderr.status("looking for what mattered") if stderr.is_terminal else nullcontext():
             explanation = replace(clf.explain(decoded.image, controls=controls), warnings=decoded.warnings)
@@ -67,7 +72,7 @@ def explain(
             explanation,
             name=shown(Path(picture.name)),
             defense=clf.defense,
-            catalogues=catalogue.find(defense),
+            catalogues=catalogues,
             counterfactual=enough,
         )
         _write(out, page)
@@ -76,7 +81,7 @@ def explain(
         say(f"wrote {shown(out)}")
 
 
-def _check_target(out: Path) -> None:
+def _check_target(out: Path, picture: Path) -> None:
     """Refuse what could not be written, before anything is computed."""
     if out.suffix.lower() not in _SUFFIXES:
         raise typer.BadParameter(f"--out {shown(out)}: the name must end in {' or '.join(_SUFFIXES)}")
@@ -84,6 +89,20 @@ def _check_target(out: Path) -> None:
         raise typer.BadParameter(f"--out {shown(out)}: there is no folder {shown(out.parent)}; make it first")
     if out.exists() and not out.is_file():
         raise typer.BadParameter(f"--out {shown(out)} is there and is no file; choose another name")
+    if out.resolve() == picture.resolve():
+        raise typer.BadParameter(f"--out {shown(out)} is the picture itself, which would be lost; choose another name")
+
+
+def _catalogues_of(clf: RobustClassifier, source: str) -> dict[str, Catalogue]:
+    """Return the catalogues that go with a defense; one of another SAE is left out, and that is said."""
+    from defense import catalogue
+
+    found = catalogue.find(source)
+    sites = clf.defense.sites if clf.defense is not None else ()
+    kept = {point: each for point, each in found.items() if any(map(each.is_of, sites))}
+    if others := sorted(found.keys() - kept.keys()):
+        say(f"no names at {', '.join(others)}: the catalogue is of another SAE; make it anew with `defense describe`")
+    return kept
 
 
 def _write(out: Path, page: str | Image.Image) -> None:

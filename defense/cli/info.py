@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from defense import artefact
 from defense.errors import CheckpointError, MissingDependencyError
 
 from .common import app, exit_codes, put, say, shown
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

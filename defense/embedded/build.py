@@ -288,7 +288,7 @@ def group_report_on(host: Host, groups: Groups, text_embeds: Tensor) -> dict[str
 
 
 def random_control(host: Host, site: artefact.Site, pixel_values: Tensor, seed: int) -> artefact.Site:
-    """Return the site with random latents in place of the chosen: as many, of like activity on the pictures."""
+    """Return the site with random latents in place of the chosen: as many, of like activity and with the same gains."""
     sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
     total = torch.zeros(sae.config.d_sae)
     for part in Tail(host.model, site.hook_point).resid(pixel_values).split(50):
@@ -302,7 +302,8 @@ def random_control(host: Host, site: artefact.Site, pixel_values: Tensor, seed: 
         near = np.argsort(np.abs(np.arange(len(rest)) - rank), kind="stable")
         free = [int(rest[i]) for i in near if int(rest[i]) not in control][:20]
         control.append(free[rng.integers(len(free))])
-    latent_set = LatentSet("random", tuple(control), edit=site.sets[0].edit, scope=site.sets[0].scope)
+    mine = site.sets[0]
+    latent_set = LatentSet("random", tuple(control), mine.gains, edit=mine.edit, scope=mine.scope)
     return artefact.Site(site.hook_point, site.sae_config, site.parameters, (latent_set,))
 
 
