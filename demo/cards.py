@@ -82,7 +82,8 @@ def _known(gallery: Gallery, place: Place, catalogue: Catalogue) -> str:
     latent = place[1]
     names = catalogue.names_of(latent)
     words = "".join(f"<li>{escape(word)} <span>{score:.2f}</span></li>" for word, score in names)
-    names_html = f'<ol class="names">{words}</ol>' if words else '<p class="empty">no word is near, or it fires on all classes alike</p>'
+    none = '<p class="empty">no word is near, or it fires on all classes alike</p>'
+    names_html = f'<ol class="names">{words}</ol>' if words else none
     return (
         f"<section><h3>names it might have</h3>{names_html}</section>"
         f"<section><h3>activation, tokens by octave</h3>{histogram(catalogue.histogram[latent])}</section>"
