@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks import embedded, export, kernel, latents, plots, robust, speed, tables, train
+from defense.benchmarks import demo, embedded, export, kernel, latents, plots, robust, speed, tables, train
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI = "mini.json"
@@ -104,6 +104,12 @@ def _latents_section(path: Path) -> str:
     return f"{latents.table(result)}\n{tables.machine(result['environment'])}"
 
 
+def _demo_section(path: Path) -> str:
+    result = _json(path)
+    answer = f"The page's HTML in {result['page_ms']:.0f} ms, {result['start_s']:.1f} s after the command."
+    return f"{demo.table(result)}\n\n{answer}\n{tables.machine(result['environment'])}"
+
+
 def _kernel_section(path: Path) -> str:
     rows = kernel.load_rows(path)
     return f"{kernel.table(rows)}\n\n{kernel.caption(rows)}"
@@ -152,6 +158,12 @@ SECTIONS = (
         "train-cpu.json",
         "python -m defense.benchmarks.train --out benchmarks/results/train-cpu.json",
         _train_section,
+    ),
+    Section(
+        "The demo under load",
+        "demo.json",
+        "python -m defense.benchmarks.demo --out benchmarks/results/demo.json",
+        _demo_section,
     ),
 )
 
