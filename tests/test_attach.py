@@ -294,7 +294,12 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+LARGE = ("ViT-L-14", "ViT-B-16-SigLIP")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in ARCHITECTURES]
+)
 def test_real_architectures_are_bit_equal_without_and_change_with_an_edit(name):
     block, scope, n_prefix, pools_cls = ARCHITECTURES[name]
     torch.manual_seed(0)
