@@ -357,7 +357,7 @@ def run(
             start = time.perf_counter()
             try:
                 method.fit(named.host, task)
-            except (ConfigError, MissingDependencyError) as error:
+            except (ConfigError, InvalidImageError, MissingDependencyError) as error:
                 reasons[method.name] = str(error)
                 continue
             fit_s[method.name] = time.perf_counter() - start

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -387,6 +388,21 @@ class Refusing(Counting):
 
     def fit(self, host, task):
         raise ConfigError("needs a training split")
+
+
+class Unfed(Counting):
+    """A method that learns from the pictures of the training split."""
+
+    def fit(self, host, task):
+        task.train.examples[0].picture.load()
+
+
+def test_a_broken_training_picture_costs_a_method_its_row_and_no_other(named, tmp_path):
+    train = dataset_of(write_pictures(tmp_path / "train", 8))
+    train.examples[0].picture.path.write_bytes(b"no picture")
+    task = replace(task_of(dataset_of(write_pictures(tmp_path / "pictures", 8))), train=train)
+    (result,) = run_all(named, [task], [Counting(), Unfed("unfed")], tmp_path / "out")
+    assert set(result["robust"]["not_applicable"]) == {"unfed"}
 
 
 def test_a_method_that_cannot_be_fitted_is_listed_with_the_reason(named, tmp_path):
