@@ -236,9 +236,26 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: It is there and holds something else than a defense, or its parent is not there.
     """
+    return writable_target(folder, "defense", MANIFEST, lambda target: _typed_manifest(target)["files"])
+
+
+def writable_target(
+    folder: str | os.PathLike[str], what: str, manifest: str, files: Callable[[Path], Iterable[str]]
+) -> Path:
+    """Return the absolute path of a folder that may be written, or replaced as a whole.
+
+    Args:
+        folder: Where to.
+        what: What may be replaced there, for the message.
+        manifest: The file that such a thing is known by.
+        files: Names of the other files of one that is there.
+
+    Raises:
+        ConfigError: It is there and holds something else, or its parent is not there.
+    """
     target = Path(folder).resolve()  # through a link: what it leads to is replaced, not the link
-    if not _is_replaceable(target):
-        raise ConfigError(f"{target} exists and is no defense, or holds other files too; choose another folder")
+    if not is_replaceable(target, manifest, lambda: files(target)):
+        raise ConfigError(f"{target} exists and is no {what}, or holds other files too; choose another folder")
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent} is not there, so {target.name} cannot be written into it; make it first")
     return target
@@ -272,10 +289,6 @@ def publish(target: Path, write: Callable[[Path], None], read: Callable[[Path], 
         shutil.rmtree(workshop, ignore_errors=True)
     if retired.exists():
         shutil.rmtree(retired)
-
-
-def _is_replaceable(target: Path) -> bool:
-    return is_replaceable(target, MANIFEST, lambda: _typed_manifest(target)["files"])
 
 
 def is_replaceable(target: Path, manifest: str, files: Callable[[], Iterable[str]]) -> bool:

@@ -153,12 +153,7 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: It is there and holds something else than a catalogue, or its parent is not there.
     """
-    target = Path(folder).resolve()
-    if not artefact.is_replaceable(target, MANIFEST, lambda: _read_manifest(target)["files"]):
-        raise ConfigError(f"{target} exists and is no catalogue, or holds other files too; choose another folder")
-    if not target.parent.is_dir():
-        raise ConfigError(f"{target.parent} is not there, so {target.name} cannot be written into it; make it first")
-    return target
+    return artefact.writable_target(folder, "catalogue", MANIFEST, lambda target: _read_manifest(target)["files"])
 
 
 def _write(catalogues: Sequence[Catalogue], folder: Path) -> None:

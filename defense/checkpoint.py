@@ -148,12 +148,7 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: It is there and holds something else than an SAE, or its parent is not there.
     """
-    target = Path(folder).resolve()
-    if not artefact.is_replaceable(target, MANIFEST, lambda: _read_manifest(target)["files"]):
-        raise ConfigError(f"{target} exists and is no SAE, or holds other files too; choose another folder")
-    if not target.parent.is_dir():
-        raise ConfigError(f"{target.parent} is not there, so {target.name} cannot be written into it; make it first")
-    return target
+    return artefact.writable_target(folder, "SAE", MANIFEST, lambda target: _read_manifest(target)["files"])
 
 
 def _write(checkpoint: Checkpoint, folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import artefact
-from .errors import CheckpointError, ConfigError, MissingDependencyError
+from .errors import CheckpointError, MissingDependencyError
 from .fit_sites import Fitted, FittedSite, Option
 from .hosts import block_of
 
@@ -48,11 +48,7 @@ def check_target(folder: Path) -> None:
         import matplotlib  # noqa: F401 - only to see whether it is there
     except ImportError as error:
         raise MissingDependencyError("matplotlib", "bench") from error
-    target = folder.resolve()
-    if not artefact.is_replaceable(target, REPORT, lambda: _own_plots(target)):
-        raise ConfigError(f"{target} exists and is no report, or holds other files too; choose another folder")
-    if not target.parent.is_dir():
-        raise ConfigError(f"{target.parent} is not there, so {target.name} cannot be written into it; make it first")
+    artefact.writable_target(folder, "report", REPORT, _own_plots)
 
 
 def _own_plots(folder: Path) -> list[str]:

@@ -194,6 +194,14 @@ class _Trainee(nn.Module):
         assert self.W_dec.grad is not None
         self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
 
+    @torch.no_grad()
+    def normalise_gradient(self) -> None:
+        """Bring the gradient to norm 1. It falls tenfold in the first steps, which Adam would go on dividing by."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm().clamp(min=1e-12)
+        for gradient in gradients:
+            gradient /= norm
+
 
 class Trainer:
     """An SAE under training: parameters, optimiser, and what is known of each latent.
@@ -247,7 +255,7 @@ class Trainer:
             assert parameter.grad is not None
             self.world.sum(parameter.grad)
         trainee.keep_gradient_tangent()
-        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+        trainee.normalise_gradient()
         self.optimizer.step()
         trainee.normalise_decoder()
         self.silent_for += config.batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 from defense.artefact import Defense, HostSpec, Site
 from defense.latents import LatentSet
 from defense.sae import SAEConfig, SparseAutoencoder
+
+from .demo_server import STUCK, served
 
 D_MODEL, D_SAE = 64, 160
 
@@ -167,3 +170,17 @@ def restated(folder: Path, **fields) -> Path:
     manifest["files"] = {path.relative_to(folder).as_posix(): file_entry(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps({**manifest, **fields}), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """The address of a demo of the embedded model, in a process of its own."""
+    with served() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def stuck() -> Iterator[str]:
+    """The same of one that never answers."""
+    with served(STUCK) as url:
+        yield url

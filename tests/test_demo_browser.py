@@ -20,25 +20,11 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from defense.classifier import embedded_folder
 
-from .demo_server import STUCK, served
-
 pytestmark = pytest.mark.browser
 
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 PATIENCE_MS = 60_000
 """An answer takes a fraction of a second; this is for machines with much else to do."""
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with served() as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def stuck() -> Iterator[str]:
-    with served(STUCK) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import threading
 import time
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,21 +24,9 @@ from defense.classifier import embedded_folder
 from defense.demo import limits
 
 from .demo_files import BAD_FILES, file_of
-from .demo_server import STUCK, served
+from .demo_server import served
 
 APPLE = embedded_folder("examples") / "apple-pizza.png"
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with served() as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def stuck() -> Iterator[str]:
-    with served(STUCK) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_the_plain_model_leans_on_what_goes_with_the_answer(task):
     host, grouping = load_host("embedded"), build.GROUPINGS[task]
     groups = build.groups_of(grouping, 200, 123_456, host)
     text_embeds = build.text_embeds_of(host, grouping.classes, grouping.template)
-    report = build.group_report_on(host, groups, text_embeds)
+    report = build.report_on(host, groups, text_embeds)
     of_groups = [report[f"{y}-{a}"] for y in range(2) for a in range(2)]
     assert report["worst"] == min(of_groups)
     assert report["average"] == pytest.approx(sum(of_groups) / 4)
@@ -86,9 +86,9 @@ def test_a_group_defense_lifts_the_worst_group_and_keeps_the_average(task, rise)
     host, grouping = load_host("embedded"), build.GROUPINGS[task]
     groups = build.groups_of(grouping, 300, 123_456, host)
     text_embeds = build.text_embeds_of(host, grouping.classes, grouping.template)
-    plain = build.group_report_on(host, groups, text_embeds)
+    plain = build.report_on(host, groups, text_embeds)
     RobustClassifier(host, defense)
-    defended = build.group_report_on(host, groups, text_embeds)
+    defended = build.report_on(host, groups, text_embeds)
     assert defended["worst"] >= plain["worst"] + rise
     assert defended["average"] >= plain["average"] - 2
 

@@ -84,11 +84,15 @@ def explained(sae: SparseAutoencoder, resid: torch.Tensor, acts: torch.Tensor) -
     return 1 - float((resid - sae.decode(acts, resid)).square().sum() / (resid - resid.mean(0)).square().sum())
 
 
-@pytest.mark.parametrize(("variant", "n_found"), [("topk", 28), ("batchtopk", 28), ("relu", 28), ("matryoshka", 0)])
-def test_every_variant_learns_a_planted_dictionary(variant, n_found):
+@pytest.mark.parametrize(
+    ("variant", "n_found", "explained_variance"),
+    [("topk", 28, 0.955), ("batchtopk", 25, 0.965), ("relu", 28, 0.885), ("matryoshka", 0, 0.8)],
+)
+def test_every_variant_learns_a_planted_dictionary(variant, n_found, explained_variance):
+    """Explained variance by a margin that gradients at full length do not reach (0.947, 0.954, 0.879)."""
     sae = trained(variant)
     quality = measure(sae, planted(2_000, seed=1))
-    assert quality.explained_variance > 0.8
+    assert quality.explained_variance > explained_variance
     assert 1 < quality.l0 < 9
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
     truth = torch.nn.functional.normalize(torch.from_numpy(DIRECTIONS).float(), dim=1)

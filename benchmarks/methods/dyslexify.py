@@ -29,8 +29,8 @@ from defense.benchmarks.methods.material import (
     CLEAN_BUDGET,
     accuracies,
     class_embeds_of,
-    picked,
     pixel_batches,
+    training_sides,
     training_twins,
 )
 from defense.classifier import Host, RobustClassifier
@@ -78,9 +78,8 @@ class Dyslexify:
         from defense.fit import Tail
 
         vision = vision_with_heads(host.model, self.name)
-        attacked, clean = training_twins(task, self.name)
-        rows = picked(attacked, _N_PICTURES)
-        twins = [attacked.examples[row] for row in rows], [clean.examples[row] for row in rows]
+        attacked, _ = training_twins(task, self.name)
+        twins = training_sides(task, self.name, _N_PICTURES)
         first = max(1, len(vision.blocks) // 2)  # no reading head was found in the first half
         tail = Tail(host.model, f"blocks.{first - 1}.hook_resid_post")
         scores, resids = _read(host, vision, tail, *twins)

@@ -29,7 +29,14 @@ import numpy as np
 from defense.benchmarks.datasets import Example, Task
 from defense.benchmarks.methods.base import Encoder
 from defense.benchmarks.methods.dyslexify import written_on
-from defense.benchmarks.methods.material import accuracies, class_embeds_of, picked, pixel_batches, training_twins
+from defense.benchmarks.methods.material import (
+    CLEAN_BUDGET,
+    accuracies,
+    class_embeds_of,
+    pixel_batches,
+    training_sides,
+    training_twins,
+)
 from defense.classifier import Host, RobustClassifier
 
 if TYPE_CHECKING:
@@ -42,7 +49,6 @@ if TYPE_CHECKING:
 LAST_PART = 0.2
 SAMPLES_PER_DIMENSION = 8
 Z_SCORES = (0.5, 1.0, 2.0)
-CLEAN_BUDGET = 0.01
 SEED = 0
 
 _N_PICTURES = 500
@@ -84,9 +90,8 @@ class SamplingTar:
         from defense.fit import Tail
 
         vision = vision_with_heads(host.model, self.name)
-        attacked, clean = training_twins(task, self.name)
-        rows = picked(attacked, _N_PICTURES)
-        twins = [attacked.examples[row] for row in rows], [clean.examples[row] for row in rows]
+        attacked, _ = training_twins(task, self.name)
+        twins = training_sides(task, self.name, _N_PICTURES)
         first = max(1, len(vision.blocks) - math.ceil(LAST_PART * len(vision.blocks)))
         tail = Tail(host.model, f"blocks.{first - 1}.hook_resid_post")
         scores, resids = _read(host, vision, tail, *twins)

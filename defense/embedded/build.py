@@ -25,18 +25,17 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional
 
-from defense import artefact, labels
+from defense import artefact, labels, train
 from defense.attach import detach, wrap
 from defense.classifier import Host, RobustClassifier, load_host, make_golden
 from defense.errors import ConfigError
 from defense.fit import FitConfig, Groups, Pairs, Tail
-from defense.fit_sites import SitePlan, fit_sites
+from defense.fit_sites import SitePlan, fit_sites, measure
 from defense.hosts import VisionHost
 from defense.latents import LatentSet
 from defense.sae import SAEConfig, SparseAutoencoder
-from defense.train import TrainConfig, measure, train_in_memory
+from defense.train import TrainConfig, train_in_memory
 
 from . import scenes, train_clip
 
@@ -191,7 +190,7 @@ def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> Spars
     sae = train_in_memory(resid, site.train)
     pictures = sae_scenes(500, SEEDS["sae_test"], site.group_share)
     held_out = tail.resid(pixel_values_of(pictures, host)).flatten(0, 1)
-    quality = measure(sae, held_out)
+    quality = train.measure(sae, held_out)
     log.info("SAE at block %d: %s", site.block, quality)
     folder.mkdir(exist_ok=True)
     save_file({name: torch.from_numpy(t) for name, t in sae.parameters_numpy().items()}, folder / "sae.safetensors")
@@ -237,10 +236,10 @@ def groups_of(grouping: Grouping, n: int, seed: int, host: Host) -> Groups:
     )
 
 
-def fit_data(task: str, n: int, seed: int, host: Host) -> tuple[Pairs | Groups, Tensor]:
-    """Return pictures of a task to choose latents on, and text_embeds of its answers."""
+def task_data(task: str, n: int, seed: int, fonts: Sequence[str], host: Host) -> tuple[Pairs | Groups, Tensor]:
+    """Return pictures of a task, and text_embeds of its answers; words are written in `fonts`."""
     if task == "text":
-        return attack_pairs(n, seed, scenes.TRAIN_FONTS, host), text_embeds_of(host, list(scenes.OBJECTS))
+        return attack_pairs(n, seed, fonts, host), text_embeds_of(host, list(scenes.OBJECTS))
     grouping = GROUPINGS[task]
     return groups_of(grouping, n, seed, host), text_embeds_of(host, grouping.classes, grouping.template)
 
@@ -254,37 +253,9 @@ def host_spec(host: Host, name: str) -> artefact.HostSpec:
     return artefact.HostSpec(name, None, vision.fingerprint(), vision.quick_gelu, vision.d_model, len(vision.blocks))
 
 
-def accuracy(image_embeds: Tensor, text_embeds: Tensor, answer: Tensor) -> float:
-    """Return the percentage of pictures whose nearest label is `answer`."""
-    return 100 * float(((image_embeds @ text_embeds.T).argmax(1) == answer).double().mean())
-
-
-@torch.inference_mode()
-def _embeds(host: Host, pixel_values: Tensor) -> Tensor:
-    parts = [functional.normalize(host.model.encode_image(part), dim=-1) for part in pixel_values.split(250)]
-    return torch.cat(parts)
-
-
-def report_on(host: Host, pairs: Pairs, text_embeds: Tensor) -> dict[str, float]:
-    """Return accuracies, in percent, of a host as it stands (with whatever is attached to it)."""
-    attacked = _embeds(host, pairs.attacked)
-    return {
-        "clean": accuracy(_embeds(host, pairs.clean), text_embeds, pairs.label),
-        "neutral": accuracy(_embeds(host, pairs.neutral), text_embeds, pairs.label),
-        "attacked": accuracy(attacked, text_embeds, pairs.label),
-        "attack_success": accuracy(attacked, text_embeds, pairs.word),
-    }
-
-
-def group_report_on(host: Host, groups: Groups, text_embeds: Tensor) -> dict[str, float]:
-    """Return the accuracy of each group ("y-a"), their average and the worst, in percent, of a host as it stands."""
-    image_embeds = _embeds(host, groups.pixel_values)
-    report = {}
-    for y in range(2):
-        for a in range(2):
-            rows = (groups.y == y) & (groups.a == a)
-            report[f"{y}-{a}"] = accuracy(image_embeds[rows], text_embeds, groups.y[rows])
-    return {"average": float(np.mean(list(report.values()))), "worst": min(report.values()), **report}
+def report_on(host: Host, data: Pairs | Groups, text_embeds: Tensor) -> dict[str, float]:
+    """Return `fit_sites.measure` in percent: accuracies of a host as it stands (with whatever is attached to it)."""
+    return {name: 100 * share for name, share in measure(host, data, text_embeds).items()}
 
 
 def random_control(host: Host, site: artefact.Site, pixel_values: Tensor, seed: int) -> artefact.Site:
@@ -322,19 +293,13 @@ def full_report(
     Raises:
         ConfigError: `host` is not the one that `spec` describes.
     """
-    if task == "text":
-        pairs = attack_pairs(n, seed, scenes.TEST_FONTS, host)
-        text_embeds = text_embeds_of(host, list(scenes.OBJECTS))
-        active, evaluate = pairs.attacked, lambda: report_on(host, pairs, text_embeds)
-    else:
-        groups = groups_of(GROUPINGS[task], n, seed, host)
-        text_embeds = text_embeds_of(host, GROUPINGS[task].classes, GROUPINGS[task].template)
-        active, evaluate = groups.pixel_values, lambda: group_report_on(host, groups, text_embeds)
+    data, text_embeds = task_data(task, n, seed, scenes.TEST_FONTS, host)
+    active = data.attacked if isinstance(data, Pairs) else data.pixel_values
 
     def measured(arm: Sequence[artefact.Site]) -> dict[str, float]:
         wrap(host.model, artefact.Defense(spec, host.preprocess, tuple(arm)))
         try:
-            return evaluate()
+            return report_on(host, data, text_embeds)
         finally:
             detach(host.model)
 
@@ -342,7 +307,7 @@ def full_report(
         measured([random_control(host, site, active[:200], draw) for site in sites]) for draw in range(n_controls)
     ]
     report = {
-        "plain": evaluate(),
+        "plain": report_on(host, data, text_embeds),
         "defended": measured(sites),
         "random latents": {key: float(np.mean([row[key] for row in controls])) for key in controls[0]},
     }
@@ -355,7 +320,7 @@ def build_defense(work: Path, recipe: Recipe, task: str, host: Host) -> artefact
     """Build one task's defense, site by site, measure it, and write it into `work`."""
     spec = host_spec(host, "embedded")
     plans = [SitePlan(site.hook_point, build_sae(work, recipe, site, host), site.fit) for site in recipe.defenses[task]]
-    data, text_embeds = fit_data(task, recipe.n_pairs, SEEDS["fit"], host)
+    data, text_embeds = task_data(task, recipe.n_pairs, SEEDS["fit"], scenes.TRAIN_FONTS, host)
     # Rounded as they are shipped, so that the report speaks of the shipped numbers.
     fitted = fit_sites(host, spec, plans, data, text_embeds, name=task, dtype=np.float16)
     sites = [each.site for each in fitted]

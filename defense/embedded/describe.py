@@ -81,7 +81,7 @@ def describe_defense(name: str, n: int, n_fit: int) -> list[catalogue.Catalogue]
     """
     host = load_host(EMBEDDED)
     defense = artefact.load(embedded_folder(name))
-    data, text_embeds = build.fit_data(name, n_fit, SEED_FIT, host)
+    data, text_embeds = build.task_data(name, n_fit, SEED_FIT, scenes.TRAIN_FONTS, host)
     n_own = n // 2 if name in GROUP_SEEDS else 0
     pictures = list(web_examples(n - n_own, SEED, host))
     pictures += group_examples(name, n_own, host) if n_own else []
