@@ -3,9 +3,9 @@
     python -m defense.benchmarks.latents --out benchmarks/results/latents.json
 
 On the embedded model, at the first block that its defense edits, with that block's SAE. Rules rank latents and are
-compared twice: with as many latents as ours chose, and with as many as each may remove before clean pictures suffer
-("own stop"). Ablations take one ingredient out of ours. Everything is chosen on pictures of one seed after the other,
-and measured on pictures and typefaces that nothing was chosen on, the same for all.
+compared twice: with as many latents as ours chose, and with as many as clean pictures bear ("own stop"). Ablations take
+one ingredient out of ours. Everything is chosen on pictures of one seed after the other, and measured on pictures and
+typefaces that nothing was chosen on, the same for all.
 
 Each arm is written as soon as it is done; the same command goes on where it was interrupted.
 """
@@ -19,7 +19,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -36,8 +35,8 @@ from defense.benchmarks.speed import environment_of
 from defense.classifier import EMBEDDED, Host, embedded_folder, load_host
 from defense.embedded import build, scenes
 from defense.errors import ConfigError
-from defense.fit import FitConfig, Pairs, Ranking, Tail, TextFit, _greedy, _Trial
-from defense.latents import LatentSet
+from defense.fit import LEAST_REMOVAL, FitConfig, Pairs, Ranking, Tail, TextFit, Trial, within_budget
+from defense.latents import LatentSet, draw_alike
 from defense.sae import SAEConfig, SparseAutoencoder
 from defense.suppress import Suppressor
 
@@ -45,11 +44,9 @@ FILE = "latents.json"
 SEED_FIT, SEED_TEST = 200, 299
 """Of pictures: to choose on (one more per seed), and to measure on. Apart from each other and from `build.SEEDS`."""
 
-RULES = ("ours", "joint gains", "contrast x causal", "causal", "contrast", "steerability", "random")
-ABLATIONS = ("specificity", "harm filter", "joint step", "greedy step", "kept weight", "chunk", "full removal")
+RULES = ("ours", "contrast x causal", "causal", "contrast", "steerability", "random")
+ABLATIONS = ("contrast", "causal effect", "joint step", "learnt gains", "moving weights", "sparsity", "budget")
 _TEST_ARMS = ("clean", "attacked")
-_REMOVED = 0.05
-"""Joint gains: a latent of which less than this is removed is left alone, as in ours."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,7 @@ class Settings:
 
     n_fit: int = 200
     n_test: int = 400
-    fit: FitConfig = field(
-        default_factory=lambda: FitConfig(n_candidates=96, steps=80, batch=16, kept_weight=4.0, clean_budget=0.01)
-    )
+    fit: FitConfig = field(default_factory=lambda: FitConfig(clean_budget=0.01))
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ class Chooser:
     def __init__(self, fit: TextFit, config: FitConfig, steerability: np.ndarray, seed: int) -> None:
         self.fit, self.config, self.steerability = fit, replace(config, seed=seed), steerability
         self.seed = seed
-        self._learnt: dict[tuple[FitConfig, tuple[int, ...]], tuple[_Trial, np.ndarray]] = {}
+        self._learnt: dict[tuple[FitConfig, tuple[int, ...]], tuple[Trial, np.ndarray]] = {}
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -106,9 +101,6 @@ class Chooser:
 
     def order(self, rule: str) -> np.ndarray:
         """Return the latents that a rule would take, best first."""
-        if rule == "joint gains":
-            trial, removal = self._joint(self.ranking.order(), self.config)
-            return trial.latents[np.argsort(-removal, kind="stable")]
         contrast, effect = self.ranking.contrast, self.ranking.effect
         if rule == "random":
             return self._random_order()
@@ -125,89 +117,64 @@ class Chooser:
         """Return latents at random: first one of like activity for each of ours, then any that fire."""
         rng = np.random.default_rng([self.seed, 1])  # anew each time: an interrupted run must draw the same
         activity = self.fit._activity("attacked").cpu().numpy()
-        rest = np.setdiff1d(np.flatnonzero(activity > 0), self.ours.latents)
-        by_activity = rest[np.argsort(activity[rest], kind="stable")]
-        like: list[int] = []
-        for place in np.searchsorted(activity[by_activity], activity[list(self.ours.latents)]):
-            reach = 20  # further, where ours are many of like activity and nothing is left so near
-            while not len(near := np.setdiff1d(by_activity[max(0, place - reach) : place + reach], like)):
-                if reach > len(rest):
-                    raise ConfigError(f"ours are {len(self.ours.latents)} latents; too few others fire to draw as many")
-                reach *= 2
-            like.append(int(rng.choice(near)))
-        return np.array([*like, *rng.permutation(np.setdiff1d(rest, like))], dtype=int)
+        like = draw_alike(self.ours.latents, activity, rng)
+        rest = np.setdiff1d(np.flatnonzero(activity), [*self.ours.latents, *like])
+        return np.array([*like, *rng.permutation(rest)], dtype=int)
 
     def as_many(self, rule: str) -> Choice:
         """Return a rule's best latents, as many as ours."""
         return Choice(tuple(self.order(rule)[: len(self.ours.latents)].tolist()))
 
     def own_stop(self, rule: str) -> Choice:
-        """Return as many of a rule's best latents as clean pictures bear, at most `n_candidates`."""
-        if rule == "joint gains":
-            trial, removal = self._joint(self.ranking.order(), self.config)
-            is_removed = removal >= _REMOVED
-            return Choice(tuple(trial.latents[is_removed].tolist()), tuple((1 - removal[is_removed]).tolist()))
-        trial = _Trial(self.fit, self.order(rule)[: self.config.n_candidates], self.config)
-        with torch.no_grad():
-            floor = trial.kept_accuracy([]) - self.config.clean_budget
-            n = _largest(len(trial.latents), lambda n: trial.kept_accuracy(list(range(n))) >= floor)
-        return Choice(tuple(trial.latents[:n].tolist()))
+        """Return as many of a rule's best latents as clean pictures bear, at most `n_candidates`, removed in full."""
+        trial = Trial(self.fit, self.order(rule)[: self.config.n_candidates], self.config)
+        return self._stopped(trial, np.arange(len(trial.latents)), np.ones(len(trial.latents)))
 
     # --- ablations ---
 
     def without(self, ingredient: str) -> Choice:
         """Return what is chosen without one ingredient of ours."""
         ranking, config = self.ranking, self.config
-        if ingredient == "specificity":
-            return self._chosen(replace(ranking, specificity=np.ones_like(ranking.specificity)).order(), config)
-        if ingredient == "harm filter":
-            return self._chosen(replace(ranking, harm=np.full_like(ranking.harm, -np.inf)).order(), config)
+        order = ranking.order()
+        if ingredient == "contrast":
+            return self._chosen(replace(ranking, contrast=np.ones_like(ranking.contrast)).order(), config)
+        if ingredient == "causal effect":
+            return self._chosen(self.order("contrast"), config)
         if ingredient == "joint step":
-            trial = _Trial(self.fit, ranking.order()[: config.n_candidates], config)
-            return self._greedy(trial, np.arange(len(trial.latents)), config)
-        if ingredient == "greedy step":
-            return self.own_stop("joint gains")
+            trial = Trial(self.fit, order[: config.n_candidates], config)
+            return self._stopped(trial, np.arange(len(trial.latents)), np.ones(len(trial.latents)))
+        if ingredient == "learnt gains":
+            trial, ranked, _ = self._joint(order, config)
+            return self._stopped(trial, ranked, np.ones(len(trial.latents)))
         changed = {
-            "kept weight": replace(config, kept_weight=1.0),
-            "chunk": replace(config, chunk=1),
-            "full removal": replace(config, gains="learnt"),
+            "moving weights": replace(config, worst_rate=0.0),
+            "sparsity": replace(config, sparsity=0.0),
+            "budget": replace(config, clean_budget=1.0),
         }
-        return self._chosen(ranking.order(), changed[ingredient])
+        return self._chosen(order, changed[ingredient])
 
     def _chosen(self, order: np.ndarray, config: FitConfig) -> Choice:
         """Do what `fit.choose` does; the joint step of the same candidates is done once."""
-        trial, removal = self._joint(order, config)
-        ranked = np.argsort(-removal, kind="stable")
-        if config.gains == "learnt":
-            trial = copy(trial)
-            trial.removal = torch.from_numpy(removal).float()
-        return self._greedy(trial, ranked[removal[ranked] >= _REMOVED], config)
+        trial, ranked, removal = self._joint(order, config)
+        return self._stopped(trial, ranked, removal, config.clean_budget)
 
-    def _joint(self, order: np.ndarray, config: FitConfig) -> tuple[_Trial, np.ndarray]:
+    def _joint(self, order: np.ndarray, config: FitConfig) -> tuple[Trial, np.ndarray, np.ndarray]:
+        """Return the candidates, their columns, most removed first, and how much of each is removed."""
         order = order[: config.n_candidates]
-        config = replace(config, chunk=1, gains="zero")  # this step does not depend on them
-        key = config, tuple(order.tolist())
+        key = replace(config, clean_budget=0.0), tuple(order.tolist())  # this step does not depend on the budget
         if key not in self._learnt:
-            trial = _Trial(self.fit, order, config)
+            trial = Trial(self.fit, order, config)
             self._learnt[key] = trial, self.fit.learn_removal(trial, config)
-        return self._learnt[key]
+        trial, removal = self._learnt[key]
+        ranked = np.argsort(-removal, kind="stable")
+        return trial, ranked[removal[ranked] >= LEAST_REMOVAL], removal
 
-    def _greedy(self, trial: _Trial, ranked: np.ndarray, config: FitConfig) -> Choice:
-        with torch.no_grad():
-            selection = _greedy(trial, ranked, config)
-        return Choice(tuple(selection.latents), tuple(selection.gains))
-
-
-def _largest(most: int, holds: Callable[[int], bool]) -> int:
-    """Return the largest n up to `most` at which something holds that holds at 0, by doubling, then halving."""
-    good, bad = 0, 1
-    while bad <= most and holds(bad):
-        good, bad = bad, 2 * bad
-    bad = min(bad, most + 1)
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if holds(middle) else (good, middle)
-    return good
+    def _stopped(
+        self, trial: Trial, ranked: np.ndarray, removal: np.ndarray, clean_budget: float | None = None
+    ) -> Choice:
+        budget = self.config.clean_budget if clean_budget is None else clean_budget
+        selection = within_budget(trial, ranked, removal, budget)
+        return Choice(selection.latents, selection.gains)
 
 
 def arms() -> dict[str, Callable[[Chooser], Choice]]:

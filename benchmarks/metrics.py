@@ -145,17 +145,20 @@ def mean_figure(values: np.ndarray, *, seed: int) -> Figure:
 
     Where all of a share's values are equal, resampling shows no spread, and Wilson's interval stands in.
     """
-    n = len(values)
     low, high = bootstrap([values], lambda means: means[:, 0], seed=seed)
-    if values.dtype == bool and values.all():
-        low = n / (n + _Z**2)
-    elif values.dtype == bool and not values.any():
-        high = _Z**2 / (n + _Z**2)
-    return Figure(float(values.mean()), low, high, n)
+    if values.dtype == bool:
+        low, high = min(low, _far_end(values)), max(high, _far_end(values))
+    return Figure(float(values.mean()), low, high, len(values))
+
+
+def _far_end(values: np.ndarray) -> float:
+    """Return the far end of Wilson's interval of a share, bool [n], of 0 or 1; of any other, the share."""
+    n, share = len(values), float(values.mean())
+    return {0.0: _Z**2 / (n + _Z**2), 1.0: n / (n + _Z**2)}.get(share, share)
 
 
 def figures(answers: Answers, *, seed: int, train_counts: Sequence[int] = ()) -> dict[str, Figure]:
-    """Return the figures that apply: by name.
+    """Return the figures that apply: by name. Where resampling shows no spread, see `mean_figure`.
 
     | name | what | where |
     |---|---|---|
@@ -195,10 +198,16 @@ def group_accuracies(answers: Answers) -> dict[int, tuple[int, float]]:
 def _group_figures(answers: Answers, seed: int, train_counts: np.ndarray) -> dict[str, Figure]:
     strata = [answers.is_correct[answers.group == group] for group in np.unique(answers.group)]
     shares = np.array([len(values) for values in strata]) / len(answers.label)
+    means = np.array([values.mean() for values in strata])
+    # Row i: group i at the far end of Wilson's interval, the others as they are.
+    in_doubt = np.where(np.eye(len(strata), dtype=bool), [_far_end(values) for values in strata], means)
 
     def figure(combine: Callable[[np.ndarray], np.ndarray]) -> Figure:
-        value = combine(np.array([[values.mean() for values in strata]]))[0]
-        return Figure(float(value), *bootstrap(strata, combine, seed=seed), n=len(answers.label))
+        low, high = bootstrap(strata, combine, seed=seed)
+        if math.isclose(low, high, abs_tol=1e-12):  # every group that decides is all right or all wrong
+            ends = combine(in_doubt)
+            low, high = min(low, float(ends.min())), max(high, float(ends.max()))
+        return Figure(float(combine(means[None])[0]), low, high, n=len(answers.label))
 
     found = {
         "worst_group": figure(lambda means: means.min(1)),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from defense.benchmarks import demo, embedded, export, kernel, latents, plots, robust, speed, tables, train
+from defense.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI = "mini.json"
@@ -193,6 +194,9 @@ def main_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return one row per method, the best on attacked pictures first, with the main figures of the miniatures.
 
     Methods at a part of their strength are left out.
+
+    Raises:
+        ConfigError: No result is left that has one of these figures.
     """
     results = [result for result in results if "@" not in result["method"]]
     by_place = {(result["dataset"], result["method"]): result["robust"] for result in results}
@@ -220,6 +224,8 @@ def main_table(results: Sequence[Mapping[str, Any]]) -> str:
         runs = [robust for (_, name), robust in by_place.items() if name == method]
         ms = sum(each["n"] * each["run"]["encode_ms"] for each in runs) / sum(each["n"] for each in runs)
         lines.append(f"| {method} | {' | '.join(cells)} | {ms:.1f} |")
+    if not half_widths:
+        raise ConfigError("no method was measured on the miniatures at full strength; run: defense bench mini")
     counts = ", ".join(f"{name} {n:,}" for name, n in {r["dataset"]: r["robust"]["n"] for r in results}.items())
     return (
         "\n".join(lines) + f"\n\nPercent, half of a 95 % interval at most {100 * max(half_widths):.1f} points; "

@@ -119,13 +119,10 @@ class AttachedDefense(nn.Module):
     @contextmanager
     def bypassed(self) -> Iterator[None]:
         """Let the block pass unedited, at no cost. Not for compiled models: use `set_strength(0)` there."""
-        try:
-            for block in self.edited_blocks():
+        with self._restored("is_bypassed") as blocks:
+            for block in blocks:
                 block.is_bypassed = True
             yield
-        finally:
-            for block in self.edited_blocks():
-                block.is_bypassed = False
 
     @contextmanager
     def adjusted(self, suppressors: Mapping[str, list[Suppressor]]) -> Iterator[None]:
@@ -134,25 +131,30 @@ class AttachedDefense(nn.Module):
         Args:
             suppressors: By hook point; a block that is not named passes unedited. On the model's device, in its dtype.
         """
-        before = [(block, block.stand_ins) for block in self.edited_blocks()]
-        try:
-            for block, _ in before:
+        with self._restored("stand_ins") as blocks:
+            for block in blocks:
                 block.stand_ins = suppressors.get(block.hook_point, [])
             yield
-        finally:
-            for block, stand_ins in before:
-                block.stand_ins = stand_ins
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keep the residual that each edited block saw last, as `block.seen` [batch, pos, d_model]."""
-        try:
-            for block in self.edited_blocks():
+        with self._restored("is_recording", "seen") as blocks:
+            for block in blocks:
                 block.is_recording = True
             yield
+
+    @contextmanager
+    def _restored(self, *names: str) -> Iterator[list[EditedBlock]]:
+        """Yield the edited blocks, and put these attributes of theirs back in the end: contexts nest."""
+        blocks = self.edited_blocks()
+        before = [{name: getattr(block, name) for name in names} for block in blocks]
+        try:
+            yield blocks
         finally:
-            for block in self.edited_blocks():
-                block.is_recording, block.seen = False, None
+            for block, values in zip(blocks, before, strict=True):
+                for name, value in values.items():
+                    setattr(block, name, value)
 
 
 def sae_of(site: Site) -> SparseAutoencoder:

@@ -67,10 +67,11 @@ def calibrated(
     *,
     least_agreement: float = 0.99,
     text_embeds: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> tuple[Defense, Calibration]:
     """Return a defense whose TopK sites decide by thresholds, and how well it stands in for the exact one.
 
-    Every other picture (in a random order that is always the same) fits, the others are held out. What was measured is
+    Every other group (in a random order that is always the same) fits, the others are held out. What was measured is
     also in the defense's provenance, under "calibration"; its golden vectors are those of the new rule.
 
     Args:
@@ -80,20 +81,24 @@ def calibrated(
         least_agreement: Share of held-out pictures that must keep their prediction.
         text_embeds: Labels to predict, normalised, [n_labels, d_embed]. Without them, a prediction is the nearest
             of up to 100 fitted pictures, by the exact embeddings of those.
+        groups: Pictures with the same number, int [n], are alike (an attacked picture and its clean twin), and stay
+            together: either all fit or all are held out. By default each picture is a group of its own.
 
     Raises:
         CalibrationError: The two defenses agree on fewer pictures.
         ConfigError: No site has a TopK rule, one lets negative latents count, or there are too few pictures. See also
             `wrap`.
-        ShapeError: `pixel_values` has another shape.
+        ShapeError: `pixel_values` or `groups` has another shape.
     """
-    _check(defense, pixel_values)
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(pixel_values)))
-    fitted, held_out = pixel_values[order[::2]], pixel_values[order[1::2]]
+    groups = np.arange(len(pixel_values)) if groups is None else np.asarray(groups)
+    _check(defense, pixel_values, groups)
+    rows, rows_held_out = _halves(groups)
+    fitted, held_out = pixel_values[rows], pixel_values[rows_held_out]
     with _defended(host, defense) as exact:
         sites, wrong_energy, fitted_embeds = _threshold_sites(exact, defense, fitted)
         wanted = _embeds(exact, held_out)
-    anchors = fitted_embeds[:_N_ANCHORS] if text_embeds is None else text_embeds
+    firsts = np.sort(np.unique(groups[rows], return_index=True)[1])  # one of each group: the others are alike
+    anchors = fitted_embeds[firsts[:_N_ANCHORS]] if text_embeds is None else text_embeds
     result = replace(defense, sites=sites, golden=None, manifest_sha256=None)
     with _defended(host, result) as by_threshold:
         got = _embeds(by_threshold, held_out)
@@ -114,7 +119,7 @@ def calibrated(
     return replace(result, golden=golden, provenance=provenance), calibration
 
 
-def _check(defense: Defense, pixel_values: Tensor) -> None:
+def _check(defense: Defense, pixel_values: Tensor, groups: np.ndarray) -> None:
     if not any(site.sae_config["act"] == "topk" for site in defense.sites):
         raise ConfigError("no site of this defense has a topk SAE; its latents decide alone already")
     for site in defense.sites:
@@ -131,6 +136,19 @@ def _check(defense: Defense, pixel_values: Tensor) -> None:
             f"{len(pixel_values)} pictures are too few to calibrate on; give {_LEAST_PICTURES} at least, and some "
             "hundreds for a figure to rely on"
         )
+    if groups.shape != (len(pixel_values),):
+        raise ShapeError(f"groups is {list(groups.shape)}, want [{len(pixel_values)}], a number for each picture")
+    if (groups == groups[0]).all():
+        raise ConfigError("all pictures are of one group, so none could be held out; give several groups")
+
+
+def _halves(groups: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return which pictures fit and which are held out, by index: every other group of a random order."""
+    names, group = np.unique(groups, return_inverse=True)
+    place = np.argsort(np.random.default_rng(0).permutation(len(names)))[group]
+    rows = np.argsort(place, kind="stable")
+    is_fitted = place[rows] % 2 == 0
+    return torch.from_numpy(rows[is_fitted]), torch.from_numpy(rows[~is_fitted])
 
 
 @contextmanager

@@ -47,9 +47,9 @@ _TENSORS = {"columns", "is_defined", "name", "name_score", "direction", "top", "
 _SCENE = "scene:"
 _INT8 = 127
 _EVEN, _FEWEST_CLASSES = 0.97, 20
-"""A latent whose entropy of classes is this share of the largest possible names no class: all latents of the embedded
-text defense are above it, and of those with one object on most of their top pictures one in 25. Where classes are few,
-firing on all of them says little."""
+"""A latent whose entropy of classes is this share of the largest possible names no class: of the embedded text defense,
+45 of 51 are above it, and of the 81 of its SAEs with one object on most of their top pictures, one. Where classes are
+few, firing on all of them says little."""
 
 
 @dataclass(frozen=True, eq=False)

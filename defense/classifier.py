@@ -361,15 +361,16 @@ class RobustClassifier(ZeroShotClassifier):
         check_top_k(top_k)
         decoded = images.decode(image)
         pixel_values = self.host.preprocess(decoded.image)[None]
-        names, text_embeds = self._labels(), self.text_embeds()
+        prompts = self._chosen()
+        text_embeds = self._embeds_of(prompts)
         with self._lock, torch.inference_mode():
             plain, plain_ms = self._timed(pixel_values, plain=True)
             with explain.in_force(self, controls) as defense, defense.recording():
                 robust, robust_ms = self._timed(pixel_values)
                 removed, heatmap, fraction = explain.account(defense)
         return Explanation(
-            plain=prediction_of(names, self.scores(plain, text_embeds)[0], top_k),
-            robust=prediction_of(names, self.scores(robust, text_embeds)[0], top_k),
+            plain=prediction_of(prompts.labels, self.scores(plain, text_embeds)[0], top_k),
+            robust=prediction_of(prompts.labels, self.scores(robust, text_embeds)[0], top_k),
             removed=removed,
             heatmap=heatmap,
             fraction=fraction,
@@ -398,8 +399,26 @@ class RobustClassifier(ZeroShotClassifier):
             ConfigError: There is no defense to adjust, or see `explain.Controls`.
         """
         check_top_k(top_k)
+        prompts = self._chosen()
         image_embeds = self._encode_image(self._prepare(image)[None], controls=controls)
-        return prediction_of(self._labels(), self.scores(image_embeds, self.text_embeds())[0], top_k)
+        return prediction_of(prompts.labels, self.scores(image_embeds, self._embeds_of(prompts))[0], top_k)
+
+    def latent_map(self, image: Any, hook_point: str, latent: int) -> np.ndarray:
+        """Return a latent's activation at each patch of a picture in the plain network, float32 [rows, columns].
+
+        Args:
+            image: See `images.decode`.
+            hook_point: One of the defense's.
+            latent: Any of the SAE there.
+
+        Raises:
+            ConfigError: There is no such latent, or see `sae`.
+            InvalidImageError: The picture cannot be read.
+        """
+        from .catalogue import latent_map
+
+        with self._lock:  # another thread's pass would undo the bypass
+            return latent_map(self.host, hook_point, self.sae(hook_point), latent, image)
 
     def sae(self, hook_point: str) -> SparseAutoencoder:
         """Return the whole SAE at a hook point of the defense, on the model's device.

@@ -389,10 +389,11 @@ class _Search:
             for latent_set in sets
             for latent in latent_set.latents
         )
-        self.names = list(clf.classes_)
+        prompts = clf._chosen()
+        self.names = prompts.labels
         if len(self.names) < 2:
             raise ConfigError(f"{self.names[0]!r} is the only label, so no other can be the answer; set at least two")
-        self.text_embeds = clf.text_embeds()
+        self.text_embeds = clf._embeds_of(prompts)
         self.pixel_values = clf._prepare(image)[None]
         self._scores: dict[frozenset[Place], np.ndarray] = {}
         self.plain = int(self.scores([]).argmax())

@@ -6,11 +6,12 @@ The cue is a word written on the picture (`TextFit`) or an attribute that goes w
 1. contrast     what fires more where the cue is, or differs with it
 2. causal       of those, what moves the answer to where the cue points: gradient of the margin times activation
 3. joint        gains of the best of them, learnt together by gradient descent on pictures with and without the cue
-4. greedy       add latents while the fooled pictures get better and the others do not get worse than the budget
+4. budget       of these, most removed first, as many as pictures without the cue bear
 
 Steps 1 and 2 look at one latent at a time and at first order, so they only name candidates. Step 3 sees that latents
-share a task and that later blocks undo part of an edit (arXiv:2406.04341, section 5). Step 4 measures the finished
-network, with every chosen latent removed in full, and decides.
+share a task and that later blocks undo part of an edit (arXiv:2406.04341, section 5); it leaves latents alone that
+also carry what should count. Step 4 measures the finished network and decides. `benchmarks/latents.py` takes each step
+out in turn.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +37,9 @@ from .suppress import token_slice
 
 log = logging.getLogger(__name__)
 
-RULE = "contrast, causal, joint, greedy"
+RULE = "contrast, causal, joint, budget"
 
-_LEAST_REMOVAL = 0.05
+LEAST_REMOVAL = 0.05
 """A candidate that gradient descent removes by less than this is dropped; it starts close to it."""
 
 
@@ -104,18 +105,12 @@ class FitConfig:
 
     Attributes:
         n_candidates: Latents that reach the joint step, at most.
-        mass: Share of all latents' score that the candidates may hold together, in (0, 1] (DIAL's rule, OpenReview
-            NHOLsaHuFv); 1 leaves the number to `n_candidates`.
         steps: Of gradient descent there.
         batch: Pictures of each arm that a step sees.
         lr: Learning rate of Adam on the logits of what is removed.
         sparsity: Loss (nats) that each removed latent costs in the joint step.
-        kept_weight: Weight there of the arms that must not get worse; that of the others is 1.
-        chunk: Latents tried at once by the greedy step; a chunk that does harm is tried again in halves.
-        clean_budget: Accuracy on the kept arms that may be lost, as a fraction.
-        min_gain: A chunk must lower the fooled arms' loss by this much (nats).
-        gains: "zero" removes the chosen latents in full; "learnt" keeps of each the part that the joint step kept.
         worst_rate: How fast the joint step moves its weight to the arms with the larger loss; 0 leaves it where it is.
+        clean_budget: Accuracy on the kept arms that may be lost, as a fraction.
         edit: "scale", or "project", which takes out the span of the latents of S that fire at a token and leaves
             tokens alone where none does; the joint step always works with "scale".
         scope: Tokens that are edited.
@@ -123,17 +118,12 @@ class FitConfig:
     """
 
     n_candidates: int = 256
-    mass: float = 1.0
     steps: int = 200
     batch: int = 24
     lr: float = 0.1
     sparsity: float = 1e-3
-    kept_weight: float = 1.0
-    chunk: int = 4
+    worst_rate: float = 0.01
     clean_budget: float = 0.005
-    min_gain: float = 1e-3
-    gains: Literal["zero", "learnt"] = "zero"
-    worst_rate: float = 0.0
     edit: Edit = "scale"
     scope: Scope = "all"
     seed: int = 0
@@ -141,16 +131,12 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.edit not in ("scale", "project"):
             raise ConfigError(f"edit={self.edit!r}; only 'scale' and 'project' can be fitted")
-        if self.n_candidates < 1 or self.chunk < 1:
-            raise ConfigError(f"n_candidates={self.n_candidates}, chunk={self.chunk}; both must be at least 1")
-        if self.steps < 0 or self.batch < 1:
-            raise ConfigError(f"steps={self.steps}, batch={self.batch}; want steps >= 0 and batch >= 1")
-        if self.gains not in ("zero", "learnt"):
-            raise ConfigError(f"gains={self.gains!r}; it must be 'zero' or 'learnt'")
+        if self.n_candidates < 1 or self.batch < 1:
+            raise ConfigError(f"n_candidates={self.n_candidates}, batch={self.batch}; both must be at least 1")
+        if self.steps < 1:
+            raise ConfigError(f"steps={self.steps}; it must be at least 1")
         if not self.clean_budget >= 0:
             raise ConfigError(f"clean_budget={self.clean_budget}; it is a fraction of the pictures, 0 or more")
-        if not 0 < self.mass <= 1:
-            raise ConfigError(f"mass={self.mass}; it must lie in (0, 1]: 1 sets no limit")
 
 
 class _Skip(nn.Module):
@@ -215,37 +201,23 @@ class Tail:
         return torch.cat(parts)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ranking:
     """Scores of all latents of an SAE, float64 [d_sae] each.
 
     Attributes:
         contrast: Difference in activation (summed over tokens, mean over pictures) that the cue makes.
-        specificity: That difference over the sum of both sides, in [-1, 1]: 1 fires with the cue alone.
         effect: Mean fall of the rival answer's margin over the right one when the latent is removed from fooled
             pictures (first order).
-        harm: Mean fall of the right answer's log-probability when it is removed from kept pictures (first order).
     """
 
     contrast: np.ndarray
-    specificity: np.ndarray
     effect: np.ndarray
-    harm: np.ndarray
 
-    def order(self, mass: float = 1.0) -> np.ndarray:
-        """Return the latents that follow the cue and act on the answer, best first.
-
-        Args:
-            mass: Stop where they hold this share of the score of all of them.
-        """
-        score = np.where((self.contrast > 0) & (self.effect > 0), self.effect * np.clip(self.specificity, 0, 1), 0.0)
-        score = np.where(self.effect > self.harm, score, 0.0)
-        ranked = np.argsort(-score, kind="stable")
-        ranked = ranked[score[ranked] > 0]
-        if mass < 1:
-            held = score[ranked].cumsum()
-            ranked = ranked[: np.searchsorted(held, mass * held[-1:].sum()) + 1]
-        return ranked
+    def order(self) -> np.ndarray:
+        """Return the latents that follow the cue and act on the answer, the largest effect first."""
+        ranked = np.argsort(-self.effect, kind="stable")
+        return ranked[(self.contrast[ranked] > 0) & (self.effect[ranked] > 0)]
 
 
 @dataclass(frozen=True)
@@ -296,19 +268,17 @@ class _SiteFit:
         An SAE of CLS tokens means nothing at the others, of which there are many more.
         """
         positions = self.positions(scope)
-        contrast, total = self._contrast(positions)
-        specificity = contrast / total.clamp(min=1e-9)
-        effect = torch.stack([self._attribution(self.arms[name], _margin, positions) for name in self.fooled]).mean(0)
-        harm = torch.stack([self._attribution(self.arms[name], _log_prob, positions) for name in self.kept]).mean(0)
-        return Ranking(*(column.cpu().numpy() for column in (contrast, specificity, effect, harm)))
+        contrast = self._contrast(positions)
+        effect = torch.stack([self._attribution(self.arms[name], positions) for name in self.fooled]).mean(0)
+        return Ranking(contrast.cpu().numpy(), effect.cpu().numpy())
 
     def positions(self, scope: Scope) -> slice:
         """Return the tokens that an edit of a scope touches here."""
         host = self.tail.host
         return token_slice(host.effective_scope(self.hook_point, scope), host.n_prefix)
 
-    def _contrast(self, positions: slice) -> tuple[Tensor, Tensor]:
-        """Return the difference that the cue makes to each latent, and the sum of both sides, float64 [d_sae]."""
+    def _contrast(self, positions: slice) -> Tensor:
+        """Return the difference that the cue makes to each latent, float64 [d_sae]."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -320,12 +290,14 @@ class _SiteFit:
             total += self.sae.encode(part).sum((0, 1)).double()
         return total / len(resid)
 
-    def _attribution(self, arm: _Arm, target: Callable[[Tensor, Tensor, Tensor], Tensor], positions: slice) -> Tensor:
-        """Return mean over pictures of sum over tokens of f_i * (gradient of the target along decoder row i)."""
+    def _attribution(self, arm: _Arm, positions: slice) -> Tensor:
+        """Return mean over pictures of sum over tokens of f_i * (gradient of the margin along decoder row i)."""
         total = torch.zeros(self.sae.config.d_sae, dtype=torch.float64, device=self.device)
         for rows in torch.arange(len(arm.answer), device=self.device).split(50):
             leaf = arm.resid[rows].clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(target(self.logits(leaf), arm.answer[rows], arm.rival[rows]).sum(), leaf)
+            logits = self.logits(leaf)
+            margins = logits.gather(1, arm.rival[rows, None]) - logits.gather(1, arm.answer[rows, None])
+            (gradient,) = torch.autograd.grad(margins.sum(), leaf)
             with torch.no_grad():
                 resid = arm.resid[rows][:, positions]
                 scale = normalise(resid, self.sae.config.norm).scale
@@ -335,24 +307,20 @@ class _SiteFit:
 
     def choose(self, order: np.ndarray, config: FitConfig) -> Selection:
         """Pick latents from a ranking: steps 3 and 4."""
-        trial = _Trial(self, order[: config.n_candidates], config)
+        trial = Trial(self, order[: config.n_candidates], config)
         removal = self.learn_removal(trial, config)
         ranked = np.argsort(-removal, kind="stable")
-        if config.gains == "learnt":
-            trial.removal = torch.from_numpy(removal).float().to(self.device)
-        with torch.no_grad():
-            return _greedy(trial, ranked[removal[ranked] >= _LEAST_REMOVAL], config)
+        return within_budget(trial, ranked[removal[ranked] >= LEAST_REMOVAL], removal, config.clean_budget)
 
-    def learn_removal(self, trial: _Trial, config: FitConfig) -> np.ndarray:
+    def learn_removal(self, trial: Trial, config: FitConfig) -> np.ndarray:
         """Return how much of each candidate's writing is best removed, float64 [n_candidates] in [0, 1]: step 3.
 
         Minimises the loss of the right answer on all arms, plus `sparsity` times the sum of what is removed. So a
-        latent stays out where what should count speaks through it too. With a `worst_rate`, weight moves step by step
-        to the arms with the larger loss (group DRO, arXiv:1911.08731, algorithm 1).
+        latent stays out where what should count speaks through it too. Weight moves step by step to the arms with the
+        larger loss (group DRO, arXiv:1911.08731, algorithm 1).
         """
-        weights = {name: config.kept_weight if name in self.kept else 1.0 for name in self.arms}
-        total = sum(weights.values())  # also where they move between the arms
-        start = math.log(_LEAST_REMOVAL / (1 - _LEAST_REMOVAL))
+        weights = dict.fromkeys(self.arms, 1 / len(self.arms))
+        start = math.log(LEAST_REMOVAL / (1 - LEAST_REMOVAL))
         logits_of_removal = torch.full((len(trial.latents),), start, device=self.device, requires_grad=True)
         optimizer = torch.optim.Adam([logits_of_removal], lr=config.lr)
         generator = torch.Generator().manual_seed(config.seed)
@@ -364,12 +332,11 @@ class _SiteFit:
                 n = len(arm.answer)
                 rows = torch.randint(n, (min(config.batch, n),), generator=generator).to(self.device)
                 losses[name] = functional.cross_entropy(trial.logits(name, removal, rows), arm.answer[rows])
-                loss = loss + losses[name] * weights[name] / total
+                loss = loss + losses[name] * weights[name]
             (logits_of_removal.grad,) = torch.autograd.grad(loss, logits_of_removal)
             optimizer.step()
-            if config.worst_rate:
-                grown = {name: weights[name] * math.exp(config.worst_rate * losses[name].item()) for name in weights}
-                weights = {name: weight * total / sum(grown.values()) for name, weight in grown.items()}
+            grown = {name: weights[name] * math.exp(config.worst_rate * losses[name].item()) for name in weights}
+            weights = {name: weight / sum(grown.values()) for name, weight in grown.items()}
             if (step + 1) % 50 == 0:
                 n_removed = removal.sum().item()
                 log.info("joint step %d of %d: loss %.3f, %.1f removed", step + 1, config.steps, loss.item(), n_removed)
@@ -384,17 +351,9 @@ class _SiteFit:
             name, tuple(selection.latents), tuple(selection.gains), edit=config.edit, scope=config.scope, scores=scores,
             provenance={
                 "n_pictures": n_pictures, "fooled": list(self.fooled), "rule": RULE, "config": asdict(config),
-                "kept_accuracy": selection.clean, "fooled_loss": selection.loss,
+                "tried": [asdict(step) for step in selection.tried],
             },
         )  # fmt: skip
-
-
-def _margin(logits: Tensor, answer: Tensor, rival: Tensor) -> Tensor:
-    return (logits.gather(1, rival[:, None]) - logits.gather(1, answer[:, None]))[:, 0]
-
-
-def _log_prob(logits: Tensor, answer: Tensor, _rival: Tensor) -> Tensor:
-    return logits.log_softmax(1).gather(1, answer[:, None])[:, 0]
 
 
 class TextFit(_SiteFit):
@@ -422,9 +381,8 @@ class TextFit(_SiteFit):
         for name in ("clean", "neutral", "attacked"):
             self.add_arm(name, getattr(pairs, name), pairs.label, pairs.word)
 
-    def _contrast(self, positions: slice) -> tuple[Tensor, Tensor]:
-        attacked, neutral = self._activity("attacked", positions), self._activity("neutral", positions)
-        return attacked - neutral, attacked + neutral
+    def _contrast(self, positions: slice) -> Tensor:
+        return self._activity("attacked", positions) - self._activity("neutral", positions)
 
 
 class GroupFit(_SiteFit):
@@ -465,56 +423,78 @@ class GroupFit(_SiteFit):
         arm = self.arms[name]
         return float((self.logits(arm.resid).argmax(1) == arm.answer).double().mean())
 
-    def _contrast(self, positions: slice) -> tuple[Tensor, Tensor]:
+    def _contrast(self, positions: slice) -> Tensor:
         """The range over values of the attribute, averaged over classes: a latent may stand for either value."""
         by_class = [torch.stack([self._activity(f"{y}-{a}", positions) for a in self.values]) for y in self.classes]
         by_value = torch.stack(by_class).mean(0)
-        high, low = by_value.amax(0), by_value.amin(0)
-        return high - low, high + low
+        return by_value.amax(0) - by_value.amin(0)
 
 
-@dataclass
-class Selection:
-    """What the greedy step chose, and the course of its measures, from before the first step on.
+@dataclass(frozen=True)
+class Tried:
+    """What the network does with the first `n` of the candidates removed.
 
     Attributes:
-        latents: S.
-        gains: The part of each that is kept.
-        clean: Accuracy on the kept arms.
-        loss: Of the right answer on the fooled arms, in nats.
+        n: How many.
+        kept_accuracy: Of the kept arms, as a fraction.
+        fooled_loss: Of the right answer on the fooled arms, in nats.
     """
 
-    latents: list[int] = field(default_factory=list)
-    gains: list[float] = field(default_factory=list)
-    clean: list[float] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
+    n: int
+    kept_accuracy: float
+    fooled_loss: float
 
 
-def _greedy(trial: _Trial, ranked: np.ndarray, config: FitConfig) -> Selection:
-    """Add candidates (their columns in `trial`, best first) under the clean budget: step 4."""
-    selection = Selection(clean=[trial.kept_accuracy([])], loss=[trial.fooled_loss([])])
-    floor = selection.clean[0] - config.clean_budget
-    columns: list[int] = []
-    chunks = [ranked[i : i + config.chunk].tolist() for i in range(0, len(ranked), config.chunk)]
-    while chunks:
-        chunk = chunks.pop(0)
-        loss = trial.fooled_loss(columns + chunk)
-        helps = loss < selection.loss[-1] - config.min_gain
-        clean = trial.kept_accuracy(columns + chunk) if helps else -math.inf
-        if clean >= floor:
-            columns += chunk
-            selection.loss.append(loss)
-            selection.clean.append(clean)
-            log.info("%d latents: loss where fooled %.3f, accuracy kept %.4f", len(columns), loss, clean)
-        elif len(chunk) > 1 and abs(loss - selection.loss[-1]) > config.min_gain:
-            half = len(chunk) // 2  # it does something, but some of it does harm
-            chunks[:0] = [chunk[:half], chunk[half:]]
-    selection.latents = [int(latent) for latent in trial.latents[columns]]
-    selection.gains = (1 - trial.removal[columns]).tolist()
-    return selection
+@dataclass(frozen=True)
+class Selection:
+    """What is chosen.
+
+    Attributes:
+        latents: S, most removed first.
+        gains: The part of each that is kept.
+        tried: What was measured on the way, from no latents on.
+    """
+
+    latents: tuple[int, ...]
+    gains: tuple[float, ...]
+    tried: tuple[Tried, ...]
+
+    @property
+    def before(self) -> Tried:
+        """The network as it was."""
+        return self.tried[0]
+
+    @property
+    def after(self) -> Tried:
+        """The network with S removed."""
+        return next(each for each in self.tried if each.n == len(self.latents))
 
 
-class _Trial:
+def within_budget(trial: Trial, ranked: np.ndarray, removal: np.ndarray, clean_budget: float) -> Selection:
+    """Remove as many candidates (columns of `trial`, best first) as the budget allows: step 4.
+
+    The more is removed, the less is kept, so that halving finds the number; where that is not quite so, what it finds
+    still holds to the budget. Nothing is removed where the fooled pictures do not gain by it.
+    """
+    tried = {0: trial.measure(ranked[:0], removal)}
+    floor = tried[0].kept_accuracy - clean_budget
+    best, n, excess = 0, len(ranked), len(ranked) + 1
+    while best < n:
+        tried[n] = trial.measure(ranked[:n], removal)
+        best, excess = (n, excess) if tried[n].kept_accuracy >= floor else (best, n)
+        n = (best + excess) // 2
+    if tried[best].fooled_loss >= tried[0].fooled_loss:
+        best = 0
+    log.info("%d latents: accuracy kept %.4f, loss where fooled %.3f", *asdict(tried[best]).values())
+    chosen = ranked[:best]
+    return Selection(
+        tuple(trial.latents[chosen].tolist()),
+        tuple((1 - removal[chosen]).tolist()),
+        tuple(tried[n] for n in sorted(tried)),
+    )
+
+
+class Trial:
     """Measures edits. The candidates' activations are computed once; an edit then costs one pass through the tail."""
 
     def __init__(self, fit: _SiteFit, latents: np.ndarray, config: FitConfig) -> None:
@@ -527,7 +507,6 @@ class _Trial:
                 for name, arm in fit.arms.items()
             }
         self.W_dec_S = fit.sae.W_dec[index]
-        self.removal = torch.ones(len(index), device=fit.device)
 
     def logits(self, arm: str, removal: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """Return logits_per_image of some pictures with `removal` [n_candidates] of each candidate scaled away."""
@@ -542,26 +521,32 @@ class _Trial:
         edited[:, self.positions] = tokens - (delta if scale is None else delta * scale).view_as(tokens)
         return self.fit.logits(edited)
 
-    def _removed(self, arm: str, columns: list[int]) -> Tensor:
+    def _removed(self, arm: str, columns: np.ndarray, removal: np.ndarray) -> Tensor:
         """Return logits_per_image with the candidates of some columns removed as what will ship removes them."""
-        if not columns:
+        if not len(columns):
             return self.fit.logits(self.fit.arms[arm].resid)
-        removal, W_dec_S = self.removal[columns], self.W_dec_S[columns]
+        part = torch.from_numpy(removal[columns]).float().to(self.fit.device)
+        W_dec_S = self.W_dec_S[columns]
 
         def delta_of(acts: Tensor, z: Tensor) -> Tensor:
             if self.edit == "project":
-                return reference.projected(acts[:, columns], removal, W_dec_S, z - self.fit.sae.b_dec)
-            return reference.scaled(acts[:, columns], removal, W_dec_S)
+                return reference.projected(acts[:, columns], part, W_dec_S, z - self.fit.sae.b_dec)
+            return reference.scaled(acts[:, columns], part, W_dec_S)
 
         n, chunk = len(self.fit.arms[arm].answer), self.fit.tail.batch
         return torch.cat([self._edited(arm, slice(i, i + chunk), delta_of) for i in range(0, n, chunk)])
 
-    def fooled_loss(self, columns: list[int]) -> float:
-        """Return the mean negative log-probability of the right answer, over the fooled arms alike."""
-        arms = [(self._removed(name, columns), self.fit.arms[name].answer) for name in self.fit.fooled]
-        return float(np.mean([float(functional.cross_entropy(logits, answer)) for logits, answer in arms]))
+    @torch.no_grad()
+    def measure(self, columns: np.ndarray, removal: np.ndarray) -> Tried:
+        """Return what removing the candidates of some columns does; `removal` [n_candidates] is the part of each.
 
-    def kept_accuracy(self, columns: list[int]) -> float:
-        """Return the accuracy, over the kept arms alike."""
-        arms = [(self._removed(name, columns), self.fit.arms[name].answer) for name in self.fit.kept]
-        return float(np.mean([float((logits.argmax(1) == answer).double().mean()) for logits, answer in arms]))
+        Accuracy and loss are means over the arms, whatever their sizes.
+        """
+        accuracies, losses = [], []
+        for name in dict.fromkeys((*self.fit.kept, *self.fit.fooled)):
+            logits, answer = self._removed(name, columns, removal), self.fit.arms[name].answer
+            if name in self.fit.kept:
+                accuracies.append(float((logits.argmax(1) == answer).double().mean()))
+            if name in self.fit.fooled:
+                losses.append(float(functional.cross_entropy(logits, answer)))
+        return Tried(len(columns), float(np.mean(accuracies)), float(np.mean(losses)))

@@ -5,9 +5,8 @@
 | `text_material` | plain CLIP's own, on the picture as it is | another label, written on it |
 | `metadata_material` | a column of a csv file | another column; without one, whether plain CLIP is right |
 | `spurious_material` | plain CLIP's, with thresholds for each spurious prompt | the spurious prompt that fits best |
-| `blind_material` | that of the picture's neighbours | whether plain CLIP agrees with them |
 
-The first and the last two ask for no labels. Pictures that cannot be read are left out and named.
+The first and the last ask for no labels. Pictures that cannot be read are left out and named.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ WORD_HEIGHT = (0.14, 0.28)
 _TEST_SPLITS = ("2", "2.0", "test")
 _MOST_VALUES = 20
 """Distinct values of an attribute; a column with more is something else."""
-_NEIGHBOURS = 10
 
 
 @dataclass(frozen=True)
@@ -403,38 +401,6 @@ def _threshold(values: np.ndarray) -> float:
     between = below * above * (sums[:-1] / below - (sums[-1] - sums[:-1]) / above) ** 2
     cut = int(between.argmax())
     return float(ordered[cut] + ordered[cut + 1]) / 2
-
-
-def blind_material(clf: RobustClassifier, source: Pictures, *, n: int, seed: int) -> Material:
-    """Return pictures grouped by whether plain CLIP answers as it does for their neighbours.
-
-    The class is the answer that plain CLIP gives most often among the 10 nearest pictures, by image embedding. A
-    picture where it answers otherwise is taken for one that a cue misled (DIAL, OpenReview NHOLsaHuFv, picks out
-    pictures in this way). This needs no word for the cue, and finds nothing where the cue misleads a whole
-    neighbourhood.
-
-    Args:
-        clf: Plain CLIP with the classes for labels.
-        source: Pictures of the classes.
-        n: Pictures to use, at most.
-        seed: Decides which.
-
-    Raises:
-        ConfigError: A group comes out empty, or no picture can be read.
-    """
-    pictures = sample(source, n, seed)
-    read = _read(clf, pictures)
-    embeds = _embeds(clf, read.pixel_values)
-    text_embeds = clf.text_embeds()
-    answers = (embeds @ text_embeds.T).argmax(1)
-    likeness = embeds @ embeds.T
-    np.fill_diagonal(likeness, -np.inf)
-    nearest = np.argsort(-likeness, axis=1, kind="stable")[:, : min(_NEIGHBOURS, len(embeds) - 1)]
-    votes = np.stack([(answers[nearest] == label).sum(1) for label in range(len(text_embeds))], axis=1)
-    y = votes.argmax(1)
-    a = (answers == y).astype(np.int64)
-    values = ("plain CLIP answers otherwise than for its neighbours", "plain CLIP answers as for its neighbours")
-    return _groups(clf, pictures, read, y, a, values, "neighbours", source_sha256=source.fingerprint)
 
 
 def _groups(

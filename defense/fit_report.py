@@ -3,7 +3,7 @@
 | file | what |
 |---|---|
 | `contrast-<block>.png` | contrast and causal effect of every latent; the chosen ones stand out |
-| `budget-<block>.png` | loss where the pictures were fooled and accuracy kept, as the greedy step went on |
+| `budget-<block>.png` | loss where the pictures were fooled and accuracy kept, by the number of latents |
 | `sweep.png` | points gained and lost on held-out pictures, by block and tokens |
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.md"
 _PLOTS = ("contrast-*.png", "budget-*.png", "sweep.png")
-_COLUMNS = ("contrast", "specificity", "effect", "harm")
+_COLUMNS = ("contrast", "effect")
 _MEANING = {
     "clean": "right on clean pictures",
     "neutral": "right with an empty plate",
@@ -125,23 +125,24 @@ def _option_row(option: Option) -> str:
 def _site_lines(fitted: FittedSite) -> list[str]:
     (latent_set,) = fitted.site.sets
     block = block_of(fitted.site.hook_point)
+    before, after = fitted.selection.before, fitted.selection.after
     lines = [
         f"## {fitted.site.hook_point}",
         "",
         f"{len(latent_set.latents)} of {len(fitted.ranking.contrast):,} latents, edit {latent_set.edit}, tokens "
         f"{latent_set.scope}. On the pictures it was fitted on, the loss where they were fooled went from "
-        f"{fitted.selection.loss[0]:.3f} to {fitted.selection.loss[-1]:.3f} nats, the accuracy kept from "
-        f"{100 * fitted.selection.clean[0]:.1f} to {100 * fitted.selection.clean[-1]:.1f} %.",
+        f"{before.fooled_loss:.3f} to {after.fooled_loss:.3f} nats, the accuracy kept from "
+        f"{100 * before.kept_accuracy:.1f} to {100 * after.kept_accuracy:.1f} %.",
         "",
         f"![contrast and effect](contrast-{block}.png)",
         f"![loss and accuracy](budget-{block}.png)",
         "",
-        f"| latent | {' | '.join(_COLUMNS)} |",
-        f"|---|{'---|' * len(_COLUMNS)}",
+        f"| latent | gain | {' | '.join(_COLUMNS)} |",
+        f"|---|---|{'---|' * len(_COLUMNS)}",
     ]
     for row, latent in enumerate(latent_set.latents):
         cells = [f"{latent_set.scores[column][row]:.4g}" for column in _COLUMNS]
-        lines.append(f"| {latent} | {' | '.join(cells)} |")
+        lines.append(f"| {latent} | {latent_set.gains[row]:.2f} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -176,18 +177,23 @@ def contrast(fitted: FittedSite) -> Figure:
 
 
 def budget(fitted: FittedSite) -> Figure:
-    """Return the loss of fooled pictures and the accuracy on kept ones, over the steps of the greedy choice."""
+    """Return the loss of fooled pictures and the accuracy on kept ones, by how many of the candidates are removed."""
     (latent_set,) = fitted.site.sets
+    tried = fitted.selection.tried
+    n = [each.n for each in tried]
     figure, axes = _axes(
-        f"{fitted.site.hook_point}: the greedy choice", "steps", "loss of the right answer where fooled, nats"
+        f"{fitted.site.hook_point}: {len(latent_set.latents)} latents are chosen",
+        "latents removed, most removed first",
+        "loss of the right answer where fooled, nats",
     )
-    axes.plot(fitted.selection.loss, marker=".", label="loss where fooled")
+    axes.plot(n, [each.fooled_loss for each in tried], marker=".", label="loss where fooled")
+    axes.axvline(len(latent_set.latents), color="0.6", lw=0.8, label="chosen")
     kept = axes.twinx()
-    start = 100 * fitted.selection.clean[0]
-    kept.plot([100 * value for value in fitted.selection.clean], marker=".", color="C1", label="accuracy kept")
-    kept.axhline(start - 100 * latent_set.provenance["config"]["clean_budget"], color="C1", ls=":", label="budget")
+    floor = tried[0].kept_accuracy - latent_set.provenance["config"]["clean_budget"]
+    kept.plot(n, [100 * each.kept_accuracy for each in tried], marker=".", color="C1", label="accuracy kept")
+    kept.axhline(100 * floor, color="C1", ls=":", label="budget")
     kept.set_ylabel("accuracy kept, %")
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
 

@@ -132,7 +132,7 @@ def fit_sites(
             else:
                 fit = GroupFit(host.model, plan.hook_point, plan.sae, data, text_embeds)
             ranking = fit.rank(plan.config.scope)
-            selection = fit.choose(ranking.order(plan.config.mass), plan.config)
+            selection = fit.choose(ranking.order(), plan.config)
         latent_set = fit.latent_set(selection, ranking, plan.config, name)
         parameters = {key: t.astype(dtype).astype(np.float32) for key, t in plan.sae.parameters_numpy().items()}
         site = Site(plan.hook_point, plan.sae.config.to_dict(), parameters, (latent_set,))

@@ -129,10 +129,12 @@ def read_labels(path: str | Path) -> tuple[str, ...]:
     """Return the labels of a UTF-8 text file: one a line, blank lines and surrounding white space ignored.
 
     Raises:
-        ConfigError: The file is not UTF-8 text or is a web page, or `check_labels` refuses its labels.
+        ConfigError: The file cannot be read, is not UTF-8 text or is a web page, or `check_labels` refuses its labels.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give a text file, one label a line") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8, one label a line"
@@ -140,7 +142,10 @@ def read_labels(path: str | Path) -> tuple[str, ...]:
     if text.lstrip()[:9].lower().startswith(("<!doctype", "<html")):
         raise ConfigError(f"{path} is a web page, not a list of labels; download the file itself, one label a line")
     lines = (line.strip() for line in text.split("\n"))
-    return check_labels([line for line in lines if line])
+    try:
+        return check_labels([line for line in lines if line])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)

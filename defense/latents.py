@@ -6,16 +6,21 @@ A `LatentSet` is S of the formula with its gains. It knows nothing of an SAE's w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from .errors import CheckpointError, ConfigError, HookPointError
 
 Edit = Literal["scale", "project", "set"]
 Scope = Literal["cls", "patch", "all"]
+
+_N_NEAR = 20
+"""Among how many latents of the nearest activity one is drawn."""
 
 
 @dataclass(frozen=True)
@@ -146,3 +151,33 @@ class LatentSet:
             got = sorted(fields) if isinstance(fields, dict) else fields
             raise CheckpointError(f"a latent set has the keys {got!r}; this version has {sorted(names)}")
         return cls(**fields)
+
+
+def draw_alike(chosen: Sequence[int], activity: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """Return for each chosen latent a random other of like activity: a control that edits as much of anything.
+
+    Each is drawn from the 20 that are nearest in rank; none is drawn twice, none is chosen, and all of them fire.
+
+    Args:
+        chosen: Latents, all different.
+        activity: Of every latent of the SAE, summed over the same pictures, float [d_sae]; 0 where it never fires.
+        rng: What draws.
+
+    Raises:
+        ConfigError: Fewer others fire than were chosen.
+    """
+    others = np.setdiff1d(np.flatnonzero(activity), chosen)
+    if len(others) < len(chosen):
+        raise ConfigError(
+            f"{len(chosen)} of {len(activity)} latents are chosen, and too few others fire ({len(others)}) to draw as "
+            "many; give more pictures, or choose fewer"
+        )
+    others = others[np.argsort(activity[others], kind="stable")]
+    drawn: list[int] = []
+    for latent in chosen:
+        rank = np.searchsorted(activity[others], activity[latent])
+        nearest = np.argsort(np.abs(np.arange(len(others)) - rank), kind="stable")[:_N_NEAR]
+        pick = rng.choice(nearest)
+        drawn.append(int(others[pick]))
+        others = np.delete(others, pick)
+    return drawn

@@ -142,7 +142,8 @@ class Suppressor(nn.Module):
         """Return f_i for i in S, [..., n], of a residual [..., d_model] (every token, whatever the scope)."""
         self._check(resid)
         rows = resid.reshape(-1, self.d_model).to(self.W_S.dtype)
-        return reference.acts_of_set(normalise(rows, self.norm).z, self.encoder).unflatten(0, resid.shape[:-1])
+        with _without_autocast(resid):
+            return reference.acts_of_set(normalise(rows, self.norm).z, self.encoder).unflatten(0, resid.shape[:-1])
 
     def removed(self, resid: Tensor) -> Tensor:
         """Return what is subtracted from a residual [..., d_model] (every token, whatever the scope)."""
@@ -206,11 +207,15 @@ def suppress(resid: Tensor, suppressors: list[Suppressor], n_prefix: int) -> Ten
     suppressors = [suppressor for suppressor in suppressors if len(suppressor.latents)]
     # Several subtract in float32: in half precision each in turn would round the stream once more.
     edited = resid if len(suppressors) < 2 else resid.to(torch.promote_types(resid.dtype, torch.float32))
-    # Which latents fire must not depend on the caller's autocast.
-    with torch.autocast(resid.device.type, enabled=False):
+    with _without_autocast(resid):
         for suppressor in suppressors:
             edited = suppressor.subtract(edited, resid, n_prefix)
     return edited.to(resid.dtype)
+
+
+def _without_autocast(resid: Tensor) -> torch.autocast:
+    """Return a context without the caller's autocast: which latents fire must not depend on it."""
+    return torch.autocast(resid.device.type, enabled=False)
 
 
 def token_slice(scope: Scope, n_prefix: int) -> slice:

@@ -12,6 +12,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -93,18 +94,24 @@ class ZeroShotClassifier(ABC):
     @property
     def classes_(self) -> np.ndarray:
         """The labels, in the order of `predict_proba`'s columns."""
-        return np.array(self._labels(), dtype=object)
+        return np.array(self._chosen().labels, dtype=object)
 
-    def _labels(self) -> tuple[str, ...]:
-        if self.prompts is None:
+    def _chosen(self) -> labels.Prompts:
+        """Return labels and templates as one, to be asked for once a call: another thread may set others meanwhile."""
+        prompts = self.prompts
+        if prompts is None:
             raise ConfigError("no labels are set; call set_labels([...]), or pass candidate_labels=[...]")
-        return self.prompts.labels
+        return prompts
 
     def text_embeds(self) -> np.ndarray:
         """Return the labels' embeddings, float32 [n_labels, d_embed], normalised."""
-        self._labels()
-        assert self.prompts is not None
-        return self._embeds_of(self.prompts)
+        return self._embeds_of(self._chosen())
+
+    def forget_labels(self, keep: int) -> None:
+        """Drop the embeddings of all but the `keep` sets of labels that were encoded last."""
+        with self._lock:
+            while len(self._text_embeds) > keep:
+                self._text_embeds.pop(next(iter(self._text_embeds)))
 
     # --- images ---
 
@@ -132,9 +139,7 @@ class ZeroShotClassifier(ABC):
             on_error: "raise" the first error, "skip" bad pictures with a log line, or "return" the error in its place.
             top_k: Only the best so many labels.
         """
-        self._labels()
-        assert self.prompts is not None
-        return self._stream(inputs, self.prompts, on_error, top_k)
+        return self._stream(inputs, self._chosen(), on_error, top_k)
 
     def _stream(
         self, inputs: Iterable[Any], prompts: labels.Prompts, on_error: OnError, top_k: int | None
@@ -177,10 +182,14 @@ class ZeroShotClassifier(ABC):
         Returns:
             A `Prediction` for one picture, a list of them for a list, an iterator of them for an iterator.
         """
-        chosen = self._labels() if candidate_labels is None else labels.check_labels(candidate_labels)
-        before = self.prompts.templates if self.prompts is not None else "simple"
-        template = before if hypothesis_template is None else hypothesis_template
-        prompts = labels.Prompts(chosen, labels.resolve_templates(template))
+        if candidate_labels is None:
+            prompts = self._chosen()
+        else:
+            before = self.prompts
+            templates = "simple" if before is None else before.templates
+            prompts = labels.Prompts(labels.check_labels(candidate_labels), labels.resolve_templates(templates))
+        if hypothesis_template is not None:
+            prompts = replace(prompts, templates=labels.resolve_templates(hypothesis_template))
         if isinstance(images, (list, tuple)):
             return list(self._stream(images, prompts, on_error, top_k))
         if isinstance(images, Iterator) and not hasattr(images, "read"):
@@ -201,11 +210,15 @@ class ZeroShotClassifier(ABC):
 
     def predict_proba(self, X: Iterable[Any]) -> np.ndarray:
         """Return scores, float32 [n, n_labels], columns in the order of `classes_`, rows summing to 1."""
-        return self.scores(self.transform(X), self.text_embeds())
+        return self._proba(X, self._chosen())
 
     def predict(self, X: Iterable[Any]) -> np.ndarray:
         """Return the best label of each picture, [n]."""
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        prompts = self._chosen()
+        return np.array(prompts.labels, dtype=object)[self._proba(X, prompts).argmax(1)]
+
+    def _proba(self, X: Iterable[Any], prompts: labels.Prompts) -> np.ndarray:
+        return self.scores(self.transform(X), self._embeds_of(prompts))
 
     def encode_pixels(self, pixel_values: np.ndarray) -> np.ndarray:
         """Return image_embeds, float32 [batch, d_embed], normalised, of pixel_values [batch, 3, height, width].

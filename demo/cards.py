@@ -27,9 +27,7 @@ _CARD_SIDE, _THUMBNAIL_SIDE = 112, 56
 
 SCORES = {
     "contrast": "more activation where the cue is",
-    "specificity": "of its activation, that on the cue's side; 1: it fires with the cue alone",
     "effect": "how far its removal moves fooled pictures back to the right answer (logits)",
-    "harm": "how far its removal moves clean pictures away from it (log-probability)",
 }
 COLUMNS = {
     "frequency": "share of tokens on which it fires",

@@ -89,6 +89,7 @@ class Engine:
     title: str = EMBEDDED
 
     def __post_init__(self) -> None:
+        self._lock = threading.Lock()
         self._notes: OrderedDict[tuple[tuple[str, ...], str], tuple[str, ...]] = OrderedDict()
 
     @property
@@ -165,10 +166,7 @@ class Engine:
 
     def activation_map(self, image: Image.Image, hook_point: str, latent: int) -> np.ndarray:
         """Return a latent's activation at each patch in the plain network, float32 [rows, columns]."""
-        from defense.catalogue import latent_map
-
-        with self.clf._lock:  # another visitor's pass would undo the bypass
-            return latent_map(self.clf.host, hook_point, self.clf.sae(hook_point), latent, image)
+        return self.clf.latent_map(image, hook_point, latent)
 
     def seen_box(self, image: Image.Image) -> tuple[int, int, int, int]:
         """Return the part of a picture that the model sees."""
@@ -202,14 +200,12 @@ class Engine:
         key = (question.labels, question.template)
         with _said() as said:
             yield
-        with self.clf._lock:
+        with self._lock:
             self._notes[key] = tuple(said) or self._notes.get(key, ())
             self._notes.move_to_end(key)
             while len(self._notes) > _MAX_VOCABULARIES:
                 self._notes.popitem(last=False)
-            cached = self.clf._text_embeds
-            while len(cached) > _MAX_VOCABULARIES:
-                cached.pop(next(iter(cached)))
+        self.clf.forget_labels(_MAX_VOCABULARIES)
 
 
 class _Collector(logging.Handler):

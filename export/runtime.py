@@ -66,7 +66,7 @@ class OnnxClassifier(ZeroShotClassifier):
         super().__init__(batch_size, self.bundle.prompts)
         self.providers = None if providers is None else tuple(providers)
         self.session_options = dict(session_options or {})
-        self._text_embeds[self.bundle.prompts.sha256()] = self.bundle.text_embeds
+        self._given = {self.bundle.prompts.sha256(): self.bundle.text_embeds}  # not to be had from a text tower
         self._start()
 
     @classmethod
@@ -169,13 +169,20 @@ class OnnxClassifier(ZeroShotClassifier):
         if np.shape(text_embeds) != want:
             raise ShapeError(f"text_embeds is {list(np.shape(text_embeds))}, want {list(want)} for these labels")
         prompts = labels.Prompts(names, ("{}",))
-        self._text_embeds[prompts.sha256()] = labels.average_templates(text_embeds, len(names), 1)
+        self._given[prompts.sha256()] = labels.average_templates(text_embeds, len(names), 1)
         self.prompts = prompts
         return self
+
+    def forget_labels(self, keep: int) -> None:
+        """Do as the base class says; the bundle's own embeddings and those that were handed over stay."""
+        self._own_process()
+        super().forget_labels(keep)
 
     def _embeds_of(self, prompts: labels.Prompts) -> np.ndarray:
         self._own_process()
         key = prompts.sha256()
+        if key in self._given:
+            return self._given[key]
         with self._lock:
             if key not in self._text_embeds:
                 if self.bundle.text_model is None or self.bundle.context_length is None:

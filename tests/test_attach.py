@@ -118,6 +118,30 @@ def test_strength_zero_and_bypass_are_bit_equal_to_stock_clip(tiny_clip):
         attached(tiny_clip).set_strength(0, "nope")
 
 
+def test_contexts_nest(tiny_clip):
+    batch = pictures(tiny_clip)
+    with torch.inference_mode():
+        stock = tiny_clip.encode_image(batch)
+        wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(), a_set())))
+        defense = attached(tiny_clip)
+        (block,) = defense.edited_blocks()
+        with defense.recording():
+            with defense.bypassed():
+                with defense.bypassed(), defense.recording():
+                    pass
+                assert torch.equal(tiny_clip.encode_image(batch), stock)
+            tiny_clip.encode_image(batch)
+            seen = block.seen
+            with defense.recording():
+                tiny_clip.encode_image(batch[:1])
+                assert len(block.seen) == 1
+            assert block.seen is seen
+            tiny_clip.encode_image(batch[:2])
+            assert len(block.seen) == 2
+        tiny_clip.encode_image(batch)
+        assert block.seen is None
+
+
 def test_casts_and_moves_reach_the_suppressors(tiny_clip):
     wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(**TOPK), a_set())))
     tiny_clip.to(torch.bfloat16)

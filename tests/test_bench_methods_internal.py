@@ -536,23 +536,6 @@ def test_no_head_about_the_cue_leaves_the_stock_embeddings(host, monkeypatch):
 # --- with the latents of a defense ------------------------------------------------------------------------------------
 
 
-def test_random_latents_are_as_many_others_of_like_activity():
-    rng = np.random.default_rng(0)
-    activity = rng.permutation(1000).astype(float)
-    chosen = [int(np.flatnonzero(activity == rank)[0]) for rank in (10, 500, 501, 990)]
-    drawn = random_latents.like(chosen, activity, np.random.default_rng(1))
-    assert len(set(drawn)) == 4
-    assert not set(drawn) & set(chosen)
-    assert np.abs(activity[drawn] - activity[chosen]).max() <= 21
-    assert random_latents.like(chosen, activity, np.random.default_rng(1)) == drawn
-    assert random_latents.like(chosen, activity, np.random.default_rng(2)) != drawn
-
-
-def test_random_latents_cannot_be_drawn_where_most_are_chosen():
-    with pytest.raises(ConfigError, match="too few are left"):
-        random_latents.like([0, 1, 2], np.arange(5.0), np.random.default_rng(0))
-
-
 def test_activity_is_the_sum_over_tokens_and_pictures(host, defense):
     task = words_task(5)
     found = random_latents.activity_of(host, defense.sites[0], task.train.examples)
@@ -673,6 +656,7 @@ def test_delta_is_the_calibrated_defense(host, defense):
         torch.from_numpy(pixels),
         least_agreement=0,
         text_embeds=material.class_embeds_of(host, task.train),
+        groups=np.arange(len(pixels)) % (len(pixels) // 2),
     )
     with defended(host, by_threshold) as encoder:
         want = encoder.image_embeds([example.picture.load() for example in task.train.examples])

@@ -160,6 +160,36 @@ def test_groups_are_resampled_each_by_itself():
     assert (found["worst_group"].low, found["worst_group"].high) == (0, 1)
 
 
+def group_figures(n_right: dict[int, tuple[int, int]], **counts):
+    """Figures of groups, each with (n, how many are right)."""
+    group = [index for index, (n, _) in n_right.items() for _ in range(n)]
+    is_right = [i < right for n, right in n_right.values() for i in range(n)]
+    label = [index // 2 for index in group]
+    prediction = [each if right else 1 - each for each, right in zip(label, is_right, strict=True)]
+    return metrics.figures(answers(label, prediction, group=group), seed=0, **counts)
+
+
+def test_groups_that_are_all_right_are_not_certain():
+    """Wilson's bound for n of n is n / (n + z2); the group of which that is least may be the worst."""
+    found = group_figures({0: (10, 10), 1: (50, 50), 2: (20, 20), 3: (20, 20)}, train_counts=(1, 7, 1, 1))
+    doubt = {n: 3.8415 / (n + 3.8415) for n in (10, 20, 50)}
+    worst, gap, adjusted = (found[name] for name in ("worst_group", "gap", "accuracy_adjusted"))
+    assert (worst.value, worst.low, worst.high) == (1, pytest.approx(1 - doubt[10], abs=1e-4), 1)
+    assert (gap.value, gap.low, gap.high) == (0, 0, pytest.approx(0.9 * doubt[10], abs=1e-4))
+    assert (adjusted.value, adjusted.high) == pytest.approx((1, 1))
+    assert adjusted.low == pytest.approx(1 - 0.7 * doubt[50], abs=1e-4)
+
+
+def test_a_worst_group_that_is_all_wrong_is_not_certain():
+    found = group_figures({0: (400, 200), 1: (400, 200), 2: (30, 0), 3: (400, 200)})["worst_group"]
+    assert (found.value, found.low, found.high) == (0, 0, pytest.approx(3.8415 / 33.8415, abs=1e-4))
+
+
+def test_a_lonely_group_has_no_gap():
+    found = group_figures({0: (10, 10)})["gap"]
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
 # --- one against another ----------------------------------------------------------------------------------------------
 
 

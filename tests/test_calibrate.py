@@ -102,6 +102,31 @@ def test_without_labels_predictions_are_nearest_pictures(tiny_folder, host):
     assert calibration.agreement == pytest.approx(((want @ anchors.T).argmax(1) == (got @ anchors.T).argmax(1)).mean())
 
 
+def test_pictures_of_a_group_stay_together_and_stand_for_one_prediction(tiny_folder, host):
+    pairs = torch.cat([pixels(), pixels() + 0.01])  # [2 n]: attacked ones, then their twins
+    groups = np.tile(np.arange(40), 2) + 7
+    defense = topk_defense(host, k=40, edit="project")
+    host.model.folder = tiny_folder
+    result, calibration = calibrated(host, defense, pairs, least_agreement=0, groups=groups)
+    fitted, held_out = (torch.from_numpy(np.stack([half, half + 40])) for half in (SPLIT[::2], SPLIT[1::2]))
+    want, got = (embeds(host, each, pairs[held_out.flatten()]) for each in (defense, result))
+    anchors = embeds(host, defense, pairs[fitted[0]])
+    assert (calibration.n_fitted, calibration.n_held_out) == (40, 40)
+    assert calibration.cosine_worst == pytest.approx((want * got).sum(1).min(), abs=1e-6)
+    assert calibration.agreement == pytest.approx(((want @ anchors.T).argmax(1) == (got @ anchors.T).argmax(1)).mean())
+    _, alone = calibrated(host, defense, pairs, least_agreement=0)
+    assert alone.cosine_mean != pytest.approx(calibration.cosine_mean, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "message"),
+    [(np.zeros(40), ConfigError, "all pictures are of one group"), (np.arange(20), ShapeError, r"\[20\], want \[40\]")],
+)
+def test_groups_that_cannot_be_kept_together_are_refused(host, groups, error, message):
+    with pytest.raises(error, match=message):
+        calibrated(host, topk_defense(host), pixels(), groups=groups)
+
+
 def test_latents_outside_the_sets_share_one_threshold_and_those_inside_have_their_own(host):
     result, _ = calibrated(host, topk_defense(host), pixels(), least_agreement=0)
     threshold = result.sites[0].parameters["threshold"]

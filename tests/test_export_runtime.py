@@ -92,6 +92,20 @@ def test_without_a_text_graph_labels_come_as_embeddings(copied, seven_pictures, 
         clf.set_label_embeds(["stone", "tree"], np.zeros((2, 3)))
 
 
+def test_forgotten_labels_are_encoded_again_and_given_ones_stay(tiny_bundle, tiny_classifier):
+    clf = pickle.loads(pickle.dumps(OnnxClassifier(tiny_bundle)))
+    given = tiny_classifier.text_embeds()[:2]
+    clf.forget_labels(0)
+    np.testing.assert_array_equal(clf.text_embeds(), clf.bundle.text_embeds)
+    encoded = clf.set_labels(["stone", "tree"]).text_embeds()
+    clf.set_label_embeds(["stone", "tree"], given)
+    clf.forget_labels(0)
+    np.testing.assert_allclose(clf.text_embeds(), given, atol=1e-6)
+    again = clf.set_labels(["stone", "tree"]).text_embeds()
+    assert again is not encoded
+    np.testing.assert_array_equal(again, encoded)
+
+
 def test_fault_40_an_empty_batch_keeps_its_shapes(clf):
     assert clf.transform([]).shape == (0, 32)
     assert clf.predict_proba([]).shape == (0, 3)

@@ -18,7 +18,6 @@ from defense.errors import ConfigError
 from defense.fit import Groups, Pairs
 from defense.fit_data import (
     Material,
-    blind_material,
     metadata_material,
     read_metadata,
     spurious_material,
@@ -310,16 +309,6 @@ def test_one_class_is_refused(clf, folder):
     clf.set_labels(["dog"])
     with pytest.raises(ConfigError, match=r"the classes are \['dog'\]; give two or more"):
         spurious_material(clf, open_pictures([folder]), ["water", "land"], n=20, seed=0)
-
-
-def test_a_picture_that_differs_from_its_neighbours_is_taken_for_a_misled_one(seen, folder, monkeypatch):
-    # Two neighbourhoods along the third axis; plain CLIP reads the first two. The last of each is misled.
-    core = np.array([1.0] * 5 + [-0.5] + [-1.0] * 4 + [0.5])
-    clf = seen(np.stack([core, core, 10 * np.array([1.0] * 6 + [-1.0] * 5)], axis=1))
-    monkeypatch.setattr(fit_data, "_NEIGHBOURS", 4)
-    data = blind_material(clf, open_pictures([folder]), n=20, seed=0).data
-    assert data.y.tolist() == [0] * 6 + [1] * 5
-    assert data.a.tolist() == [1] * 5 + [0] + [1] * 4 + [0]
 
 
 def test_without_an_attribute_plain_clips_errors_stand_for_it(seen, folder, tmp_path):

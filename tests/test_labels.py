@@ -2,6 +2,7 @@ import csv
 import html
 import io
 import logging
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -304,8 +305,15 @@ class TestReadLabels:
     def test_files_that_are_no_list_are_refused(self, tmp_path, content, message):
         path = tmp_path / "labels.txt"
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=rf"{re.escape(str(path))}.*{message}"):
             read_labels(path)
+
+    def test_what_cannot_be_read_is_named_with_what_to_give(self, tmp_path):
+        for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "nowhere.txt", "No such file")):
+            with pytest.raises(
+                ConfigError, match=f"{re.escape(str(path))} cannot be read .*{reason}.* give a text file"
+            ):
+                read_labels(path)
 
 
 class TestClipTokenizer:

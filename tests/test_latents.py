@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from defense.errors import CheckpointError, ConfigError, DefenseError, HookPointError
-from defense.latents import LatentSet
+from defense.latents import LatentSet, draw_alike
 
 
 @st.composite
@@ -211,3 +211,44 @@ def test_any_json_gives_a_set_or_an_error_of_this_package(data: st.DataObject) -
     except DefenseError:
         return
     assert LatentSet.from_dict(latent_set.to_dict()) == latent_set
+
+
+# --- a random control -------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(0, 40))
+def test_latents_drawn_alike_are_as_many_others_that_fire(seed, n, n_dead):
+    rng = np.random.default_rng(seed)
+    activity = rng.permutation(np.concatenate([np.zeros(n_dead), rng.exponential(size=60)]))
+    chosen = rng.choice(np.flatnonzero(activity), n, replace=False).tolist()
+    drawn = draw_alike(chosen, activity, np.random.default_rng(seed))
+    assert len(set(drawn)) == n
+    assert not set(drawn) & set(chosen)
+    assert (activity[drawn] > 0).all()
+    assert draw_alike(chosen, activity, np.random.default_rng(seed)) == drawn
+
+
+def test_latents_drawn_alike_are_near_in_rank_and_differ_by_seed():
+    activity = np.random.default_rng(0).permutation(1000).astype(float)
+    chosen = [int(np.flatnonzero(activity == rank)[0]) for rank in (30, 500, 501, 990)]
+    drawn = [draw_alike(chosen, activity, np.random.default_rng(seed)) for seed in range(20)]
+    assert np.abs(activity[drawn] - activity[chosen]).max() <= 21
+    assert len(set(map(tuple, drawn))) == 20
+
+
+def test_a_dead_latent_is_replaced_by_one_of_those_that_fire_least():
+    activity = np.concatenate([np.zeros(50), np.arange(1.0, 101.0)])
+    assert all(50 <= draw_alike([3], activity, np.random.default_rng(seed))[0] < 70 for seed in range(20))
+
+
+def test_a_draw_is_the_same_in_every_release():
+    """The control of a published figure can be drawn again."""
+    activity = np.arange(200) * 37.0 % 200
+    assert draw_alike([3, 50, 51, 199], activity, np.random.default_rng(1)) == [138, 88, 67, 69]
+
+
+def test_where_too_few_others_fire_no_control_is_drawn():
+    activity = np.array([5.0, 4.0, 3.0, 0.0, 0.0, 2.0])
+    assert draw_alike([0], activity, np.random.default_rng(0))[0] in (1, 2, 5)
+    with pytest.raises(ConfigError, match=r"3 of 6 latents are chosen, and too few others fire \(1\)"):
+        draw_alike([0, 1, 2], activity, np.random.default_rng(0))

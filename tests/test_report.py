@@ -12,6 +12,7 @@ pytest.importorskip("open_clip")
 from defense.benchmarks import plots, report, robust
 from defense.benchmarks.embedded import wilson
 from defense.classifier import find_defense
+from defense.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,6 +62,16 @@ def measured(tmp_path_factory):
     for name in ("embedded.json", "speed-cpu.json"):
         shutil.copy(RESULTS / name, folder)
     return folder
+
+
+def test_a_main_table_of_nothing_is_refused(measured):
+    results = robust.read_results(measured / "mini.json")
+    parts = [result for result in results if result["method"] == "defense@0.5"]
+    elsewhere = [{**result, "dataset": "another"} for result in results]
+    assert parts
+    for none_left in ([], parts, elsewhere):
+        with pytest.raises(ConfigError, match="no method was measured on the miniatures"):
+            report.main_table(none_left)
 
 
 def test_one_file_holds_what_a_folder_does(measured):

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from defense.benchmarks.methods.heads import Head
+    from defense.fit import Tail
     from defense.hosts import VisionHost
 
 MIN_GAIN = 0.001
@@ -106,28 +107,58 @@ class Dyslexify:
 
 
 def _read(
-    host: Host, vision: VisionHost, tail: Any, attacked: Sequence[Example], clean: Sequence[Example]
+    host: Host, vision: VisionHost, tail: Tail, attacked: Sequence[Example], clean: Sequence[Example]
 ) -> tuple[np.ndarray, tuple[Tensor, Tensor]]:
     """Return T, float64 [n_layers, n_heads], and the residuals of attacked and clean pictures at the tail's start."""
-    import torch
-
-    from defense.benchmarks.methods.heads import attention_of, cls_attention, watching
+    from defense.benchmarks.methods.heads import attention_of, cls_attention
 
     n_layers, n_heads = len(vision.blocks), attention_of(vision, 0).num_heads
     scores = np.zeros((n_layers, n_heads))
+
+    def score(block: int, x: Tensor, is_written: Tensor) -> None:
+        to_patches = cls_attention(attention_of(vision, block), x).pattern[..., vision.n_prefix :].double().cpu()
+        on_text = (to_patches * is_written[:, None]).sum(-1) / to_patches.sum(-1)
+        scores[block] += on_text.sum(0).numpy() / len(attacked)
+
+    return scores, read_twins(host, vision, tail, attacked, clean, range(n_layers), score)
+
+
+def read_twins(
+    host: Host,
+    vision: VisionHost,
+    tail: Tail,
+    attacked: Sequence[Example],
+    clean: Sequence[Example],
+    blocks: Sequence[int],
+    score: Callable[[int, Tensor, Tensor], None],
+) -> tuple[Tensor, Tensor]:
+    """Show a function what some blocks attend to on attacked pictures, and return the residuals at the tail's start.
+
+    Args:
+        host: The CLIP.
+        vision: Its tower.
+        tail: From where residuals are wanted.
+        attacked: Pictures with writing.
+        clean: Their twins without.
+        blocks: Which.
+        score: Called with a block, its attention's input [batch, pos, d_model], and which patches are written on, bool
+            [batch, n_patches].
+
+    Returns:
+        The residuals of the attacked and of the clean pictures, [n, pos, d_model].
+    """
+    import torch
+
+    from defense.benchmarks.methods.heads import watching
+
     resids: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for pixels, twin_pixels in zip(pixel_batches(host, attacked), pixel_batches(host, clean), strict=True):
-        is_written = written_on(torch.from_numpy(pixels), torch.from_numpy(twin_pixels), vision.grid_size)
-
-        def score(block: int, x: Tensor, _written: Tensor, is_written: Tensor = is_written) -> None:
-            to_patches = cls_attention(attention_of(vision, block), x).pattern[..., vision.n_prefix :].double().cpu()
-            on_text = (to_patches * is_written[:, None]).sum(-1) / to_patches.sum(-1)
-            scores[block] += on_text.sum(0).numpy() / len(attacked)
-
-        with watching(vision, range(n_layers), score):
-            resids[0].append(tail.resid(torch.from_numpy(pixels)))
-        resids[1].append(tail.resid(torch.from_numpy(twin_pixels)))
-    return scores, (torch.cat(resids[0]), torch.cat(resids[1]))
+    for batch in zip(pixel_batches(host, attacked), pixel_batches(host, clean), strict=True):
+        pixels, twin_pixels = map(torch.from_numpy, batch)
+        is_written = written_on(pixels, twin_pixels, vision.grid_size)
+        with watching(vision, blocks, lambda block, x, _, is_written=is_written: score(block, x, is_written)):
+            resids[0].append(tail.resid(pixels))
+        resids[1].append(tail.resid(twin_pixels))
+    return torch.cat(resids[0]), torch.cat(resids[1])
 
 
 def written_on(attacked: Tensor, clean: Tensor, grid_size: tuple[int, int]) -> Tensor:

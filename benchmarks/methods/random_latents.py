@@ -19,10 +19,9 @@ from defense.benchmarks.methods.defended import Defended, defended
 from defense.benchmarks.methods.material import picked, pixel_batches, training_split
 from defense.classifier import Host
 from defense.errors import ConfigError
+from defense.latents import draw_alike
 
 _N_PICTURES = 200
-_N_NEAR = 20
-"""Among how many latents of the nearest activity one is drawn."""
 
 
 @dataclass
@@ -93,25 +92,9 @@ def activity_of(host: Host, site: Site, examples: Sequence[Example]) -> np.ndarr
     return total
 
 
-def like(chosen: Sequence[int], activity: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Return for each chosen latent another, of about its rank in activity; none twice, none of the chosen."""
-    others = np.setdiff1d(np.arange(len(activity)), chosen)
-    others = others[np.argsort(activity[others], kind="stable")]
-    if len(others) < len(chosen):
-        raise ConfigError(f"{len(chosen)} of {len(activity)} latents are chosen; too few are left to draw as many")
-    drawn: list[int] = []
-    for latent in chosen:
-        rank = np.searchsorted(activity[others], activity[latent])
-        nearest = np.argsort(np.abs(np.arange(len(others)) - rank), kind="stable")[:_N_NEAR]
-        pick = rng.choice(nearest)
-        drawn.append(int(others[pick]))
-        others = np.delete(others, pick)
-    return drawn
-
-
 def _control(site: Site, activity: np.ndarray, rng: np.random.Generator) -> Site:
     """Return a site with every set's latents replaced. Sets draw together, so that none takes another's."""
     chosen = list(dict.fromkeys(latent for latent_set in site.sets for latent in latent_set.latents))
-    stand_in = dict(zip(chosen, like(chosen, activity, rng), strict=True))
+    stand_in = dict(zip(chosen, draw_alike(chosen, activity, rng), strict=True))
     sets = (replace(s, latents=tuple(stand_in[latent] for latent in s.latents), scores={}) for s in site.sets)
     return replace(site, sets=tuple(sets))

@@ -28,12 +28,11 @@ import numpy as np
 
 from defense.benchmarks.datasets import Example, Task
 from defense.benchmarks.methods.base import Encoder
-from defense.benchmarks.methods.dyslexify import written_on
+from defense.benchmarks.methods.dyslexify import read_twins
 from defense.benchmarks.methods.material import (
     CLEAN_BUDGET,
     accuracies,
     class_embeds_of,
-    pixel_batches,
     training_sides,
     training_twins,
 )
@@ -129,29 +128,24 @@ def _read(
     """Return the heads' scores by block, and the residuals of attacked and clean pictures at the tail's start."""
     import torch
 
-    from defense.benchmarks.methods.heads import attention_of, watching
+    from defense.benchmarks.methods.heads import attention_of
 
     blocks = range(tail.last + 1, len(vision.blocks))
     attention = attention_of(vision, 0)
     directions = random_directions(attention.num_heads, attention.head_dim).to(attention.in_proj_weight.device)
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {block: [] for block in blocks}
-    resids: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for pixels, twin_pixels in zip(pixel_batches(host, attacked), pixel_batches(host, clean), strict=True):
-        is_written = written_on(torch.from_numpy(pixels), torch.from_numpy(twin_pixels), vision.grid_size)
 
-        def score(block: int, x: Tensor, _written: Tensor, is_written: Tensor = is_written) -> None:
-            added = contributions(attention_of(vision, block), x, directions)
-            on_text = text_share(added[:, :, vision.n_prefix :], is_written.to(x.device))
-            seen[block].append((added.sum(2), on_text))
+    def score(block: int, x: Tensor, is_written: Tensor) -> None:
+        added = contributions(attention_of(vision, block), x, directions)
+        on_text = text_share(added[:, :, vision.n_prefix :], is_written.to(x.device))
+        seen[block].append((added.sum(2), on_text))
 
-        with watching(vision, blocks, score):
-            resids[0].append(tail.resid(torch.from_numpy(pixels)))
-        resids[1].append(tail.resid(torch.from_numpy(twin_pixels)))
+    resids = read_twins(host, vision, tail, attacked, clean, blocks, score)
     scores = {
         block: head_scores(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
         for block, batches in seen.items()
     }
-    return scores, (torch.cat(resids[0]), torch.cat(resids[1]))
+    return scores, resids
 
 
 def random_directions(n_heads: int, d_head: int) -> Tensor:

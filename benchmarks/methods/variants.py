@@ -117,9 +117,10 @@ class Delta:
         examples = [kind.examples[row] for kind in kinds for row in picked(kind, _N_CALIBRATION)]
         pixel_values = torch.from_numpy(np.concatenate(list(pixel_batches(host, examples))))
         class_embeds = class_embeds_of(host, train)
+        twins = np.arange(len(examples)) % (len(examples) // len(kinds))
         try:
             self._calibrated, _ = calibrated(
-                host, self.exact.defense, pixel_values, least_agreement=0, text_embeds=class_embeds
+                host, self.exact.defense, pixel_values, least_agreement=0, text_embeds=class_embeds, groups=twins
             )
         except ConfigError as error:
             raise NotApplicableError(f"{self.name!r}: {error}") from error

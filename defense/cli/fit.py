@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -26,13 +26,6 @@ class Task(StrEnum):
 
     text = "text"
     group = "group"
-
-
-_SETTINGS: Mapping[Task, Mapping[str, Any]] = {
-    Task.text: {"kept_weight": 4.0, "steps": 100},
-    Task.group: {"batch": 32, "gains": "learnt", "worst_rate": 0.01},
-}
-"""What the embedded model's defenses were fitted with; against words in half the steps."""
 
 
 class Edit(StrEnum):
@@ -84,9 +77,6 @@ def fit(
     clean_budget: Annotated[
         float, typer.Option(min=0, max=1, help="Accuracy that may be lost where nothing is wrong, over all blocks.")
     ] = 0.01,
-    mass: Annotated[
-        float, typer.Option(help="Share of the score that candidates may hold, in (0, 1]; 1 is no limit.")
-    ] = 1.0,
     n_pictures: Annotated[int, typer.Option(min=1, help="Pictures to use, at most.")] = 300,
     folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation.")] = 3,
     sweep: Annotated[
@@ -112,6 +102,7 @@ def fit(
         from defense import artefact, checkpoint, fit_report
         from defense.activations import host_spec
         from defense.classifier import RobustClassifier, load_host, resolve_device
+        from defense.errors import CalibrationError
         from defense.fit import FitConfig
         from defense.fit_sites import fit_defense, plan_sites, with_golden
 
@@ -130,9 +121,7 @@ def fit(
         if calibrate and not any(each.sae.config.act == "topk" for each in checkpoints):
             raise typer.BadParameter("--calibrate is for SAEs with a topk rule, and there is none; leave it out")
         host = load_host(model, pretrained, device=resolve_device(device))
-        config = FitConfig(
-            clean_budget=clean_budget / len(sae), edit=edit.value, mass=mass, seed=seed, **_SETTINGS[task]
-        )
+        config = FitConfig(clean_budget=clean_budget / len(sae), edit=edit.value, seed=seed)
         plans = plan_sites(host, checkpoints, config, None if scope is None else scope.value)
         clf = RobustClassifier(host).set_labels(chosen, template)
         with _progress() as told:
@@ -152,13 +141,17 @@ def fit(
                 name=name or task.value, folds=folds, seed=seed, is_swept=sweep, licence=licence, provenance=record,
                 report=told,
             )  # fmt: skip
-            defense = fitted.defense
-            if calibrate:
-                told("calibrating")
-                defense = _calibrated(clf, defense, material)
-            artefact.save(with_golden(host, defense), out)
+            artefact.save(with_golden(host, fitted.defense), out)
             if report is not None:
                 fit_report.write(fitted, report)
+            if calibrate:
+                told("calibrating")
+                try:
+                    defense = _calibrated(clf, fitted.defense, material)
+                except CalibrationError:
+                    say(f"{shown(out)} holds the defense with its exact rule, which is not lost:")
+                    raise
+                artefact.save(with_golden(host, defense), out)
         _print_fit(fitted)
         put(f"written     {shown(out)}")
         say(f"Try it: defense classify PICTURE --labels ... --defense {shown(out)}")
@@ -192,8 +185,10 @@ def _check_sources(
     """Refuse sources that contradict each other or the task."""
     if task is Task.text and (metadata is not None or spurious is not None):
         raise typer.BadParameter("--metadata and --spurious go with --task group")
-    if metadata is not None and spurious is not None:
-        raise typer.BadParameter("give --metadata, which names the groups, or --spurious, which does without; not both")
+    if task is Task.group and (metadata is None) == (spurious is None):
+        raise typer.BadParameter(
+            "--task group needs either --metadata, which names the groups, or --spurious, which does without"
+        )
     if attribute_column is not None and metadata is None:
         raise typer.BadParameter("--attribute-column names a column of --metadata; give that too")
     if metadata is None and not pictures:
@@ -231,17 +226,19 @@ def _material(
     source = open_pictures(pictures)
     if task is Task.text:
         return fit_data.text_material(clf, source, n=n, seed=seed)
-    if spurious is None:
-        return fit_data.blind_material(clf, source, n=n, seed=seed)
-    prompts = _split(spurious)
-    return fit_data.spurious_material(clf, source, prompts, n=n, seed=seed)
+    assert spurious is not None, "checked before"
+    return fit_data.spurious_material(clf, source, _split(spurious), n=n, seed=seed)
 
 
 def _calibrated(clf: RobustClassifier, defense: Defense, material: Material) -> Defense:
     """Replace TopK rules by thresholds, and print how well those stand in for them."""
+    import numpy as np
+
     from defense.calibrate import calibrated
 
-    result, calibration = calibrated(clf.host, defense, material.data.all_pixel_values(), text_embeds=clf.text_embeds())
+    pixel_values = material.data.all_pixel_values()
+    twins = np.arange(len(pixel_values)) % len(material.strata)
+    result, calibration = calibrated(clf.host, defense, pixel_values, text_embeds=clf.text_embeds(), groups=twins)
     put(
         f"calibrated  {100 * calibration.agreement:.1f} % of {calibration.n_held_out} held-out pictures get the same "
         f"label, cosine {calibration.cosine_mean:.4f} on average, {calibration.cosine_worst:.4f} at worst"

@@ -17,20 +17,25 @@ from .common import app, exit_codes, put, say, shown
 def info(
     source: Annotated[str, typer.Argument(help='"embedded", a folder, or a hub id.')] = "embedded",
     expect: Annotated[str | None, typer.Option(help="sha256 that the manifest must have.")] = None,
-    check: Annotated[bool, typer.Option(help="Load the host and recompute the golden vectors.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option(help="Recompute golden vectors; a defense's on its host. A bundle's and an SAE's always are."),
+    ] = False,
     model: Annotated[str | None, typer.Option(help="open_clip model for --check.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="open_clip's tag for --check.")] = None,
 ) -> None:
     """Say what a defense, an exported bundle or an SAE is, after checking every byte of it."""
     with exit_codes():
         if (Path(source) / "sae.json").is_file():
+            _refuse_host(model, pretrained)
             _print_sae(Path(source), expect)
             return
         from defense.classifier import find_defense
         from defense.export import bundle
 
         if bundle.is_bundle(source):
-            _print_bundle(source, expect)
+            _refuse_host(model, pretrained)
+            _print_bundle(source, expect, check=check)
             return
         defense = find_defense(source)
         manifest = defense.manifest_sha256
@@ -58,6 +63,11 @@ def _check_pinned(manifest: str | None, expect: str | None) -> None:
         raise CheckpointError(f"the manifest's sha256 is {manifest}, not {expect}: it was changed, or is another one")
 
 
+def _refuse_host(model: str | None, pretrained: str | None) -> None:
+    if model is not None or pretrained is not None:
+        raise typer.BadParameter("--model and --pretrained are for a defense; a bundle or an SAE is checked without")
+
+
 def _print_sae(folder: Path, expect: str | None) -> None:
     """Check every byte of an SAE, and that its numbers still mean what they did."""
     try:
@@ -79,8 +89,8 @@ def _print_sae(folder: Path, expect: str | None) -> None:
     say(f"Fit a defense with it: defense fit OUT PICTURES --sae {shown(folder)}")
 
 
-def _print_bundle(source: str, expect: str | None) -> None:
-    """Check every byte of a bundle, then that its graph still answers as it did."""
+def _print_bundle(source: str, expect: str | None, *, check: bool) -> None:
+    """Check every byte of a bundle, then that its graph still answers as it did; `check`: it is an error not to."""
     from defense.export import bundle
     from defense.export.runtime import OnnxClassifier
 
@@ -99,6 +109,8 @@ def _print_bundle(source: str, expect: str | None) -> None:
     try:
         clf = OnnxClassifier(source, verify="size")  # the bytes were checked above
     except MissingDependencyError as error:
+        if check:
+            raise
         say(f"golden embeddings not checked: {error}")
         return
     put(f"golden      reproduced on {clf.running_on}, max difference {clf.check_golden():.1e}")

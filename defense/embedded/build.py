@@ -33,7 +33,7 @@ from defense.errors import ConfigError
 from defense.fit import FitConfig, Groups, Pairs, Tail
 from defense.fit_sites import SitePlan, fit_sites, measure
 from defense.hosts import VisionHost
-from defense.latents import LatentSet
+from defense.latents import LatentSet, draw_alike
 from defense.sae import SAEConfig, SparseAutoencoder
 from defense.train import TrainConfig, train_in_memory
 
@@ -84,14 +84,14 @@ GROUPINGS = {
 }
 _TEXT_SAE = TrainConfig(d_sae=3072, k=24, steps=1500, lr=1e-3)
 _TEXT_SITES = (
-    SiteRecipe(2, _TEXT_SAE, FitConfig(kept_weight=4.0, clean_budget=0.003)),
-    SiteRecipe(3, _TEXT_SAE, FitConfig(kept_weight=4.0, clean_budget=0.002)),
+    SiteRecipe(2, _TEXT_SAE, FitConfig(clean_budget=0.003)),
+    SiteRecipe(3, _TEXT_SAE, FitConfig(clean_budget=0.002)),
 )
 _GROUP_SITES = (
     SiteRecipe(
         4,
         TrainConfig(d_sae=1024, k=24, steps=1500, lr=1e-3),
-        FitConfig(batch=32, gains="learnt", worst_rate=0.01, clean_budget=0.01),
+        FitConfig(clean_budget=0.01),
         group_share=0.5,
     ),
 )
@@ -179,11 +179,10 @@ def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> Spars
         "group_share": site.group_share,
         "host": VisionHost.of(host.model).fingerprint(),
     }
-    if (folder / "sae.safetensors").exists() and json.loads((folder / "recipe.json").read_text())[
-        "train"
-    ] == fingerprint:
-        fields = json.loads((folder / "recipe.json").read_text())["sae"]
-        return SparseAutoencoder(SAEConfig.from_dict(fields), artefact.read_tensors(folder / "sae.safetensors"))
+    record_path = folder / "recipe.json"
+    record = json.loads(record_path.read_text()) if record_path.exists() else {}
+    if record.get("train") == fingerprint:
+        return SparseAutoencoder(SAEConfig.from_dict(record["sae"]), artefact.read_tensors(folder / "sae.safetensors"))
     tail = Tail(host.model, site.hook_point)
     pictures = sae_scenes(recipe.n_sae_pictures, SEEDS["sae"], site.group_share)
     resid = tail.resid(pixel_values_of(pictures, host)).flatten(0, 1).clone()
@@ -193,9 +192,10 @@ def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> Spars
     quality = train.measure(sae, held_out)
     log.info("SAE at block %d: %s", site.block, quality)
     folder.mkdir(exist_ok=True)
+    record_path.unlink(missing_ok=True)  # it is written last: where it stands, the SAE beside it is whole and its own
     save_file({name: torch.from_numpy(t) for name, t in sae.parameters_numpy().items()}, folder / "sae.safetensors")
     record = {"train": fingerprint, "sae": sae.config.to_dict(), "quality": asdict(quality)}
-    (folder / "recipe.json").write_text(json.dumps(record, indent=1))
+    record_path.write_text(json.dumps(record, indent=1))
     return sae
 
 
@@ -264,16 +264,8 @@ def random_control(host: Host, site: artefact.Site, pixel_values: Tensor, seed: 
     total = torch.zeros(sae.config.d_sae)
     for part in Tail(host.model, site.hook_point).resid(pixel_values).split(50):
         total += sae.encode(part).sum((0, 1))
-    chosen = list(site.sets[0].latents)
-    rest = np.setdiff1d(np.argsort(total.numpy(), kind="stable"), chosen, assume_unique=True)
-    ranks = np.searchsorted(total.numpy()[rest], total.numpy()[chosen])
-    rng = np.random.default_rng(seed)
-    control: list[int] = []
-    for rank in ranks:  # a free latent close in activity to the chosen one
-        near = np.argsort(np.abs(np.arange(len(rest)) - rank), kind="stable")
-        free = [int(rest[i]) for i in near if int(rest[i]) not in control][:20]
-        control.append(free[rng.integers(len(free))])
     mine = site.sets[0]
+    control = draw_alike(mine.latents, total.numpy(), np.random.default_rng(seed))
     latent_set = LatentSet("random", tuple(control), mine.gains, edit=mine.edit, scope=mine.scope)
     return artefact.Site(site.hook_point, site.sae_config, site.parameters, (latent_set,))
 
