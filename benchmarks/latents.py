@@ -61,7 +61,7 @@ class Settings:
 
     n_fit: int = 200
     n_test: int = 400
-    fit: FitConfig = field(default_factory=lambda: FitConfig(clean_budget=0.01))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=100, clean_budget=0.01))
 
 
 @dataclass(frozen=True)
