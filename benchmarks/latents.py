@@ -45,7 +45,12 @@ SEED_FIT, SEED_TEST = 200, 299
 """Of pictures: to choose on (one more per seed), and to measure on. Apart from each other and from `build.SEEDS`."""
 
 RULES = ("ours", "contrast x causal", "causal", "contrast", "steerability", "random")
-ABLATIONS = ("contrast", "causal effect", "joint step", "learnt gains", "moving weights", "sparsity", "budget")
+ABLATIONS = (
+    "contrast", "causal effect", "joint step", "learnt gains", "moving weights", "sparsity", "budget",
+    "most candidates", "most candidates and contrast", "most candidates and causal effect",
+)  # fmt: skip
+_FEW = 32
+"""Candidates, in the ablations without most of them: then it matters which."""
 _TEST_ARMS = ("clean", "attacked")
 
 
@@ -135,7 +140,12 @@ class Chooser:
     def without(self, ingredient: str) -> Choice:
         """Return what is chosen without one ingredient of ours."""
         ranking, config = self.ranking, self.config
+        if ingredient.startswith("most candidates"):
+            config = replace(config, n_candidates=_FEW)
+            ingredient = ingredient.removeprefix("most candidates").removeprefix(" and ")
         order = ranking.order()
+        if not ingredient:
+            return self._chosen(order, config)
         if ingredient == "contrast":
             return self._chosen(replace(ranking, contrast=np.ones_like(ranking.contrast)).order(), config)
         if ingredient == "causal effect":
@@ -398,7 +408,7 @@ def _started(path: Path, made_with: Mapping[str, Any], command: str) -> dict[str
         result = json.loads(path.read_text(encoding="utf-8"))
         if any(result.get(key) != value for key, value in made_with.items()):
             raise ConfigError(f"{path} holds a run with other settings, or of another defense; give another file")
-        return result
+        return {**result, "rows": None}  # until all ways of choosing are in
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("clip-defense", "pillow")}
     environment = asdict(environment_of(command))

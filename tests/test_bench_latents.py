@@ -127,6 +127,12 @@ def test_an_ablation_takes_out_its_ingredient_alone(chooser) -> None:
         assert seen["config"] == replace(config, **{field: value})
     chooser.without("budget")
     assert seen["config"].clean_budget == 1
+    chooser.without("most candidates")
+    np.testing.assert_array_equal(seen["order"], ranking.order())
+    assert seen["config"].n_candidates == 32
+    chooser.without("most candidates and causal effect")
+    assert (np.diff(ranking.contrast[seen["order"]]) <= 0).all()
+    assert seen["config"].n_candidates == 32
 
 
 def test_without_the_joint_step_candidates_are_removed_in_full_in_their_order(chooser) -> None:
