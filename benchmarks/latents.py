@@ -132,8 +132,7 @@ class Chooser:
 
     def own_stop(self, rule: str) -> Choice:
         """Return as many of a rule's best latents as clean pictures bear, at most `n_candidates`, removed in full."""
-        trial = Trial(self.fit, self.order(rule)[: self.config.n_candidates], self.config)
-        return self._stopped(trial, np.arange(len(trial.latents)), np.ones(len(trial.latents)))
+        return self._in_full(self.order(rule))
 
     # --- ablations ---
 
@@ -151,8 +150,7 @@ class Chooser:
         if ingredient == "causal effect":
             return self._chosen(self.order("contrast"), config)
         if ingredient == "joint step":
-            trial = Trial(self.fit, order[: config.n_candidates], config)
-            return self._stopped(trial, np.arange(len(trial.latents)), np.ones(len(trial.latents)))
+            return self._in_full(order)
         if ingredient == "learnt gains":
             trial, ranked, _ = self._joint(order, config)
             return self._stopped(trial, ranked, np.ones(len(trial.latents)))
@@ -167,6 +165,11 @@ class Chooser:
         """Do what `fit.choose` does; the joint step of the same candidates is done once."""
         trial, ranked, removal = self._joint(order, config)
         return self._stopped(trial, ranked, removal, config.clean_budget)
+
+    def _in_full(self, order: np.ndarray) -> Choice:
+        """Remove the first of a ranking in full, without the joint step."""
+        trial = Trial(self.fit, order[: self.config.n_candidates], self.config)
+        return self._stopped(trial, np.arange(len(trial.latents)), np.ones(len(trial.latents)))
 
     def _joint(self, order: np.ndarray, config: FitConfig) -> tuple[Trial, np.ndarray, np.ndarray]:
         """Return the candidates, their columns, most removed first, and how much of each is removed."""

@@ -254,7 +254,7 @@ def writable_target(
         ConfigError: It is there and holds something else, or its parent is not there.
     """
     target = Path(folder).resolve()  # through a link: what it leads to is replaced, not the link
-    if not is_replaceable(target, manifest, lambda: files(target)):
+    if not _is_replaceable(target, manifest, files):
         raise ConfigError(f"{target} exists and is no {what}, or holds other files too; choose another folder")
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent} is not there, so {target.name} cannot be written into it; make it first")
@@ -291,7 +291,7 @@ def publish(target: Path, write: Callable[[Path], None], read: Callable[[Path], 
         shutil.rmtree(retired)
 
 
-def is_replaceable(target: Path, manifest: str, files: Callable[[], Iterable[str]]) -> bool:
+def _is_replaceable(target: Path, manifest: str, files: Callable[[Path], Iterable[str]]) -> bool:
     """Whether a path is free, an empty folder, or holds just a manifest (damaged or not) and the files it lists."""
     if not target.exists():
         return True
@@ -301,7 +301,7 @@ def is_replaceable(target: Path, manifest: str, files: Callable[[], Iterable[str
     if not present:
         return True
     try:
-        return present <= {manifest, *files()}
+        return present <= {manifest, *files(target)}
     except CheckpointError:
         return False
 
