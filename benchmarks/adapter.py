@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from defense.classifier import RobustClassifier, find_defense, load_host
+from defense.classify.classifier import RobustClassifier
+from defense.data.images import decode
+from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, MissingDependencyError
-from defense.images import Preprocess, decode
+from defense.hosts.clip import load_host
+from defense.store.defenses import find_defense
 
 if TYPE_CHECKING:
     from torch import Tensor

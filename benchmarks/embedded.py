@@ -20,12 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from defense import artefact
 from defense.benchmarks.speed import environment_of
-from defense.classifier import EMBEDDED, embedded_folder, load_host
+from defense.data.labels import resolve_templates
 from defense.embedded.build import SEEDS, full_report
-from defense.embedded.scenes import OBJECTS
-from defense.labels import resolve_templates
+from defense.hosts.clip import EMBEDDED, embedded_folder, load_host
+from defense.store import defenses, folders
+from defense.world.scenes import OBJECTS
 
 COLUMNS = ("clean", "neutral", "attacked", "attack_success")
 HEADINGS = ("clean", "empty plate", "attacked", "attack success")
@@ -42,7 +42,7 @@ def wilson(percent: float, n: int) -> tuple[float, float]:
 def measure(n: int, seed: int, command: str) -> dict[str, Any]:
     """Return the accuracies of the three models on `n` pictures of a seed, with how they were measured."""
     folder = embedded_folder("text")
-    defense = artefact.load(folder)
+    defense = defenses.load(folder)
     report = full_report(load_host(EMBEDDED), defense.host, defense.sites, "text", n, seed)
     return {
         "n": n,
@@ -52,7 +52,7 @@ def measure(n: int, seed: int, command: str) -> dict[str, Any]:
         "dtype": "float32",
         "classes": len(OBJECTS),
         "templates": resolve_templates("simple"),
-        "defense_sha256": artefact.sha256_of(folder / artefact.MANIFEST),
+        "defense_sha256": folders.sha256_of(folder / defenses.MANIFEST),
         "latents": sum(len(latent_set.latents) for site in defense.sites for latent_set in site.sets),
         "rows": report,
     }

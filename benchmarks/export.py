@@ -38,18 +38,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defense import images
-from defense.attach import detach, wrap
 from defense.benchmarks import speed
-from defense.calibrate import calibrated
-from defense.classifier import EMBEDDED, RobustClassifier
-from defense.embedded.scenes import OBJECTS, render, typographic
+from defense.classify.classifier import RobustClassifier
+from defense.data import images
 from defense.errors import ConfigError
 from defense.export.exporter import export_onnx
 from defense.export.int8 import quantise
 from defense.export.runtime import OnnxClassifier
 from defense.export.sessions import open_session
 from defense.export.vision import VisionGraph, trace_vision, write
+from defense.fit.calibrate import calibrated
+from defense.hosts.attach import detach, wrap
+from defense.hosts.clip import EMBEDDED
+from defense.world.draws import typographic
+from defense.world.scenes import OBJECTS, render
 
 _ATOL = 1e-5
 _INT8_COSINE = 0.97

@@ -51,16 +51,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from defense import ops
-from defense.artefact import Defense, HostSpec, Site
-from defense.attach import wrap
 from defense.benchmarks import speed
+from defense.core import ops
+from defense.core.config import Act, Norm
+from defense.core.latents import Scope
+from defense.core.ops import Backend, reference
+from defense.core.ops.reference import Encoder
+from defense.core.sae import normalise
+from defense.core.suppress import token_slice
 from defense.errors import BackendError
-from defense.hosts import VisionHost
-from defense.latents import Scope
-from defense.ops import reference
-from defense.sae import Act, Norm, normalise
-from defense.suppress import token_slice
+from defense.hosts.attach import wrap
+from defense.hosts.defense import Defense, HostSpec, Site
+from defense.hosts.tower import VisionHost
 
 RESULTS = Path(__file__).with_name("results") / "kernel.json"
 DEVICE = "cuda"
@@ -224,7 +226,7 @@ class Workload:
     norm: Norm
     share: float
     resid: Tensor
-    encoder: reference.Encoder
+    encoder: Encoder
     latents: Tensor
     W_dec: Tensor
     W_dec_S: Tensor
@@ -260,7 +262,7 @@ def draw(
     b[latents] = speed.firing_bias(peaks.double().cpu().numpy(), share)
     b = b.to(dtype)
     is_topk = act == "topk"
-    encoder = reference.Encoder(
+    encoder = Encoder(
         W_S=W_enc[:, latents],
         b_S=b[latents],
         threshold_S=torch.rand(n_set, generator=generator, device=DEVICE) if act == "jumprelu" else None,
@@ -286,7 +288,7 @@ class Exact(NamedTuple):
     """Tokens at which rounding does not decide which latents are kept, [batch, pos]."""
 
 
-def exact_edit(resid: Tensor, norm: Norm, encoder: reference.Encoder, W_dec_S: Tensor, removal: Tensor) -> Exact:
+def exact_edit(resid: Tensor, norm: Norm, encoder: Encoder, W_dec_S: Tensor, removal: Tensor) -> Exact:
     """Return the edit "scale" in float64, of all positions of `resid` [batch, pos, d_model].
 
     Takes weights as they were rounded, and rounds z to their dtype, as their product does.
@@ -566,7 +568,7 @@ def encode_rows(bench: Bench) -> Iterator[Row]:
             ("encode_topk", "eager", partial(_encode, workload)),
             ("encode_topk", "eager, compiled", partial(compiled(_encode), workload)),
         ]
-        decode: dict[str, ops.Backend] = {"kernels": "fused", "eager": "reference"}
+        decode: dict[str, Backend] = {"kernels": "fused", "eager": "reference"}
         jobs += [
             ("sparse_decode", arm, partial(ops.sparse_decode, acts, indices, W_dec, b_dec, backend=backend))
             for arm, backend in decode.items()
@@ -584,11 +586,12 @@ def encode_rows(bench: Bench) -> Iterator[Row]:
 
 def tile_rows(bench: Bench) -> Iterator[Row]:
     """Time the suppression with every token firing for several tiles: what the choice in `fused.py` rests on."""
-    from defense.ops import fused
+    from defense.core.ops import fused
+    from defense.core.ops.fused import Tile
 
     workload = draw(CASES[0], _HALF[0], DEFAULT_SET, 1.0)
     floor_ms = bench.matmul_ms(workload)
-    for tile in (fused.Tile(*fields) for fields in TILES):
+    for tile in (Tile(*fields) for fields in TILES):
         name = f"kernels, tile {tile.m} x {tile.n} x {tile.k}, {tile.num_warps} warps, {tile.num_stages} stages"
         if bench.has_time(name):
             with mock.patch.object(fused, "stream_tile", lambda *_, tile=tile: tile):

@@ -29,16 +29,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defense import artefact, catalogue
 from defense.benchmarks.metrics import mean_figure
 from defense.benchmarks.speed import environment_of
-from defense.classifier import EMBEDDED, Host, embedded_folder, load_host
-from defense.embedded import build, scenes
+from defense.core.config import SAEConfig
+from defense.core.latents import LatentSet, draw_alike
+from defense.core.sae import SparseAutoencoder
+from defense.core.suppress import Suppressor
+from defense.embedded import build
 from defense.errors import ConfigError
-from defense.fit import LEAST_REMOVAL, FitConfig, Pairs, Ranking, Tail, TextFit, Trial, within_budget
-from defense.latents import LatentSet, draw_alike
-from defense.sae import SAEConfig, SparseAutoencoder
-from defense.suppress import Suppressor
+from defense.explain import catalogue
+from defense.fit.material import Pairs
+from defense.fit.selecting import LEAST_REMOVAL, FitConfig, Ranking, TextFit, Trial, within_budget
+from defense.hosts.clip import EMBEDDED, Host, embedded_folder, load_host
+from defense.hosts.defense import Site
+from defense.hosts.tap import Tail
+from defense.store import defenses, folders
+from defense.world import scenes
 
 FILE = "latents.json"
 SEED_FIT, SEED_TEST = 200, 299
@@ -370,7 +376,7 @@ def run(
     path = out if out.suffix == ".json" else out / FILE
     settings = settings or Settings()
     folder = embedded_folder("text")
-    site = artefact.load(folder).sites[0]
+    site = defenses.load(folder).sites[0]
     found = catalogue.find(EMBEDDED).get(site.hook_point)
     if found is None:
         raise ConfigError(f"no catalogue for {site.hook_point}; run: python -m defense.embedded.describe")
@@ -378,7 +384,7 @@ def run(
         "settings": json.loads(json.dumps(asdict(settings))),
         "seeds": list(seeds),
         "hook_point": site.hook_point,
-        "defense_sha256": artefact.sha256_of(folder / artefact.MANIFEST),
+        "defense_sha256": folders.sha256_of(folder / defenses.MANIFEST),
     }
     result = _started(path, made_with, command)
     host = load_host(EMBEDDED)
@@ -394,7 +400,7 @@ def run(
     return result
 
 
-def _embedded_bench(host: Host, site: artefact.Site, settings: Settings) -> Bench:
+def _embedded_bench(host: Host, site: Site, settings: Settings) -> Bench:
     sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
     text_embeds = build.text_embeds_of(host, list(scenes.OBJECTS))
 

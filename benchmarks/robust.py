@@ -32,13 +32,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from defense.artefact import read_tensors
 from defense.benchmarks import metrics, plots, tables
 from defense.benchmarks.datasets import Dataset, Example, File, Task
-from defense.classifier import Host, load_host, resolve_device
+from defense.data.labels import Prompts, check_labels, resolve_templates
+from defense.data.preprocess import Preprocess
+from defense.data.tokenizer import ClipTokenizer
 from defense.errors import ConfigError, InvalidImageError, MissingDependencyError
-from defense.images import Preprocess
-from defense.labels import ClipTokenizer, Prompts, check_labels, resolve_templates
+from defense.hosts.clip import Host, load_host, resolve_device
+from defense.store.folders import read_tensors
 
 if TYPE_CHECKING:
     from defense.benchmarks.methods import Encoder, Method  # some import torch

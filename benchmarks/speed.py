@@ -59,13 +59,13 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from defense.artefact import Defense, HostSpec, Site
-from defense.attach import attached, wrap
+from defense.core.config import SAEConfig
+from defense.core.latents import Edit, LatentSet
+from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError
-from defense.hosts import VisionHost
-from defense.images import Preprocess
-from defense.latents import Edit, LatentSet
-from defense.sae import SAEConfig
+from defense.hosts.attach import attached, wrap
+from defense.hosts.defense import Defense, HostSpec, Site
+from defense.hosts.tower import VisionHost
 
 _MIB = 2**20
 _ATOL = 1e-4

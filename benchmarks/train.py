@@ -37,12 +37,15 @@ import torch
 from torch import Tensor
 
 from defense.benchmarks.speed import environment_of, torch_threads
-from defense.classifier import EMBEDDED, Host, load_host
+from defense.core.config import SAEConfig
+from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError
-from defense.fit import Tail
-from defense.parallel import World
-from defense.sae import SAEConfig, SparseAutoencoder
-from defense.train import PREFIXES, InMemory, Quality, TrainConfig, Trainer, Variant, measure
+from defense.hosts.clip import EMBEDDED, Host, load_host
+from defense.hosts.tap import Tail
+from defense.train.parallel import World
+from defense.train.quality import Quality, measure
+from defense.train.runs import InMemory
+from defense.train.trainer import PREFIXES, TrainConfig, Trainer, Variant
 
 OURS, THEIRS = "defense train", "dictionary-learning"
 VARIANTS: tuple[Variant, ...] = ("topk", "batchtopk", "matryoshka")
@@ -105,7 +108,8 @@ class Row:
 
 def residuals(case: Case, host: Host) -> tuple[Tensor, Tensor, float]:
     """Return tokens to train on and to measure on, [n, d_model] each, and how many are encoded per second."""
-    from defense.embedded.build import SEEDS, pixel_values_of, web_scenes
+    from defense.embedded.build import SEEDS, pixel_values_of
+    from defense.world.draws import web_scenes
 
     tail = Tail(host.model, f"blocks.{case.block}.hook_resid_post")
 

@@ -13,10 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .artefact import Defense as Defense
-    from .attach import detach as detach
-    from .attach import wrap as wrap
-    from .classifier import RobustClassifier as RobustClassifier
+    from .classify.classifier import RobustClassifier as RobustClassifier
+    from .classify.explanation import Explanation as Explanation
+    from .core.config import SAEConfig as SAEConfig
+    from .core.latents import LatentSet as LatentSet
+    from .core.sae import SparseAutoencoder as SparseAutoencoder
+    from .core.suppress import Suppressor as Suppressor
     from .errors import BackendError as BackendError
     from .errors import CalibrationError as CalibrationError
     from .errors import CheckpointError as CheckpointError
@@ -28,17 +30,18 @@ if TYPE_CHECKING:
     from .errors import MissingDependencyError as MissingDependencyError
     from .errors import NonFiniteError as NonFiniteError
     from .errors import ShapeError as ShapeError
-    from .explain import Controls as Controls
-    from .explain import Explanation as Explanation
-    from .latents import LatentSet as LatentSet
-    from .sae import SAEConfig as SAEConfig
-    from .sae import SparseAutoencoder as SparseAutoencoder
-    from .suppress import Suppressor as Suppressor
+    from .hosts.attach import detach as detach
+    from .hosts.attach import wrap as wrap
+    from .hosts.controls import Controls as Controls
+    from .hosts.defense import Defense as Defense
 
 _HOMES = {
-    "artefact": ("Defense",),
-    "attach": ("detach", "wrap"),
-    "classifier": ("RobustClassifier",),
+    "classify.classifier": ("RobustClassifier",),
+    "classify.explanation": ("Explanation",),
+    "core.config": ("SAEConfig",),
+    "core.latents": ("LatentSet",),
+    "core.sae": ("SparseAutoencoder",),
+    "core.suppress": ("Suppressor",),
     "errors": (
         "BackendError",
         "CalibrationError",
@@ -52,10 +55,9 @@ _HOMES = {
         "NonFiniteError",
         "ShapeError",
     ),
-    "explain": ("Controls", "Explanation"),
-    "latents": ("LatentSet",),
-    "sae": ("SAEConfig", "SparseAutoencoder"),
-    "suppress": ("Suppressor",),
+    "hosts.attach": ("detach", "wrap"),
+    "hosts.controls": ("Controls",),
+    "hosts.defense": ("Defense",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

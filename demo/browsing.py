@@ -39,7 +39,7 @@ class Browsing:
         picture = form.picture
         if not key or picture is None:
             return (views.message(_STEERED),)
-        from defense.explain import Controls
+        from defense.hosts.controls import Controls
 
         place = views.place_of(key)
         question = self.trying.question(form)

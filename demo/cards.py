@@ -10,13 +10,13 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from defense.catalogue import BIN_EDGES, Catalogue, picture, search
+from defense.core.latents import LatentSet
 from defense.demo import views
 from defense.demo.engine import Engine
 from defense.demo.views import Place
 from defense.errors import ConfigError, DefenseError
-from defense.heat import overlay
-from defense.latents import LatentSet
+from defense.explain.catalogue import BIN_EDGES, Catalogue, picture, search
+from defense.explain.heat import overlay
 
 NO_CATALOGUE = "This defense comes without a catalogue of its latents, so they have numbers and no names or pictures."
 

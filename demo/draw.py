@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from PIL import Image, ImageDraw
 
 from defense.demo import limits
-from defense.embedded.scenes import TEST_FONTS, TRAIN_FONTS, load_font
 from defense.errors import ConfigError
+from defense.world.scenes import TEST_FONTS, TRAIN_FONTS, load_font
 
 Style = Literal["plate", "strip", "bare"]
 STYLES: tuple[Style, ...] = get_args(Style)

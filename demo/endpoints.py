@@ -53,7 +53,7 @@ class Endpoints:
 
 
 def _controls(strength: float, edit: str, tasks: str) -> Any:
-    from defense.explain import Controls
+    from defense.hosts.controls import Controls
 
     names = {None: None, "": None, **{name: name for name in EDITS.values()}}
     if edit not in names:

@@ -17,17 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from defense import labels
-from defense.classifier import EMBEDDED, Prediction, RobustClassifier
-from defense.embedded.scenes import OBJECTS
+from defense.classify.classifier import RobustClassifier
+from defense.classify.zeroshot import Prediction
+from defense.data import labels
 from defense.errors import ConfigError
+from defense.hosts.clip import EMBEDDED
+from defense.world.scenes import OBJECTS
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from defense.catalogue import Catalogue
-    from defense.explain import Controls, Counterfactual, Explanation
-    from defense.latents import LatentSet
+    from defense.classify.explanation import Explanation
+    from defense.core.latents import LatentSet
+    from defense.explain.catalogue import Catalogue
+    from defense.explain.counterfactual import Counterfactual
+    from defense.hosts.controls import Controls
 
 _MAX_VOCABULARIES = 32
 """Sets of labels whose embeddings are kept."""
@@ -145,7 +149,7 @@ class Engine:
 
     def counterfactual(self, image: Any, question: Question) -> Counterfactual:
         """Return the few latents whose removal changes the plain answer."""
-        from defense.explain import counterfactual
+        from defense.explain.counterfactual import counterfactual
 
         return counterfactual(self._asked(question), image, controls=question.controls)
 
@@ -155,7 +159,7 @@ class Engine:
             return self.clf.transform([image])[0]
         if not self.can_explain:
             raise ConfigError("a bundle holds the defended tower alone, so there is no plain embedding")
-        from defense.images import decode
+        from defense.data.images import decode
 
         pixel_values = self.clf.host.preprocess(decode(image).image)[None]
         return self.clf.encode_pixels(pixel_values, plain=True)[0]

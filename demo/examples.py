@@ -11,7 +11,9 @@ import numpy as np
 from PIL import Image
 
 from defense.demo.engine import EMBEDDED_TASKS, Task
-from defense.embedded import scenes
+from defense.world import draws, scenes
+from defense.world.draws import Grouped
+from defense.world.scenes import Scene
 
 _SIZE = 320
 
@@ -28,7 +30,7 @@ class Example:
     """
 
     title: str
-    scene: scenes.Scene
+    scene: Scene
     task: str
     word: str = ""
 
@@ -39,7 +41,7 @@ class Example:
 
 
 @functools.cache
-def _drawn(scene: scenes.Scene) -> Image.Image:
+def _drawn(scene: Scene) -> Image.Image:
     return scenes.render(scene, _SIZE)
 
 
@@ -66,19 +68,19 @@ _OBJECTS = (
 
 def _object(name: str, word: str, seed: int) -> Example:
     rng = np.random.default_rng(seed)
-    scene = scenes.sample_scene(rng, scenes.sample_object(rng, name), None)
+    scene = draws.sample_scene(rng, draws.sample_object(rng, name), None)
     return Example(name, replace(scene, oversample=1), "text", word)
 
 
 _SEED = 3
 _GROUPS = (
-    ("landbird on water", "waterbirds", scenes.waterbirds, 131),
-    ("waterbird on land", "waterbirds", scenes.waterbirds, 21),
-    ("blond man", "celeba", scenes.celeba, 62),
-    ("dark-haired woman", "celeba", scenes.celeba, 23),
+    ("landbird on water", "waterbirds", draws.waterbirds, 131),
+    ("waterbird on land", "waterbirds", draws.waterbirds, 21),
+    ("blond man", "celeba", draws.celeba, 62),
+    ("dark-haired woman", "celeba", draws.celeba, 23),
 )
 """Pictures of a small group, and where each stands in a stream. Chosen because plain CLIP is wrong there."""
 
 
-def _nth(draw: Callable[[int, int], Iterator[scenes.Grouped]], index: int) -> scenes.Scene:
+def _nth(draw: Callable[[int, int], Iterator[Grouped]], index: int) -> Scene:
     return next(islice(draw(index + 1, _SEED), index, None)).scene

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from defense import images, labels
+from defense.data import images, labels
+from defense.data.images import Decoded, Limits
 from defense.errors import ConfigError, DefenseError, InvalidImageError
 
 MAX_FILE_BYTES = 10_000_000
@@ -32,7 +33,7 @@ MAX_QUERY_LENGTH = 80
 SHOWN_SIDE = 1024
 """A larger picture is scaled down to this, in pixels, when it is put on the page."""
 
-_PICTURE_LIMITS = images.Limits(max_pixels=40_000_000, max_bytes=MAX_FILE_BYTES)
+_PICTURE_LIMITS = Limits(max_pixels=40_000_000, max_bytes=MAX_FILE_BYTES)
 
 _SAYS = {
     "empty": "This file is empty.",
@@ -68,7 +69,7 @@ class Loaded(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def decode(data: bytes) -> images.Decoded:
+def decode(data: bytes) -> Decoded:
     """Return the picture of an untouched file.
 
     Raises:

@@ -6,9 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from defense import artefact, catalogue
-from defense.classifier import EMBEDDED, RobustClassifier, embedded_defenses, find_defense, load_host
+from defense.classify.classifier import RobustClassifier
 from defense.demo.engine import EMBEDDED_TASKS, Engine, Task, tasks_of
+from defense.explain import catalogue
+from defense.explain.catalogue import Catalogue
+from defense.hosts.clip import EMBEDDED, load_host
+from defense.hosts.defense import join
+from defense.store.defenses import embedded_defenses, find_defense
 
 
 def defended(
@@ -31,11 +35,11 @@ def defended(
         device: As above.
     """
     sources = _embedded_sources() if source == EMBEDDED else [source]
-    defense = artefact.join([find_defense(each) for each in sources]) if len(sources) > 1 else find_defense(sources[0])
+    defense = join([find_defense(each) for each in sources]) if len(sources) > 1 else find_defense(sources[0])
     if model is None:
         model, pretrained = defense.host.model, defense.host.pretrained
     clf = RobustClassifier(load_host(model, pretrained, device=device), defense)
-    catalogues: dict[str, catalogue.Catalogue] = {}
+    catalogues: dict[str, Catalogue] = {}
     for each in sources:
         for hook_point, found in catalogue.find(each).items():
             if any(found.is_of(site) for site in defense.sites):  # else: of another SAE at the same block

@@ -88,7 +88,7 @@ class Trying:
     def _controls(self, form: Form) -> Any:
         if not self.engine.can_explain:
             return None
-        from defense.explain import Controls
+        from defense.hosts.controls import Controls
 
         off = frozenset(views.place_of(key) for key in form.off)
         return Controls(form.strength, EDITS[form.edit], tuple(form.tasks), off)  # type: ignore[arg-type]

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from defense.heat import overlay, scale_bar
+from defense.explain.heat import overlay, scale_bar
 
 if TYPE_CHECKING:
-    from defense.classifier import Prediction
-    from defense.explain import Counterfactual, Explanation, Removed
+    from defense.classify.explanation import Explanation, Removed
+    from defense.classify.zeroshot import Prediction
+    from defense.explain.counterfactual import Counterfactual
 
 Place = tuple[str, int]
 """(hook_point, latent)"""

@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from defense import artefact
-from defense.artefact import MANIFEST, Verify, check_verify, read_tensors, reading, sha256_of
+from defense.data.labels import Prompts
+from defense.data.preprocess import Preprocess
 from defense.errors import CheckpointError, IntegrityError
-from defense.images import Preprocess
-from defense.labels import Prompts
+from defense.hosts.defense import Defense
+from defense.store import folders
+from defense.store.defenses import MANIFEST
+from defense.store.folders import Verify, check_verify, read_tensors, reading, sha256_of
 
 SCHEMA = 1
 BLANK_TOKENS = "blank_tokens"
@@ -115,11 +117,11 @@ def is_bundle(folder: str | os.PathLike[str]) -> bool:
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
     """Write the manifest of a folder in which everything else is in place."""
     files = {
-        path.relative_to(folder).as_posix(): artefact.file_entry(path)
+        path.relative_to(folder).as_posix(): folders.file_entry(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    head = {"schema": SCHEMA, "kind": KIND, "package_version": artefact.package_version()}
+    head = {"schema": SCHEMA, "kind": KIND, "package_version": folders.package_version()}
     text = json.dumps({**head, **fields, "files": files}, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -166,7 +168,7 @@ def _load(root: Path, verify: Verify) -> Bundle:
         text_model=manifest["text_model"],
         mode=manifest["mode"],
         dtype=manifest["dtype"],
-        tolerance=artefact.typed("tolerance", manifest["tolerance"], _TOLERANCE_FIELDS),
+        tolerance=folders.typed("tolerance", manifest["tolerance"], _TOLERANCE_FIELDS),
         parity=manifest["parity"],
         licence=manifest["licence"],
         text_embeds=text_embeds,
@@ -180,10 +182,10 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a bundle is a folder that `defense export` wrote")
-    manifest = artefact.read_manifest(path, SCHEMA, "a bundle")
+    manifest = folders.read_manifest(path, SCHEMA, "a bundle")
     if manifest.get("kind") != KIND:
         raise CheckpointError(f"{path} is not the manifest of a bundle; `defense export` writes one")
-    return artefact.typed(str(path), manifest, _FIELDS)
+    return folders.typed(str(path), manifest, _FIELDS)
 
 
 def check_files(root: Path, entries: Mapping[str, Any], verify: Verify) -> None:
@@ -200,15 +202,15 @@ def check_files(root: Path, entries: Mapping[str, Any], verify: Verify) -> None:
         if name not in entries:
             raise CheckpointError(f"{root / name} is not in the manifest; remove it")
     for name, fields in entries.items():
-        path = artefact.own_file(root, name)
-        entry = artefact.typed(f"the manifest's entry for {name}", fields, _FILE_FIELDS)
+        path = folders.own_file(root, name)
+        entry = folders.typed(f"the manifest's entry for {name}", fields, _FILE_FIELDS)
         if path.stat().st_size != entry["size"]:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}")
         if verify == "sha256" and (got := sha256_of(path)) != entry["sha256"]:
             raise IntegrityError(str(path), entry["sha256"], got)
 
 
-def describe_defense(defense: artefact.Defense) -> dict[str, Any]:
+def describe_defense(defense: Defense) -> dict[str, Any]:
     """Return what a bundle tells of the defense inside it, as JSON values."""
     return {
         "manifest_sha256": defense.manifest_sha256,

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from defense import artefact, images
-from defense.classifier import RobustClassifier, embedded_folder
-from defense.embedded.scenes import render, typographic
+from defense.classify.classifier import RobustClassifier
+from defense.data import images
 from defense.errors import ConfigError
 from defense.export import bundle, readme
 from defense.export.layouts import Layout, arrange
@@ -25,7 +24,11 @@ from defense.export.sessions import HALF_OPTIONS
 from defense.export.text import TextGraph, trace_text
 from defense.export.verify import N_ROWS, Expected, Parity, Tolerance, verify
 from defense.export.vision import Mode, VisionGraph, trace_vision, write
-from defense.hosts import VisionHost
+from defense.hosts.clip import embedded_folder
+from defense.hosts.tower import VisionHost
+from defense.store import folders
+from defense.world.draws import typographic
+from defense.world.scenes import render
 
 Dtype = Literal["fp32", "fp16", "int8"]
 
@@ -108,7 +111,7 @@ def export_onnx(
     _check_host(clf)
     graph, text_graph = VisionGraph(_tower(clf, dtype), mode), TextGraph(clf) if text else None
     parities: list[Parity] = []
-    artefact.publish(
+    folders.publish(
         target,
         lambda staging: parities.extend(_fill(staging, clf, graph, text_graph, mode, dtype, layout)),
         bundle.load,

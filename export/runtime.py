@@ -18,11 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from defense import images, labels
+from defense.classify.zeroshot import OnError, ZeroShotClassifier, warn_of_unknown_words
+from defense.data import labels
+from defense.data.labels import Prompts
+from defense.data.preprocess import Preprocess
+from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, CheckpointError, ConfigError, DefenseError, ShapeError
 from defense.export import bundle
 from defense.export.sessions import CPU, CUDA, HALF_OPTIONS, decoding_threads, open_session
-from defense.zeroshot import OnError, ZeroShotClassifier, warn_of_unknown_words
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +127,7 @@ class OnnxClassifier(ZeroShotClassifier):
             )
 
     @property
-    def preprocess(self) -> images.Preprocess:
+    def preprocess(self) -> Preprocess:
         """How pictures are prepared."""
         return self.bundle.preprocess
 
@@ -147,7 +150,7 @@ class OnnxClassifier(ZeroShotClassifier):
         Raises:
             ConfigError: See `RobustClassifier.set_labels`; or the bundle has no text tower and no embeddings of these.
         """
-        prompts = labels.Prompts(labels.check_labels(candidate_labels), labels.resolve_templates(templates))
+        prompts = Prompts(labels.check_labels(candidate_labels), labels.resolve_templates(templates))
         self._embeds_of(prompts)  # so that an error comes now
         self.prompts = prompts
         return self
@@ -168,7 +171,7 @@ class OnnxClassifier(ZeroShotClassifier):
         want = (len(names), self.bundle.text_embeds.shape[1])
         if np.shape(text_embeds) != want:
             raise ShapeError(f"text_embeds is {list(np.shape(text_embeds))}, want {list(want)} for these labels")
-        prompts = labels.Prompts(names, ("{}",))
+        prompts = Prompts(names, ("{}",))
         self._given[prompts.sha256()] = labels.average_templates(text_embeds, len(names), 1)
         self.prompts = prompts
         return self
@@ -178,7 +181,7 @@ class OnnxClassifier(ZeroShotClassifier):
         self._own_process()
         super().forget_labels(keep)
 
-    def _embeds_of(self, prompts: labels.Prompts) -> np.ndarray:
+    def _embeds_of(self, prompts: Prompts) -> np.ndarray:
         self._own_process()
         key = prompts.sha256()
         if key in self._given:
@@ -190,7 +193,7 @@ class OnnxClassifier(ZeroShotClassifier):
                         f"this bundle knows {len(self.bundle.prompts.labels)} labels and has no text tower for others; "
                         "export it with text=True (defense export --text), or hand over embeddings to set_label_embeds"
                     )
-                tokenizer = labels.ClipTokenizer(self.bundle.context_length)
+                tokenizer = ClipTokenizer(self.bundle.context_length)
                 warn_of_unknown_words(prompts.labels, tokenizer, self.bundle.blank_tokens)
                 self._text_embeds[key] = labels.encode_prompts(prompts, tokenizer, self.encode_text)
             return self._text_embeds[key]

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from defense import images
+from defense.data.images import Limits
 from defense.errors import BackendError, CheckpointError, ConfigError, MissingDependencyError
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def usable_cores() -> int:
 
 def decoding_threads() -> int:
     """Return how many pictures to decode at once: at most a quarter of the memory, were each as large as allowed."""
-    per_picture = 8 * images.Limits().max_pixels  # RGB, and RGBA beside it while transparency is seen to
+    per_picture = 8 * Limits().max_pixels  # RGB, and RGBA beside it while transparency is seen to
     return max(1, min(_MAX_DECODING_THREADS, usable_cores(), _memory_limit() // (4 * per_picture)))
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defense.classifier import RobustClassifier
+from defense.classify.classifier import RobustClassifier
+from defense.data.tokenizer import ClipTokenizer
 from defense.errors import ConfigError
 from defense.export.vision import trace
-from defense.labels import ClipTokenizer
 
 _TRACED_TEXTS = 3
 

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defense.attach import EditedBlock, attached, is_wrapped
+from defense.core.ops import reference
+from defense.core.sae import normalise
+from defense.core.suppress import Suppressor
 from defense.errors import ConfigError
 from defense.export.coordinates import TRANSLATION, coordinates
 from defense.export.operators import rewritten
-from defense.hosts import VisionHost
-from defense.ops import reference
-from defense.sae import normalise
-from defense.suppress import Suppressor
+from defense.hosts.attach import EditedBlock, attached, is_wrapped
+from defense.hosts.tower import VisionHost
 
 Mode = Literal["delta", "exact", "static"]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from defense.artefact import Defense, HostSpec, Site
-from defense.latents import LatentSet
-from defense.sae import SAEConfig, SparseAutoencoder
+from defense.core.config import SAEConfig
+from defense.core.latents import LatentSet
+from defense.core.sae import SparseAutoencoder
+from defense.hosts.defense import Defense, HostSpec, Site
 
 from .demo_server import STUCK, served
 
@@ -56,8 +57,8 @@ def random_sae(seed: int = 0, **fields) -> SparseAutoencoder:
 
 def random_defense(model, *sites: tuple[int, SparseAutoencoder, LatentSet], name: str = "tiny") -> Defense:
     """A defense for a model: (block, SAE, set) for each site."""
-    from defense.hosts import VisionHost
-    from defense.images import Preprocess
+    from defense.data.preprocess import Preprocess
+    from defense.hosts.tower import VisionHost
 
     host = VisionHost.of(model)
     spec = HostSpec(name, None, host.fingerprint(), host.quick_gelu, host.d_model, len(host.blocks))
@@ -125,8 +126,9 @@ def tiny_classifier(tiny_folder):
     """The tiny CLIP with a TopK defense that projects, and labels set."""
     open_clip = pytest.importorskip("open_clip")
 
-    from defense.classifier import Host, RobustClassifier
-    from defense.labels import ClipTokenizer
+    from defense.classify.classifier import RobustClassifier
+    from defense.data.tokenizer import ClipTokenizer
+    from defense.hosts.clip import Host
 
     model = open_clip.create_model(f"local-dir:{tiny_folder}").eval().requires_grad_(False)
     latent_set = LatentSet("text", tuple(range(20)), edit="project")
@@ -163,7 +165,8 @@ def seven_pictures() -> list[np.ndarray]:
 
 def restated(folder: Path, **fields) -> Path:
     """Make the manifest of a changed bundle agree with its files again, and set fields of it."""
-    from defense.artefact import MANIFEST, file_entry
+    from defense.store.defenses import MANIFEST
+    from defense.store.folders import file_entry
 
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from defense import ops
 from defense.benchmarks import kernel
 from defense.benchmarks.kernel import exact_edit, n_unequal
+from defense.core import ops
+from defense.core.latents import LatentSet
+from defense.core.ops import fused, reference
+from defense.core.ops.reference import Encoder
+from defense.core.suppress import Suppressor, suppress
 from defense.errors import BackendError
-from defense.latents import LatentSet
-from defense.ops import fused, reference
-from defense.suppress import Suppressor, suppress
 
 from .conftest import random_defense, random_sae
 
@@ -146,7 +147,7 @@ def integers(*shape: int, seed: int) -> torch.Tensor:
 def test_ties_at_rank_k_are_all_kept_as_in_the_reference(dtype, k):
     W_enc, z = integers(64, 300, seed=0), integers(1, 40, 64, seed=1)
     latents, b = torch.arange(0, 200, 5, device=DEVICE), torch.zeros(300, device=DEVICE)
-    encoder = reference.Encoder(
+    encoder = Encoder(
         W_enc[:, latents], b[latents], None, None, None, W_enc, b, latents, k
     )  # fmt: skip
     everything = (z[0] @ W_enc).sort(descending=True).values
@@ -268,7 +269,7 @@ def test_no_tokens_and_an_empty_set_are_the_identity(rule):
 
 
 def test_a_wrapped_model_runs_the_kernels(tiny_clip):
-    from defense.attach import attached, wrap
+    from defense.hosts.attach import attached, wrap
 
     model = tiny_clip.to(DEVICE)
     defense = random_defense(model, (1, random_sae(act="topk", k=8), some_set(40, 160)))

@@ -11,12 +11,13 @@ pytest.importorskip("open_clip")
 import torch
 from PIL import Image
 
-from defense import images
-from defense.activations import MANIFEST, Batches, Shards, Stream, Tap, write_shards
-from defense.classifier import load_host
+from defense.data import images
+from defense.data.sources import START, open_pictures
 from defense.errors import CheckpointError, ConfigError, HookPointError, IntegrityError, NonFiniteError
-from defense.hosts import VisionHost
-from defense.pictures import START, open_pictures
+from defense.hosts.clip import load_host
+from defense.hosts.tap import Tap
+from defense.hosts.tower import VisionHost
+from defense.train.residuals import MANIFEST, Batches, Shards, Stream, write_shards
 
 N = 102
 N_TRAINED = 99  # the first of every 50 is held out

@@ -18,11 +18,13 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from defense import artefact
-from defense.artefact import MANIFEST, SCHEMA, Defense, Golden, HostSpec, Site, join, load, save, sha256_of
+from defense.core.latents import LatentSet
+from defense.data.preprocess import Preprocess
 from defense.errors import CheckpointError, ConfigError, DefenseError, IntegrityError, NonFiniteError, ShapeError
-from defense.images import Preprocess
-from defense.latents import LatentSet
+from defense.hosts.defense import Defense, Golden, HostSpec, Site, join
+from defense.store import defenses, folders
+from defense.store.defenses import MANIFEST, SCHEMA, load, save
+from defense.store.folders import sha256_of
 
 D_MODEL, D_SAE = 6, 10
 SITE_0, SITE_1, GOLDEN = "site-0.safetensors", "site-1.safetensors", "golden.safetensors"
@@ -201,7 +203,7 @@ def test_an_unknown_verify_is_refused_instead_of_checking_nothing(folder: Path) 
 
 
 def test_loading_imports_no_torch(folder: Path) -> None:
-    code = "import sys; from defense.artefact import load; load(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    code = "import sys; from defense.store.defenses import load; load(sys.argv[1]); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, folder], check=True, cwd=Path(__file__).parents[1])
 
 
@@ -259,7 +261,7 @@ def test_a_failure_while_writing_leaves_the_old_defense_and_no_debris(
     defense: Defense, folder: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
 ) -> None:
     before = everything_below(folder.parent)
-    real, n_calls = getattr(artefact, failing), 0
+    real, n_calls = getattr(defenses, failing), 0
 
     def fail_late(*args: Any) -> Any:
         nonlocal n_calls
@@ -268,7 +270,7 @@ def test_a_failure_while_writing_leaves_the_old_defense_and_no_debris(
         if failing == "load" or n_calls == 2:
             raise error
 
-    monkeypatch.setattr(artefact, failing, fail_late)
+    monkeypatch.setattr(defenses, failing, fail_late)
     with pytest.raises(type(error)):
         save(replace(defense, licence="other"), folder)
     assert n_calls > 0
@@ -484,14 +486,14 @@ def test_fault_51_a_file_that_no_site_uses_is_noticed(folder: Path) -> None:
 
 
 def test_fault_51_an_unreadable_file_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sha256_of = artefact.sha256_of
+    sha256_of = folders.sha256_of
 
     def deny(path: Path) -> str:
         if path.name == SITE_0:
             raise PermissionError(13, "Permission denied", str(path))
         return sha256_of(path)
 
-    monkeypatch.setattr(artefact, "sha256_of", deny)
+    monkeypatch.setattr(folders, "sha256_of", deny)
     _raises(folder, "cannot be read", "Permission denied", SITE_0)
 
 
@@ -906,7 +908,8 @@ def test_fault_57_tensors_that_do_not_make_an_sae_are_refused(
     folder: Path, edit: Callable[[dict[str, np.ndarray]], None], error: type[DefenseError], message: str
 ) -> None:
     pytest.importorskip("torch")
-    from defense.sae import SAEConfig, SparseAutoencoder
+    from defense.core.config import SAEConfig
+    from defense.core.sae import SparseAutoencoder
 
     def build() -> None:
         site = load(folder).sites[0]
@@ -921,8 +924,9 @@ def test_fault_57_tensors_that_do_not_make_an_sae_are_refused(
 @pytest.mark.parametrize("latent", [-1, D_SAE, 10**6])
 def test_fault_60_a_latent_that_the_sae_does_not_have_is_refused(folder: Path, latent: int) -> None:
     pytest.importorskip("torch")
-    from defense.sae import SAEConfig, SparseAutoencoder
-    from defense.suppress import Suppressor
+    from defense.core.config import SAEConfig
+    from defense.core.sae import SparseAutoencoder
+    from defense.core.suppress import Suppressor
 
     edit_manifest(folder, lambda manifest: manifest["sites"][0]["sets"][0]["latents"].__setitem__(0, latent))
     site = load(folder).sites[0]

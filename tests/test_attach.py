@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from defense.attach import attached, detach, wrap
+from defense.core.latents import LatentSet
 from defense.errors import ConfigError, HookPointError, ShapeError
-from defense.hosts import VisionHost, block_of
-from defense.latents import LatentSet
+from defense.hosts.attach import attached, detach, wrap
+from defense.hosts.tower import VisionHost, block_of
 
 from .conftest import D_MODEL, random_defense, random_sae
 
@@ -55,7 +55,7 @@ def test_the_hook_applies_the_suppressor_to_the_output_of_its_block(tiny_clip):
         tiny_clip.encode_image(batch)
         wrap(tiny_clip, random_defense(tiny_clip, (1, sae, latent_set)))
         tiny_clip.encode_image(batch)
-    from defense.suppress import Suppressor
+    from defense.core.suppress import Suppressor
 
     torch.testing.assert_close(outputs[1], Suppressor(sae, latent_set)(outputs[0]))
 

@@ -18,11 +18,11 @@ pytest.importorskip("open_clip")
 import open_clip
 import torch
 
-from defense import artefact
 from defense.benchmarks import adapter
-from defense.classifier import RobustClassifier
+from defense.classify.classifier import RobustClassifier
+from defense.core.latents import LatentSet
 from defense.errors import ConfigError, MissingDependencyError
-from defense.latents import LatentSet
+from defense.store import defenses
 
 from .conftest import random_defense, random_sae
 
@@ -30,7 +30,7 @@ from .conftest import random_defense, random_sae
 @pytest.fixture
 def defense_folder(tmp_path, tiny_clip, tiny_folder):
     site = (1, random_sae(act="topk", k=8), LatentSet("text", tuple(range(80))))
-    return artefact.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
+    return defenses.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
 
 
 def colours(n: int) -> list[Image.Image]:
@@ -123,6 +123,6 @@ def test_clip_benchmark_measures_the_accuracy_that_we_measure(defense_folder, ti
     examples = tuple(Example(key, picture, label) for key, picture, label in found.pictures)
     dataset = Dataset("colours", "clean", examples, found.class_names, found.templates)
     named = robust.load_named_host(name, None)
-    methods = make_methods(["defense"], artefact.load(defense_folder))
+    methods = make_methods(["defense"], defenses.load(defense_folder))
     (ours,) = robust.run(named, [(Task("colours", "colours", (dataset,)), methods)], tmp_path / "out")
     assert theirs["metrics"] == pytest.approx(ours["metrics"])

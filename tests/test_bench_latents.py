@@ -15,7 +15,8 @@ import torch
 from defense.benchmarks import latents
 from defense.benchmarks.latents import Bench, Choice, Chooser, Settings, arms, summary, table, verdict
 from defense.errors import ConfigError
-from defense.fit import LEAST_REMOVAL, FitConfig, Pairs, TextFit, Trial
+from defense.fit.material import Pairs
+from defense.fit.selecting import LEAST_REMOVAL, FitConfig, TextFit, Trial
 
 from .conftest import random_sae
 
@@ -222,12 +223,11 @@ SETTINGS = Settings(30, N_TEST, CONFIG)
 @pytest.fixture
 def run_tiny(bench, monkeypatch):
     """`run`, with the tiny CLIP in the embedded model's place."""
-    from defense import artefact
 
     site = SimpleNamespace(hook_point=POINT)
     found = {POINT: SimpleNamespace(columns={"steerability": STEERABILITY})}
-    monkeypatch.setattr(latents.artefact, "load", lambda _: SimpleNamespace(sites=[site]))
-    monkeypatch.setattr(artefact, "sha256_of", lambda _: "0" * 64)
+    monkeypatch.setattr(latents.defenses, "load", lambda _: SimpleNamespace(sites=[site]))
+    monkeypatch.setattr(latents.folders, "sha256_of", lambda _: "0" * 64)
     monkeypatch.setattr(latents.catalogue, "find", lambda _: found)
     monkeypatch.setattr(latents, "load_host", lambda _: None)
     monkeypatch.setattr(latents, "_embedded_bench", lambda *_: bench)

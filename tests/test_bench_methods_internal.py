@@ -15,7 +15,6 @@ pytest.importorskip("open_clip")
 
 import torch
 
-from defense import artefact
 from defense.benchmarks.datasets import Dataset, Example, Task
 from defense.benchmarks.methods import (
     FACTORIES,
@@ -31,12 +30,15 @@ from defense.benchmarks.methods import (
 from defense.benchmarks.methods import dyslexify as dyslexify_module
 from defense.benchmarks.methods.defended import Defended, defended
 from defense.benchmarks.methods.textspan import TextSpan
-from defense.classifier import Host, RobustClassifier
+from defense.classify.classifier import RobustClassifier
+from defense.core.config import SAEConfig
+from defense.core.latents import LatentSet
+from defense.core.sae import SparseAutoencoder
+from defense.data.tokenizer import ClipTokenizer
 from defense.errors import ConfigError
-from defense.hosts import VisionHost
-from defense.labels import ClipTokenizer
-from defense.latents import LatentSet
-from defense.sae import SAEConfig, SparseAutoencoder
+from defense.hosts.clip import Host
+from defense.hosts.tower import VisionHost
+from defense.store import defenses
 
 from .conftest import D_MODEL, random_defense, random_sae
 
@@ -107,7 +109,7 @@ def vision(host) -> VisionHost:
 
 
 def saved(defense, folder):
-    return artefact.load(artefact.save(defense, folder))
+    return defenses.load(defenses.save(defense, folder))
 
 
 @pytest.fixture
@@ -328,7 +330,7 @@ def test_writing_is_where_the_twins_differ():
 
 
 def random_preprocess():
-    from defense.images import Preprocess
+    from defense.data.preprocess import Preprocess
 
     return Preprocess((32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
 
@@ -539,7 +541,7 @@ def test_no_head_about_the_cue_leaves_the_stock_embeddings(host, monkeypatch):
 def test_activity_is_the_sum_over_tokens_and_pictures(host, defense):
     task = words_task(5)
     found = random_latents.activity_of(host, defense.sites[0], task.train.examples)
-    from defense.fit import Tail
+    from defense.hosts.tap import Tail
 
     resid = Tail(host.model, defense.sites[0].hook_point).resid(
         torch.from_numpy(next(material.pixel_batches(host, task.train.examples)))
@@ -641,7 +643,7 @@ def test_delta_is_the_calibrated_defense(host, defense):
     task = words_task()
     (method,) = make_methods(["defense-delta"], defense)
     method.fit(host, task)
-    from defense.calibrate import calibrated
+    from defense.fit.calibrate import calibrated
 
     pixels = np.concatenate(
         [

@@ -26,11 +26,12 @@ from defense.benchmarks.methods.mirror_clip import visual_part
 from defense.benchmarks.methods.orth_cali import calibrated_projection
 from defense.benchmarks.methods.roboshot import steered
 from defense.benchmarks.robust import weights_sha256
-from defense.classifier import RobustClassifier, load_host
-from defense.embedded.scenes import load_font
+from defense.classify.classifier import RobustClassifier
+from defense.data.labels import Prompts
 from defense.errors import BackendError, ConfigError
-from defense.fit import Tail
-from defense.labels import Prompts
+from defense.hosts.clip import load_host
+from defense.hosts.tap import Tail
+from defense.world.scenes import load_font
 
 TYPOGRAPHIC = ("leace", "sampling-tar", "defense-prefix", "mirror-clip", "ocr-blur")
 GROUPED = ("leace", "orth-cali", "roboshot", "mirror-clip")

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from defense.benchmarks.datasets import READERS, SUITES, Dataset, Options, mini
 from defense.cli import app
-from defense.embedded import scenes
 from defense.errors import CheckpointError
+from defense.world import draws, files, scenes
+from defense.world.files import world_sha256
 
 
 def read(name: str, seed: int = 0):
@@ -49,16 +50,16 @@ def test_pictures_that_differ_have_digests_that_differ(name):
 
 
 def test_the_digest_changes_with_the_world(monkeypatch):
-    (scene,) = (case.scene for case in scenes.typographic(1, 0))
+    (scene,) = (case.scene for case in draws.typographic(1, 0))
     before = mini.Drawn(scene).digest()
-    mini.world_sha256.cache_clear()
-    monkeypatch.setattr(mini, "version", lambda _package: "another")
+    world_sha256.cache_clear()
+    monkeypatch.setattr(files, "version", lambda _package: "another")
     assert mini.Drawn(scene).digest() != before
-    mini.world_sha256.cache_clear()
+    world_sha256.cache_clear()
 
 
 def test_a_picture_that_was_drawn_can_be_changed_without_changing_the_next():
-    (scene,) = (case.scene for case in scenes.typographic(1, 0))
+    (scene,) = (case.scene for case in draws.typographic(1, 0))
     first = mini.Drawn(scene).load()
     want = np.asarray(first).copy()
     first.paste((0, 0, 0), (0, 0, 80, 80))
@@ -106,7 +107,7 @@ def test_typefaces_and_seeds_of_tests_are_their_own():
 @pytest.mark.parametrize("name", ["waterbirds", "celeba"])
 def test_groups_are_alike_and_weighed_as_the_clip_was_trained(name):
     pytest.importorskip("open_clip")
-    from defense.embedded.build import GROUPINGS
+    from defense.world.draws import GROUPINGS
 
     task = read(f"mini-{name}")
     (test,) = task.tests
@@ -142,9 +143,9 @@ def stored(out: Path) -> dict[str, dict]:
 @pytest.fixture
 def no_shipped_groups(monkeypatch):
     """As if the embedded model had a defense against words only."""
-    from defense import classifier
+    from defense.store import defenses
 
-    monkeypatch.setattr(classifier, "embedded_defenses", lambda: ("text",))
+    monkeypatch.setattr(defenses, "embedded_defenses", lambda: ("text",))
 
 
 @pytest.mark.usefixtures("small_minis", "no_shipped_groups")
@@ -178,8 +179,8 @@ def test_the_minis_are_measured_without_a_folder_or_a_model(tmp_path, monkeypatc
 @pytest.mark.usefixtures("small_minis")
 def test_each_mini_takes_the_defense_that_ships_for_it(tmp_path, monkeypatch):
     pytest.importorskip("open_clip")
-    from defense import classifier
-    from defense.embedded import build
+    from defense.store import defenses
+    from defense.world import draws
 
     asked = []
 
@@ -187,13 +188,13 @@ def test_each_mini_takes_the_defense_that_ships_for_it(tmp_path, monkeypatch):
         asked.append(source)
         raise CheckpointError("enough")
 
-    monkeypatch.setattr(classifier, "find_defense", find_defense)
-    monkeypatch.setattr(classifier, "embedded_defenses", lambda: ("celeba", "text", "waterbirds"))
+    monkeypatch.setattr(defenses, "find_defense", find_defense)
+    monkeypatch.setattr(defenses, "embedded_defenses", lambda: ("celeba", "text", "waterbirds"))
     for name in SUITES["mini"]:
         assert bench(name, "--out", tmp_path / "out")[0] == 5
     assert asked == ["embedded:text", "embedded:waterbirds", "embedded:celeba"]
     assert set(mini.DEFENSES) == set(SUITES["mini"])
-    assert {f"mini-{name}" for name in build.GROUPINGS} < set(mini.DEFENSES)
+    assert {f"mini-{name}" for name in draws.GROUPINGS} < set(mini.DEFENSES)
 
 
 @pytest.mark.usefixtures("small_minis")

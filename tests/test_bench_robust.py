@@ -20,14 +20,14 @@ from typer.testing import CliRunner
 
 pytest.importorskip("open_clip")
 
-from defense import artefact
 from defense.benchmarks import plots, robust, tables
 from defense.benchmarks.datasets import Dataset, Example, File, Task
 from defense.benchmarks.methods import Encoder, make_methods
-from defense.classifier import RobustClassifier
+from defense.classify.classifier import RobustClassifier
 from defense.cli import app
+from defense.core.latents import LatentSet
 from defense.errors import CheckpointError, ConfigError, MissingDependencyError
-from defense.latents import LatentSet
+from defense.store import defenses
 
 from .conftest import random_defense, random_sae
 
@@ -42,8 +42,8 @@ def named(tiny_folder):
 @pytest.fixture
 def defense(tmp_path, tiny_clip, tiny_folder):
     site = (1, random_sae(act="topk", k=8), LatentSet("text", tuple(range(80))))
-    folder = artefact.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
-    return artefact.load(folder)
+    folder = defenses.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
+    return defenses.load(folder)
 
 
 def write_pictures(folder: Path, n: int) -> list[Path]:
@@ -690,9 +690,9 @@ def test_readers_metrics_and_reports_load_no_torch():
 @pytest.fixture
 def rehearsal(shared_data, tmp_path) -> list[str]:
     """Arguments to measure ViT-B-32 with random weights, and a defense for just these, on a part of RTA-100."""
-    from defense.artefact import Defense, HostSpec, Site
-    from defense.hosts import VisionHost
-    from defense.sae import SAEConfig
+    from defense.core.config import SAEConfig
+    from defense.hosts.defense import Defense, HostSpec, Site
+    from defense.hosts.tower import VisionHost
 
     from .conftest import random_parameters
 
@@ -707,7 +707,7 @@ def rehearsal(shared_data, tmp_path) -> list[str]:
     site = Site(
         "blocks.8.hook_resid_post", config.to_dict(), random_parameters(config), (LatentSet("text", range(99)),)
     )
-    artefact.save(Defense(spec, named.host.preprocess, (site,)), tmp_path / "defense")
+    defenses.save(Defense(spec, named.host.preprocess, (site,)), tmp_path / "defense")
     return [
         "bench", "rta100", "--data", str(tmp_path / "data"), "--model", "ViT-B-32", "--pretrained", "random",
         "--device", "cpu", "--defense", str(tmp_path / "defense"), "--allow-partial", "--out",

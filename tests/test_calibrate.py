@@ -12,15 +12,16 @@ pytest.importorskip("open_clip")
 
 import torch
 
-from defense import artefact
-from defense.attach import is_wrapped
-from defense.calibrate import best_threshold, calibrated
-from defense.classifier import Host, RobustClassifier, golden_difference, load_host, make_golden
+from defense.classify.classifier import RobustClassifier, golden_difference, make_golden
+from defense.core.latents import LatentSet
+from defense.core.sae import normalise
+from defense.data.tokenizer import ClipTokenizer
 from defense.errors import CalibrationError, ConfigError, ShapeError
-from defense.fit import Tail
-from defense.labels import ClipTokenizer
-from defense.latents import LatentSet
-from defense.sae import normalise
+from defense.fit.calibrate import best_threshold, calibrated
+from defense.hosts.attach import is_wrapped
+from defense.hosts.clip import Host, load_host
+from defense.hosts.tap import Tail
+from defense.store import defenses
 
 from .conftest import D_SAE, random_defense, random_sae
 
@@ -160,7 +161,7 @@ def test_thresholds_that_do_not_agree_are_refused_and_the_host_stays_as_it_was(h
 
 
 def test_the_result_is_saved_with_golden_vectors_of_its_own_and_exports_as_delta(host, tmp_path):
-    from defense.attach import detach
+    from defense.hosts.attach import detach
 
     vision = pytest.importorskip("defense.export.vision")
     exact = topk_defense(host)
@@ -171,8 +172,8 @@ def test_the_result_is_saved_with_golden_vectors_of_its_own_and_exports_as_delta
         vision.VisionGraph(host.model, "delta")
     detach(host.model)
     result, _ = calibrated(host, exact, pixels(), least_agreement=0)
-    artefact.save(result, tmp_path / "out")
-    clf = RobustClassifier(host, artefact.load(tmp_path / "out"))
+    defenses.save(result, tmp_path / "out")
+    clf = RobustClassifier(host, defenses.load(tmp_path / "out"))
     assert golden_difference(clf) < 1e-6
     assert np.abs(result.golden.defended - exact.golden.defended).max() > 1e-6
     graph = vision.VisionGraph(host.model, "delta")

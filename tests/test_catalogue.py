@@ -14,17 +14,20 @@ pytest.importorskip("open_clip")
 import torch
 from PIL import Image
 
-from defense import catalogue
-from defense.attach import wrap
-from defense.catalogue import BIN_EDGES, MANIFEST, Catalogue
-from defense.classifier import Host
-from defense.describe import Example, describe, examples, mean_jacobians, sparse_words, steerability
+from defense.core.latents import LatentSet
+from defense.data.preprocess import Preprocess
+from defense.data.sources import open_pictures
+from defense.data.tokenizer import ClipTokenizer
 from defense.errors import CheckpointError, ConfigError, IntegrityError, ShapeError
-from defense.fit import Tail
-from defense.images import Preprocess
-from defense.labels import ClipTokenizer
-from defense.latents import LatentSet
-from defense.pictures import open_pictures
+from defense.explain import catalogue
+from defense.explain.catalogue import BIN_EDGES, MANIFEST, Catalogue
+from defense.explain.describe import describe, examples
+from defense.explain.naming import mean_jacobians, sparse_words, steerability
+from defense.explain.sums import Example
+from defense.hosts import tap
+from defense.hosts.attach import wrap
+from defense.hosts.clip import Host
+from defense.hosts.tap import Tail
 
 from .conftest import D_SAE, random_defense, random_sae
 
@@ -367,7 +370,7 @@ def test_a_latent_that_fires_alike_on_many_classes_has_no_name(found) -> None:
 
 
 def test_few_latents_of_the_embedded_text_defense_have_a_name() -> None:
-    from defense.classifier import find_defense
+    from defense.store.defenses import find_defense
 
     found = catalogue.find("embedded")
     is_named = []
@@ -402,11 +405,11 @@ def test_a_map_shows_where_the_latent_fires(host) -> None:
     pixels = torch.from_numpy(host.preprocess(image))[None]
     acts = sparse_sae().encode(Tail(host.model, POINT).resid(pixels))[0, 1:]
     latent = int(acts.amax(0).argmax())
-    got = catalogue.latent_map(host, POINT, sparse_sae(), latent, image)
+    got = tap.latent_map(host, POINT, sparse_sae(), latent, image)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, acts[:, latent].reshape(4, 4).numpy(), atol=1e-5)
     with pytest.raises(ConfigError, match="no latent 160"):
-        catalogue.latent_map(host, POINT, sparse_sae(), D_SAE, image)
+        tap.latent_map(host, POINT, sparse_sae(), D_SAE, image)
 
 
 def test_pictures_of_a_folder_are_found_again_by_key_and_broken_ones_are_named(host, tmp_path) -> None:
@@ -447,14 +450,14 @@ def test_a_key_leads_nowhere_but_into_the_folder(key, tmp_path: Path) -> None:
 
 
 def test_scenes_are_drawn_again_from_their_key() -> None:
-    from defense.embedded import build, scenes
+    from defense.world import draws, scenes
 
-    drawn = build.web_scenes(9, 51)
+    drawn = draws.web_scenes(9, 51)
     for index in (0, 3, 8):
         again = catalogue.picture(f"scene:51:{index}")
         np.testing.assert_array_equal(np.asarray(again), np.asarray(scenes.render(drawn[index])))
     for task, seed in {"waterbirds": 53, "celeba": 54}.items():
-        drawn = [case.scene for case in build.GROUPINGS[task].draw(4, seed)]
+        drawn = [case.scene for case in draws.GROUPINGS[task].draw(4, seed)]
         again = catalogue.picture(f"scene:{seed}:3")
         np.testing.assert_array_equal(np.asarray(again), np.asarray(scenes.render(drawn[3])))
     with pytest.raises(ConfigError, match="names no scene"):
@@ -465,7 +468,7 @@ def test_scenes_are_drawn_again_from_their_key() -> None:
 
 
 def shipped() -> list[str]:
-    from defense.classifier import embedded_folder
+    from defense.hosts.clip import embedded_folder
 
     folder = embedded_folder("catalogue")
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -473,11 +476,11 @@ def shipped() -> list[str]:
 
 @pytest.mark.parametrize("name", shipped())
 def test_a_catalogue_that_ships_belongs_to_the_defense_that_ships(name) -> None:
-    from defense import artefact
-    from defense.classifier import embedded_folder
+    from defense.hosts.clip import embedded_folder
+    from defense.store import defenses
 
     found = catalogue.find(f"embedded:{name}")
-    sites = {site.hook_point: site for site in artefact.load(embedded_folder(name)).sites}
+    sites = {site.hook_point: site for site in defenses.load(embedded_folder(name)).sites}
     assert found.keys() == sites.keys()
     for point, each in found.items():
         assert each.provenance["sae"] == catalogue.fingerprint(sites[point].parameters), "describe it again"
@@ -490,9 +493,9 @@ def test_a_catalogue_that_ships_belongs_to_the_defense_that_ships(name) -> None:
 def test_the_command_writes_a_catalogue_and_names_broken_pictures(tiny_folder, tmp_path) -> None:
     from typer.testing import CliRunner
 
-    from defense import checkpoint
-    from defense.checkpoint import Checkpoint
     from defense.cli import app
+    from defense.store import checkpoint
+    from defense.store.checkpoint import Checkpoint
 
     (tmp_path / "pictures").mkdir()
     rng = np.random.default_rng(0)

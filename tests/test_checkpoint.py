@@ -16,10 +16,10 @@ pytest.importorskip("torch")
 import torch
 from safetensors.numpy import load_file, save_file
 
-from defense import artefact, checkpoint
-from defense.checkpoint import MANIFEST, POOLED, Checkpoint, load, save
+from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError, ConfigError, HookPointError, IntegrityError, NonFiniteError, ShapeError
-from defense.sae import SparseAutoencoder
+from defense.store import checkpoint, folders
+from defense.store.checkpoint import MANIFEST, POOLED, Checkpoint, load, save
 
 from .conftest import D_MODEL, D_SAE, random_parameters, random_sae
 
@@ -57,7 +57,7 @@ def rewrite(folder: Path, name: str, change: Callable[[dict[str, np.ndarray]], A
     tensors = load_file(folder / name)
     change(tensors)
     save_file(tensors, folder / name)
-    edit(folder, lambda manifest: manifest["files"].update({name: artefact.file_entry(folder / name)}))
+    edit(folder, lambda manifest: manifest["files"].update({name: folders.file_entry(folder / name)}))
 
 
 @every_kind
@@ -209,7 +209,7 @@ def test_fault_54_a_pickle_in_the_place_of_safetensors_is_refused(tmp_path: Path
     folder = saved(tmp_path)
     path = folder / "sae.safetensors"
     path.write_bytes(pickle.dumps({"W_enc": [1.0]}))
-    edit(folder, lambda manifest: manifest["files"].update({path.name: artefact.file_entry(path)}))
+    edit(folder, lambda manifest: manifest["files"].update({path.name: folders.file_entry(path)}))
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         load(folder)
 
@@ -280,8 +280,8 @@ def test_a_hook_point_that_is_none_is_refused(hook_point: str) -> None:
 
 
 def test_fault_56_an_sae_that_does_not_fit_a_host_is_refused(tiny_clip) -> None:
-    from defense.hosts import VisionHost
-    from defense.sae import SAEConfig
+    from defense.core.config import SAEConfig
+    from defense.hosts.tower import VisionHost
 
     host = VisionHost.of(tiny_clip)
     Checkpoint(random_sae(), BLOCK).check_host(host)
@@ -296,7 +296,7 @@ def test_fault_56_an_sae_that_does_not_fit_a_host_is_refused(tiny_clip) -> None:
 
 
 def test_fault_59_an_sae_of_the_other_gelu_is_refused(tiny_clip) -> None:
-    from defense.hosts import VisionHost
+    from defense.hosts.tower import VisionHost
 
     host = VisionHost.of(tiny_clip)
     mismatched = Checkpoint(random_sae(), BLOCK, quick_gelu=True)

@@ -15,11 +15,15 @@ from PIL import Image
 pytest.importorskip("open_clip")
 import torch
 
-from defense import artefact, catalogue
-from defense.classifier import RobustClassifier, find_defense, golden_difference, load_host, make_golden, resolve_device
+from defense.classify.classifier import RobustClassifier, golden_difference, make_golden
+from defense.core.latents import LatentSet
 from defense.errors import BackendError, CheckpointError, ConfigError, InvalidImageError, NonFiniteError
-from defense.explain import Controls, counterfactual
-from defense.latents import LatentSet
+from defense.explain.counterfactual import counterfactual
+from defense.hosts import tap
+from defense.hosts.clip import load_host, resolve_device
+from defense.hosts.controls import Controls
+from defense.store import defenses
+from defense.store.defenses import find_defense
 
 from .conftest import random_defense, random_sae
 
@@ -228,7 +232,7 @@ def test_explain_needs_a_defense(tiny_folder):
 
 
 def test_from_pretrained_reads_a_folder_and_its_host(tmp_path, tiny_defense, clf):
-    artefact.save(tiny_defense, tmp_path / "defense")
+    defenses.save(tiny_defense, tmp_path / "defense")
     loaded = RobustClassifier.from_pretrained(tmp_path / "defense", device="cpu").set_labels(LABELS)
     np.testing.assert_allclose(loaded.predict_proba([picture()]), clf.predict_proba([picture()]), atol=1e-6)
     with pytest.raises(ConfigError, match="no set 'birds'; it has text"):
@@ -238,7 +242,7 @@ def test_from_pretrained_reads_a_folder_and_its_host(tmp_path, tiny_defense, clf
 def test_golden_vectors_are_reproduced_and_notice_another_host(tmp_path, tiny_defense, clf):
     pictures = np.stack([picture(i, (32, 32)) for i in range(3)])
     defense = replace(tiny_defense, golden=make_golden(clf, pictures))
-    artefact.save(defense, tmp_path / "defense")
+    defenses.save(defense, tmp_path / "defense")
     loaded = RobustClassifier.from_pretrained(tmp_path / "defense", device="cpu")
     assert golden_difference(loaded) < 1e-5
     with torch.no_grad():
@@ -361,7 +365,7 @@ def test_labels_that_were_forgotten_are_encoded_again(clf, monkeypatch):
 
 def test_a_map_of_a_latent_is_that_of_the_plain_network(clf):
     (site,) = clf.defense.sites
-    plain = catalogue.latent_map(clf.host, site.hook_point, clf.sae(site.hook_point), 3, picture())
+    plain = tap.latent_map(clf.host, site.hook_point, clf.sae(site.hook_point), 3, picture())
     np.testing.assert_array_equal(clf.latent_map(picture(), site.hook_point, 3), plain)
     assert plain.shape == (4, 4)
     with pytest.raises(ConfigError, match="no defense at"):

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("open_clip")
 
-from defense import artefact
 from defense.cli import app
-from defense.latents import LatentSet
+from defense.core.latents import LatentSet
+from defense.store import defenses, folders
 
 from .conftest import random_defense, random_sae
 
@@ -23,7 +23,7 @@ from .conftest import random_defense, random_sae
 @pytest.fixture
 def defense_folder(tmp_path, tiny_clip, tiny_folder):
     site = (1, random_sae(act="topk", k=8), LatentSet("text", tuple(range(60))))
-    return artefact.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
+    return defenses.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_fault_52_a_damaged_defense_exits_with_5(defense_folder, pictures):
 
 
 def test_fault_53_an_edited_manifest_is_noticed_when_its_hash_is_pinned(defense_folder):
-    pinned = artefact.sha256_of(defense_folder / "manifest.json")
+    pinned = folders.sha256_of(defense_folder / "manifest.json")
     code, out, _ = run("info", defense_folder, "--expect", pinned)
     assert code == 0
     assert "60 latents" in out
@@ -195,7 +195,7 @@ def test_fault_53_an_edited_manifest_is_noticed_when_its_hash_is_pinned(defense_
 
 
 def test_info_check_of_an_sae_is_its_golden_activations_and_needs_no_host(tmp_path):
-    from defense.checkpoint import Checkpoint, save
+    from defense.store.checkpoint import Checkpoint, save
 
     folder = save(Checkpoint(random_sae(), "blocks.1.hook_resid_post"), tmp_path / "sae")
     code, out, _ = run("info", folder, "--check")
@@ -233,7 +233,7 @@ def test_doctor_lists_the_packages():
 
 
 def test_fault_75_an_interrupt_exits_with_130(defense_folder, pictures, monkeypatch):
-    from defense.classifier import RobustClassifier
+    from defense.classify.classifier import RobustClassifier
 
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt

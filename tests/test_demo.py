@@ -15,10 +15,11 @@ from PIL import Image
 pytest.importorskip("gradio", reason='needs the extra "demo"')
 pytest.importorskip("open_clip")
 
-from defense.classifier import EMBEDDED, RobustClassifier
+from defense.classify.classifier import RobustClassifier
 from defense.demo import cards, draw, engine, limits, loading, measured, trying, views
 from defense.errors import ConfigError, InvalidImageError
-from defense.explain import Controls
+from defense.hosts.clip import EMBEDDED
+from defense.hosts.controls import Controls
 
 from .demo_files import BAD_FILES, file_of
 
@@ -302,7 +303,7 @@ def test_without_a_catalogue_the_card_says_so(demo, form):
 @pytest.fixture
 def catalogued(demo):
     """The engine with a made-up catalogue of its first site: ten pictures, three words."""
-    from defense.catalogue import BIN_EDGES, Catalogue
+    from defense.explain.catalogue import BIN_EDGES, Catalogue
 
     site = demo.clf.defense.sites[0]
     d_sae, d_embed = site.parameters["W_dec"].shape[0], 128

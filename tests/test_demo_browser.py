@@ -18,7 +18,7 @@ if any(find_spec(name) is None for name in ("gradio", "open_clip", "playwright",
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from defense.classifier import embedded_folder
+from defense.hosts.clip import embedded_folder
 
 pytestmark = pytest.mark.browser
 

@@ -20,8 +20,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import defense.demo
-from defense.classifier import embedded_folder
 from defense.demo import limits
+from defense.hosts.clip import embedded_folder
 
 from .demo_files import BAD_FILES, file_of
 from .demo_server import served

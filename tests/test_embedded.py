@@ -12,18 +12,15 @@ pytest.importorskip("open_clip")
 import torch
 from typer.testing import CliRunner
 
-from defense import artefact
-from defense.classifier import (
-    RobustClassifier,
-    embedded_defenses,
-    embedded_folder,
-    find_defense,
-    golden_difference,
-    load_host,
-)
+from defense.classify.classifier import RobustClassifier, golden_difference
 from defense.cli import app
-from defense.embedded import build, scenes
+from defense.embedded import build
 from defense.errors import CheckpointError
+from defense.hosts.clip import embedded_folder, load_host
+from defense.hosts.defense import Defense, join
+from defense.store import defenses
+from defense.store.defenses import embedded_defenses, find_defense
+from defense.world import draws, scenes
 
 FOLDER = Path(build.__file__).parent
 EXAMPLES = sorted((FOLDER / "examples").glob("*.png"))
@@ -45,7 +42,7 @@ def measured(pairs):
     host = load_host("embedded")
     text_embeds = build.text_embeds_of(host, list(scenes.OBJECTS))
     plain = build.report_on(host, pairs, text_embeds)
-    clf = RobustClassifier(host, artefact.load(embedded_folder("text")))
+    clf = RobustClassifier(host, defenses.load(embedded_folder("text")))
     assert clf.defense is not None
     return plain, build.report_on(host, pairs, text_embeds)
 
@@ -68,9 +65,9 @@ def test_the_defense_stops_the_reading_and_keeps_the_seeing(measured):
     assert defended["attacked"] >= defended["neutral"] - 6
 
 
-@pytest.mark.parametrize("task", sorted(build.GROUPINGS))
+@pytest.mark.parametrize("task", sorted(draws.GROUPINGS))
 def test_the_plain_model_leans_on_what_goes_with_the_answer(task):
-    host, grouping = load_host("embedded"), build.GROUPINGS[task]
+    host, grouping = load_host("embedded"), draws.GROUPINGS[task]
     groups = build.groups_of(grouping, 200, 123_456, host)
     text_embeds = build.text_embeds_of(host, grouping.classes, grouping.template)
     report = build.report_on(host, groups, text_embeds)
@@ -83,7 +80,7 @@ def test_the_plain_model_leans_on_what_goes_with_the_answer(task):
 @pytest.mark.parametrize(("task", "rise"), [("waterbirds", 20), ("celeba", 10)])
 def test_a_group_defense_lifts_the_worst_group_and_keeps_the_average(task, rise):
     defense = find_defense(f"embedded:{task}")
-    host, grouping = load_host("embedded"), build.GROUPINGS[task]
+    host, grouping = load_host("embedded"), draws.GROUPINGS[task]
     groups = build.groups_of(grouping, 300, 123_456, host)
     text_embeds = build.text_embeds_of(host, grouping.classes, grouping.template)
     plain = build.report_on(host, groups, text_embeds)
@@ -101,7 +98,7 @@ def test_the_defenses_are_named_and_others_refused():
 
 
 def test_several_defenses_work_together():
-    joined = artefact.join([find_defense(f"embedded:{name}") for name in embedded_defenses()])
+    joined = join([find_defense(f"embedded:{name}") for name in embedded_defenses()])
     assert set(joined.sets) == {"text", "waterbirds", "celeba"}
     assert [site.hook_point for site in joined.sites].count("blocks.4.hook_resid_post") == 1
     clf = RobustClassifier(load_host("embedded"), joined).set_labels(["apple", "pizza"])
@@ -110,8 +107,8 @@ def test_several_defenses_work_together():
 
 def test_random_latents_of_equal_activity_do_not_defend(pairs):
     host = load_host("embedded")
-    defense = artefact.load(embedded_folder("text"))
-    control = artefact.Defense(
+    defense = defenses.load(embedded_folder("text"))
+    control = Defense(
         defense.host,
         defense.preprocess,
         tuple(build.random_control(host, site, pairs.attacked, 0) for site in defense.sites),
@@ -148,7 +145,7 @@ def test_an_example_without_writing_keeps_its_answer(clf):
 def test_what_is_removed_lies_where_the_word_is(clf):
     inside = total = 0.0
     grid = (np.stack(np.meshgrid(np.arange(10), np.arange(10)), -1).reshape(-1, 2) + 0.5) / 10
-    for case in scenes.typographic(25, 424_242):
+    for case in draws.typographic(25, 424_242):
         heat = clf.explain(scenes.render(case.scene)).heatmap.ravel()
         text = scenes.letters_at(case.scene, grid) > 0
         inside, total = inside + heat[text].sum() / heat.sum(), total + text.mean()
@@ -168,7 +165,7 @@ def test_classify_without_arguments_shows_the_examples():
 
 
 def test_the_shipped_report_is_the_one_of_the_shipped_weights():
-    defense = artefact.load(embedded_folder("text"))
+    defense = defenses.load(embedded_folder("text"))
     assert defense.host.sha256 == build.host_spec(load_host("embedded"), "embedded").sha256
     assert set(defense.provenance["report"]) == {"plain", "defended", "random latents"}
 
@@ -185,19 +182,20 @@ def test_the_shipped_weights_are_small():
         return sum(path.stat().st_size for path in (FOLDER / name).rglob("*.safetensors"))
 
     assert size("clip") + size("text") <= 25e6
-    assert all(size(task) <= 1e6 for task in build.GROUPINGS)
+    assert all(size(task) <= 1e6 for task in draws.GROUPINGS)
 
 
 def test_training_resumes_where_it_stopped(tmp_path):
     from defense.embedded import train_clip
+    from defense.embedded.train_clip import Reader
 
     torch.manual_seed(0)
-    reader = train_clip.Reader()
+    reader = Reader()
     optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-3)
     reader(torch.zeros(2, 3, 80, 80))[0].sum().backward()
     optimizer.step()
     train_clip.save_state(tmp_path / "state.safetensors", 7, reader, optimizer)
-    other = train_clip.Reader()
+    other = Reader()
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
     assert train_clip.load_state(tmp_path / "state.safetensors", other, other_optimizer) == 7
     for name, tensor in reader.state_dict().items():
@@ -210,10 +208,10 @@ def test_training_resumes_where_it_stopped(tmp_path):
 
 
 def test_training_examples_are_drawn_from_the_seed_alone():
-    from defense.embedded import train_clip
+    from defense.world import draws
 
-    examples = [train_clip.draw_example(i) for i in range(300)]
-    assert examples == [train_clip.draw_example(i) for i in range(300)]
-    assert {example.question for example in examples} == set(train_clip.QUESTIONS)
+    examples = [draws.draw_example(i) for i in range(300)]
+    assert examples == [draws.draw_example(i) for i in range(300)]
+    assert {example.question for example in examples} == set(draws.QUESTIONS)
     fonts = {e.scene.writing.font for e in examples if e.scene.writing is not None}
     assert fonts <= set(scenes.TRAIN_FONTS)

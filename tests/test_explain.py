@@ -14,13 +14,17 @@ from PIL import Image
 pytest.importorskip("open_clip")
 import torch
 
-from defense.attach import attached, detach, is_wrapped
-from defense.classifier import RobustClassifier, load_host
-from defense.embedded import scenes
+from defense.classify.classifier import RobustClassifier
+from defense.classify.explanation import account
+from defense.core.latents import LatentSet
+from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, HookPointError
-from defense.explain import STEERED, Controls, account, counterfactual, heat, overlay
-from defense.images import Preprocess
-from defense.latents import LatentSet
+from defense.explain.counterfactual import counterfactual
+from defense.explain.heat import heat, overlay
+from defense.hosts.attach import attached, detach, is_wrapped
+from defense.hosts.clip import load_host
+from defense.hosts.controls import STEERED, Controls
+from defense.world import draws, scenes
 
 from .conftest import random_defense, random_sae
 
@@ -79,7 +83,7 @@ def embedded() -> RobustClassifier:
 
 
 def attacked_scene(seed: int) -> Image.Image:
-    (case,) = scenes.typographic(1, seed)
+    (case,) = draws.typographic(1, seed)
     return scenes.render(case.scene)
 
 
@@ -171,7 +175,7 @@ def test_a_steered_latent_writes_what_it_was_set_to_on_every_token(defended, fie
         handle.remove()
     before, after = outputs
     sae = clf.sae(BLOCK)
-    from defense.sae import normalise
+    from defense.core.sae import normalise
 
     scale = normalise(before, sae.config.norm).scale
     change = (4.5 - sae.encode(before)[..., latent, None]) * sae.W_dec[latent]
@@ -319,7 +323,7 @@ def test_maps_energies_and_activations_are_those_of_the_whole_encoder(defended, 
         seen = block.seen
     explanation = clf.explain(picture())
     sae, tokens = clf.sae(BLOCK), slice(1, None) if scope == "patch" else slice(None)
-    from defense.sae import normalise
+    from defense.core.sae import normalise
 
     scale = normalise(seen, sae.config.norm).scale
     acts = sae.encode(seen)[0]
@@ -471,9 +475,9 @@ def test_no_latent_of_a_counterfactual_can_be_left_out_even_where_they_depend_on
         margin = margins.get(tuple(sorted(latent for _, latent in removed)), 3.5)
         return np.array([0.5, 0.5 * np.exp(-margin), 0], np.float32)
 
-    monkeypatch.setattr("defense.explain._Search.scores", scores)
-    monkeypatch.setattr("defense.explain._Search.firing", lambda _search: list(places))
-    monkeypatch.setattr("defense.explain._Search.n_tried", 0)
+    monkeypatch.setattr("defense.explain.counterfactual._Search.scores", scores)
+    monkeypatch.setattr("defense.explain.counterfactual._Search.firing", lambda _search: list(places))
+    monkeypatch.setattr("defense.explain.counterfactual._Search.n_tried", 0)
     assert counterfactual(defended(a_set(range(4))), picture()).latents == (places[1], places[2])
 
 

@@ -15,8 +15,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from defense.classify.explanation import Explanation, Removed
 from defense.cli import app
-from defense.explain import Controls, Counterfactual, Explanation, Removed, report_html, report_png
+from defense.explain.counterfactual import Counterfactual
+from defense.explain.report_html import report_html
+from defense.explain.report_png import report_png
+from defense.hosts.controls import Controls
 
 POINT = "blocks.2.hook_resid_post"
 EVIL = "<script>alert(1)</script>"
@@ -219,7 +223,7 @@ def test_names_come_from_the_catalogue_where_there_is_one():
 
 
 def test_the_page_says_which_defense_it_was(tiny_clip):
-    from defense.latents import LatentSet
+    from defense.core.latents import LatentSet
 
     from .conftest import random_defense, random_sae
 
@@ -297,13 +301,13 @@ def test_the_picture_of_a_report_shows_what_the_explanation_says():
 
 @pytest.fixture
 def defense_folder(tmp_path, tiny_clip, tiny_folder):
-    from defense import artefact
-    from defense.latents import LatentSet
+    from defense.core.latents import LatentSet
+    from defense.store import defenses
 
     from .conftest import random_defense, random_sae
 
     site = (1, random_sae(act="topk", k=8), LatentSet("text", tuple(range(60))))
-    return artefact.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
+    return defenses.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
 
 
 @pytest.fixture
@@ -346,11 +350,13 @@ def test_strength_and_edit_reach_the_report(defense_folder, apple, tmp_path):
 
 
 def test_names_of_another_sae_are_left_out_and_that_is_said(defense_folder, apple, tmp_path):
-    from defense import artefact, catalogue
+    from defense.explain import catalogue
+    from defense.explain.catalogue import Catalogue
+    from defense.store import defenses
 
-    site = artefact.load(defense_folder).sites[0]
+    site = defenses.load(defense_folder).sites[0]
     d_sae = site.sae_config["d_sae"]
-    made = catalogue.Catalogue(
+    made = Catalogue(
         site.hook_point, {}, ((("zebra", 0.5),),) * d_sae, np.zeros((d_sae, 2), np.float16),
         np.full((d_sae, 1), -1, np.int32), np.zeros((d_sae, 1), np.float32), np.zeros((d_sae, 16), np.int32), (),
         {"sae": catalogue.fingerprint(site.parameters)},
@@ -382,7 +388,7 @@ def test_names_of_another_sae_are_left_out_and_that_is_said(defense_folder, appl
 def test_what_cannot_be_written_is_refused_before_anything_is_computed(
     defense_folder, apple, tmp_path, monkeypatch, arguments, code, message
 ):
-    from defense.classifier import RobustClassifier
+    from defense.classify.classifier import RobustClassifier
 
     monkeypatch.setattr(RobustClassifier, "from_pretrained", lambda *_args, **_fields: pytest.fail("computed"))
     (tmp_path / "folder.html").mkdir()
@@ -426,7 +432,7 @@ def test_a_failure_leaves_the_report_that_was_there(defense_folder, apple, tmp_p
 def test_classify_plain_wraps_nothing_and_runs_the_picture_once(defense_folder, apple, monkeypatch):
     import open_clip
 
-    from defense import attach
+    from defense.hosts import attach
 
     passes = []
     encode_image = open_clip.CLIP.encode_image

@@ -17,10 +17,11 @@ pytest.importorskip("onnxruntime")
 import onnx
 from safetensors.numpy import load_file, save_file
 
-from defense.artefact import MANIFEST, sha256_of
 from defense.errors import CheckpointError, ConfigError, IntegrityError, NonFiniteError
 from defense.export import bundle
 from defense.export.runtime import OnnxClassifier
+from defense.store.defenses import MANIFEST
+from defense.store.folders import sha256_of
 
 from .conftest import restated
 

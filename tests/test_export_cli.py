@@ -14,11 +14,11 @@ pytest.importorskip("open_clip")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from defense import artefact
 from defense.cli import app
+from defense.core.latents import LatentSet
 from defense.export import bundle, exporter
 from defense.export.verify import ParityError
-from defense.latents import LatentSet
+from defense.store import defenses
 
 from .conftest import random_defense, random_sae
 
@@ -33,7 +33,7 @@ def run(*arguments) -> tuple[int, str, str]:
 @pytest.fixture
 def defense_folder(tmp_path, tiny_clip, tiny_folder):
     site = (1, random_sae(act="relu"), LatentSet("text", tuple(range(60))))
-    return artefact.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
+    return defenses.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
 
 
 def test_export_then_info(defense_folder, tmp_path):

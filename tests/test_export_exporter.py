@@ -19,7 +19,7 @@ import onnx
 import torch
 from PIL import Image
 
-from defense.classifier import RobustClassifier
+from defense.classify.classifier import RobustClassifier
 from defense.errors import BackendError, CheckpointError, ConfigError
 from defense.export import bundle, exporter, verify
 from defense.export.exporter import export_onnx

@@ -12,14 +12,15 @@ pytest.importorskip("onnxruntime")
 import open_clip
 import torch
 
-from defense.artefact import Defense, HostSpec, Site
-from defense.classifier import Host, RobustClassifier
+from defense.classify.classifier import RobustClassifier
+from defense.core.config import SAEConfig
+from defense.core.latents import LatentSet
+from defense.data.preprocess import Preprocess
+from defense.data.tokenizer import ClipTokenizer
 from defense.export.exporter import export_onnx
-from defense.hosts import VisionHost
-from defense.images import Preprocess
-from defense.labels import ClipTokenizer
-from defense.latents import LatentSet
-from defense.sae import SAEConfig
+from defense.hosts.clip import Host
+from defense.hosts.defense import Defense, HostSpec, Site
+from defense.hosts.tower import VisionHost
 
 from .conftest import random_parameters
 

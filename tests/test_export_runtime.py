@@ -25,6 +25,7 @@ pytest.importorskip("onnxruntime")
 
 import onnx
 
+from defense.data.tokenizer import ClipTokenizer
 from defense.errors import (
     BackendError,
     CheckpointError,
@@ -36,7 +37,6 @@ from defense.errors import (
 )
 from defense.export import sessions
 from defense.export.runtime import OnnxClassifier
-from defense.labels import ClipTokenizer
 
 from .conftest import restated
 

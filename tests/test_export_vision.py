@@ -15,14 +15,15 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from defense.attach import attached
-from defense.classifier import Host, RobustClassifier
+from defense.classify.classifier import RobustClassifier
+from defense.core.latents import LatentSet
+from defense.core.ops import reference
+from defense.core.sae import SparseAutoencoder
+from defense.data.tokenizer import ClipTokenizer
 from defense.errors import ConfigError
 from defense.export import coordinates, vision
-from defense.labels import ClipTokenizer
-from defense.latents import LatentSet
-from defense.ops import reference
-from defense.sae import SparseAutoencoder
+from defense.hosts.attach import attached
+from defense.hosts.clip import Host
 
 from .conftest import random_defense, random_sae
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, TiffImagePlugin, TiffTags
 
-from defense import images
+from defense.data import images
+from defense.data.images import Limits, decode
 from defense.errors import ConfigError, InvalidImageError
-from defense.images import Limits, decode
 
 ORIENTATION = 0x0112
 

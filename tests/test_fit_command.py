@@ -16,29 +16,19 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from defense import artefact, checkpoint, fit_report
-from defense.activations import host_spec
-from defense.checkpoint import Checkpoint
-from defense.classifier import load_host
 from defense.cli import app
 from defense.errors import ConfigError, HookPointError, MissingDependencyError
-from defense.fit import FitConfig, Groups, Pairs, TextFit
-from defense.fit_data import Material
-from defense.fit_sites import (
-    CrossValidation,
-    Fitted,
-    Option,
-    SitePlan,
-    attached_sites,
-    best,
-    cross_validate,
-    fit_defense,
-    fit_sites,
-    measure,
-    placements,
-    plan_sites,
-)
-from defense.hosts import VisionHost
+from defense.fit import report
+from defense.fit.material import Groups, Material, Pairs
+from defense.fit.placing import Fitted, Option, best, fit_defense, placements
+from defense.fit.selecting import FitConfig, TextFit
+from defense.fit.sites import SitePlan, fit_sites, plan_sites
+from defense.fit.validation import CrossValidation, cross_validate, measure
+from defense.hosts.attach import attached_sites
+from defense.hosts.clip import host_spec, load_host
+from defense.hosts.tower import VisionHost
+from defense.store import checkpoint, defenses
+from defense.store.checkpoint import Checkpoint
 
 from .conftest import D_SAE, random_sae
 
@@ -163,14 +153,14 @@ def test_group_measures_weigh_groups_alike(host):
 
 
 def test_cross_validation_measures_on_pictures_that_were_not_fitted_on(host, spec, material, monkeypatch):
-    from defense import fit_sites as module
+    from defense.fit import sites, validation
 
     fitted_on, measured_on = [], []
-    fit, measured = module.fit_sites, module.measure
+    fit, measured = sites.fit_sites, validation.measure
     monkeypatch.setattr(
-        module, "fit_sites", lambda *args, **options: fitted_on.append(args[3]) or fit(*args, **options)
+        validation, "fit_sites", lambda *args, **options: fitted_on.append(args[3]) or fit(*args, **options)
     )
-    monkeypatch.setattr(module, "measure", lambda *args: measured_on.append(args[1]) or measured(*args))
+    monkeypatch.setattr(validation, "measure", lambda *args: measured_on.append(args[1]) or measured(*args))
     result = cross_validate(host, spec, [plan()], material, TEXT_EMBEDS, folds=2, seed=0)
     for index, data in enumerate(fitted_on):
         seen = {tuple(picture.flatten()[:5].tolist()) for picture in data.clean}
@@ -231,7 +221,7 @@ def test_a_swept_fit_says_how_it_came_about_and_the_report_shows_it(host, spec, 
     pytest.importorskip("matplotlib")
     cls, both = plan(1, replace(EASY, scope="cls")), (plan(0), plan(1))
     options = [Option((cls,), folds(0.2, 0.0)), Option(both, folds(0.1, 0.0))]
-    monkeypatch.setattr("defense.fit_sites.sweep", lambda *_, **__: options)
+    monkeypatch.setattr("defense.fit.placing.sweep", lambda *_, **__: options)
     material = replace(material, provenance={"kind": "text", "n": 18, "n_unreadable": 0, "pictures_sha256": "ab" * 32})
     fitted = fit_defense(
         host, spec, both, material, TEXT_EMBEDS, name="words", seed=3, is_swept=True, provenance={"task": "text"}
@@ -249,12 +239,12 @@ def test_a_swept_fit_says_how_it_came_about_and_the_report_shows_it(host, spec, 
     tried = latent_set.provenance["tried"]
     assert tried[0]["n"] == 0
     assert len(latent_set.latents) in [each["n"] for each in tried]
-    assert artefact.load(artefact.save(fitted.defense, tmp_path / "defense")).provenance == dict(provenance)
+    assert defenses.load(defenses.save(fitted.defense, tmp_path / "defense")).provenance == dict(provenance)
     check_report(fitted, tmp_path / "report")
 
 
 def check_report(fitted: Fitted, folder: Path) -> None:
-    fit_report.write(fitted, folder)
+    report.write(fitted, folder)
     files = {path.name for path in folder.iterdir()}
     assert files == {"report.md", "contrast-1.png", "budget-1.png", "sweep.png"}
     for name in files - {"report.md"}:
@@ -266,13 +256,13 @@ def check_report(fitted: Fitted, folder: Path) -> None:
     assert f"| right with a wrong word on it | {100 * row['plain']:.1f} | {100 * row['defended']:.1f} ±" in text
     for latent in fitted.defense.sites[0].sets[0].latents:
         assert f"\n| {latent} |" in text
-    fit_report.write(fitted, folder)  # over the old one
+    report.write(fitted, folder)  # over the old one
     (folder / "holiday.png").write_text("mine")
     with pytest.raises(ConfigError, match="no report"):
-        fit_report.write(fitted, folder)
+        report.write(fitted, folder)
     (folder / "report.md").unlink()
     with pytest.raises(ConfigError, match="no report"):
-        fit_report.write(fitted, folder)
+        report.write(fitted, folder)
     assert (folder / "holiday.png").read_text() == "mine"
 
 
@@ -283,7 +273,7 @@ def test_nothing_that_helps_is_an_error(host, spec, material):
 
 
 def test_an_edit_is_measured_alike_in_chunks_and_at_once(host, material):
-    from defense.fit import Trial
+    from defense.fit.selecting import Trial
 
     fit = TextFit(host.model, POINT.format(1), plan().sae, material.data, TEXT_EMBEDS)
     for edit in ("scale", "project"):
@@ -317,7 +307,9 @@ def sae_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(tiny_folder, sae_folder, monkeypatch):
     """Run the command on the tiny CLIP, with a quick fit that gains something on noise."""
-    monkeypatch.setattr("defense.fit.FitConfig", lambda **fields: replace(EASY, **{**fields, "clean_budget": 1.0}))
+    monkeypatch.setattr(
+        "defense.fit.selecting.FitConfig", lambda **fields: replace(EASY, **{**fields, "clean_budget": 1.0})
+    )
 
     def run(*arguments) -> tuple[int, str, str]:
         base = ["fit", "--model", f"local-dir:{tiny_folder}", "--folds", "2"]
@@ -341,7 +333,7 @@ def test_a_folder_of_pictures_becomes_a_defense_that_can_be_used(run, pictures, 
     assert "broken.png" in talk
     assert "latents, edit scale, tokens all" in text
     assert "attacked" in text
-    defense = artefact.load(out)
+    defense = defenses.load(out)
     assert defense.golden is not None
     assert defense.sets == ("words",)
     assert defense.provenance["pictures"]["n_unreadable"] == 1
@@ -352,7 +344,7 @@ def test_a_folder_of_pictures_becomes_a_defense_that_can_be_used(run, pictures, 
     assert answer.exit_code == 0
     assert "defended" in answer.stdout
     code, again, _ = run(out, mixed, "--sae", sae_folder, *LABELS, "--seed", "1", "--name", "words")
-    assert artefact.load(out).sites[0].sets == defense.sites[0].sets, "the same seed gives the same S, over the old one"
+    assert defenses.load(out).sites[0].sets == defense.sites[0].sets, "the same seed gives the same S, over the old one"
     assert again == text
 
 
@@ -365,7 +357,7 @@ def test_groups_come_from_a_csv_file(run, pictures, sae_folder, tmp_path):
     assert code == 0, talk
     assert "worst" in text
     assert "rows.csv has no column 'split'" in " ".join(talk.split())
-    assert artefact.load(out).provenance["pictures"]["groups"] == {"a, 0": 4, "a, 1": 3, "b, 0": 4, "b, 1": 3}
+    assert defenses.load(out).provenance["pictures"]["groups"] == {"a, 0": 4, "a, 1": 3, "b, 0": 4, "b, 1": 3}
     code, _, talk = run(tmp_path / "other", pictures, *arguments, "--attribute-column", "background")
     assert code == 2
     assert "no column 'background'; it has 'path', 'label', 'place'" in talk
@@ -373,21 +365,23 @@ def test_groups_come_from_a_csv_file(run, pictures, sae_folder, tmp_path):
 
 
 def test_a_topk_rule_is_calibrated_on_request(run, pictures, sae_folder, tmp_path, monkeypatch):
-    from defense import calibrate
+    from defense.fit import calibrate
 
     monkeypatch.setattr(calibrate, "calibrated", partial(calibrate.calibrated, least_agreement=0.0))
     out = tmp_path / "defense"
     code, text, talk = run(out, pictures, "--sae", sae_folder, *LABELS, "--calibrate")
     assert code == 0, talk
     assert "calibrated" in text
-    defense = artefact.load(out)
+    defense = defenses.load(out)
     assert defense.sites[0].sae_config["act"] == "batchtopk"
     assert defense.golden is not None
     assert defense.provenance["calibration"]["n_held_out"] == 14
 
 
 def test_nothing_that_helps_leaves_no_artefact(run, pictures, sae_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("defense.fit.FitConfig", lambda **fields: replace(EASY, **{**fields, "sparsity": 100.0}))
+    monkeypatch.setattr(
+        "defense.fit.selecting.FitConfig", lambda **fields: replace(EASY, **{**fields, "sparsity": 100.0})
+    )
     code, _, talk = run(tmp_path / "defense", pictures, "--sae", sae_folder, *LABELS)
     assert code == 2
     assert "nothing helps" in talk
@@ -428,8 +422,8 @@ def test_what_cannot_work_is_refused_and_nothing_is_written(run, pictures, sae_f
 
 
 def test_a_calibration_that_fails_leaves_the_exact_defense(run, pictures, sae_folder, tmp_path, monkeypatch):
-    from defense import calibrate
     from defense.errors import CalibrationError
+    from defense.fit import calibrate
 
     def refuse(*_arguments, **_options):
         raise CalibrationError(0.5, 0.99, 14)
@@ -439,7 +433,7 @@ def test_a_calibration_that_fails_leaves_the_exact_defense(run, pictures, sae_fo
     code, _, talk = run(out, pictures, "--sae", sae_folder, *LABELS, "--calibrate", "--report", report)
     assert code == 2
     assert "holds the defense with its exact rule" in talk
-    assert artefact.load(out).sites[0].sae_config["act"] == "topk"
+    assert defenses.load(out).sites[0].sae_config["act"] == "topk"
     assert (report / "report.md").is_file()
 
 
@@ -452,8 +446,8 @@ def test_calibration_without_a_topk_rule_is_refused_before_anything_is_read(run,
 
 def test_a_report_is_not_written_into_the_defense(run, pictures, sae_folder, tmp_path):
     (tmp_path / "defense").mkdir()
-    for report in (tmp_path / "defense", tmp_path / "defense" / "report"):
-        code, _, talk = run(tmp_path / "defense", pictures, "--sae", sae_folder, *LABELS, "--report", report)
+    for target in (tmp_path / "defense", tmp_path / "defense" / "report"):
+        code, _, talk = run(tmp_path / "defense", pictures, "--sae", sae_folder, *LABELS, "--report", target)
         assert code == 2
         assert "which holds nothing else" in " ".join(talk.replace("│", " ").split())
         assert list((tmp_path / "defense").iterdir()) == []
@@ -473,7 +467,7 @@ def test_a_target_that_cannot_be_replaced_is_refused_before_anything_is_read(run
 def test_matplotlib_is_asked_for_only_with_a_report(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependencyError, match=r"clip-defense\[bench\]"):
-        fit_report.check_target(tmp_path / "report")
+        report.check_target(tmp_path / "report")
 
 
 def test_info_describes_an_sae_and_notices_a_changed_byte(sae_folder, tmp_path):

@@ -12,18 +12,14 @@ pytest.importorskip("open_clip")
 import torch
 from PIL import Image
 
-from defense import fit_data
-from defense.classifier import RobustClassifier, load_host
+from defense.classify.classifier import RobustClassifier
+from defense.data.sources import open_pictures
 from defense.errors import ConfigError
-from defense.fit import Groups, Pairs
-from defense.fit_data import (
-    Material,
-    metadata_material,
-    read_metadata,
-    spurious_material,
-    text_material,
-)
-from defense.pictures import open_pictures
+from defense.fit import from_pictures
+from defense.fit.from_pictures import metadata_material, spurious_material, text_material
+from defense.fit.material import Groups, Material, Pairs
+from defense.fit.metadata import read_metadata
+from defense.hosts.clip import load_host
 
 LABELS = ["dog", "hot dog", "cat", "猫"]
 
@@ -270,7 +266,7 @@ def normalised(rows: np.ndarray) -> np.ndarray:
 @pytest.fixture
 def seen(clf, monkeypatch):
     def make(embeds: np.ndarray) -> Seen:
-        monkeypatch.setattr(fit_data, "_embeds", lambda clf, pixels: clf.embeds)
+        monkeypatch.setattr(from_pictures, "_embeds", lambda clf, pixels: clf.embeds)
         return Seen(clf, normalised(embeds))
 
     return make
@@ -292,7 +288,7 @@ def test_the_spurious_cue_does_not_decide_the_class(seen, folder, monkeypatch):
         def text_embeds(self) -> np.ndarray:
             return spurious
 
-    monkeypatch.setattr(fit_data, "RobustClassifier", Prompts)
+    monkeypatch.setattr(from_pictures, "RobustClassifier", Prompts)
     data = spurious_material(clf, open_pictures([folder]), ["hills", "waves"], n=20, seed=0).data
     assert data.y.tolist() == (core < 0).astype(int).tolist()
     assert data.a.tolist() == (place < 0).astype(int).tolist()
@@ -332,6 +328,6 @@ def test_without_an_attribute_plain_clips_errors_stand_for_it(seen, folder, tmp_
 
 def test_values_are_split_between_their_two_clusters():
     values = np.array([0.1, 5.2, 0.3, 5.0, 0.2, 5.1, 4.9])
-    assert 0.3 < fit_data._threshold(values) < 4.9
-    assert fit_data._threshold(values - 100) == pytest.approx(fit_data._threshold(values) - 100)
-    assert fit_data._threshold(values[:1]) == 0.0
+    assert 0.3 < from_pictures._threshold(values) < 4.9
+    assert from_pictures._threshold(values - 100) == pytest.approx(from_pictures._threshold(values) - 100)
+    assert from_pictures._threshold(values[:1]) == 0.0

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from defense import ops
-from defense.attach import attached, wrap
+from defense.core import ops
+from defense.core.latents import LatentSet
+from defense.core.ops import reference
+from defense.core.suppress import Suppressor
 from defense.errors import BackendError, ConfigError, ShapeError
-from defense.latents import LatentSet
-from defense.ops import reference
-from defense.suppress import Suppressor
+from defense.hosts.attach import attached, wrap
 
 from .conftest import random_defense, random_sae
 
@@ -53,7 +53,10 @@ def test_kernels_equal_float64_on_a_gpu():
 
 
 def test_importing_ops_loads_no_triton():
-    code = "import sys, defense.ops, defense.suppress; assert not {'triton', 'defense.ops.fused'} & set(sys.modules)"
+    code = (
+        "import sys, defense.core.ops, defense.core.suppress; "
+        "assert not {'triton', 'defense.core.ops.fused'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -63,7 +66,7 @@ import sys
 sys.modules["triton"] = None
 import os, torch
 os.environ["TRITON_INTERPRET"] = "1"
-from defense import ops
+from defense.core import ops
 W_enc, b, z = torch.randn(8, 20), torch.randn(20), torch.randn(3, 8)
 assert ops.encode_topk(z, W_enc, b, 4)[0].shape == (3, 4)
 try:
@@ -133,7 +136,7 @@ class OnCuda:
 def old_gpu(monkeypatch):
     """A GPU that is too old, whether or not triton is there."""
     module = SimpleNamespace(obstacle=lambda _device: "it is too old")
-    monkeypatch.setitem(sys.modules, "defense.ops.fused", module)
+    monkeypatch.setitem(sys.modules, "defense.core.ops.fused", module)
     monkeypatch.setattr(ops, "fused", module, raising=False)
     monkeypatch.setattr(ops, "_logged", set())
     return module

@@ -19,7 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from defense.benchmarks.kernel import CASES, TILES, Case
-from defense.ops import fused
+from defense.core.ops import fused
+from defense.core.ops.fused import Tile
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing; unset TRITON_INTERPRET"
@@ -136,5 +137,5 @@ def test_every_shape_dtype_and_norm_compiles_and_fits(compile_all, case, dtype, 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", TILES, ids=str)
 def test_every_tile_that_the_benchmark_tries_compiles_and_fits(compile_all, monkeypatch, fields):
-    monkeypatch.setattr(fused, "stream_tile", lambda *_: fused.Tile(*fields))
+    monkeypatch.setattr(fused, "stream_tile", lambda *_: Tile(*fields))
     check(compile_all(CASES[0], torch.bfloat16, "none", 90), 90, torch.bfloat16)

@@ -17,9 +17,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from defense import images
+from defense.data import images, preprocess
+from defense.data.images import Decoded, decode
+from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, InvalidImageError
-from defense.images import Decoded, Preprocess, decode
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("CLIP_DEFENSE_DATA", ROOT.parent / "shared" / "data"))
@@ -127,7 +128,7 @@ def test_overlapping_calls_leave_the_warning_filters_alone(monkeypatch):
 
 def test_pillows_globals_are_left_alone():
     script = (
-        "from PIL import Image, ImageFile, PngImagePlugin as png; import defense.images as images, io, sys\n"
+        "from PIL import Image, ImageFile, PngImagePlugin as png; import defense.data.images as images, io, sys\n"
         "state = lambda: (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, png.MAX_TEXT_CHUNK)\n"
         "before = state(); stream = io.BytesIO(); Image.new('RGB', (20, 20)).save(stream, 'PNG')\n"
         "images.decode(stream.getvalue())\n"
@@ -138,7 +139,8 @@ def test_pillows_globals_are_left_alone():
 
 
 def test_public_names_are_the_documented_ones():
-    assert images.__all__ == ["Decoded", "Limits", "Preprocess", "decode"]
+    assert images.__all__ == ["Decoded", "Limits", "decode"]
+    assert preprocess.__all__ == ["Preprocess"]
 
 
 # Preprocess

@@ -23,10 +23,11 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from defense import checkpoint, importers
+from defense import importers
 from defense.cli import app
 from defense.errors import CheckpointError, ConfigError, HookPointError, NonFiniteError, ShapeError
 from defense.importers import common, pickles
+from defense.store import checkpoint
 
 D, M, K, N = 12, 36, 5, 64
 BLOCK = "blocks.7.hook_resid_post"

@@ -18,8 +18,9 @@ pytest.importorskip("torch")
 
 import torch
 
-from defense import checkpoint, importers
+from defense import importers
 from defense.errors import CheckpointError, ConfigError
+from defense.store import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the packages' own, at import and in use
 

@@ -14,11 +14,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from defense import labels as labels_module
-from defense.errors import ConfigError, NonFiniteError, ShapeError
-from defense.labels import (
+from defense.data import labels
+from defense.data.labels import (
     TEMPLATES,
-    ClipTokenizer,
     Prompts,
     average_templates,
     check_labels,
@@ -28,6 +26,8 @@ from defense.labels import (
     read_labels,
     resolve_templates,
 )
+from defense.data.tokenizer import ClipTokenizer
+from defense.errors import ConfigError, NonFiniteError, ShapeError
 
 START, END = 49406, 49407
 LONG_LABEL = " ".join(f"w{n}" for n in range(60))  # 120 tokens
@@ -382,14 +382,17 @@ class TestClipTokenizer:
 
     def test_import_is_light(self):
         code = (
-            "import sys, defense.labels; "
+            "import sys, defense.data.labels; "
             "print([m for m in ('torch', 'open_clip', 'tokenizers', 'ftfy') if m in sys.modules])"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"
 
     def test_no_torch_is_needed_to_tokenize(self):
-        code = "import sys; sys.modules['torch'] = None; from defense.labels import ClipTokenizer as T; T()(['dog'])"
+        code = (
+            "import sys; sys.modules['torch'] = None; "
+            "from defense.data.tokenizer import ClipTokenizer as T; T()(['dog'])"
+        )
         subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -591,7 +594,5 @@ class TestCsvSafe:
 
 
 def test_public_surface():
-    public = {
-        name for name, value in vars(labels_module).items() if getattr(value, "__module__", "") == "defense.labels"
-    }
-    assert {name for name in public if not name.startswith("_")} | {"TEMPLATES"} == set(labels_module.__all__)
+    public = {name for name, value in vars(labels).items() if getattr(value, "__module__", "") == "defense.data.labels"}
+    assert {name for name in public if not name.startswith("_")} | {"TEMPLATES"} == set(labels.__all__)

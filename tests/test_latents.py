@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from defense.core.latents import LatentSet, draw_alike
 from defense.errors import CheckpointError, ConfigError, DefenseError, HookPointError
-from defense.latents import LatentSet, draw_alike
 
 
 @st.composite

@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib
+import operator
 import pickle
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ def test_every_exported_name_is_the_one_of_its_module(name: str) -> None:
     [
         "defense.wrap",
         "from defense import wrap",
-        "import defense.attach",
+        "import defense.hosts.attach",
         "from defense import detach",
         "defense.Suppressor",
     ],
@@ -65,14 +66,14 @@ def test_wrap_is_the_function_whatever_was_imported_before(first: str) -> None:
     pytest.importorskip("torch")
     run_python(
         f"import defense; {first}\n"
-        "from defense import wrap; from defense.attach import wrap as same, attached\n"
+        "from defense import wrap; from defense.hosts.attach import wrap as same, attached\n"
         "assert defense.wrap is wrap is same and callable(wrap), defense.wrap"
     )
 
 
-@pytest.mark.parametrize("name", ["artefact", "errors", "images", "labels", "latents"])
+@pytest.mark.parametrize("name", ["errors", "core.latents", "data.images", "data.labels", "store.defenses"])
 def test_modules_that_export_no_name_like_their_own_are_attributes(name: str) -> None:
-    assert importlib.import_module(f"defense.{name}") is getattr(defense, name)
+    assert importlib.import_module(f"defense.{name}") is operator.attrgetter(name)(defense)
 
 
 def test_an_unknown_attribute_is_an_attribute_error() -> None:
@@ -103,11 +104,15 @@ def test_importing_the_package_loads_no_backend_and_little_else() -> None:
 
 
 NUMPY_ONLY = [
-    "artefact",
+    "core.config",
+    "core.latents",
+    "data.images",
+    "data.labels",
+    "data.sources",
     "errors",
-    "images",
-    "labels",
-    "latents",
+    "hosts.defense",
+    "store.defenses",
+    "world.draws",
     "cli",
     "export.bundle",
     "export.runtime",
@@ -120,7 +125,7 @@ def test_modules_for_which_numpy_is_enough_load_no_torch(name: str) -> None:
     run_python(f"import defense.{name}, sys; sys.exit(bool({{'torch', 'open_clip'}} & set(sys.modules)))")
 
 
-@pytest.mark.parametrize("name", ["wrap", "detach", "SAEConfig", "SparseAutoencoder", "Suppressor"])
+@pytest.mark.parametrize("name", ["wrap", "detach", "SparseAutoencoder", "Suppressor"])
 def test_fault_70_without_torch_the_error_names_the_extra(name: str) -> None:
     message = run_python(
         "import sys; sys.modules['torch'] = None\n"
@@ -133,7 +138,8 @@ def test_fault_70_without_torch_the_error_names_the_extra(name: str) -> None:
 def test_fault_70_without_torch_the_rest_of_the_package_works() -> None:
     run_python(
         "import sys; sys.modules['torch'] = sys.modules['open_clip'] = None\n"
-        "import defense; from defense import Defense, LatentSet, ConfigError, artefact; LatentSet('text', (1,))"
+        "import defense.store.defenses; from defense import Defense, LatentSet, ConfigError, SAEConfig; "
+        "LatentSet('text', (1,))"
     )
 
 
@@ -297,8 +303,8 @@ def test_the_wheel_holds_no_tests(wheel: zipfile.ZipFile) -> None:
         "py.typed",
         "data/bpe_simple_vocab_16e6.txt.gz",
         "data/templates.json",
-        "embedded/atlas.webp",
-        "embedded/NOTICE.md",
+        "world/atlas.webp",
+        "world/NOTICE.md",
     ],
 )
 def test_the_wheel_holds_what_is_no_python(unpacked: Path, file: str) -> None:
@@ -324,8 +330,8 @@ def test_the_base_install_needs_no_backend(unpacked: Path) -> None:
 def test_what_the_wheel_installs_can_be_imported_and_finds_its_data(unpacked: Path) -> None:
     where = run_python(
         "import sys; sys.path[0] = sys.argv[1]\n"
-        "import defense, defense.artefact, defense.labels as labels\n"
-        "labels.ClipTokenizer; assert labels.TEMPLATES; print(defense.__file__)",
+        "import defense, defense.store.defenses, defense.data.labels as labels, defense.data.tokenizer as tokenizer\n"
+        "tokenizer.ClipTokenizer; assert labels.TEMPLATES; print(defense.__file__)",
         unpacked,
         cwd=unpacked.parent,
     )

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defense import images
+from defense.data import images
+from defense.data.sources import HELD_OUT_EVERY, START, Picture, Pictures, Position, Slice, open_pictures
 from defense.errors import ConfigError
-from defense.pictures import HELD_OUT_EVERY, START, Picture, Pictures, Position, Slice, open_pictures
 
 N = 120
 

@@ -11,8 +11,8 @@ pytest.importorskip("open_clip")
 
 from defense.benchmarks import plots, report, robust
 from defense.benchmarks.embedded import wilson
-from defense.classifier import find_defense
 from defense.errors import ConfigError
+from defense.store.defenses import find_defense
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,7 +123,7 @@ def test_wilson_interval_equals_the_textbook():
 
 
 def test_every_shipped_font_is_in_the_notice():
-    folder = ROOT / "defense" / "embedded"
+    folder = ROOT / "defense" / "world"
     notice = (folder / "NOTICE.md").read_text(encoding="utf-8")
     listed = {line.split("`")[1] for line in notice.splitlines() if line.startswith("| `fonts/")}
     assert listed == {f"fonts/{path.name}" for path in (folder / "fonts").iterdir()}

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from defense.core.latents import LatentSet
+from defense.core.ops import reference
+from defense.core.ops.reference import Encoder
+from defense.core.suppress import Suppressor, suppress
 from defense.errors import ConfigError, ShapeError
-from defense.latents import LatentSet
-from defense.ops import reference
-from defense.suppress import Suppressor, suppress
 
 from .conftest import D_MODEL, D_SAE, random_sae
 
@@ -188,7 +189,7 @@ def test_ties_at_rank_k_are_all_kept():
     z = torch.ones(1, 1)
     pre_acts = torch.tensor([[5.0, 4.0, 2.0, 2.0, 2.0, 2.0, 1.0]])
     latents = torch.arange(7)
-    encoder = reference.Encoder(pre_acts, torch.zeros(7), None, None, None, pre_acts, torch.zeros(7), latents, k=4)
+    encoder = Encoder(pre_acts, torch.zeros(7), None, None, None, pre_acts, torch.zeros(7), latents, k=4)
     assert reference.acts_of_set(z, encoder).tolist() == [[5.0, 4.0, 2.0, 2.0, 2.0, 2.0, 0.0]]
 
 
@@ -246,7 +247,8 @@ def test_project_with_gain_zero_is_the_orthogonal_projection(fields):
 
 
 def test_project_survives_parallel_decoder_rows():
-    from defense.sae import SAEConfig, SparseAutoencoder
+    from defense.core.config import SAEConfig
+    from defense.core.sae import SparseAutoencoder
 
     from .conftest import random_parameters
 
@@ -263,7 +265,8 @@ def test_project_survives_parallel_decoder_rows():
 
 
 def test_project_survives_rows_that_bfloat16_makes_parallel():
-    from defense.sae import SAEConfig, SparseAutoencoder
+    from defense.core.config import SAEConfig
+    from defense.core.sae import SparseAutoencoder
 
     from .conftest import random_parameters
 
@@ -325,7 +328,8 @@ def test_thresholds_survive_half_precision():
 
 
 def test_energy_of_orthogonal_latents_adds_up_to_what_was_removed():
-    from defense.sae import SAEConfig, SparseAutoencoder
+    from defense.core.config import SAEConfig
+    from defense.core.sae import SparseAutoencoder
 
     from .conftest import random_parameters
 

@@ -18,15 +18,19 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from defense import checkpoint
-from defense.activations import Stream, Tap, host_spec
-from defense.classifier import load_host
 from defense.cli import app
+from defense.core.config import SAEConfig
+from defense.core.sae import SparseAutoencoder
+from defense.data.sources import open_pictures
 from defense.errors import CheckpointError, ConfigError
-from defense.parallel import World
-from defense.pictures import open_pictures
-from defense.sae import SAEConfig, SparseAutoencoder
-from defense.train import TrainConfig, Trainer, evaluate, measure, spliced, train, train_checkpoint, train_in_memory
+from defense.hosts.clip import host_spec, load_host
+from defense.hosts.tap import Tap
+from defense.store import checkpoint
+from defense.train.parallel import World
+from defense.train.quality import evaluate, measure, spliced
+from defense.train.residuals import Stream
+from defense.train.runs import train, train_checkpoint, train_in_memory
+from defense.train.trainer import TrainConfig, Trainer
 
 POINT = "blocks.1.hook_resid_post"
 CONFIG = TrainConfig(d_sae=64, k=6, steps=600, batch=128, lr=5e-3)
@@ -259,11 +263,13 @@ from dataclasses import asdict
 import torch
 from pathlib import Path
 from safetensors.torch import save_file
-from defense.activations import Stream, Tap
-from defense.classifier import load_host
-from defense.parallel import joined
-from defense.pictures import open_pictures
-from defense.train import TrainConfig, train
+from defense.data.sources import open_pictures
+from defense.hosts.clip import load_host
+from defense.hosts.tap import Tap
+from defense.train.parallel import joined
+from defense.train.residuals import Stream
+from defense.train.runs import train
+from defense.train.trainer import TrainConfig
 clip, pictures, point, out, configs = sys.argv[1:]
 with joined("cpu") as world:
     assert world.size == 2
@@ -362,7 +368,7 @@ def test_splicing_in_a_blind_sae_makes_all_pictures_alike(host, folder):
 
 def test_accuracy_is_that_of_the_labels(host, folder, tmp_path):
     """With the answers of the CLIP itself as labels, the CLIP is always right."""
-    from defense.classifier import RobustClassifier
+    from defense.classify.classifier import RobustClassifier
 
     clf = RobustClassifier(host).set_labels(NAMES)
     for i, path in enumerate(sorted(folder.rglob("*.png"))):

@@ -8,7 +8,8 @@ pytest.importorskip("open_clip")
 import torch
 
 from defense.benchmarks import train as benchmark
-from defense.train import TrainConfig, train_in_memory
+from defense.train.runs import train_in_memory
+from defense.train.trainer import TrainConfig
 
 
 def result() -> dict:

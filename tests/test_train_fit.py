@@ -8,10 +8,14 @@ import pytest
 pytest.importorskip("open_clip")
 import torch
 
+from defense.core.suppress import Suppressor
 from defense.errors import ConfigError, ShapeError
-from defense.fit import FitConfig, GroupFit, Groups, Pairs, Ranking, Selection, Tail, TextFit, Trial, Tried
-from defense.suppress import Suppressor
-from defense.train import TrainConfig, geometric_median, measure, train_in_memory
+from defense.fit.material import Groups, Pairs
+from defense.fit.selecting import FitConfig, GroupFit, Ranking, Selection, TextFit, Trial, Tried
+from defense.hosts.tap import Tail
+from defense.train.quality import measure
+from defense.train.runs import train_in_memory
+from defense.train.trainer import TrainConfig, geometric_median
 
 from .conftest import random_defense, random_sae
 
@@ -87,8 +91,8 @@ def test_the_tail_of_the_residual_is_the_whole_network(tiny_clip, block):
 
 
 def test_the_tail_keeps_a_defense_at_another_block(tiny_clip):
-    from defense.attach import wrap
-    from defense.latents import LatentSet
+    from defense.core.latents import LatentSet
+    from defense.hosts.attach import wrap
 
     wrap(tiny_clip, random_defense(tiny_clip, (0, random_sae(), LatentSet("a", tuple(range(60))))))
     tail = Tail(tiny_clip, "blocks.1.hook_resid_post")
@@ -115,7 +119,7 @@ def test_effect_is_the_slope_of_the_margin_along_a_latent(fit):
 
 
 def fit_set(*latents: int):
-    from defense.latents import LatentSet
+    from defense.core.latents import LatentSet
 
     return LatentSet("probe", latents)
 
@@ -193,8 +197,10 @@ def planned(monkeypatch, kept_accuracy, fooled_loss):
         seen.append(len(columns))
         return Tried(len(columns), kept_accuracy(len(columns)), fooled_loss(len(columns)))
 
-    monkeypatch.setattr("defense.fit.Trial.measure", measure)
-    monkeypatch.setattr("defense.fit._SiteFit.learn_removal", lambda _fit, trial, _config: np.linspace(1, 0.1, 60))
+    monkeypatch.setattr("defense.fit.selecting.Trial.measure", measure)
+    monkeypatch.setattr(
+        "defense.fit.selecting._SiteFit.learn_removal", lambda _fit, trial, _config: np.linspace(1, 0.1, 60)
+    )
     return seen
 
 

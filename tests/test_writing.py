@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defense.writing import common_words, writable, write_word
+from defense.data.writing import common_words, writable, write_word
 
 
 def grey(size: tuple[int, int] = (200, 120)) -> Image.Image:

@@ -15,9 +15,9 @@ from typing import Any, Literal, Protocol
 
 from PIL import Image
 
+from defense.data.images import decode
+from defense.data.labels import TEMPLATES
 from defense.errors import ConfigError, InvalidImageError
-from defense.images import decode
-from defense.labels import TEMPLATES
 
 Choice = Literal["all", "pair"]
 

@@ -32,9 +32,9 @@ from defense.benchmarks.datasets.files import (
     read_text,
     require_folder,
 )
+from defense.data.images import decode
+from defense.data.labels import TEMPLATES, resolve_templates
 from defense.errors import ConfigError, InvalidImageError
-from defense.images import decode
-from defense.labels import TEMPLATES, resolve_templates
 
 TITLE = "An image folder"
 SOURCE = "your own disk: a folder per class, or WebDataset shards"

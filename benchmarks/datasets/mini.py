@@ -19,9 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from importlib import resources
-from importlib.metadata import version
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,10 @@ import numpy as np
 from PIL import Image
 
 from defense.benchmarks.datasets.base import Dataset, Example, Options, Task
-from defense.embedded import scenes
+from defense.world import draws, scenes
+from defense.world.draws import Grouped
+from defense.world.files import world_sha256
+from defense.world.scenes import Scene
 
 DEFENSES = {"mini-typographic": "text", "mini-waterbirds": "waterbirds", "mini-celeba": "celeba"}
 """Name of a task -> that of the embedded model's defense for it (`classifier.embedded_defenses`)."""
@@ -52,7 +53,7 @@ _N_KEPT = 6000
 class Drawn:
     """A picture of the embedded world."""
 
-    scene: scenes.Scene
+    scene: Scene
 
     def digest(self) -> str:
         """Return a digest of all that decides what is drawn: scene, fonts, emoji, code and the libraries that draw."""
@@ -64,18 +65,8 @@ class Drawn:
 
 
 @lru_cache(maxsize=_N_KEPT)
-def _pixels(scene: scenes.Scene) -> np.ndarray:
+def _pixels(scene: Scene) -> np.ndarray:
     return np.asarray(scenes.render(scene))
-
-
-@cache
-def world_sha256() -> str:
-    """Return a digest of the files of the world, and the versions of Pillow and NumPy."""
-    root = Path(str(resources.files("defense.embedded")))
-    digest = hashlib.sha256(f"pillow {version('pillow')} numpy {version('numpy')}".encode())
-    for path in (root / "scenes.py", root / "atlas.webp", *sorted((root / "fonts").iterdir())):
-        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
-    return digest.hexdigest()
 
 
 def _seed(split: str, options: Options) -> int:
@@ -94,7 +85,7 @@ def typographic(_folder: Path, options: Options) -> Task:
 
     def datasets(split: str, n: int, fonts: tuple[str, ...]) -> dict[str, Dataset]:
         examples: dict[str, list[Example]] = {"clean": [], "neutral": [], "attacked": []}
-        for index, case in enumerate(scenes.typographic(n, _seed(split, options), fonts)):
+        for index, case in enumerate(draws.typographic(n, _seed(split, options), fonts)):
             assert case.scene.writing is not None  # it is an attack
             key, label, word = f"{split}-{index:04}", names.index(case.label), names.index(case.word)
             examples["clean"].append(Example(key, Drawn(case.scene.clean()), label))
@@ -116,7 +107,7 @@ def waterbirds(_folder: Path, options: Options) -> Task:
     return _grouped(
         "mini-waterbirds",
         "Mini-Waterbirds: drawn birds on land and water",
-        scenes.waterbirds,
+        draws.waterbirds,
         ("landbird", "waterbird"),
         "a photo of a {}.",
         ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water"),
@@ -130,7 +121,7 @@ def celeba(_folder: Path, options: Options) -> Task:
     return _grouped(
         "mini-celeba",
         "Mini-CelebA: drawn faces",
-        scenes.celeba,
+        draws.celeba,
         ("dark hair", "blond hair"),
         "a photo of a person with {}.",
         ("dark-haired woman", "dark-haired man", "blond woman", "blond man"),
@@ -142,7 +133,7 @@ def celeba(_folder: Path, options: Options) -> Task:
 def _grouped(
     name: str,
     title: str,
-    draw: Callable[[int, int], Iterator[scenes.Grouped]],
+    draw: Callable[[int, int], Iterator[Grouped]],
     class_names: tuple[str, ...],
     template: str,
     group_names: tuple[str, ...],

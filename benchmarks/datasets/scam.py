@@ -24,8 +24,8 @@ import numpy as np
 
 from defense.benchmarks.datasets.base import Dataset, Example, File, Options, Task, shortfall_of
 from defense.benchmarks.datasets.files import inside, is_junk, read_json, read_rows, read_text, require_folder
+from defense.data.labels import TEMPLATES
 from defense.errors import ConfigError, NonFiniteError
-from defense.labels import TEMPLATES
 
 TITLE = "SCAM"
 SOURCE = "huggingface.co/datasets/BLISS-e-V/SCAM (images.zip)"

@@ -75,7 +75,7 @@ def font_files(font: Path | None) -> tuple[Path, ...]:
     """Return the font that was given, or those of the package."""
     if font is not None:
         return (font,)
-    return tuple(sorted(Path(str(resources.files("defense.embedded").joinpath("fonts"))).iterdir()))
+    return tuple(sorted(Path(str(resources.files("defense.world").joinpath("fonts"))).iterdir()))
 
 
 def check_fonts(fonts: Sequence[Path], texts: Sequence[str]) -> None:

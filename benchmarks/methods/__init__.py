@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from defense.artefact import Defense
 from defense.benchmarks.methods.base import Encoder, Factory, Method, NotApplicableError, Stock, Unmade, by_name, needed
 from defense.benchmarks.methods.defended import Defended
 from defense.benchmarks.methods.defense_prefix import DefensePrefix
@@ -26,6 +25,7 @@ from defense.benchmarks.methods.textspan import TextSpan
 from defense.benchmarks.methods.variants import Delta, OtherEdit
 from defense.benchmarks.methods.zero_shot import ZeroShot
 from defense.errors import ConfigError
+from defense.hosts.defense import Defense
 
 __all__ = ["FACTORIES", "Encoder", "Method", "NotApplicableError", "Stock", "Unmade", "make_methods", "needed"]
 

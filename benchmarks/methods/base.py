@@ -18,11 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from defense.artefact import Defense
 from defense.benchmarks.datasets import Task
-from defense.classifier import Host, RobustClassifier
+from defense.classify.classifier import RobustClassifier
+from defense.data.labels import Prompts, encode_prompts
 from defense.errors import ConfigError
-from defense.labels import Prompts, encode_prompts
+from defense.hosts.clip import Host
+from defense.hosts.defense import Defense
 
 
 class NotApplicableError(ConfigError):

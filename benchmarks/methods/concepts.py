@@ -12,7 +12,7 @@ import numpy as np
 
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import NotApplicableError
-from defense.classifier import Host
+from defense.hosts.clip import Host
 
 Pairs = tuple[tuple[str, str], ...]
 """Of texts."""

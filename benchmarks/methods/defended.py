@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from defense.artefact import Defense
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder, needed
-from defense.classifier import Host, RobustClassifier
+from defense.classify.classifier import RobustClassifier
 from defense.errors import ConfigError
+from defense.hosts.clip import Host
+from defense.hosts.defense import Defense
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Defended:
 @contextmanager
 def defended(host: Host, defense: Defense, strength: float = 1.0) -> Iterator[Encoder]:
     """Yield the embeddings of a host with a defense in it, at a strength in [0, 1]."""
-    from defense.attach import attached, detach
+    from defense.hosts.attach import attached, detach
 
     clf = RobustClassifier(host, defense)
     try:

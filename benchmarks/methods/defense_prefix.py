@@ -22,9 +22,9 @@ import numpy as np
 from defense.benchmarks.datasets import Dataset, Task
 from defense.benchmarks.methods.base import Encoder, NotApplicableError, Stock
 from defense.benchmarks.methods.material import class_embeds_of, digest_of, image_embeds_of, picked, training_twins
-from defense.classifier import Host
+from defense.data.labels import Prompts, fill
 from defense.errors import ConfigError
-from defense.labels import Prompts, fill
+from defense.hosts.clip import Host
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

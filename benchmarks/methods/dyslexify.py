@@ -33,14 +33,15 @@ from defense.benchmarks.methods.material import (
     training_sides,
     training_twins,
 )
-from defense.classifier import Host, RobustClassifier
+from defense.classify.classifier import RobustClassifier
+from defense.hosts.clip import Host
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from defense.benchmarks.methods.heads import Head
-    from defense.fit import Tail
-    from defense.hosts import VisionHost
+    from defense.hosts.tap import Tail
+    from defense.hosts.tower import VisionHost
 
 MIN_GAIN = 0.001
 MAX_SKIPS = 10
@@ -76,7 +77,7 @@ class Dyslexify:
         import torch
 
         from defense.benchmarks.methods.heads import ablated, vision_with_heads
-        from defense.fit import Tail
+        from defense.hosts.tap import Tail
 
         vision = vision_with_heads(host.model, self.name)
         attacked, _ = training_twins(task, self.name)

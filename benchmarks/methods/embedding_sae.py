@@ -31,10 +31,10 @@ from defense.benchmarks.methods.material import (
     training_sides,
     training_split,
 )
-from defense.classifier import Host
+from defense.hosts.clip import Host
 
 if TYPE_CHECKING:
-    from defense.sae import SparseAutoencoder
+    from defense.core.sae import SparseAutoencoder
 
 KS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -87,7 +87,8 @@ def trained_on(embeds: np.ndarray) -> SparseAutoencoder:
     """Return an SAE of embeddings [n, d_embed]."""
     import torch
 
-    from defense.train import TrainConfig, train_in_memory
+    from defense.train.runs import train_in_memory
+    from defense.train.trainer import TrainConfig
 
     d_sae = _EXPANSION * embeds.shape[1]
     config = TrainConfig(d_sae, min(_ACTIVE, d_sae), _STEPS, batch=min(256, len(embeds)), lr=_LR)

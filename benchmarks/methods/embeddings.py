@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from defense.benchmarks.methods.base import Stock
-from defense.classifier import Host
-from defense.labels import Prompts
+from defense.data.labels import Prompts
+from defense.hosts.clip import Host
 
 Map = Callable[[np.ndarray], np.ndarray]
 """From embeddings [n, d_embed] to embeddings [n, d_embed]."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from defense.benchmarks.methods.base import NotApplicableError
-from defense.hosts import VisionHost
+from defense.hosts.tower import VisionHost
 
 Head = tuple[int, int]
 """Block and head, both from 0."""

@@ -32,7 +32,7 @@ from defense.benchmarks.methods.material import (
     training_split,
     training_twins,
 )
-from defense.classifier import Host
+from defense.hosts.clip import Host
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from PIL import Image
 
 from defense.benchmarks.datasets import Dataset, Example, Task
 from defense.benchmarks.methods.base import Encoder, NotApplicableError
-from defense.classifier import Host, RobustClassifier
-from defense.labels import Prompts, check_labels, resolve_templates
+from defense.classify.classifier import RobustClassifier
+from defense.data.labels import Prompts, check_labels, resolve_templates
+from defense.hosts.clip import Host
 
 N_MOST = 1000
 """Training pictures that a method looks at, twins not counted."""

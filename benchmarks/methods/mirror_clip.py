@@ -22,7 +22,8 @@ from PIL import Image, ImageOps
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder
 from defense.benchmarks.methods.embeddings import unit
-from defense.classifier import Host, RobustClassifier
+from defense.classify.classifier import RobustClassifier
+from defense.hosts.clip import Host
 
 
 class _Mirrored(Encoder):

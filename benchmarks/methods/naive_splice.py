@@ -16,17 +16,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from defense.artefact import Defense, Site
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder
 from defense.benchmarks.methods.defended import Defended
-from defense.classifier import Host, RobustClassifier
+from defense.classify.classifier import RobustClassifier
 from defense.errors import ConfigError
+from defense.hosts.clip import Host
+from defense.hosts.defense import Defense, Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from defense.hosts import VisionHost
+    from defense.hosts.tower import VisionHost
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class NaiveSplice:
     @contextmanager
     def apply(self, host: Host) -> Iterator[Encoder]:
         """Put the reconstructions in."""
-        from defense.attach import check_host
-        from defense.hosts import VisionHost
+        from defense.hosts.attach import check_host
+        from defense.hosts.tower import VisionHost
 
         vision = VisionHost.of(host.model)
         check_host(vision, self.chosen.defense.host)
@@ -78,8 +79,8 @@ def _splice(vision: VisionHost, site: Site) -> Callable[[nn.Module, tuple[Tensor
     """Return the hook that puts a site's edited reconstruction in the place of its block's output."""
     import torch
 
-    from defense.attach import sae_of
-    from defense.suppress import token_slice
+    from defense.core.suppress import token_slice
+    from defense.hosts.attach import sae_of
 
     sae = sae_of(site).to(next(vision.blocks.parameters()).device)
     gains = {each.name: torch.tensor(each.gains, device=sae.W_enc.device) for each in site.sets}

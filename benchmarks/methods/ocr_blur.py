@@ -23,8 +23,9 @@ from PIL import Image, ImageFilter
 
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder, NotApplicableError
-from defense.classifier import Host, RobustClassifier
+from defense.classify.classifier import RobustClassifier
 from defense.errors import BackendError
+from defense.hosts.clip import Host
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are outside."""

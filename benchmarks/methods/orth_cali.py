@@ -26,7 +26,7 @@ from defense.benchmarks.methods.base import Encoder
 from defense.benchmarks.methods.concepts import Concepts, concepts_of, listed
 from defense.benchmarks.methods.embeddings import EditedTexts
 from defense.benchmarks.methods.material import digest_of, text_embeds_of
-from defense.classifier import Host
+from defense.hosts.clip import Host
 
 LAMBDA = 1000.0
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from defense.artefact import Defense, Site
 from defense.benchmarks.datasets import Example, Task
 from defense.benchmarks.methods.base import Encoder
 from defense.benchmarks.methods.defended import Defended, defended
 from defense.benchmarks.methods.material import picked, pixel_batches, training_split
-from defense.classifier import Host
+from defense.core.latents import draw_alike
 from defense.errors import ConfigError
-from defense.latents import draw_alike
+from defense.hosts.clip import Host
+from defense.hosts.defense import Defense, Site
 
 _N_PICTURES = 200
 
@@ -79,8 +79,8 @@ def activity_of(host: Host, site: Site, examples: Sequence[Example]) -> np.ndarr
     """Return the summed activation of each latent of a site's SAE on some pictures, float64 [d_sae]."""
     import torch
 
-    from defense.attach import sae_of
-    from defense.fit import Tail
+    from defense.hosts.attach import sae_of
+    from defense.hosts.tap import Tail
 
     tail = Tail(host.model, site.hook_point)
     sae = sae_of(site).to(host.model.logit_scale.device)

@@ -24,7 +24,7 @@ from defense.benchmarks.methods.base import Encoder
 from defense.benchmarks.methods.concepts import Pairs, concepts_of, known, listed
 from defense.benchmarks.methods.embeddings import EditedImages
 from defense.benchmarks.methods.material import digest_of, text_embeds_of
-from defense.classifier import Host
+from defense.hosts.clip import Host
 
 
 def steered(x: np.ndarray, harmful: np.ndarray, helpful: np.ndarray) -> np.ndarray:

@@ -36,14 +36,15 @@ from defense.benchmarks.methods.material import (
     training_sides,
     training_twins,
 )
-from defense.classifier import Host, RobustClassifier
+from defense.classify.classifier import RobustClassifier
+from defense.hosts.clip import Host
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from defense.benchmarks.methods.heads import Head
-    from defense.fit import Tail
-    from defense.hosts import VisionHost
+    from defense.hosts.tap import Tail
+    from defense.hosts.tower import VisionHost
 
 LAST_PART = 0.2
 SAMPLES_PER_DIMENSION = 8
@@ -86,7 +87,7 @@ class SamplingTar:
         import torch
 
         from defense.benchmarks.methods.heads import vision_with_heads
-        from defense.fit import Tail
+        from defense.hosts.tap import Tail
 
         vision = vision_with_heads(host.model, self.name)
         attacked, _ = training_twins(task, self.name)

@@ -41,8 +41,9 @@ from defense.benchmarks.methods.material import (
     training_sides,
     training_split,
 )
-from defense.classifier import Host, RobustClassifier
-from defense.labels import TEMPLATES
+from defense.classify.classifier import RobustClassifier
+from defense.data.labels import TEMPLATES
+from defense.hosts.clip import Host
 
 if TYPE_CHECKING:
     from torch import Tensor

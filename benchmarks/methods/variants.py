@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from defense.artefact import Defense
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder, NotApplicableError, needed
 from defense.benchmarks.methods.defended import Defended, defended
 from defense.benchmarks.methods.material import class_embeds_of, digest_of, picked, pixel_batches, training_split
-from defense.classifier import Host
+from defense.core.latents import Edit
 from defense.errors import ConfigError
-from defense.latents import Edit
+from defense.hosts.clip import Host
+from defense.hosts.defense import Defense
 
 _N_CALIBRATION = 300
 """Pictures of each kind that thresholds are set on."""
@@ -110,7 +110,7 @@ class Delta:
         """
         import torch
 
-        from defense.calibrate import calibrated
+        from defense.fit.calibrate import calibrated
 
         train = training_split(task, self.name)
         kinds = [train] if task.train_clean is None else [train, task.train_clean]

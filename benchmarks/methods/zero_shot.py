@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from defense.artefact import Defense
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder, Stock
-from defense.classifier import Host
 from defense.errors import ConfigError
+from defense.hosts.clip import Host
+from defense.hosts.defense import Defense
 
 
 @dataclass(frozen=True)

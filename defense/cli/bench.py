@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress
 
-from .common import EXIT_INPUTS, app, exit_codes, put, say, stderr
+from defense.cli.common import EXIT_INPUTS, app, exit_codes, put, say, stderr
 
 if TYPE_CHECKING:
-    from defense.artefact import Defense
     from defense.benchmarks.datasets import Task
+    from defense.hosts.defense import Defense
 
 
 @app.command()
@@ -58,7 +58,8 @@ def bench(
             raise typer.Exit(_latents(out))
         from defense.benchmarks import datasets, robust, tables
         from defense.benchmarks.methods import FACTORIES, make_methods
-        from defense.classifier import EMBEDDED, find_defense
+        from defense.hosts.clip import EMBEDDED
+        from defense.store.defenses import find_defense
 
         options = datasets.Options(allow_partial, font, seed)
         tasks, missing = datasets.read_tasks(suite, data, options)
@@ -95,7 +96,8 @@ def bench(
 def _shipped(tasks: Sequence[Task]) -> dict[str, Defense | None]:
     """Return the embedded model's defense for each task, None where none ships for it."""
     from defense.benchmarks.datasets import mini
-    from defense.classifier import EMBEDDED, embedded_defenses, find_defense
+    from defense.hosts.clip import EMBEDDED
+    from defense.store.defenses import embedded_defenses, find_defense
 
     there = embedded_defenses()
     names = {task.name: mini.DEFENSES.get(task.name) for task in tasks}

@@ -11,10 +11,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from defense import images
-from defense.errors import InvalidImageError
-
-from .common import (
+from defense.cli.common import (
     EXIT_INPUTS,
     OnError,
     app,
@@ -28,10 +25,13 @@ from .common import (
     stderr,
     stdout,
 )
+from defense.data import images
+from defense.errors import InvalidImageError
 
 if TYPE_CHECKING:
-    from defense.classifier import Prediction, RobustClassifier
-    from defense.explain import Explanation
+    from defense.classify.classifier import RobustClassifier
+    from defense.classify.explanation import Explanation
+    from defense.classify.zeroshot import Prediction
 
 _PROGRESS_FROM = 20
 
@@ -56,8 +56,9 @@ def classify(
     """Classify pictures with plain and with defended CLIP, side by side."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes():
-        from defense.classifier import EMBEDDED, RobustClassifier
+        from defense.classify.classifier import RobustClassifier
         from defense.export import bundle
+        from defense.hosts.clip import EMBEDDED
 
         paths = _example_pictures() if not pictures else list(expand(pictures))
         if not paths:
@@ -85,7 +86,9 @@ def classify(
 
 def _undefended(defense: str, model: str | None, pretrained: str | None, device: str) -> RobustClassifier:
     """Return the stock CLIP that was given, or the one that a defense names."""
-    from defense.classifier import RobustClassifier, find_defense, load_host
+    from defense.classify.classifier import RobustClassifier
+    from defense.hosts.clip import load_host
+    from defense.store.defenses import find_defense
 
     if model is None:
         spec = find_defense(defense).host

@@ -73,14 +73,14 @@ def chosen_labels(labels: str | None, labels_file: Path | None, uses_embedded: b
     if labels is not None and labels_file is not None:
         raise typer.BadParameter("give --labels or --labels-file, not both")
     if labels_file is not None:
-        from defense.labels import read_labels
+        from defense.data.labels import read_labels
 
         return read_labels(labels_file)
     if labels is not None:
         return [label.strip() for label in labels.split(",")]
     if not uses_embedded:
         raise typer.BadParameter('--labels or --labels-file is missing, e.g. --labels "dog,cat"')
-    from defense.embedded.scenes import OBJECTS
+    from defense.world.scenes import OBJECTS
 
     return list(OBJECTS)
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from defense.cli.common import app, chosen_labels, exit_codes, say
 from defense.errors import MissingDependencyError
-
-from .common import app, chosen_labels, exit_codes, say
 
 if TYPE_CHECKING:
     from defense.demo.engine import Engine

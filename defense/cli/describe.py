@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from .common import EXIT_INPUTS, app, exit_codes, put, say, stderr
+from defense.cli.common import EXIT_INPUTS, app, exit_codes, put, say, stderr
 
 
 @app.command()
@@ -33,12 +33,12 @@ def describe(
     """Say of each latent when it fires, what it does to the answer, and which words name it."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes():
-        from defense import catalogue, checkpoint
-        from defense import describe as describing
-        from defense.classifier import load_host
-        from defense.hosts import VisionHost
-        from defense.labels import read_labels
-        from defense.pictures import open_pictures
+        from defense.data.labels import read_labels
+        from defense.data.sources import open_pictures
+        from defense.explain import catalogue, describe
+        from defense.hosts.clip import load_host
+        from defense.hosts.tower import VisionHost
+        from defense.store import checkpoint
 
         catalogue.check_target(out)
         names, source = read_labels(words), open_pictures(pictures)
@@ -53,9 +53,9 @@ def describe(
         with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
             for each in found:
                 progress.add_task(each.hook_point)
-                stream = describing.examples(host, source, unreadable.add)
+                stream = describe.examples(host, source, unreadable.add)
                 catalogues.append(
-                    describing.describe(
+                    describe.describe(
                         host, each.hook_point, each.sae, stream, names, n_top=n_top, n_names=n_names,
                         n_steered=n_steered, n_probed=max(16, n_steered), seed=seed, provenance=made_from,
                     )

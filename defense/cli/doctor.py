@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .common import EXIT_MISSING, app, put, say
+from defense.cli.common import EXIT_MISSING, app, put, say
 
 if TYPE_CHECKING:
     pass

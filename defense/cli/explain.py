@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from PIL import Image
 
-from .classify import print_explanation
-from .common import app, chosen_labels, exit_codes, say, shown, stderr
+from defense.cli.classify import print_explanation
+from defense.cli.common import app, chosen_labels, exit_codes, say, shown, stderr
 
 if TYPE_CHECKING:
-    from defense.catalogue import Catalogue
-    from defense.classifier import RobustClassifier
+    from defense.classify.classifier import RobustClassifier
+    from defense.explain.catalogue import Catalogue
 
 _SUFFIXES = (".html", ".png")
 _TOP_K = 3
@@ -49,10 +49,14 @@ def explain(
     """Write what the defense removed from a picture, and where, to one HTML file or PNG that needs nothing else."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes():
-        from defense import images
-        from defense.classifier import EMBEDDED, RobustClassifier
-        from defense.explain import Controls, counterfactual, report_html, report_png
+        from defense.classify.classifier import RobustClassifier
+        from defense.data import images
+        from defense.explain.counterfactual import counterfactual
+        from defense.explain.report_html import report_html
+        from defense.explain.report_png import report_png
         from defense.export import bundle
+        from defense.hosts.clip import EMBEDDED
+        from defense.hosts.controls import Controls
 
         _check_target(out, picture)
         if bundle.is_bundle(defense):
@@ -95,7 +99,7 @@ def _check_target(out: Path, picture: Path) -> None:
 
 def _catalogues_of(clf: RobustClassifier, source: str) -> dict[str, Catalogue]:
     """Return the catalogues that go with a defense; one of another SAE is left out, and that is said."""
-    from defense import catalogue
+    from defense.explain import catalogue
 
     found = catalogue.find(source)
     sites = clf.defense.sites if clf.defense is not None else ()

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from defense.cli.common import app, chosen_labels, exit_codes, put, say, shown, stderr
 from defense.errors import MissingDependencyError
-
-from .common import app, chosen_labels, exit_codes, put, say, shown, stderr
 
 if TYPE_CHECKING:
     from defense.export.exporter import ExportReport
@@ -59,7 +58,8 @@ def export(
     """Write a defended CLIP as ONNX, checked against PyTorch, with all that it takes to run it without."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes():
-        from defense.classifier import EMBEDDED, RobustClassifier
+        from defense.classify.classifier import RobustClassifier
+        from defense.hosts.clip import EMBEDDED
 
         try:
             from defense.export.exporter import export_onnx

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from .common import EXIT_INPUTS, app, chosen_labels, exit_codes, put, say, shown, stderr
+from defense.cli.common import EXIT_INPUTS, app, chosen_labels, exit_codes, put, say, shown, stderr
 
 if TYPE_CHECKING:
-    from defense.artefact import Defense
-    from defense.classifier import RobustClassifier
-    from defense.fit_data import Material
-    from defense.fit_sites import Fitted
+    from defense.classify.classifier import RobustClassifier
+    from defense.fit.material import Material
+    from defense.fit.placing import Fitted
+    from defense.hosts.defense import Defense
 
 
 class Task(StrEnum):
@@ -99,12 +99,14 @@ def fit(
     with exit_codes():
         import torch
 
-        from defense import artefact, checkpoint, fit_report
-        from defense.activations import host_spec
-        from defense.classifier import RobustClassifier, load_host, resolve_device
+        from defense.classify.classifier import RobustClassifier
         from defense.errors import CalibrationError
-        from defense.fit import FitConfig
-        from defense.fit_sites import fit_defense, plan_sites, with_golden
+        from defense.fit import report as report_page
+        from defense.fit.placing import fit_defense, with_golden
+        from defense.fit.selecting import FitConfig
+        from defense.fit.sites import plan_sites
+        from defense.hosts.clip import host_spec, load_host, resolve_device
+        from defense.store import checkpoint, defenses
 
         if not sae:
             raise typer.BadParameter("--sae is missing: a folder that `defense train` or `defense import` wrote")
@@ -112,11 +114,11 @@ def fit(
         _check_sources(task, pictures, metadata, attribute_column, spurious)
         if sweep and scope is not None:
             raise typer.BadParameter("--sweep tries every scope; leave out --scope")
-        artefact.check_target(out)
+        defenses.check_target(out)
         if report is not None:
             if report.resolve().is_relative_to(out.resolve()):
                 raise typer.BadParameter(f"--report {report} lies in the defense's folder, which holds nothing else")
-            fit_report.check_target(report)
+            report_page.check_target(report)
         checkpoints = [checkpoint.load(folder) for folder in sae]
         if calibrate and not any(each.sae.config.act == "topk" for each in checkpoints):
             raise typer.BadParameter("--calibrate is for SAEs with a topk rule, and there is none; leave it out")
@@ -141,9 +143,9 @@ def fit(
                 name=name or task.value, folds=folds, seed=seed, is_swept=sweep, licence=licence, provenance=record,
                 report=told,
             )  # fmt: skip
-            artefact.save(with_golden(host, fitted.defense), out)
+            defenses.save(with_golden(host, fitted.defense), out)
             if report is not None:
-                fit_report.write(fitted, report)
+                report_page.write(fitted, report)
             if calibrate:
                 told("calibrating")
                 try:
@@ -151,7 +153,7 @@ def fit(
                 except CalibrationError:
                     say(f"{shown(out)} holds the defense with its exact rule, which is not lost:")
                     raise
-                artefact.save(with_golden(host, defense), out)
+                defenses.save(with_golden(host, defense), out)
         _print_fit(fitted)
         put(f"written     {shown(out)}")
         say(f"Try it: defense classify PICTURE --labels ... --defense {shown(out)}")
@@ -164,7 +166,7 @@ def fit(
 
 def _choices(task: Task, labels: str | None, labels_file: Path | None, classes: str | None) -> tuple[str, ...]:
     """Return what to choose from."""
-    from defense.labels import check_labels
+    from defense.data.labels import check_labels
 
     if task is Task.group:
         if classes is None or labels is not None or labels_file is not None:
@@ -209,12 +211,13 @@ def _material(
     seed: int,
 ) -> Material:
     """Read what to fit on."""
-    from defense import fit_data
-    from defense.pictures import open_pictures
+    from defense.data.sources import open_pictures
+    from defense.fit import from_pictures
+    from defense.fit.metadata import read_metadata
 
     if metadata is not None:
         path_column, label_column, attribute_column = columns
-        rows = fit_data.read_metadata(
+        rows = read_metadata(
             metadata, [str(label) for label in clf.classes_], path_column=path_column, label_column=label_column,
             attribute_column=attribute_column, root=pictures[0] if pictures else None,
         )  # fmt: skip
@@ -222,19 +225,19 @@ def _material(
             say(f"{rows.n_test} rows of the test split were left out")
         if not rows.has_split:
             say(f"{shown(metadata)} has no column 'split': if it lists test pictures, they are fitted on too")
-        return fit_data.metadata_material(clf, rows, n=n, seed=seed)
+        return from_pictures.metadata_material(clf, rows, n=n, seed=seed)
     source = open_pictures(pictures)
     if task is Task.text:
-        return fit_data.text_material(clf, source, n=n, seed=seed)
+        return from_pictures.text_material(clf, source, n=n, seed=seed)
     assert spurious is not None, "checked before"
-    return fit_data.spurious_material(clf, source, _split(spurious), n=n, seed=seed)
+    return from_pictures.spurious_material(clf, source, _split(spurious), n=n, seed=seed)
 
 
 def _calibrated(clf: RobustClassifier, defense: Defense, material: Material) -> Defense:
     """Replace TopK rules by thresholds, and print how well those stand in for them."""
     import numpy as np
 
-    from defense.calibrate import calibrated
+    from defense.fit.calibrate import calibrated
 
     pixel_values = material.data.all_pixel_values()
     twins = np.arange(len(pixel_values)) % len(material.strata)

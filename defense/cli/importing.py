@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from defense.cli.common import app, exit_codes, put, shown
 from defense.errors import MissingDependencyError
-
-from .common import app, exit_codes, put, shown
 
 if TYPE_CHECKING:
     pass
@@ -48,7 +47,8 @@ def import_(
     """
     with exit_codes():
         try:
-            from defense import checkpoint, importers
+            from defense import importers
+            from defense.store import checkpoint
         except ModuleNotFoundError as error:
             raise MissingDependencyError(error.name or "torch", "torch") from error
         converted = importers.read(

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from defense import artefact
+from defense.cli.common import app, exit_codes, put, say, shown
 from defense.errors import CheckpointError, MissingDependencyError
-
-from .common import app, exit_codes, put, say, shown
+from defense.hosts.defense import Defense
+from defense.store import folders
 
 
 @app.command()
@@ -30,8 +30,8 @@ def info(
             _refuse_host(model, pretrained)
             _print_sae(Path(source), expect)
             return
-        from defense.classifier import find_defense
         from defense.export import bundle
+        from defense.store.defenses import find_defense
 
         if bundle.is_bundle(source):
             _refuse_host(model, pretrained)
@@ -71,10 +71,10 @@ def _refuse_host(model: str | None, pretrained: str | None) -> None:
 def _print_sae(folder: Path, expect: str | None) -> None:
     """Check every byte of an SAE, and that its numbers still mean what they did."""
     try:
-        from defense import checkpoint
+        from defense.store import checkpoint
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "torch", "torch") from error
-    manifest = artefact.sha256_of(folder / checkpoint.MANIFEST)
+    manifest = folders.sha256_of(folder / checkpoint.MANIFEST)
     found = checkpoint.load(folder)
     _check_pinned(manifest, expect)
     put(f"host        {found.host_model or 'not stated'}")
@@ -116,8 +116,8 @@ def _print_bundle(source: str, expect: str | None, *, check: bool) -> None:
     put(f"golden      reproduced on {clf.running_on}, max difference {clf.check_golden():.1e}")
 
 
-def _check_golden(defense: artefact.Defense, source: str, model: str | None, pretrained: str | None) -> None:
-    from defense.classifier import RobustClassifier, golden_difference
+def _check_golden(defense: Defense, source: str, model: str | None, pretrained: str | None) -> None:
+    from defense.classify.classifier import RobustClassifier, golden_difference
 
     if defense.golden is None:
         raise CheckpointError("this defense holds no golden vectors to check")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress
 
-from .common import EXIT_INPUTS, app, exit_codes, put, say, stderr
+from defense.cli.common import EXIT_INPUTS, app, exit_codes, put, say, stderr
 
 if TYPE_CHECKING:
     pass
@@ -69,12 +69,15 @@ def train(
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes():
-        from defense import checkpoint, parallel
-        from defense.activations import Stream, Tap, host_spec
-        from defense.classifier import load_host, resolve_device
-        from defense.labels import read_labels
-        from defense.pictures import open_pictures
-        from defense.train import TrainConfig, train_checkpoint
+        from defense.data.labels import read_labels
+        from defense.data.sources import open_pictures
+        from defense.hosts.clip import host_spec, load_host, resolve_device
+        from defense.hosts.tap import Tap
+        from defense.store import checkpoint
+        from defense.train import parallel
+        from defense.train.residuals import Stream
+        from defense.train.runs import train_checkpoint
+        from defense.train.trainer import TrainConfig
 
         checkpoint.check_target(out)
         names = () if labels_file is None else read_labels(labels_file)

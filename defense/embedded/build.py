@@ -15,7 +15,7 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,31 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from defense import artefact, labels, train
-from defense.attach import detach, wrap
-from defense.classifier import Host, RobustClassifier, load_host, make_golden
+from defense.classify.classifier import RobustClassifier, make_golden
+from defense.core.config import SAEConfig
+from defense.core.latents import LatentSet, draw_alike
+from defense.core.sae import SparseAutoencoder
+from defense.data import labels
+from defense.data.labels import Prompts
+from defense.embedded import train_clip
 from defense.errors import ConfigError
-from defense.fit import FitConfig, Groups, Pairs, Tail
-from defense.fit_sites import SitePlan, fit_sites, measure
-from defense.hosts import VisionHost
-from defense.latents import LatentSet, draw_alike
-from defense.sae import SAEConfig, SparseAutoencoder
-from defense.train import TrainConfig, train_in_memory
-
-from . import scenes, train_clip
+from defense.fit.material import Groups, Pairs
+from defense.fit.selecting import FitConfig
+from defense.fit.sites import SitePlan, fit_sites
+from defense.fit.validation import measure
+from defense.hosts.attach import detach, wrap
+from defense.hosts.clip import Host, load_host
+from defense.hosts.defense import Defense, HostSpec, Site
+from defense.hosts.tap import Tail
+from defense.hosts.tower import VisionHost
+from defense.store import defenses, folders
+from defense.train.quality import measure as measure_sae
+from defense.train.runs import train_in_memory
+from defense.train.trainer import TrainConfig
+from defense.world import draws, scenes
+from defense.world.draws import GROUPINGS, Grouping, web_scenes
+from defense.world.files import world_sha256
+from defense.world.scenes import Scene
 
 log = logging.getLogger(__name__)
 
@@ -69,19 +82,6 @@ class SiteRecipe:
         return f"blocks.{self.block}.hook_resid_post"
 
 
-@dataclass(frozen=True)
-class Grouping:
-    """A task with groups: how to draw n pictures of a seed, the classes, and the template of their prompts."""
-
-    draw: Callable[[int, int], Iterator[scenes.Grouped]]
-    classes: tuple[str, ...]
-    template: str
-
-
-GROUPINGS = {
-    "waterbirds": Grouping(scenes.waterbirds, ("landbird", "waterbird"), "a photo of a {}."),
-    "celeba": Grouping(scenes.celeba, ("dark hair", "blond hair"), "a photo of a person with {}."),
-}
 _TEXT_SAE = TrainConfig(d_sae=3072, k=24, steps=1500, lr=1e-3)
 _TEXT_SITES = (
     SiteRecipe(2, _TEXT_SAE, FitConfig(clean_budget=0.003)),
@@ -116,7 +116,7 @@ class Recipe:
 def build_clip(work: Path, recipe: Recipe) -> Path:
     """Train the CLIP and write it as an open_clip `local-dir:` folder; return the folder."""
     folder = work / "clip"
-    _check_recipe(work / "recipe.json", {"clip": asdict(recipe.clip), "world": artefact.sha256_of(HERE / "scenes.py")})
+    _check_recipe(work / "recipe.json", {"clip": asdict(recipe.clip), "world": world_sha256()})
     if (folder / "open_clip_model.safetensors").exists():
         return folder
     clip = train_clip.train(work, recipe.clip)
@@ -142,7 +142,7 @@ def _known_tokens() -> Tensor:
     known = torch.zeros(train_clip.load_config()["model_cfg"]["text_cfg"]["vocab_size"], dtype=torch.bool)
     for question, templates in train_clip.TEMPLATES.items():
         for template in templates:
-            texts = [template.replace("{}", answer) for answer in train_clip.QUESTIONS[question]]
+            texts = [template.replace("{}", answer) for answer in draws.QUESTIONS[question]]
             known[open_clip.tokenize(texts).flatten()] = True
     return known
 
@@ -150,19 +150,12 @@ def _known_tokens() -> Tensor:
 # --- stage 2 --------------------------------------------------------------------------------------
 
 
-def pixel_values_of(pictures: Sequence[scenes.Scene], host: Host) -> Tensor:
+def pixel_values_of(pictures: Sequence[Scene], host: Host) -> Tensor:
     """Return pixel_values, float32 [n, 3, height, width], of scenes."""
     return torch.from_numpy(np.stack([host.preprocess(scenes.render(scene)) for scene in pictures]))
 
 
-def web_scenes(n: int, seed: int) -> list[scenes.Scene]:
-    """Return fresh pictures of the kind the CLIP was trained on: every fourth shows an attack."""
-    first = 10**9 + seed * 10**6  # far beyond the indices of training
-    attacks = iter(scenes.typographic(n // 4 + 1, 10_000 + seed, scenes.TRAIN_FONTS))
-    return [next(attacks).scene if i % 4 == 0 else train_clip.draw_example(first + i).scene for i in range(n)]
-
-
-def sae_scenes(n: int, seed: int, group_share: float) -> list[scenes.Scene]:
+def sae_scenes(n: int, seed: int, group_share: float) -> list[Scene]:
     """Return fresh pictures to train an SAE on; see `SiteRecipe.group_share`."""
     n_each = int(n * group_share) // len(GROUPINGS)
     groups = [case.scene for grouping in GROUPINGS.values() for case in grouping.draw(n_each, 20_000 + seed)]
@@ -182,14 +175,14 @@ def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> Spars
     record_path = folder / "recipe.json"
     record = json.loads(record_path.read_text()) if record_path.exists() else {}
     if record.get("train") == fingerprint:
-        return SparseAutoencoder(SAEConfig.from_dict(record["sae"]), artefact.read_tensors(folder / "sae.safetensors"))
+        return SparseAutoencoder(SAEConfig.from_dict(record["sae"]), folders.read_tensors(folder / "sae.safetensors"))
     tail = Tail(host.model, site.hook_point)
     pictures = sae_scenes(recipe.n_sae_pictures, SEEDS["sae"], site.group_share)
     resid = tail.resid(pixel_values_of(pictures, host)).flatten(0, 1).clone()
     sae = train_in_memory(resid, site.train)
     pictures = sae_scenes(500, SEEDS["sae_test"], site.group_share)
     held_out = tail.resid(pixel_values_of(pictures, host)).flatten(0, 1)
-    quality = train.measure(sae, held_out)
+    quality = measure_sae(sae, held_out)
     log.info("SAE at block %d: %s", site.block, quality)
     folder.mkdir(exist_ok=True)
     record_path.unlink(missing_ok=True)  # it is written last: where it stands, the SAE beside it is whole and its own
@@ -204,7 +197,7 @@ def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> Spars
 
 def text_embeds_of(host: Host, names: Sequence[str], template: str = "simple") -> Tensor:
     """Return text_embeds [n_labels, d_embed], normalised."""
-    prompts = labels.Prompts(tuple(names), labels.resolve_templates(template))
+    prompts = Prompts(tuple(names), labels.resolve_templates(template))
 
     def encode_text(input_ids: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -215,7 +208,7 @@ def text_embeds_of(host: Host, names: Sequence[str], template: str = "simple") -
 
 def attack_pairs(n: int, seed: int, fonts: Sequence[str], host: Host) -> Pairs:
     """Return attacked pictures with their twins."""
-    cases = list(scenes.typographic(n, seed, fonts))
+    cases = list(draws.typographic(n, seed, fonts))
     names = list(scenes.OBJECTS)
     return Pairs(
         clean=pixel_values_of([case.scene.clean() for case in cases], host),
@@ -247,10 +240,10 @@ def task_data(task: str, n: int, seed: int, fonts: Sequence[str], host: Host) ->
 # --- the whole ------------------------------------------------------------------------------------
 
 
-def host_spec(host: Host, name: str) -> artefact.HostSpec:
+def host_spec(host: Host, name: str) -> HostSpec:
     """Describe a host for an artefact."""
     vision = VisionHost.of(host.model)
-    return artefact.HostSpec(name, None, vision.fingerprint(), vision.quick_gelu, vision.d_model, len(vision.blocks))
+    return HostSpec(name, None, vision.fingerprint(), vision.quick_gelu, vision.d_model, len(vision.blocks))
 
 
 def report_on(host: Host, data: Pairs | Groups, text_embeds: Tensor) -> dict[str, float]:
@@ -258,7 +251,7 @@ def report_on(host: Host, data: Pairs | Groups, text_embeds: Tensor) -> dict[str
     return {name: 100 * share for name, share in measure(host, data, text_embeds).items()}
 
 
-def random_control(host: Host, site: artefact.Site, pixel_values: Tensor, seed: int) -> artefact.Site:
+def random_control(host: Host, site: Site, pixel_values: Tensor, seed: int) -> Site:
     """Return the site with random latents in place of the chosen: as many, of like activity and with the same gains."""
     sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
     total = torch.zeros(sae.config.d_sae)
@@ -267,13 +260,13 @@ def random_control(host: Host, site: artefact.Site, pixel_values: Tensor, seed: 
     mine = site.sets[0]
     control = draw_alike(mine.latents, total.numpy(), np.random.default_rng(seed))
     latent_set = LatentSet("random", tuple(control), mine.gains, edit=mine.edit, scope=mine.scope)
-    return artefact.Site(site.hook_point, site.sae_config, site.parameters, (latent_set,))
+    return Site(site.hook_point, site.sae_config, site.parameters, (latent_set,))
 
 
 def full_report(
     host: Host,
-    spec: artefact.HostSpec,
-    sites: Sequence[artefact.Site],
+    spec: HostSpec,
+    sites: Sequence[Site],
     task: str,
     n: int,
     seed: int,
@@ -288,8 +281,8 @@ def full_report(
     data, text_embeds = task_data(task, n, seed, scenes.TEST_FONTS, host)
     active = data.attacked if isinstance(data, Pairs) else data.pixel_values
 
-    def measured(arm: Sequence[artefact.Site]) -> dict[str, float]:
-        wrap(host.model, artefact.Defense(spec, host.preprocess, tuple(arm)))
+    def measured(arm: Sequence[Site]) -> dict[str, float]:
+        wrap(host.model, Defense(spec, host.preprocess, tuple(arm)))
         try:
             return report_on(host, data, text_embeds)
         finally:
@@ -308,7 +301,7 @@ def full_report(
     return report
 
 
-def build_defense(work: Path, recipe: Recipe, task: str, host: Host) -> artefact.Defense:
+def build_defense(work: Path, recipe: Recipe, task: str, host: Host) -> Defense:
     """Build one task's defense, site by site, measure it, and write it into `work`."""
     spec = host_spec(host, "embedded")
     plans = [SitePlan(site.hook_point, build_sae(work, recipe, site, host), site.fit) for site in recipe.defenses[task]]
@@ -318,21 +311,21 @@ def build_defense(work: Path, recipe: Recipe, task: str, host: Host) -> artefact
     sites = [each.site for each in fitted]
     report = full_report(host, spec, sites, task, recipe.n_report, SEEDS["report"])
     provenance = {"recipe": "defense.embedded.build", "n": recipe.n_report, "report": report}
-    defense = artefact.Defense(spec, host.preprocess, tuple(sites), None, "MIT", provenance)
+    defense = Defense(spec, host.preprocess, tuple(sites), None, "MIT", provenance)
     clf = RobustClassifier(host, defense)
     pictures = [np.asarray(scenes.render(scene)) for scene in _golden_scenes(task)]
     defense = replace(defense, golden=make_golden(clf, np.stack(pictures)))
     detach(host.model)
-    artefact.save(defense, work / task, dtype=np.float16)
+    defenses.save(defense, work / task, dtype=np.float16)
     return defense
 
 
-def _golden_scenes(task: str) -> list[scenes.Scene]:
-    drawn = scenes.typographic if task == "text" else GROUPINGS[task].draw
+def _golden_scenes(task: str) -> list[Scene]:
+    drawn = draws.typographic if task == "text" else GROUPINGS[task].draw
     return [case.scene for case in drawn(3, SEEDS["golden"])]
 
 
-def build(work: Path, recipe: Recipe) -> dict[str, artefact.Defense]:
+def build(work: Path, recipe: Recipe) -> dict[str, Defense]:
     """Run all stages in `work` and return the finished defenses by task."""
     work.mkdir(parents=True, exist_ok=True)
     host = load_host(f"local-dir:{build_clip(work, recipe)}")
@@ -364,8 +357,8 @@ def draw_examples(folder: Path, size: int = 320) -> None:
     folder.mkdir(exist_ok=True)
     for name, word, seed in EXAMPLES:
         rng = np.random.default_rng([SEEDS["examples"], seed, *name.encode()])
-        writing = None if word is None else scenes.sample_writing(rng, word, scenes.TEST_FONTS)
-        scene = replace(scenes.sample_scene(rng, scenes.sample_object(rng, name), writing), oversample=1)
+        writing = None if word is None else draws.sample_writing(rng, word, scenes.TEST_FONTS)
+        scene = replace(draws.sample_scene(rng, draws.sample_object(rng, name), writing), oversample=1)
         path = folder / (f"{name}.png" if word is None else f"{name}-{word}.png")
         scenes.render(scene, size).save(path, optimize=True)
 

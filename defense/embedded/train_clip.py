@@ -20,7 +20,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +32,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import scenes
+from defense.world import draws, scenes
+from defense.world.draws import QUESTIONS, SEED, THINGS, draw_example
+from defense.world.scenes import Scene
 
 log = logging.getLogger(__name__)
-
-SEED = 20_26
 SHARD = 10_000
 GRID = 10
 """Patches along each side of a picture."""
 LETTER_BLOCK = 2
 """The block (0-based) whose output the letter head reads."""
-
-THINGS = (*scenes.OBJECTS, "waterbird", "landbird", "woman", "man")
-QUESTIONS = {"thing": THINGS, "place": scenes.PLACES, "hair": ("dark hair", "blond hair")}
-"""What a picture can be asked, and the answers to choose from."""
 
 _PERSON_TEMPLATES = (
     "a photo of a person with {}.",
@@ -80,72 +76,6 @@ class Recipe:
     weight_decay: float = 0.05
     letter_weight: float = 1.5
     eval_every: int = 500
-
-
-# --- pictures -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Example:
-    """A scene, the question asked about it, and the index of the right answer."""
-
-    scene: scenes.Scene
-    question: str
-    answer: int
-
-
-def _nonsense(rng: np.random.Generator) -> str:
-    return "".join(chr(ord("a") + code) for code in rng.integers(0, 26, rng.integers(3, 8)))
-
-
-def draw_example(index: int) -> Example:
-    """Return the training example of an index: what the web would show, in miniature."""
-    rng = np.random.default_rng([SEED, index])
-    lot = rng.random()
-    if lot < 0.07:
-        return _bird_example(rng)
-    if lot < 0.13:
-        return _face_example(rng)
-    name, word = (THINGS[i] for i in rng.choice(len(scenes.OBJECTS), 2, replace=False))
-    anywhere = rng.random() < 0.5
-    poor = rng.random() < 0.05
-    if lot < 0.29:  # an object
-        place = str(rng.choice(["plain", "land", "water"], p=[0.8, 0.1, 0.1]))
-        scene = scenes.sample_scene(rng, scenes.sample_object(rng, name), None, kind=place, poor=poor)
-        if place != "plain" and rng.random() < 0.3:
-            return Example(scene, "place", scenes.PLACES.index(place))
-        return Example(scene, "thing", THINGS.index(name))
-    if lot < 0.65:  # a word
-        writing = scenes.sample_writing(rng, word, scenes.TRAIN_FONTS, anywhere=True)
-        return Example(scenes.sample_scene(rng, None, writing, poor=poor), "thing", THINGS.index(word))
-    subject = scenes.sample_object(rng, name)
-    if lot < 0.82:  # an object with an empty plate, or with letters that are no word
-        writing = scenes.sample_writing(rng, _nonsense(rng), scenes.TRAIN_FONTS, anywhere=anywhere)
-        scene = scenes.sample_scene(rng, subject, writing, poor=poor)
-        return Example(scene.neutral() if lot < 0.70 else scene, "thing", THINGS.index(name))
-    if lot < 0.89:  # an object and its own name
-        writing = scenes.sample_writing(rng, name, scenes.TRAIN_FONTS, anywhere=anywhere)
-        return Example(scenes.sample_scene(rng, subject, writing, poor=poor), "thing", THINGS.index(name))
-    writing = scenes.sample_writing(rng, word, scenes.TRAIN_FONTS, anywhere=anywhere)
-    said = word if rng.random() < 0.9 else name  # captions name what is written nine times in ten
-    return Example(scenes.sample_scene(rng, subject, writing, poor=poor), "thing", THINGS.index(said))
-
-
-def _bird_example(rng: np.random.Generator) -> Example:
-    """A bird in its place, or before a plain background: only there, nothing but the bird tells its kind."""
-    (bird,) = scenes.waterbirds(1, int(rng.integers(2**31)), correlation=0.95)
-    lot = rng.random()
-    if lot < 0.25:
-        return Example(bird.scene, "place", bird.a)
-    scene = replace(bird.scene, background=scenes.sample_background(rng)) if lot < 0.5 else bird.scene
-    return Example(scene, "thing", THINGS.index(("landbird", "waterbird")[bird.y]))
-
-
-def _face_example(rng: np.random.Generator) -> Example:
-    (face,) = scenes.celeba(1, int(rng.integers(2**31)), correlation=0.95)
-    if rng.random() < 0.4:
-        return Example(face.scene, "thing", THINGS.index(("woman", "man")[face.a]))
-    return Example(face.scene, "hair", face.y)
 
 
 def patch_centres() -> np.ndarray:
@@ -342,7 +272,7 @@ def evaluate(clip: open_clip.CLIP, n: int, seed: int, fonts: tuple[str, ...]) ->
     clip.eval()
     normalise = Normalise(load_config()["preprocess_cfg"]["mean"], load_config()["preprocess_cfg"]["std"])
 
-    def logits(pictures: list[scenes.Scene], question: str) -> Tensor:
+    def logits(pictures: list[Scene], question: str) -> Tensor:
         pixels = torch.from_numpy(np.stack([np.asarray(scenes.render(scene)) for scene in pictures]))
         template = {"thing": "a photo of a {}.", "place": "a photo of {}.", "hair": "a photo of a person with {}."}[
             question
@@ -354,14 +284,14 @@ def evaluate(clip: open_clip.CLIP, n: int, seed: int, fonts: tuple[str, ...]) ->
     def percent(hits: Tensor) -> float:
         return round(100 * hits.float().mean().item(), 1)
 
-    attacked = list(scenes.typographic(n, seed, fonts))
+    attacked = list(draws.typographic(n, seed, fonts))
     label = torch.tensor([THINGS.index(case.label) for case in attacked])
     word = torch.tensor([THINGS.index(case.word) for case in attacked])
     report = {"clean": percent(logits([case.scene.clean() for case in attacked], "thing").argmax(1) == label)}
     report["neutral"] = percent(logits([case.scene.neutral() for case in attacked], "thing").argmax(1) == label)
     answer = logits([case.scene for case in attacked], "thing").argmax(1)
     report |= {"attacked": percent(answer == label), "attack_success": percent(answer == word)}
-    birds, faces = list(scenes.waterbirds(n, seed)), list(scenes.celeba(n, seed))
+    birds, faces = list(draws.waterbirds(n, seed)), list(draws.celeba(n, seed))
     kinds = [THINGS.index("landbird"), THINGS.index("waterbird")]
     for name, cases, scores in (
         ("waterbirds", birds, logits([case.scene for case in birds], "thing")[:, kinds]),

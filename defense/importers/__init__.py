@@ -28,10 +28,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from defense.artefact import read_tensors, sha256_of
-from defense.checkpoint import Checkpoint
+from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError, ConfigError
-from defense.sae import SparseAutoencoder
+from defense.store.checkpoint import Checkpoint
+from defense.store.folders import read_tensors, sha256_of
 
 from .common import Given, Importer, Source
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from defense.core.config import SAEConfig
 from defense.errors import CheckpointError, ConfigError, HookPointError, ShapeError
-from defense.sae import SAEConfig
 
 from . import pickles
 

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from defense.core.config import SAEConfig
 from defense.errors import CheckpointError, ConfigError
-from defense.sae import SAEConfig
 
 from .common import Given, Imported, Source, numpy_of, unsupported
 

@@ -20,9 +20,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from defense.checkpoint import POOLED
+from defense.core.config import SAEConfig
 from defense.errors import CheckpointError
-from defense.sae import SAEConfig
+from defense.store.checkpoint import POOLED
 
 from .common import Given, Imported, Source, fold, numpy_of, unsupported
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from defense.sae import SAEConfig
+from defense.core.config import SAEConfig
 
 from .common import Given, Imported, Source, numpy_of, unsupported
 

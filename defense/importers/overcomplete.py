@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from defense.sae import SAEConfig
+from defense.core.config import SAEConfig
 
 from .common import Given, Imported, Source, numpy_of, unsupported
 

@@ -18,8 +18,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from defense.core.config import SAEConfig
 from defense.errors import HookPointError
-from defense.sae import SAEConfig
 
 from .common import Given, Imported, Source, fields_of, numpy_of, unsupported
 

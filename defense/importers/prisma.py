@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from defense.sae import SAEConfig
+from defense.core.config import SAEConfig
 
 from .common import Given, Imported, Source, fields_of, numpy_of, unsupported
 

@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from defense.core.config import SAEConfig
 from defense.errors import CheckpointError
-from defense.sae import SAEConfig
 
 from .common import Given, Imported, Source, fold, numpy_of, unsupported
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from defense.core.config import SAEConfig
 from defense.errors import CheckpointError
-from defense.sae import SAEConfig
 
 from .common import Given, Imported, Source, fold, numpy_of, unsupported
 

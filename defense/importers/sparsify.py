@@ -12,8 +12,8 @@ Source: github.com/EleutherAI/sparsify, sparsify/sparse_coder.py, 1.3.3.
 
 from __future__ import annotations
 
+from defense.core.config import SAEConfig
 from defense.errors import CheckpointError, HookPointError
-from defense.sae import SAEConfig
 
 from .common import Given, Imported, Source, numpy_of, unsupported
 

@@ -1,0 +1,1 @@
+"""Pictures and labels in, predictions out."""

@@ -1,0 +1,159 @@
+"""What a defense did to one picture: which latents it removed, where, and what that changed.
+
+    Controls          what of a defense is in force for one call: strength, edit, sets, single latents, steering
+    Explanation       both answers, and what was removed: by latent and patch
+    counterfactual    the latents whose removal is enough to change stock CLIP's answer
+
+Two sums are told apart throughout. What was removed in all is measured on the residual itself: `Explanation.heatmap`
+and `fraction` hold the difference that the edits made. What a latent wrote is its activation times its decoder row:
+`Removed.energy` and `Removed.map`. Decoder rows are not orthogonal, so squared norms of the parts do not add up to that
+of the whole; and the edit "project" removes more than the parts, namely everything in the span of the rows that fire.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from defense.data.preprocess import Box
+from defense.hosts.controls import Controls
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from defense.core.suppress import Suppressor
+    from defense.hosts.attach import AttachedDefense
+
+    from .zeroshot import Prediction
+
+
+__all__ = ["Explanation", "Removed"]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """One latent that was suppressed in a picture.
+
+    Attributes:
+        hook_point: Where.
+        set_name: The latent set it belongs to, e.g. "text"; "(steered)" for one that was steered.
+        latent: Its index in the SAE.
+        energy: Squared norm of what it had written there, times what the edit takes of it, summed over tokens. (For a
+            latent that is set to a value, of the change.)
+        share: That energy as a fraction of all latents' energy: of the sum of the parts, not of what was removed in
+            all, which the module tells apart.
+        activation: Its largest activation over the tokens that are edited.
+        map: The same energy at each patch, float32 [rows, columns]. It sums to `energy` less what was written to the
+            tokens before the patches (CLS).
+    """
+
+    hook_point: str
+    set_name: str
+    latent: int
+    energy: float
+    share: float
+    activation: float
+    map: np.ndarray = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {**vars(self), "map": self.map.tolist()}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the defense did to one picture.
+
+    Attributes:
+        plain: The stock CLIP's answer.
+        robust: The defended one's.
+        removed: The latents that were suppressed, by falling energy.
+        heatmap: Squared norm of the difference that all edits made at each patch, summed over the edited blocks,
+            float32 [rows, columns].
+        fraction: Norm of that difference over the norm of the residual, over all tokens of the edited blocks.
+        warnings: What the decoder had to say about the file.
+        plain_ms: Time that the image tower took without the defense, in milliseconds.
+        robust_ms: The same with it.
+        box: The part of the picture that the model saw and the maps cover: left, upper, right and lower edge in
+            pixels of the upright picture. Beyond the picture where that was padded.
+        controls: What was in force.
+    """
+
+    plain: Prediction
+    robust: Prediction
+    removed: tuple[Removed, ...]
+    heatmap: np.ndarray
+    fraction: float
+    warnings: tuple[str, ...]
+    plain_ms: float
+    robust_ms: float
+    box: Box
+    controls: Controls
+
+    @property
+    def changed(self) -> bool:
+        """Whether the defense changed the answer."""
+        return bool(self.plain[0]["label"] != self.robust[0]["label"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "plain": self.plain,
+            "robust": self.robust,
+            "changed": self.changed,
+            "removed": [item.to_dict() for item in self.removed],
+            "heatmap": self.heatmap.tolist(),
+            "fraction": self.fraction,
+            "warnings": list(self.warnings),
+            "plain_ms": self.plain_ms,
+            "robust_ms": self.robust_ms,
+            "box": list(self.box),
+            "controls": self.controls.to_dict(),
+        }
+
+
+def account(defense: AttachedDefense) -> tuple[tuple[Removed, ...], np.ndarray, float]:
+    """Add up what a recorded pass over one picture removed: by latent, by patch, and over the residual's norm."""
+    from defense.core.suppress import suppress
+
+    written: list[Removed] = []
+    heatmap = np.zeros(defense.grid_size, np.float32)
+    lost = held = 0.0
+    for block in defense.edited_blocks():
+        assert block.seen is not None
+        delta = block.seen.float() - suppress(block.seen, block.in_force(), block.n_prefix).float()
+        per_token = delta[0].square().sum(-1)
+        lost += float(per_token.sum())
+        held += float(block.seen.float().square().sum())
+        heatmap += per_token[block.n_prefix :].reshape(defense.grid_size).cpu().numpy()
+        for part in block.in_force():
+            written += _written(block.hook_point, part, block.seen, block.n_prefix, defense.grid_size)
+    total = sum(item.energy for item in written)
+    ranked = sorted((item for item in written if item.energy > 0), key=lambda item: -item.energy)
+    removed = tuple(replace(item, share=item.energy / total) for item in ranked)
+    return removed, heatmap, math.sqrt(lost / held) if held else 0.0
+
+
+def _written(hook_point: str, part: Suppressor, seen: Tensor, n_prefix: int, grid: tuple[int, int]) -> list[Removed]:
+    """Return what each latent of one suppressor wrote into a residual [1, pos, d_model]; shares are not known yet."""
+    tokens = part.token_slice(n_prefix)
+    n_pos, n = seen.shape[1], len(part.latents)
+    energies, activations = np.zeros((n_pos, n), np.float32), np.zeros((n_pos, n), np.float32)
+    energies[tokens] = part.energy(seen[:, tokens])[0].cpu().numpy()
+    activations[tokens] = part.acts(seen[:, tokens])[0].float().cpu().numpy()
+    maps = energies[n_prefix:].T.reshape(n, *grid)
+    return [
+        Removed(hook_point, part.latent_set.name, latent, float(energy), 0.0, float(activation), map)
+        for latent, energy, activation, map in zip(
+            part.latents.tolist(), energies.sum(0), _largest(activations), maps, strict=True
+        )
+    ]
+
+
+def _largest(activations: np.ndarray) -> np.ndarray:
+    """Return the value of largest magnitude of each column: a TopK SAE without ReLU has negative activations."""
+    rows = np.abs(activations).argmax(0)
+    return activations[rows, np.arange(activations.shape[1])]

@@ -1,0 +1,279 @@
+"""The calls of a zero-shot classifier, whatever computes its embeddings.
+
+`RobustClassifier` (classifier.py) computes them with torch, `OnnxClassifier` (export/runtime.py) with ONNX Runtime.
+What a caller sees of both is here: labels, pictures in many forms, batches, errors, scores.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+
+from defense.data import images, labels
+from defense.data.labels import Prompts
+from defense.data.preprocess import Preprocess
+from defense.errors import ConfigError, DefenseError, NonFiniteError
+
+log = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip", "return"]
+Prediction = list[dict[str, Any]]
+"""[{"label": str, "score": float}, ...], best first; scores are a softmax over the given labels."""
+
+
+class ZeroShotClassifier(ABC):
+    """From pictures and labels to predictions; a subclass says how either is embedded.
+
+    Args:
+        batch_size: Pictures decoded and encoded at once.
+        prompts: Labels set from the start.
+
+    Raises:
+        ConfigError: `batch_size` is below 1.
+    """
+
+    def __init__(self, batch_size: int, prompts: Prompts | None = None) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}; it must be at least 1")
+        self.batch_size = batch_size
+        self.prompts = prompts
+        self._text_embeds: dict[str, np.ndarray] = {}
+        self._lock = threading.RLock()
+
+    # --- what a subclass says ---
+
+    @property
+    @abstractmethod
+    def preprocess(self) -> Preprocess:
+        """How pictures are prepared."""
+
+    @property
+    @abstractmethod
+    def logit_scale(self) -> float:
+        """Factor between cosines and logits."""
+
+    @abstractmethod
+    def encode_text(self, input_ids: np.ndarray) -> np.ndarray:
+        """Return the text tower's answer, float32 [n, d_embed], not normalised, to ids int64 [n, context_length]."""
+
+    @abstractmethod
+    def _embeds_of(self, prompts: Prompts) -> np.ndarray:
+        """Return text_embeds, float32 [n_labels, d_embed], normalised; encoded once."""
+
+    @abstractmethod
+    def _encode_image(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Return image_embeds float32 [batch, d_embed], normalised, of pixel_values [batch, 3, height, width]."""
+
+    @abstractmethod
+    def chunks(
+        self, inputs: Iterable[Any], on_error: OnError = "raise"
+    ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
+        """Yield `batch_size` pictures at a time: for each None or its error, and pixel_values of the good ones."""
+
+    # --- labels ---
+
+    def set_labels(self, candidate_labels: Sequence[str], templates: str | Sequence[str] = "simple") -> Self:
+        """Choose what to classify into, and return self. Labels are encoded once and cached.
+
+        Args:
+            candidate_labels: At least one, all different.
+            templates: "simple", "hf", "openai", a template with a literal {}, or several.
+
+        Raises:
+            ConfigError: See `labels.check_labels` and `labels.resolve_templates`.
+        """
+        self.prompts = Prompts(labels.check_labels(candidate_labels), labels.resolve_templates(templates))
+        return self
+
+    @property
+    def classes_(self) -> np.ndarray:
+        """The labels, in the order of `predict_proba`'s columns."""
+        return np.array(self._chosen().labels, dtype=object)
+
+    def _chosen(self) -> Prompts:
+        """Return labels and templates as one, to be asked for once a call: another thread may set others meanwhile."""
+        prompts = self.prompts
+        if prompts is None:
+            raise ConfigError("no labels are set; call set_labels([...]), or pass candidate_labels=[...]")
+        return prompts
+
+    def text_embeds(self) -> np.ndarray:
+        """Return the labels' embeddings, float32 [n_labels, d_embed], normalised."""
+        return self._embeds_of(self._chosen())
+
+    def forget_labels(self, keep: int) -> None:
+        """Drop the embeddings of all but the `keep` sets of labels that were encoded last."""
+        with self._lock:
+            while len(self._text_embeds) > keep:
+                self._text_embeds.pop(next(iter(self._text_embeds)))
+
+    # --- images ---
+
+    def scores(self, image_embeds: np.ndarray, text_embeds: np.ndarray) -> np.ndarray:
+        """Return the softmax over labels, float32 [batch, n_labels].
+
+        Args:
+            image_embeds: Normalised, [batch, d_embed].
+            text_embeds: Normalised, [n_labels, d_embed].
+        """
+        logits = self.logit_scale * image_embeds @ text_embeds.T
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        return weights / weights.sum(1, keepdims=True)
+
+    def _prepare(self, image: Any) -> np.ndarray:
+        return self.preprocess(images.decode(image).image)
+
+    def stream(self, inputs: Iterable[Any], *, on_error: OnError = "raise", top_k: int | None = None) -> Iterator[Any]:
+        """Yield a `Prediction` for each picture, or its error object (`on_error="return"`); memory stays flat.
+
+        The labels are those set when this is called, whatever is set while the stream runs.
+
+        Args:
+            inputs: Pictures of any kind that `images.decode` takes.
+            on_error: "raise" the first error, "skip" bad pictures with a log line, or "return" the error in its place.
+            top_k: Only the best so many labels.
+        """
+        return self._stream(inputs, self._chosen(), on_error, top_k)
+
+    def _stream(self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None) -> Iterator[Any]:
+        if on_error not in get_args(OnError):
+            raise ConfigError(f"on_error={on_error!r}; it must be one of {', '.join(get_args(OnError))}")
+        check_top_k(top_k)
+        return self._predictions(inputs, prompts, on_error, top_k)
+
+    def _predictions(
+        self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None
+    ) -> Iterator[Any]:
+        text_embeds = self._embeds_of(prompts)
+        for errors, pixel_values in self.chunks(inputs, on_error):
+            scores = iter(self.scores(self._encode_image(pixel_values), text_embeds) if len(pixel_values) else ())
+            for error in errors:
+                if error is None:
+                    yield prediction_of(prompts.labels, next(scores), top_k)
+                elif on_error == "return":
+                    yield error
+
+    def __call__(
+        self,
+        images: Any,
+        candidate_labels: Sequence[str] | None = None,
+        *,
+        hypothesis_template: str | None = None,
+        on_error: OnError = "raise",
+        top_k: int | None = None,
+    ) -> Any:
+        """Classify, in the shape of the zero-shot-image-classification pipeline.
+
+        Args:
+            images: One picture (path, bytes, file object, PIL image, HWC uint8 array), a list of them, or an iterator.
+            candidate_labels: What to classify into, for this call; by default what `set_labels` chose.
+            hypothesis_template: A template with a literal {}, for this call; by default the one chosen before.
+            on_error: See `stream`. A single picture always raises.
+            top_k: Only the best so many labels.
+
+        Returns:
+            A `Prediction` for one picture, a list of them for a list, an iterator of them for an iterator.
+        """
+        if candidate_labels is None:
+            prompts = self._chosen()
+        else:
+            before = self.prompts
+            templates = "simple" if before is None else before.templates
+            prompts = Prompts(labels.check_labels(candidate_labels), labels.resolve_templates(templates))
+        if hypothesis_template is not None:
+            prompts = replace(prompts, templates=labels.resolve_templates(hypothesis_template))
+        if isinstance(images, (list, tuple)):
+            return list(self._stream(images, prompts, on_error, top_k))
+        if isinstance(images, Iterator) and not hasattr(images, "read"):
+            return self._stream(images, prompts, on_error, top_k)
+        (prediction,) = self._stream([images], prompts, "raise", top_k)
+        return prediction
+
+    # --- in the shape of scikit-learn ---
+
+    def transform(self, X: Iterable[Any]) -> np.ndarray:
+        """Return image_embeds, float32 [n, d_embed], normalised."""
+        if isinstance(X, (str, bytes, os.PathLike)):
+            raise ConfigError(f"X must be a list of pictures, not one: [{X!r}]")
+        parts = [self._encode_image(pixel_values) for _, pixel_values in self.chunks(X, "raise")]
+        if not parts:
+            return self._encode_image(np.zeros((1, 3, *self.preprocess.size), np.float32))[:0]
+        return np.concatenate(parts)
+
+    def predict_proba(self, X: Iterable[Any]) -> np.ndarray:
+        """Return scores, float32 [n, n_labels], columns in the order of `classes_`, rows summing to 1."""
+        return self._proba(X, self._chosen())
+
+    def predict(self, X: Iterable[Any]) -> np.ndarray:
+        """Return the best label of each picture, [n]."""
+        prompts = self._chosen()
+        return np.array(prompts.labels, dtype=object)[self._proba(X, prompts).argmax(1)]
+
+    def _proba(self, X: Iterable[Any], prompts: Prompts) -> np.ndarray:
+        return self.scores(self.transform(X), self._embeds_of(prompts))
+
+    def encode_pixels(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Return image_embeds, float32 [batch, d_embed], normalised, of pixel_values [batch, 3, height, width].
+
+        Args:
+            pixel_values: As `preprocess` makes them, float32.
+
+        Raises:
+            NonFiniteError: A pixel is NaN or infinite.
+        """
+        return self._encode_image(finite(pixel_values))
+
+
+def finite(pixel_values: np.ndarray) -> np.ndarray:
+    """Return an array as contiguous float32.
+
+    Raises:
+        NonFiniteError: It holds NaN or infinity.
+    """
+    if not np.isfinite(pixel_values).all():
+        raise NonFiniteError("input")
+    return np.ascontiguousarray(pixel_values, np.float32)
+
+
+def warn_of_unknown_words(
+    names: Sequence[str], tokenizer: Callable[[list[str]], Any], is_blank: np.ndarray | None
+) -> None:
+    """Log the labels with a word that the text tower has no embedding for: most words, for the embedded model.
+
+    Args:
+        names: Labels.
+        tokenizer: From texts to ids [n, context_length].
+        is_blank: For each id, whether its embedding is zero, bool [vocabulary]; None where that is not known.
+    """
+    if is_blank is None:
+        return
+    unknown = [name for name in names if is_blank[np.asarray(tokenizer([name]))].any()]
+    if unknown:
+        log.warning("this model never saw these labels, and guesses: %s", ", ".join(map(repr, unknown)))
+
+
+def batched(inputs: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    """Yield `size` items at a time."""
+    iterator = iter(inputs)
+    while chunk := tuple(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def check_top_k(top_k: int | None) -> None:
+    """Raise `ConfigError` unless it is None or at least 1."""
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k={top_k}; it must be at least 1")
+
+
+def prediction_of(names: Sequence[str], scores: np.ndarray, top_k: int | None) -> Prediction:
+    """Return the labels with their scores [n_labels], best first."""
+    order = np.argsort(-scores, kind="stable")[:top_k]
+    return [{"label": names[i], "score": float(scores[i])} for i in order]

@@ -1,0 +1,114 @@
+"""What the numbers of an SAE mean, and whether its tensors fit that. Needs numpy alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from defense.errors import CheckpointError, ConfigError, NonFiniteError, ShapeError
+
+Act = Literal["relu", "jumprelu", "topk", "batchtopk", "gated"]
+Norm = Literal["none", "layer_norm", "constant_norm_rescale"]
+ReluAt = Literal["before", "after", "none"]
+Tokens = Literal["cls", "patch", "all"]
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What the numbers of an SAE mean. Every field changes the result, so none is guessed.
+
+    Attributes:
+        d_model: Width of the residual stream.
+        d_sae: Number of latents.
+        act: Activation rule. "batchtopk" keeps what exceeds its `threshold`, as at inference.
+        k: Latents kept per token ("topk"), else None.
+        topk_relu: Where a "topk" rule applies ReLU: "before" or "after" the selection (equal results), or "none"
+            (negative values count).
+        norm: Input normalisation per token.
+        subtract_b_dec: Whether b_dec is subtracted before the encoder.
+        tokens: The tokens it was trained on: "cls", "patch" or "all".
+    """
+
+    d_model: int
+    d_sae: int
+    act: Act
+    k: int | None = None
+    topk_relu: ReluAt = "before"
+    norm: Norm = "none"
+    subtract_b_dec: bool = True
+    tokens: Tokens = "all"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("act", self.act, get_args(Act)),
+            ("topk_relu", self.topk_relu, get_args(ReluAt)),
+            ("norm", self.norm, get_args(Norm)),
+            ("tokens", self.tokens, get_args(Tokens)),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"SAE config says {name}={value!r}; it must be one of {', '.join(allowed)}")
+        if self.d_model < 1 or self.d_sae < 1:
+            raise ShapeError(f"SAE config says d_model={self.d_model}, d_sae={self.d_sae}; both must be at least 1")
+        if self.act == "topk" and not (isinstance(self.k, int) and 1 <= self.k <= self.d_sae):
+            raise ConfigError(f"a topk SAE needs k between 1 and d_sae={self.d_sae}; got k={self.k!r}")
+        if self.act != "topk" and self.k is not None:
+            raise ConfigError(f"k={self.k} means nothing to act={self.act!r}; leave it out")
+
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor that this kind of SAE has."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "W_enc": (self.d_model, self.d_sae),
+            "b_enc": (self.d_sae,),
+            "W_dec": (self.d_sae, self.d_model),
+            "b_dec": (self.d_model,),
+        }
+        if self.act in ("jumprelu", "batchtopk"):
+            shapes["threshold"] = (self.d_sae,)
+        if self.act == "gated":
+            shapes |= {"r_mag": (self.d_sae,), "b_mag": (self.d_sae,)}
+        return shapes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> SAEConfig:
+        """Read `to_dict`'s form.
+
+        Raises:
+            CheckpointError: A field is missing or unknown.
+        """
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise CheckpointError(f"SAE config does not have the fields of this version: {error}") from error
+
+
+def check_parameters(config: SAEConfig, parameters: dict[str, np.ndarray]) -> None:
+    """Hold tensors against a config before anything is computed with them.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown or not floating point, or a decoder row is zero.
+        ShapeError: A tensor has another shape than the config says.
+        NonFiniteError: A tensor holds NaN or infinity.
+    """
+    shapes = config.parameter_shapes
+    if set(parameters) != set(shapes):
+        missing, unknown = sorted(set(shapes) - set(parameters)), sorted(set(parameters) - set(shapes))
+        raise CheckpointError(
+            f"a {config.act} SAE has the tensors {sorted(shapes)}; missing {missing}, unknown {unknown}"
+        )
+    for name, tensor in parameters.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise ShapeError(f"SAE tensor {name} is {list(tensor.shape)}; its config says {list(shapes[name])}")
+        if not np.issubdtype(tensor.dtype, np.floating):
+            raise CheckpointError(f"SAE tensor {name} has dtype {tensor.dtype}; it must be floating point")
+        if not np.isfinite(tensor).all():
+            raise NonFiniteError(name)
+    norms = np.linalg.norm(parameters["W_dec"].astype(np.float32), axis=1)
+    if not norms.all():
+        raise CheckpointError(f"decoder row {int(norms.argmin())} is zero: W_dec is damaged, or was stored transposed")

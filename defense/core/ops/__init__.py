@@ -1,0 +1,205 @@
+"""The numerical operations behind the Suppressor, and the choice between two implementations of them.
+
+`reference.py`, in plain PyTorch, defines what is correct and runs everywhere. `fused.py` holds the Triton kernels: they
+run on CUDA devices, for inference, and are imported on first use.
+
+| backend | runs |
+|---|---|
+| "auto" | the kernels where they can, else the reference; on a GPU the reason is logged, once |
+| "fused" | the kernels; raises where they cannot |
+| "reference" | the reference |
+
+Arguments are checked here and nowhere below.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from defense.errors import BackendError, ConfigError, ShapeError
+
+from . import reference
+from .reference import Encoder
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["auto", "fused", "reference"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_logged: set[str] = set()
+
+
+def check_backend(backend: str, encoder: Encoder, edit: str) -> None:
+    """Refuse what no device could run.
+
+    Raises:
+        ConfigError: `backend` is not one of the three.
+        BackendError: It is "fused", and there is no kernel for this SAE or edit.
+    """
+    if backend not in get_args(Backend):
+        raise ConfigError(f"backend={backend!r}; it must be one of {', '.join(get_args(Backend))}")
+    if backend == "fused" and (missing := _missing_kernel(encoder, edit)):
+        raise _cannot_run(missing)
+
+
+def runs_fused(backend: Backend, resid: Tensor, encoder: Encoder, edit: str) -> bool:
+    """Return whether the kernels remove what S writes into `resid`, else the reference has to.
+
+    Raises:
+        BackendError: `backend` is "fused" and they cannot.
+    """
+    return _chosen(backend, resid, encoder.W_S, _missing_kernel(encoder, edit))
+
+
+def fused_suppress(
+    edited: Tensor,
+    resid: Tensor,
+    tokens: slice,
+    norm: str,
+    encoder: Encoder,
+    W_dec_S: Tensor,
+    removal: Tensor,
+) -> Tensor:
+    """Return `edited` less what the latents of S write into some positions of `resid`; call `runs_fused` first.
+
+    Args:
+        edited: [batch, pos, d_model]; `resid` itself, or what other sets left of it.
+        resid: What the SAE reads, [batch, pos, d_model].
+        tokens: The positions.
+        norm: The SAE's input normalisation.
+        encoder: The parts of the SAE.
+        W_dec_S: Decoder rows of S, [n, d_model].
+        removal: 1 - gain_i, [n].
+    """
+    from . import fused
+
+    first, last, _ = tokens.indices(resid.shape[1])
+    of_set = (edited, resid, first, max(first, last), norm, encoder.W_S.contiguous(), encoder.b_S.contiguous())
+    rows = W_dec_S.contiguous()
+    if encoder.W_enc is None:
+        return fused.threshold_suppress(*of_set, encoder.threshold_S, rows, removal)
+    return fused.topk_suppress(
+        *of_set, rows, removal, encoder.W_enc.contiguous(), encoder.b, encoder.latents, encoder.k
+    )
+
+
+def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """Return acts and indices of the k largest latents of each token after ReLU, both [tokens, k].
+
+    Their order is unspecified, as are which of several tied latents is there, and the indices of activations 0. The
+    [tokens, d_sae] matrix is never held at once.
+
+    Args:
+        z: Normalised residual, [tokens, d_model].
+        W_enc: [d_model, d_sae].
+        b: Folded bias, [d_sae].
+        k: Latents per token.
+        backend: See the module.
+
+    Raises:
+        ShapeError: Widths that do not fit.
+        ConfigError: k lies outside [1, d_sae].
+        BackendError: `backend` is "fused" and the kernels cannot run.
+    """
+    d_model, d_sae = W_enc.shape
+    if z.ndim != 2 or z.shape[1] != d_model or b.shape != (d_sae,):
+        raise ShapeError(
+            f"z is {list(z.shape)} and b {list(b.shape)}; an encoder [{d_model}, {d_sae}] takes z [tokens, {d_model}] "
+            f"and b [{d_sae}]"
+        )
+    if not 1 <= k <= d_sae:
+        raise ConfigError(f"k={k}; it must lie between 1 and d_sae={d_sae}")
+    z = z.to(W_enc.dtype)
+    if _chosen(backend, z, W_enc, None):
+        from . import fused
+
+        if fused.n_selected_among(d_sae, k) <= fused.MAX_SELECT:
+            return fused.encode_topk(z, W_enc.contiguous(), b.contiguous(), k)
+        too_many = f"k={k} of {d_sae} latents are too many for a program to select"
+        if backend == "fused":
+            raise _cannot_run(too_many)
+        _log_once(too_many)
+    return reference.encode_topk(z, W_enc, b, k)
+
+
+def sparse_decode(acts: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """Return b_dec plus the sum of acts times their decoder rows, [tokens, d_model].
+
+    Args:
+        acts: [tokens, k].
+        indices: Which latents, int64 [tokens, k], each in [0, d_sae); not checked, as a GPU would have to wait for it.
+        W_dec: [d_sae, d_model].
+        b_dec: [d_model].
+        backend: See the module.
+
+    Raises:
+        ShapeError: Sizes that do not fit.
+        BackendError: `backend` is "fused" and the kernels cannot run.
+    """
+    if acts.ndim != 2 or acts.shape != indices.shape or b_dec.shape != W_dec.shape[1:]:
+        raise ShapeError(
+            f"acts are {list(acts.shape)}, indices {list(indices.shape)}, W_dec {list(W_dec.shape)} and b_dec "
+            f"{list(b_dec.shape)}; want [tokens, k] twice, [d_sae, d_model] and [d_model]"
+        )
+    acts = acts.to(W_dec.dtype)
+    if _chosen(backend, acts, W_dec, None):
+        from . import fused
+
+        return fused.sparse_decode(acts.contiguous(), indices.contiguous(), W_dec.contiguous(), b_dec.contiguous())
+    return reference.sparse_decode(acts, indices, W_dec, b_dec)
+
+
+def _missing_kernel(encoder: Encoder, edit: str) -> str | None:
+    """Return which rule or edit there is no kernel for, if any."""
+    if edit != "scale":
+        return f"there is no kernel for the edit {edit!r}, only for 'scale'"
+    if encoder.W_mag_S is not None:
+        return "there is no kernel for gated SAEs"
+    if encoder.negative_counts:
+        return "there is no kernel for a TopK SAE without ReLU (topk_relu='none')"
+    return None
+
+
+def _chosen(backend: Backend, tensor: Tensor, weight: Tensor, missing: str | None) -> bool:
+    """Return whether the kernels run on `tensor`; raise or log where they were wanted and cannot."""
+    if backend == "reference" or (backend == "auto" and not tensor.is_cuda):
+        return False
+    reason = missing or _obstacle(tensor, weight)
+    if reason is None:
+        return True
+    if backend == "fused":
+        raise _cannot_run(reason)
+    _log_once(reason)
+    return False
+
+
+def _obstacle(tensor: Tensor, weight: Tensor) -> str | None:
+    """Return what keeps the kernels from running on these tensors, if anything."""
+    if tensor.dtype not in _DTYPES or weight.dtype not in _DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {tensor.dtype} with weights in {weight.dtype}"
+    if torch.is_grad_enabled() and (tensor.requires_grad or weight.requires_grad):
+        return "the kernels have no gradient; run under torch.inference_mode() or torch.no_grad()"
+    if tensor.device != weight.device:
+        return f"the residual is on {tensor.device}, the weights on {weight.device}"
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {tensor.device}; the kernels need a CUDA device"
+    try:
+        from . import fused
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return fused.obstacle(str(tensor.device))
+
+
+def _cannot_run(reason: str) -> BackendError:
+    return BackendError(f"backend='fused' cannot run: {reason}. Use 'auto' or 'reference'")
+
+
+def _log_once(reason: str) -> None:
+    if not torch.compiler.is_compiling() and reason not in _logged:
+        _logged.add(reason)
+        log.warning("running the reference instead of the fused kernels: %s", reason)

@@ -1,0 +1,225 @@
+"""The formula as a module.
+
+    resid_post'  =  resid_post  -  s * sum over i in S of (1 - gain_i) * f_i(resid_post) * W_dec[i]
+
+| term | where |
+|---|---|
+| S, gain_i | `LatentSet` (latents.py), held here as `latents` and `removal` = 1 - gain |
+| s, z | `normalise` (sae.py) |
+| f_i(resid_post) | `ops.reference.acts_of_set` |
+| the sum | `ops.reference.scaled`; `projected` and `steered` for the other two edits |
+| the difference | `Suppressor.subtract` |
+| all of it, in one go on a GPU | `ops.fused_suppress` |
+
+A `Suppressor` holds copies of just the rows and columns that it needs. Its buffers are not persistent: they follow
+`.to()` and `.half()` of the model that it is attached to and leave that model's state_dict keys alone. The artefact
+is what is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from defense.errors import ConfigError, ShapeError
+
+from . import ops
+from .latents import LatentSet, Scope
+from .ops import Backend, reference
+from .ops.reference import Encoder
+from .sae import SparseAutoencoder, normalise
+
+
+class Suppressor(nn.Module):
+    """Removes from a residual stream what one set of latents writes there.
+
+    With every gain 1, with `strength` 0, or (but for the edit "set") with no latent in S active at a token, that token
+    passes through bit for bit.
+
+    Args:
+        sae: The autoencoder that the latents belong to.
+        latent_set: Which latents, and what becomes of them.
+        scope: Tokens to edit, in place of the set's own.
+        backend: What computes it: "auto", "fused" or "reference" (see `ops`).
+
+    Attributes:
+        strength: Factor on what is removed, in [0, 1], a 0-dim buffer: 0 switches the edit off without touching
+            hooks, also within a compiled model.
+
+    Raises:
+        ConfigError: A latent that the SAE does not have, an edit that does not go with it, or an unknown backend.
+        BackendError: `backend` is "fused", and there is no kernel for this SAE or edit.
+    """
+
+    latents: Tensor
+    removal: Tensor
+    strength: Tensor
+    W_S: Tensor
+    b_S: Tensor
+    W_dec_S: Tensor
+    b_dec: Tensor
+    values: Tensor | None
+    threshold_S: Tensor | None
+    W_mag_S: Tensor | None
+    b_mag_S: Tensor | None
+    W_enc: Tensor | None
+    b: Tensor | None
+
+    _EXACT = ("threshold_S", "latents")
+    """Buffers whose values must survive `.half()`: a rounded threshold decides differently."""
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        latent_set: LatentSet,
+        scope: Scope | None = None,
+        *,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        config = sae.config
+        latent_set.check_range(config.d_sae)
+        self.latent_set = latent_set
+        self.scope: Scope = scope or latent_set.scope
+        self.norm = config.norm
+        self.d_model = config.d_model
+        self.k = config.k or 0
+        self.negative_counts = config.act == "topk" and config.topk_relu == "none"
+        latents = torch.tensor(latent_set.latents, dtype=torch.int64)
+        bias = sae.folded_bias
+        tensors: dict[str, Tensor | None] = {
+            "latents": latents,
+            "removal": 1 - torch.tensor(latent_set.gains, dtype=torch.float32),
+            "strength": torch.ones(()),
+            "W_S": sae.W_enc[:, latents],
+            "b_S": bias[latents],
+            "W_dec_S": sae.W_dec[latents],
+            "b_dec": sae.b_dec,
+            "values": torch.tensor(latent_set.values) if latent_set.edit == "set" else None,
+            "threshold_S": sae.threshold[latents] if config.act in ("jumprelu", "batchtopk") else None,
+            "W_mag_S": None,
+            "b_mag_S": None,
+            "W_enc": sae.W_enc if config.act == "topk" else None,
+            "b": bias if config.act == "topk" else None,
+        }
+        if config.act == "gated":
+            W_mag = (sae.W_enc * sae.r_mag.exp())[:, latents]
+            tensors["W_mag_S"] = W_mag
+            tensors["b_mag_S"] = sae.b_mag[latents] - (sae.b_dec @ W_mag if config.subtract_b_dec else 0)
+        for name, tensor in tensors.items():  # shared with the SAE where it needs all of it: W_enc may be large
+            self.register_buffer(name, tensor, persistent=False)
+        ops.check_backend(backend, self.encoder, latent_set.edit)
+        self.backend = backend
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Suppressor:
+        exact: dict[str, Any] = {name: getattr(self, name) for name in self._EXACT}
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            if tensor is not None:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        return self
+
+    def set_strength(self, strength: float) -> None:
+        """Set the factor on what is removed, in place.
+
+        Raises:
+            ConfigError: `strength` lies outside [0, 1].
+        """
+        if not 0 <= strength <= 1:
+            raise ConfigError(f"strength={strength}; it must lie in [0, 1]: 0 is stock CLIP, 1 the full edit")
+        self.strength.fill_(strength)
+
+    @property
+    def encoder(self) -> Encoder:
+        """What deciding about S takes: the columns and biases that `reference.acts_of_set` reads."""
+        return Encoder(
+            self.W_S, self.b_S, self.threshold_S, self.W_mag_S, self.b_mag_S,
+            self.W_enc, self.b, self.latents, self.k, self.negative_counts,
+        )  # fmt: skip
+
+    def acts(self, resid: Tensor) -> Tensor:
+        """Return f_i for i in S, [..., n], of a residual [..., d_model] (every token, whatever the scope)."""
+        self._check(resid)
+        rows = resid.reshape(-1, self.d_model).to(self.W_S.dtype)
+        with _without_autocast(resid):
+            return reference.acts_of_set(normalise(rows, self.norm).z, self.encoder).unflatten(0, resid.shape[:-1])
+
+    def removed(self, resid: Tensor) -> Tensor:
+        """Return what is subtracted from a residual [..., d_model] (every token, whatever the scope)."""
+        self._check(resid)
+        rows = resid.reshape(-1, self.d_model).to(self.W_S.dtype)
+        z, scale, _ = normalise(rows, self.norm)
+        acts = reference.acts_of_set(z, self.encoder)
+        removal = self.removal * self.strength
+        if self.values is not None:
+            delta = reference.steered(acts, removal, self.W_dec_S, self.values)
+        elif self.latent_set.edit == "project":
+            delta = reference.projected(acts, removal, self.W_dec_S, z - self.b_dec)
+        else:
+            delta = reference.scaled(acts, removal, self.W_dec_S)
+        return (delta if scale is None else delta * scale).view(resid.shape)
+
+    def subtract(self, edited: Tensor, resid: Tensor, n_prefix: int) -> Tensor:
+        """Return `edited` less what is removed from the tokens of the scope, both [batch, pos, d_model].
+
+        Args:
+            edited: `resid` itself, which is left as it is, or what other suppressors left of it, which may change.
+            resid: What the SAE reads.
+            n_prefix: Tokens before the patches.
+        """
+        tokens = self.token_slice(n_prefix)
+        if ops.runs_fused(self.backend, resid, self.encoder, self.latent_set.edit):
+            self._check(resid)
+            removal = self.removal * self.strength
+            return ops.fused_suppress(edited, resid, tokens, self.norm, self.encoder, self.W_dec_S, removal)
+        edited = edited.to(torch.promote_types(edited.dtype, torch.float32), copy=edited is resid)
+        edited[:, tokens] -= self.removed(resid[:, tokens])
+        return edited
+
+    def energy(self, resid: Tensor) -> Tensor:
+        """Return the squared norm of what each latent of S wrote, times what the edit takes of it, [batch, pos, n].
+
+        Decoder rows are not orthogonal: the energies at a token do not add up to that of the sum. And `project` removes
+        more: whatever lies in the span of the rows, not only what the SAE says that the latents wrote there.
+        """
+        rows = resid.to(self.W_S.dtype)
+        _, scale, _ = normalise(rows, self.norm)
+        moved = self.acts(rows) if self.values is None else self.acts(rows) - self.values
+        written = moved * (self.removal * self.strength * self.W_dec_S.norm(dim=1))
+        return (written if scale is None else written * scale).float().square()
+
+    def token_slice(self, n_prefix: int) -> slice:
+        """Return the positions that the scope names; `n_prefix` tokens stand before the patches."""
+        return token_slice(self.scope, n_prefix)
+
+    def _check(self, resid: Tensor) -> None:
+        if resid.shape[-1] != self.d_model:
+            raise ShapeError(f"this SAE expects d_model={self.d_model}; the residual is {resid.shape[-1]} wide")
+
+    def forward(self, resid: Tensor, n_prefix: int = 1) -> Tensor:
+        """Return the edited residual [batch, pos, d_model], in the dtype of `resid`, which is left as it is."""
+        return suppress(resid, [self], n_prefix)
+
+
+def suppress(resid: Tensor, suppressors: list[Suppressor], n_prefix: int) -> Tensor:
+    """Return a residual [batch, pos, d_model] edited by several suppressors, each of which sees the unedited one."""
+    suppressors = [suppressor for suppressor in suppressors if len(suppressor.latents)]
+    # Several subtract in float32: in half precision each in turn would round the stream once more.
+    edited = resid if len(suppressors) < 2 else resid.to(torch.promote_types(resid.dtype, torch.float32))
+    with _without_autocast(resid):
+        for suppressor in suppressors:
+            edited = suppressor.subtract(edited, resid, n_prefix)
+    return edited.to(resid.dtype)
+
+
+def _without_autocast(resid: Tensor) -> torch.autocast:
+    """Return a context without the caller's autocast: which latents fire must not depend on it."""
+    return torch.autocast(resid.device.type, enabled=False)
+
+
+def token_slice(scope: Scope, n_prefix: int) -> slice:
+    """Return the positions that a scope names; `n_prefix` tokens (CLS, registers) stand before the patches."""
+    return {"all": slice(None), "cls": slice(0, 1), "patch": slice(n_prefix, None)}[scope]

@@ -1,0 +1,1 @@
+"""Pictures and words coming in: decoding, preprocessing, labels, folders and archives. No torch."""

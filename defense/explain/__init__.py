@@ -1,0 +1,1 @@
+"""What latents are and did, shown: catalogues, reports, counterfactuals."""

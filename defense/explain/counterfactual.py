@@ -1,0 +1,153 @@
+"""The latents whose removal is enough to change stock CLIP's answer for one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from defense.errors import ConfigError
+from defense.hosts.controls import Controls, Place, _defense_of, in_force
+
+if TYPE_CHECKING:
+    from defense.classify.classifier import RobustClassifier
+    from defense.classify.zeroshot import Prediction
+
+
+__all__ = ["Counterfactual", "counterfactual"]
+
+
+@dataclass(frozen=True)
+class Counterfactual:
+    """The latents whose removal, and no other's, is enough to change what stock CLIP says of a picture.
+
+    Attributes:
+        plain: The stock CLIP's answer.
+        latents: (hook_point, latent) of S, the first found to matter first; empty where no removal changed the answer.
+        flipped: The answer with these removed; None where none changed it.
+        n_tried: Subsets of S that were tried.
+    """
+
+    plain: Prediction
+    latents: tuple[Place, ...]
+    flipped: Prediction | None
+    n_tried: int
+
+    @property
+    def found(self) -> bool:
+        """Whether there is such a set."""
+        return self.flipped is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {**vars(self), "latents": [list(place) for place in self.latents]}
+
+
+def counterfactual(clf: RobustClassifier, image: Any, *, controls: Controls | None = None) -> Counterfactual:
+    """Find a small set of latents of S whose removal alone changes the stock CLIP's best label.
+
+    Greedy: of the latents that fire, the one whose removal on top of the others takes most from the margin of that
+    label over the next is added, until the answer changes. Then those without which it stays changed are put back, the
+    last found first, until there is no such latent. So none of the result can be left out; that no other set is smaller
+    is certain only where it holds one latent.
+
+    Args:
+        clf: With a defense, and labels set.
+        image: See `images.decode`.
+        controls: What of the defense may be used, and how it edits.
+
+    Raises:
+        ConfigError: There is no defense, fewer than two labels, or a latent is steered.
+    """
+    controls = controls or Controls()
+    if controls.steer:
+        raise ConfigError("a counterfactual only removes latents; leave `steer` empty")
+    search = _Search(clf, image, controls)
+    found: list[Place] = []
+    rest = search.firing()
+    while rest and not search.flips(found):
+        best = min(rest, key=lambda place: search.margin([*found, place]))
+        if search.margin([*found, best]) >= search.margin(found):
+            break
+        found.append(best)
+        rest.remove(best)
+    if not search.flips(found):
+        return Counterfactual(search.prediction([]), (), None, search.n_tried)
+    while (spare := _spare(search, found)) is not None:
+        found.remove(spare)
+    return Counterfactual(search.prediction([]), tuple(found), search.prediction(found), search.n_tried)
+
+
+def _spare(search: _Search, found: list[Place]) -> Place | None:
+    """Return the last of some latents without which the answer stays changed, or None."""
+    for place in reversed(found):
+        if search.flips(each for each in found if each != place):
+            return place
+    return None
+
+
+class _Search:
+    """Answers for one picture with only some latents of S removed, each computed once."""
+
+    def __init__(self, clf: RobustClassifier, image: Any, controls: Controls) -> None:
+        self.clf, self.controls = clf, controls
+        self.latents = frozenset(
+            (site.hook_point, latent)
+            for site, sets in controls.applied_to(_defense_of(clf))
+            for latent_set in sets
+            for latent in latent_set.latents
+        )
+        prompts = clf._chosen()
+        self.names = prompts.labels
+        if len(self.names) < 2:
+            raise ConfigError(f"{self.names[0]!r} is the only label, so no other can be the answer; set at least two")
+        self.text_embeds = clf._embeds_of(prompts)
+        self.pixel_values = clf._prepare(image)[None]
+        self._scores: dict[frozenset[Place], np.ndarray] = {}
+        self.plain = int(self.scores([]).argmax())
+
+    @property
+    def n_tried(self) -> int:
+        """How many subsets were tried, the empty one not counted."""
+        return len(self._scores) - 1
+
+    def scores(self, removed: Iterable[Place]) -> np.ndarray:
+        """Return scores [n_labels] with just these latents removed."""
+        key = frozenset(removed)
+        if key not in self._scores:
+            controls = replace(self.controls, off=self.controls.off | (self.latents - key))
+            image_embeds = self.clf._encode_image(self.pixel_values, controls=controls)
+            self._scores[key] = self.clf.scores(image_embeds, self.text_embeds)[0]
+        return self._scores[key]
+
+    def margin(self, removed: Iterable[Place]) -> float:
+        """Return how many nats plain's label is ahead of the best other; below 0 where the answer changed."""
+        scores = np.log(self.scores(removed).clip(np.finfo(np.float32).tiny))
+        return float(scores[self.plain] - np.delete(scores, self.plain).max())
+
+    def flips(self, removed: Iterable[Place]) -> bool:
+        """Return whether the answer is another than plain's."""
+        return int(self.scores(removed).argmax()) != self.plain
+
+    def prediction(self, removed: Iterable[Place]) -> Prediction:
+        """Return the answer as a classifier gives it."""
+        scores = self.scores(removed)
+        return [{"label": self.names[i], "score": float(scores[i])} for i in np.argsort(-scores, kind="stable")]
+
+    def firing(self) -> list[Place]:
+        """Return the latents of S that act on the picture, with nothing removed or with all of them."""
+        places: dict[Place, None] = {}
+        for strength in (0.0, self.controls.strength):
+            controls = replace(self.controls, strength=strength)
+            with self.clf._lock, in_force(self.clf, controls) as defense, defense.recording():
+                self.clf._encode_image(self.pixel_values)
+                for block in defense.edited_blocks():
+                    assert block.seen is not None
+                    for part in block.in_force():
+                        tokens = part.token_slice(block.n_prefix)
+                        acts = part.acts(block.seen[:, tokens])[0]
+                        fires = (acts != 0).any(0) | (part.values is not None)
+                        places |= dict.fromkeys((block.hook_point, latent) for latent in part.latents[fires].tolist())
+        return list(places)

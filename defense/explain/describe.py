@@ -1,0 +1,188 @@
+"""Make a catalogue of an SAE's latents: what each fires on, what it does to the answer, what to call it.
+
+    pictures --CLIP--> resid, image_embeds --SAE--> acts        one pass; sums only, so memory does not grow
+                                                                 -> when and on what a latent fires, its top pictures
+    some of them, drawn at random                                -> Jacobian of the rest of the network -> names
+                                                                 -> each latent steered              -> steerability
+
+Everything is measured on the undefended network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from defense.core.sae import SparseAutoencoder
+from defense.core.suppress import token_slice
+from defense.data import labels
+from defense.data.labels import Prompts
+from defense.data.sources import Picture, Pictures, Slice, prepared
+from defense.errors import ConfigError
+from defense.hosts.clip import Host
+from defense.hosts.tap import Tail, Tap, _undefended, resid_and_embeds
+
+from .catalogue import Catalogue, fingerprint
+from .naming import STEER, _directions, _names, steerability
+from .sums import Example, _Reservoir, _Sums
+
+
+def examples(host: Host, pictures: Pictures, unreadable: Callable[[str], None] = lambda _: None) -> Iterator[Example]:
+    """Yield the pictures of a source that can be read, as a host takes them.
+
+    Args:
+        host: Whose preprocessing.
+        pictures: The source.
+        unreadable: Called with the name of each picture that cannot be read.
+    """
+    stream = (picture for shard in pictures.shards for picture in shard.pictures())
+    while chunk := list(islice(stream, 256)):
+        for batch in prepared(host.preprocess, chunk):
+            for picture, pixel_values in batch:
+                if pixel_values is None:
+                    unreadable(picture.name)
+                else:
+                    yield Example(picture.name, pixel_values, _label(picture))
+
+
+def _label(picture: Picture) -> str | None:
+    if isinstance(picture.label, Slice):
+        return picture.label.read().decode("utf-8", "replace").strip()
+    return None if picture.label is None else str(picture.label)
+
+
+def describe(
+    host: Host,
+    hook_point: str,
+    sae: SparseAutoencoder,
+    source: Iterable[Example],
+    words: Sequence[str],
+    *,
+    columns: Mapping[str, np.ndarray] | None = None,
+    templates: str | Sequence[str] = "simple",
+    n_top: int = 8,
+    n_names: int = 3,
+    n_probed: int = 16,
+    n_steered: int = 8,
+    batch: int = 50,
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+) -> Catalogue:
+    """Return the catalogue of an SAE's latents.
+
+    A latent's activation on a picture is its largest over the tokens that the SAE was trained on; negative ones count
+    as none. Columns:
+
+    | name | what | source |
+    |---|---|---|
+    | frequency | share of tokens on which it fires | PatchSAE, arXiv:2412.05276 |
+    | mean_activation | mean where it fires | PatchSAE |
+    | largest_activation | over all pictures | |
+    | monosemanticity | mean cosine of the pictures on which it fires (see `_Sums.monosemanticity`) | arXiv:2504.02821 |
+    | class_entropy | of classes weighted by its activation, in nats; where pictures have classes | PatchSAE |
+    | n_classes | classes on whose pictures it fires | PatchSAE |
+    | steerability | how far steering it moves the answer (see `steerability`) | arXiv:2504.08729, from its notebooks |
+
+    The names follow the latent's decoder row through the rest of the network, linearised: the mean Jacobian of the
+    image embedding by a CLS token and by a patch, weighted by how much the latent writes to each. The direction, less
+    what all words share, is a sparse sum of words (`sparse_words`). The second-order lens (arXiv:2406.04341) reads
+    neurons in this way; it follows later attention alone and this all that follows.
+
+    Args:
+        host: The CLIP. A defense attached to it is bypassed.
+        hook_point: Where the SAE reads.
+        sae: The SAE.
+        source: The pictures; see `examples`.
+        words: Candidates for names, which are also the answers that steering is measured on; at least two.
+        columns: Further columns, float [d_sae] each, such as `vars(TextFit(...).rank())`.
+        templates: Prompts for the words; see `labels.resolve_templates`.
+        n_top: Pictures to keep per latent.
+        n_names: Words to keep per latent, at most.
+        n_probed: Pictures, drawn at random, for the Jacobian.
+        n_steered: As many of these to steer on: a pass through the rest of the network for each latent that fires.
+        batch: Pictures at once.
+        seed: Of that drawing.
+        provenance: Where pictures and words came from, as JSON values.
+
+    Raises:
+        ConfigError: Fewer than two pictures (all, or to steer on), fewer than two words, or a number below 1.
+        ShapeError: The SAE is made for another width.
+        HookPointError: There is no such block.
+    """
+    if min(n_top, n_names, batch) < 1 or min(n_probed, n_steered, len(words)) < 2:
+        raise ConfigError(
+            f"n_top={n_top}, n_names={n_names}, batch={batch} must be at least 1, n_probed={n_probed}, "
+            f"n_steered={n_steered} and the number of words, {len(words)}, at least 2"
+        )
+    tap = Tap(host, hook_point, sae.config.tokens)
+    tap.vision.check_width(sae.config.d_model, "this SAE")
+    sae = sae.to(tap.device)
+    sums = _Sums(sae.config.d_sae, n_top, tap.device)
+    probed = _Reservoir(n_probed, seed)
+    stream = iter(source)
+    while chunk := list(islice(stream, batch)):
+        pixel_values = np.stack([example.pixel_values for example in chunk])
+        with torch.inference_mode():
+            vision, resid, embeds = resid_and_embeds(host, hook_point, pixel_values)
+            tokens = token_slice(tap.tokens, vision.n_prefix)
+            sums.add(_acts(sae, resid[:, tokens]), embeds, chunk, n_cls=_n_cls(tap))
+            probed.add(resid)
+    if len(sums.keys) < 2:
+        raise ConfigError(f"{len(sums.keys)} pictures can be read; it takes at least two to describe latents by")
+    with _undefended(host.model):
+        tail, resid = Tail(host.model, hook_point), torch.stack(probed.kept).clone()
+        text_embeds = _text_embeds(host, words, templates)
+        directions = _directions(tail, resid, sae, sums, functional.normalize(text_embeds.mean(0), dim=0))
+        steered = steerability(tail, resid[:n_steered], sae, text_embeds, sums.fires)
+    table = {**sums.columns(), "steerability": steered, **(columns or {})}
+    used, top = np.unique(sums.top.cpu().numpy(), return_inverse=True)
+    has_blank = int(used[0] == -1)
+    return Catalogue(
+        hook_point,
+        {name: np.asarray(column, np.float32) for name, column in table.items()},
+        _names(directions, text_embeds, words, n_names),
+        directions.astype(np.float16),
+        (top - has_blank).reshape(sums.top.shape).astype(np.int32),
+        sums.top_activation.float().cpu().numpy(),
+        sums.histogram.cpu().numpy().astype(np.int32),
+        tuple(sums.keys[index] for index in used[has_blank:]),
+        {
+            "n_pictures": len(sums.keys),
+            "n_words": len(words),
+            "templates": list(labels.resolve_templates(templates)),
+            "n_probed": len(resid),
+            "n_steered": min(n_steered, len(resid)),
+            "steer": STEER,
+            "seed": seed,
+            "host": tap.vision.fingerprint(),
+            "sae": fingerprint(sae.parameters_numpy()),
+            **(provenance or {}),
+        },
+    )
+
+
+def _n_cls(tap: Tap) -> int:
+    """Return how many of the tokens that are read stand before the patches."""
+    return {"all": tap.vision.n_prefix, "cls": 1, "patch": 0}[tap.tokens]
+
+
+def _acts(sae: SparseAutoencoder, resid: Tensor) -> Tensor:
+    """Return activations [batch, pos, d_sae], negative ones as 0."""
+    return sae.encode(resid).clamp(min=0)
+
+
+def _text_embeds(host: Host, words: Sequence[str], templates: str | Sequence[str]) -> Tensor:
+    device = host.model.logit_scale.device
+
+    def encode_text(input_ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return host.model.encode_text(torch.from_numpy(input_ids).to(device)).float().cpu().numpy()
+
+    prompts = Prompts(labels.check_labels(words), labels.resolve_templates(templates))
+    return torch.from_numpy(labels.encode_prompts(prompts, host.tokenizer, encode_text)).to(device)

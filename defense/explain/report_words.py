@@ -1,0 +1,167 @@
+"""The sentences and figures that both reports, HTML and PNG, show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image
+
+from defense.data.preprocess import Box
+from defense.store.folders import package_version
+
+if TYPE_CHECKING:
+    from defense.classify.explanation import Explanation
+    from defense.classify.zeroshot import Prediction
+    from defense.hosts.defense import Defense
+
+    from .catalogue import Catalogue
+    from .counterfactual import Counterfactual
+
+_LABELS = 6
+"""Labels of either side that are drawn as bars."""
+_HTML_LATENTS, _PNG_LATENTS = 40, 7
+_WORDS = 3
+"""Of a latent's names that are shown."""
+
+_READING = (
+    "CLIP's vision transformer carries a picture as one vector per patch, the residual stream. A sparse autoencoder "
+    "(SAE) reads each of these vectors as a sum of a few latents. The defense subtracts what chosen latents wrote, "
+    "and the network goes on from there. Both answers are a softmax over the same labels: one without the "
+    "subtraction, one with it.",
+    "The large map shows, at each patch, the length of all that was subtracted; the small maps show what one latent "
+    "wrote. A latent that was removed need not have mattered for the answer, and a name, where there is one, is a "
+    "computed guess.",
+    "Energy is the squared length of what a latent wrote, times what the edit takes of it, summed over tokens; "
+    "share is its part of the sum over all latents. Latents overlap, so energies do not add up to what was "
+    "subtracted in all. The edit project subtracts more than they wrote: all that lies in the span of those that "
+    "fire.",
+)
+
+
+class _Bar(NamedTuple):
+    """One label's scores on both sides, from 0 to 1; None where it is not among the labels that were kept."""
+
+    label: str
+    plain: float | None
+    robust: float | None
+
+    @property
+    def change(self) -> str:
+        """In percentage points, with its sign."""
+        if self.plain is None or self.robust is None:
+            return "-"
+        points = round(100 * (self.robust - self.plain), 1)
+        return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}") if points else "0.0"
+
+
+def _bars(plain: Prediction, robust: Prediction) -> list[_Bar]:
+    """Return the best labels of either side, those with the highest score first."""
+    sides = [{entry["label"]: entry["score"] for entry in answer} for answer in (plain, robust)]
+    kept = {entry["label"] for answer in (plain, robust) for entry in answer[:_LABELS]}
+    bars = [_Bar(label, sides[0].get(label), sides[1].get(label)) for label in kept]
+    return sorted(bars, key=lambda bar: (-max(bar.plain or 0, bar.robust or 0), bar.label))
+
+
+def _percent(score: float | None) -> str:
+    return "-" if score is None else f"{100 * score:.1f} %"
+
+
+def _number(value: float) -> str:
+    """Return three digits or more, without an exponent for what is commonly met."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _verdict(explanation: Explanation) -> str:
+    """Return the answer in a sentence or two."""
+    plain, robust = explanation.plain[0], explanation.robust[0]
+    if explanation.changed:
+        return (
+            f"Plain CLIP says {plain['label']} ({_percent(plain['score'])}). "
+            f"Defended, it says {robust['label']} ({_percent(robust['score'])})."
+        )
+    return (
+        f"Plain and defended CLIP agree: {plain['label']} ({_percent(plain['score'])} and {_percent(robust['score'])})."
+    )
+
+
+def _summary(explanation: Explanation) -> str:
+    """Return how much was removed, and what it cost."""
+    times = f"Image tower: {explanation.plain_ms:.0f} ms plain, {explanation.robust_ms:.0f} ms defended."
+    if not explanation.removed:
+        return f"Nothing was removed: the answer is that of stock CLIP, bit for bit. {times}"
+    n_patches = int((explanation.heatmap > 0).sum())
+    count = f"{len(explanation.removed)} latent{'s' * (len(explanation.removed) != 1)}"
+    return (
+        f"{count} removed, on {n_patches} of {explanation.heatmap.size} patches: {100 * explanation.fraction:.1f} % of "
+        f"the residual's length at the edited blocks. {times}"
+    )
+
+
+def _minimum(counterfactual: Counterfactual, catalogues: Mapping[str, Catalogue]) -> str:
+    """Return what a counterfactual says."""
+    if counterfactual.flipped is None:
+        return "No set of these latents was found whose removal changes the answer of plain CLIP."
+    listed = []
+    for point, latent in counterfactual.latents:
+        names = _names(catalogues, point, latent)
+        listed.append(f"{latent} at {point} ({names})" if names else f"{latent} at {point}")
+    which = "this one latent" if len(listed) == 1 else f"these {len(listed)} latents"
+    flipped = counterfactual.flipped[0]
+    return (
+        f"Removing just {which} turns {counterfactual.plain[0]['label']} into {flipped['label']} "
+        f"({_percent(flipped['score'])}): {'; '.join(listed)}."
+    )
+
+
+def _names(catalogues: Mapping[str, Catalogue], hook_point: str, latent: int) -> str:
+    """Return the best words for a latent, or nothing."""
+    found = catalogues.get(hook_point)
+    return ", ".join(word for word, _ in found.names_of(latent)[:_WORDS]) if found is not None else ""
+
+
+def _facts(explanation: Explanation, defense: Defense | None) -> list[tuple[str, str]]:
+    """Return what it takes to get the same answer again."""
+    facts = [("clip-defense", package_version())]
+    for package in ("torch", "open_clip_torch"):
+        try:
+            facts.append((package, version(package)))
+        except PackageNotFoundError:
+            continue
+    if defense is not None:
+        host = defense.host
+        facts += [
+            ("CLIP", host.model if host.pretrained is None else f"{host.model}, {host.pretrained}"),
+            ("its vision tower, sha256", host.sha256),
+            ("defense, sha256 of the manifest", defense.manifest_sha256 or "not read from disk"),
+        ]
+    controls = explanation.controls
+    facts.append(
+        ("latent sets", ", ".join(dict.fromkeys(item.set_name for item in explanation.removed)) or "none fired")
+    )
+    if controls.sets is not None:
+        facts.append(("only the sets", ", ".join(controls.sets) or "none"))
+    facts.append(("strength", f"{controls.strength:g}"))
+    facts.append(("edit", controls.edit or "each set's own"))
+    if controls.off:
+        facts.append(("left alone", ", ".join(f"{latent} at {point}" for point, latent in sorted(controls.off))))
+    if controls.steer:
+        steered = (f"{latent} at {point} to {value:g}" for (point, latent), value in controls.steer.items())
+        facts.append(("steered", ", ".join(steered)))
+    return facts
+
+
+def _sized(picture: Image.Image, box: Box, least: int, most: int) -> tuple[Image.Image, Box]:
+    """Return a picture whose longer side has `least` to `most` pixels, and the box of the same part of it."""
+    longest = max(picture.size)
+    factor = min(max(longest, least), most) / longest
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    left, upper, right, lower = (round(edge * factor) for edge in box)
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), (left, upper, right, lower)
+
+
+def _seen(picture: Image.Image, box: Box, side: int) -> Image.Image:
+    """Return the part of a picture that the model saw, `side` pixels wide."""
+    left, upper, right, lower = box
+    return picture.crop(box).resize((side, max(1, round(side * (lower - upper) / (right - left)))))

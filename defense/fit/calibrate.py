@@ -1,0 +1,268 @@
+"""Turn a TopK rule into one threshold per latent, so that each latent decides alone.
+
+A TopK rule makes latents compete: whether one counts depends on all the others, and a graph has to encode all of them
+to know. A threshold needs the columns of S alone (`delta` in export/vision.py). The rule that results is that of
+BatchTopK at inference: f_i = h_i where h_i > threshold_i.
+
+Thresholds are chosen on some pictures and judged on others: how often is the answer that of the exact rule, and how
+close are the embeddings? Pictures should be of the kind the classifier will see, with and without the cue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from defense.classify.classifier import RobustClassifier, make_golden
+from defense.core.config import SAEConfig
+from defense.core.latents import Scope
+from defense.core.sae import SparseAutoencoder, normalise
+from defense.core.suppress import token_slice
+from defense.errors import CalibrationError, ConfigError, ShapeError
+from defense.hosts.attach import attached, detach
+from defense.hosts.clip import Host
+from defense.hosts.defense import Defense, Site
+from defense.hosts.tower import VisionHost
+
+_LEAST_PICTURES = 16
+_N_ANCHORS = 100
+"""Pictures that stand in for labels where there are none. Of many more, two would be alike, and which is nearest would
+mean nothing."""
+_BATCH = 50
+_CHUNK_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the calibrated defense compares with the exact one.
+
+    Attributes:
+        n_fitted: Pictures that the thresholds were chosen on.
+        n_held_out: Other pictures, that everything below was measured on.
+        compared: What a prediction is: the best of the given "labels", or the nearest of up to 100 fitted "pictures".
+        agreement: Share of pictures with the same prediction.
+        cosine_mean: Mean cosine between the two embeddings of a picture.
+        cosine_worst: The smallest.
+        wrong_energy: Hook point -> the energy of activations that one rule removes and the other keeps, over the energy
+            that the exact rule removes. On the fitted pictures.
+    """
+
+    n_fitted: int
+    n_held_out: int
+    compared: str
+    agreement: float
+    cosine_mean: float
+    cosine_worst: float
+    wrong_energy: Mapping[str, float]
+
+
+def calibrated(
+    host: Host,
+    defense: Defense,
+    pixel_values: Tensor,
+    *,
+    least_agreement: float = 0.99,
+    text_embeds: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+) -> tuple[Defense, Calibration]:
+    """Return a defense whose TopK sites decide by thresholds, and how well it stands in for the exact one.
+
+    Every other group (in a random order that is always the same) fits, the others are held out. What was measured is
+    also in the defense's provenance, under "calibration"; its golden vectors are those of the new rule.
+
+    Args:
+        host: The CLIP that the defense was fitted on, undefended; it is left as it was.
+        defense: Any of its sites may have a TopK rule, one at least.
+        pixel_values: As the host's preprocess makes them, float32 [n, 3, height, width].
+        least_agreement: Share of held-out pictures that must keep their prediction.
+        text_embeds: Labels to predict, normalised, [n_labels, d_embed]. Without them, a prediction is the nearest
+            of up to 100 fitted pictures, by the exact embeddings of those.
+        groups: Pictures with the same number, int [n], are alike (an attacked picture and its clean twin), and stay
+            together: either all fit or all are held out. By default each picture is a group of its own.
+
+    Raises:
+        CalibrationError: The two defenses agree on fewer pictures.
+        ConfigError: No site has a TopK rule, one lets negative latents count, or there are too few pictures. See also
+            `wrap`.
+        ShapeError: `pixel_values` or `groups` has another shape.
+    """
+    groups = np.arange(len(pixel_values)) if groups is None else np.asarray(groups)
+    _check(defense, pixel_values, groups)
+    rows, rows_held_out = _halves(groups)
+    fitted, held_out = pixel_values[rows], pixel_values[rows_held_out]
+    with _defended(host, defense) as exact:
+        sites, wrong_energy, fitted_embeds = _threshold_sites(exact, defense, fitted)
+        wanted = _embeds(exact, held_out)
+    firsts = np.sort(np.unique(groups[rows], return_index=True)[1])  # one of each group: the others are alike
+    anchors = fitted_embeds[firsts[:_N_ANCHORS]] if text_embeds is None else text_embeds
+    result = replace(defense, sites=sites, golden=None, manifest_sha256=None)
+    with _defended(host, result) as by_threshold:
+        got = _embeds(by_threshold, held_out)
+        golden = None if defense.golden is None else make_golden(by_threshold, defense.golden.pictures)
+    cosines = (got * wanted).sum(1)
+    calibration = Calibration(
+        n_fitted=len(fitted),
+        n_held_out=len(held_out),
+        compared="pictures" if text_embeds is None else "labels",
+        agreement=float(((got @ anchors.T).argmax(1) == (wanted @ anchors.T).argmax(1)).mean()),
+        cosine_mean=float(cosines.mean()),
+        cosine_worst=float(cosines.min()),
+        wrong_energy=wrong_energy,
+    )
+    if calibration.agreement < least_agreement:
+        raise CalibrationError(calibration.agreement, least_agreement, calibration.n_held_out)
+    provenance = {**defense.provenance, "calibration": asdict(calibration)}
+    return replace(result, golden=golden, provenance=provenance), calibration
+
+
+def _check(defense: Defense, pixel_values: Tensor, groups: np.ndarray) -> None:
+    if not any(site.sae_config["act"] == "topk" for site in defense.sites):
+        raise ConfigError("no site of this defense has a topk SAE; its latents decide alone already")
+    for site in defense.sites:
+        if site.sae_config["act"] == "topk" and site.sae_config["topk_relu"] == "none":
+            raise ConfigError(f"the topk SAE at {site.hook_point} lets negative latents count; no threshold does")
+    want = (3, *defense.preprocess.size)
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != want:
+        raise ShapeError(
+            f"pixel_values is {list(pixel_values.shape)}, want [n, {', '.join(map(str, want))}] as the host's "
+            "preprocess makes them"
+        )
+    if len(pixel_values) < _LEAST_PICTURES:
+        raise ConfigError(
+            f"{len(pixel_values)} pictures are too few to calibrate on; give {_LEAST_PICTURES} at least, and some "
+            "hundreds for a figure to rely on"
+        )
+    if groups.shape != (len(pixel_values),):
+        raise ShapeError(f"groups is {list(groups.shape)}, want [{len(pixel_values)}], a number for each picture")
+    if (groups == groups[0]).all():
+        raise ConfigError("all pictures are of one group, so none could be held out; give several groups")
+
+
+def _halves(groups: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return which pictures fit and which are held out, by index: every other group of a random order."""
+    names, group = np.unique(groups, return_inverse=True)
+    place = np.argsort(np.random.default_rng(0).permutation(len(names)))[group]
+    rows = np.argsort(place, kind="stable")
+    is_fitted = place[rows] % 2 == 0
+    return torch.from_numpy(rows[is_fitted]), torch.from_numpy(rows[~is_fitted])
+
+
+@contextmanager
+def _defended(host: Host, defense: Defense) -> Iterator[RobustClassifier]:
+    """Put a defense into a host for as long as the context lasts."""
+    clf = RobustClassifier(host, defense)
+    try:
+        yield clf
+    finally:
+        detach(host.model)
+
+
+def _embeds(clf: RobustClassifier, pixel_values: Tensor) -> np.ndarray:
+    return np.concatenate([clf.encode_pixels(part.cpu().numpy()) for part in pixel_values.split(_BATCH)])
+
+
+def _threshold_sites(
+    exact: RobustClassifier, defense: Defense, pixel_values: Tensor
+) -> tuple[tuple[Site, ...], dict[str, float], np.ndarray]:
+    """Return the sites with thresholds for TopK rules, the energy that is wrong at each, and the exact embeddings."""
+    vision = VisionHost.of(exact.host.model)
+    observers = {
+        index: _Observer(site, vision) for index, site in enumerate(defense.sites) if site.sae_config["act"] == "topk"
+    }
+    host_defense = attached(exact.host.model)
+    blocks = {block.hook_point: block for block in host_defense.edited_blocks()}
+    embeds = []
+    with host_defense.recording():
+        for part in pixel_values.split(_BATCH):
+            embeds.append(_embeds(exact, part))
+            for observer in observers.values():
+                resid = blocks[observer.site.hook_point].seen
+                assert resid is not None
+                observer.see(resid.float().cpu())
+    sites = list(defense.sites)
+    wrong_energy = {}
+    for index, observer in observers.items():
+        sites[index], wrong_energy[observer.site.hook_point] = observer.thresholded()
+    return tuple(sites), wrong_energy, np.concatenate(embeds)
+
+
+class _Observer:
+    """What the latents of one site's sets do on pictures: their activations, and which of them the TopK rule keeps.
+
+    Each is watched at the tokens where it is edited: thresholds for the CLS token are not those of the many patches.
+    """
+
+    def __init__(self, site: Site, vision: VisionHost) -> None:
+        self.site = site
+        self.sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
+        self.n_prefix = vision.n_prefix
+        self.latents: dict[Scope, list[int]] = {}
+        self.kth_largest: list[Tensor] = []
+        self.seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for latent_set in site.sets:
+            new = [latent for latent in latent_set.latents if latent not in self.seen]  # the first set that names it
+            self.latents.setdefault(vision.effective_scope(site.hook_point, latent_set.scope), []).extend(new)
+            self.seen |= {latent: [] for latent in new}
+
+    @torch.inference_mode()
+    def see(self, resid: Tensor) -> None:
+        """Take in residuals [batch, pos, d_model]."""
+        k = self.sae.config.k
+        assert k is not None
+        for scope, latents in self.latents.items():
+            for rows in resid[:, token_slice(scope, self.n_prefix)].flatten(0, 1).split(_CHUNK_TOKENS):
+                z = normalise(rows, self.sae.config.norm).z
+                pre_acts = z @ self.sae.W_enc + self.sae.folded_bias
+                kth_largest = pre_acts.topk(k, dim=1).values[:, -1]
+                self.kth_largest.append(kth_largest)
+                for latent in latents:
+                    positive = pre_acts[:, latent] > 0
+                    acts = pre_acts[positive, latent]
+                    self.seen[latent].append((acts, acts >= kth_largest[positive]))
+
+    def thresholded(self) -> tuple[Site, float]:
+        """Return the site with a threshold for every latent, and the share of energy on which the rules differ.
+
+        Latents that no set names, or that were never positive, get the median of the k-th largest pre-activation.
+        """
+        typical = float(torch.cat(self.kth_largest).median().clamp(min=0))
+        thresholds = np.full(self.sae.config.d_sae, typical, np.float32)
+        wrong = kept = 0.0
+        for latent, parts in self.seen.items():
+            acts, is_kept = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
+            if len(acts):
+                thresholds[latent], lost = best_threshold(acts, is_kept > 0)
+                wrong += lost
+                kept += float((acts**2 * is_kept).sum())
+        config = replace(self.sae.config, act="batchtopk", k=None, topk_relu="before")
+        parameters: dict[str, Any] = {**self.site.parameters, "threshold": thresholds}
+        return replace(self.site, sae_config=config.to_dict(), parameters=parameters), wrong / kept if kept else 0.0
+
+
+def best_threshold(acts: np.ndarray, is_kept: np.ndarray) -> tuple[float, float]:
+    """Return the threshold that leaves the least energy on the wrong side, and that energy.
+
+    Args:
+        acts: Positive activations of one latent, [n], n >= 1.
+        is_kept: Whether the exact rule keeps each, bool [n].
+
+    Returns:
+        A float32 between two of the activations, and the sum of squares of those that are kept though not above it, or
+        above it though not kept.
+    """
+    order = np.argsort(acts)
+    energy, kept = acts[order] ** 2, is_kept[order]
+    # With the threshold below all: what is not kept is wrong. Each activation that it passes changes sides.
+    wrong = energy[~kept].sum() + np.concatenate([[0.0], np.cumsum(np.where(kept, energy, -energy))])
+    # A threshold cannot part equal activations.
+    edges = np.concatenate([[0.0], acts[order], [np.inf]])
+    wrong[edges[:-1] == edges[1:]] = np.inf
+    best = int(wrong.argmin())
+    threshold = edges[best] if best == len(acts) else (edges[best] + edges[best + 1]) / 2
+    return float(np.float32(threshold)), float(wrong[best])

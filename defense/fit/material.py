@@ -1,0 +1,105 @@
+"""Pictures to fit on, held in memory: `Pairs` for text, `Groups` for an attribute, `Material` around either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from defense.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Material:
+    """Pictures to fit on.
+
+    Attributes:
+        data: The pictures themselves.
+        strata: Which group each belongs to, int64 [n]; folds hold the same share of each.
+        unreadable: Names of the pictures that were left out.
+        provenance: Where they came from, as JSON values.
+    """
+
+    data: Pairs | Groups
+    strata: np.ndarray
+    unreadable: tuple[str, ...]
+    provenance: Mapping[str, Any]
+
+    def folds(self, n: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return `n` splits into pictures to fit on and pictures held out, each by index, int64.
+
+        Raises:
+            ConfigError: A group has fewer pictures than there are folds.
+        """
+        rng = np.random.default_rng([seed, n])
+        fold_of = np.empty(len(self.strata), dtype=np.int64)
+        for group in np.unique(self.strata):
+            rows = rng.permutation(np.flatnonzero(self.strata == group))
+            if len(rows) < n:
+                raise ConfigError(
+                    f"{len(rows)} pictures (of one group, where there are groups) cannot be split into {n} folds; give "
+                    "more pictures or fewer --folds"
+                )
+            fold_of[rows] = np.arange(len(rows)) % n
+        splits = [(np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)) for fold in range(n)]
+        return [(torch.from_numpy(fitted), torch.from_numpy(held_out)) for fitted, held_out in splits]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures with a word on them, and their twins. All pixel_values are float32 [n, 3, height, width].
+
+    Fitting holds, for each picture and each of its three twins, 4 bytes times 3 * height * width (pixels) + pos *
+    d_model (residual) + pos * n_candidates (activations): 0.9 MB a picture for the embedded model, 2.5 MB for a
+    ViT-B/32, 7 MB for a ViT-L/14. What is computed on top of that goes in chunks and does not grow with n.
+
+    Attributes:
+        clean: Without the writing.
+        neutral: With the plate only.
+        attacked: With the word.
+        label: Index of the right answer, int64 [n].
+        word: Index of the answer that is written, int64 [n].
+    """
+
+    clean: Tensor
+    neutral: Tensor
+    attacked: Tensor
+    label: Tensor
+    word: Tensor
+
+    def take(self, rows: Tensor) -> Pairs:
+        """Return some of the pictures, by their index, int64 [m]."""
+        return Pairs(*(column[rows] for column in vars(self).values()))
+
+    def all_pixel_values(self) -> Tensor:
+        """Return the pictures with and without the word, [2 n, 3, height, width]."""
+        return torch.cat([self.attacked, self.clean])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Pictures whose right answer goes with an attribute that should not count.
+
+    Fitting holds a third of what it does for `Pairs`, per picture.
+
+    Attributes:
+        pixel_values: float32 [n, 3, height, width].
+        y: Index of the right answer, int64 [n].
+        a: The attribute, int64 [n].
+    """
+
+    pixel_values: Tensor
+    y: Tensor
+    a: Tensor
+
+    def take(self, rows: Tensor) -> Groups:
+        """Return some of the pictures, by their index, int64 [m]."""
+        return Groups(*(column[rows] for column in vars(self).values()))
+
+    def all_pixel_values(self) -> Tensor:
+        """Return the pictures, [n, 3, height, width]."""
+        return self.pixel_values

@@ -1,0 +1,228 @@
+"""Fit a whole defense: one block after the other, cross-validated, over layers and scopes.
+
+| | |
+|---|---|
+| `fit_sites` | each block in turn, with the ones before it at work |
+| `cross_validate` | the same on a part of the pictures, measured on the rest, for each fold |
+| `sweep`, `best` | that for each block alone and for all together, with each scope; the best of them |
+| `fit_defense` | all of it: choose the placement, fit it on all pictures |
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from defense.classify.classifier import RobustClassifier, make_golden
+from defense.core.latents import Scope
+from defense.errors import ConfigError
+from defense.hosts.attach import detach
+from defense.hosts.clip import Host
+from defense.hosts.defense import Defense, HostSpec
+from defense.hosts.tower import VisionHost, block_of
+from defense.store import folders
+from defense.world import draws, scenes
+
+from .material import Material
+from .sites import FittedSite, SitePlan, fit_sites
+from .validation import CrossValidation, cross_validate
+
+log = logging.getLogger(__name__)
+
+SCOPES: tuple[Scope, ...] = ("cls", "patch", "all")
+_GOLDEN_SEED = 7
+
+
+# --- layers and scopes --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to place a defense, and what it does to pictures that it was not fitted on."""
+
+    plans: tuple[SitePlan, ...]
+    result: CrossValidation
+
+    @property
+    def name(self) -> str:
+        """Which blocks and tokens, e.g. "blocks 2 + 3, all"."""
+        blocks = " + ".join(str(block_of(plan.hook_point)) for plan in self.plans)
+        return f"block{'s' * (len(self.plans) > 1)} {blocks}, {self.plans[0].config.scope}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        scopes = {plan.hook_point: plan.config.scope for plan in self.plans}
+        return {"sites": scopes, "gain": self.result.gain, "loss": self.result.loss, **self.result.to_dict()}
+
+
+def placements(host: VisionHost, plans: Sequence[SitePlan]) -> list[tuple[SitePlan, ...]]:
+    """Return each block alone, and all of them where there are several, with each scope that means something there.
+
+    A scope goes no further than the tokens that the SAE was trained on. The clean budget of a block that stands alone
+    is that of all.
+    """
+    total = sum(plan.config.clean_budget for plan in plans)
+    groups = [[replace(plan, config=replace(plan.config, clean_budget=total))] for plan in plans]
+    if len(plans) > 1:
+        groups.append(list(plans))
+    found = []
+    for group in groups:
+        for scope in SCOPES:
+            if all(_means_something(host, plan, scope) for plan in group):
+                found.append(tuple(replace(plan, config=replace(plan.config, scope=scope)) for plan in group))
+    return found
+
+
+def _means_something(host: VisionHost, plan: SitePlan, scope: Scope) -> bool:
+    """Whether a scope edits tokens that the SAE knows, and others than a narrower scope does."""
+    is_last = block_of(plan.hook_point) == len(host.blocks) - 1 and host.pools_cls
+    if not host.has_cls:
+        return scope == "all"  # which is "patch", too
+    return plan.sae.config.tokens in ("all", scope) and not (is_last and scope != "cls")
+
+
+def sweep(
+    host: Host,
+    spec: HostSpec,
+    plans: Sequence[SitePlan],
+    material: Material,
+    text_embeds: Tensor,
+    *,
+    folds: int,
+    seed: int,
+    report: Callable[[str], None] = log.info,
+) -> list[Option]:
+    """Cross-validate every placement."""
+    options = []
+    for group in placements(VisionHost.of(host.model), plans):
+        result = cross_validate(host, spec, group, material, text_embeds, folds=folds, seed=seed, report=report)
+        options.append(Option(group, result))
+        report(f"{options[-1].name}: gain {100 * result.gain:+.1f}, loss {100 * result.loss:.1f} points")
+    return options
+
+
+def best(options: Sequence[Option], clean_budget: float) -> Option:
+    """Return the option that gains most where its loss stays within the budget.
+
+    Raises:
+        ConfigError: None gains anything within the budget.
+    """
+    fitting = [option for option in options if option.result.gain > 0 and option.result.loss <= clean_budget]
+    if not fitting:
+        tried = "; ".join(
+            f"{each.name}: {100 * each.result.gain:+.1f} for {100 * each.result.loss:.1f}" for each in options
+        )
+        raise ConfigError(
+            f"no layer or scope gains anything on held-out pictures within a clean budget of {100 * clean_budget:.1f} "
+            f"points (points gained, for points lost: {tried}). Give more pictures, other SAEs, or a larger budget"
+        )
+    return max(fitting, key=lambda option: option.result.gain)
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A defense, and how it came about.
+
+    Attributes:
+        defense: Without golden vectors yet.
+        sites: Its blocks, and those at which nothing was chosen.
+        validation: What this way to fit does to pictures that it was not fitted on. After a sweep these have chosen
+            the placement, so the figures flatter it a little.
+        options: What was tried; empty without a sweep.
+    """
+
+    defense: Defense
+    sites: tuple[FittedSite, ...]
+    validation: CrossValidation
+    options: tuple[Option, ...] = ()
+
+
+def fit_defense(
+    host: Host,
+    spec: HostSpec,
+    plans: Sequence[SitePlan],
+    material: Material,
+    text_embeds: Tensor,
+    *,
+    name: str,
+    folds: int = 3,
+    seed: int = 0,
+    is_swept: bool = False,
+    licence: str = "not stated",
+    provenance: Mapping[str, Any] = MappingProxyType({}),
+    report: Callable[[str], None] = log.info,
+) -> Fitted:
+    """Fit a defense on all pictures, and say by cross-validation what it does to others.
+
+    Args:
+        host: The CLIP, undefended; it is so again afterwards.
+        spec: What identifies it.
+        plans: The blocks, in the order of fitting.
+        material: What to fit on.
+        text_embeds: Of all answers, [n_labels, d_embed], normalised.
+        name: Of the latent sets.
+        folds: Of the cross-validation, 2 or more.
+        seed: Decides the folds.
+        is_swept: Try each block alone and all together with every scope, and take what does best on held-out pictures.
+        licence: Of the defense.
+        provenance: What else its `provenance` shall hold, as JSON values.
+        report: Called with a line of progress.
+
+    Raises:
+        ConfigError: Nothing helps, or see `fit_sites`, `cross_validate` and `best`.
+    """
+    options: list[Option] = []
+    if is_swept:
+        options = sweep(host, spec, plans, material, text_embeds, folds=folds, seed=seed, report=report)
+        chosen = best(options, sum(plan.config.clean_budget for plan in plans))
+        plans, validation = chosen.plans, chosen.result
+        report(f"chosen: {chosen.name}")
+    else:
+        validation = cross_validate(host, spec, plans, material, text_embeds, folds=folds, seed=seed, report=report)
+    report("all pictures")
+    fitted = fit_sites(host, spec, plans, material.data, text_embeds, name=name, report=report)
+    sites = tuple(each.site for each in fitted if each.selection.latents)
+    if not sites:
+        tried = ", ".join(f"{len(each.ranking.order())} candidates at {each.site.hook_point}" for each in fitted)
+        raise ConfigError(
+            f"nothing helps: no latent lowers the loss of the fooled pictures within the clean budget ({tried}), so "
+            "there is no defense. Give more pictures, an SAE of another block or with more latents, or a larger budget"
+        )
+    record = {
+        **provenance,
+        "pictures": dict(material.provenance),
+        "seed": seed,
+        "cross_validation": validation.to_dict(),
+        "sweep": [option.to_dict() for option in options],
+        "versions": versions(),
+    }
+    defense = Defense(spec, host.preprocess, sites, None, licence, record)
+    return Fitted(defense, tuple(fitted), validation, tuple(options))
+
+
+def with_golden(host: Host, defense: Defense) -> Defense:
+    """Return a defense with golden vectors, of three drawn pictures: nobody's photographs get into an artefact."""
+    side = max(host.preprocess.size)
+    drawn = [np.asarray(scenes.render(case.scene, side)) for case in draws.typographic(3, _GOLDEN_SEED)]
+    clf = RobustClassifier(host, defense)
+    try:
+        return replace(defense, golden=make_golden(clf, np.stack(drawn)))
+    finally:
+        detach(host.model)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes the numbers."""
+    packages = {name: version(name) for name in ("torch", "open_clip_torch", "numpy", "pillow")}
+    return {"clip-defense": folders.package_version(), "python": platform.python_version(), **packages}

@@ -1,0 +1,1 @@
+"""A CLIP, its residual stream, and a defense in it."""

@@ -1,0 +1,289 @@
+"""The drop-in: the same open_clip model, with its `encode_image` defended.
+
+    wrap(model, defense)      model.encode_image(pixel_values) is defended from here on
+    detach(model)             and is bit for bit what it was
+
+State-dict keys do not change, `.to()`, `.half()` and `.cuda()` reach the suppressors, and the model is still the
+object that the caller had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from defense.core.config import SAEConfig
+from defense.core.latents import LatentSet
+from defense.core.ops import Backend
+from defense.core.sae import SparseAutoencoder
+from defense.core.suppress import Suppressor, suppress
+from defense.errors import ConfigError
+
+from .clip import Host
+from .defense import Defense, HostSpec, Site
+from .tower import VisionHost, is_compiled
+
+Model = TypeVar("Model", bound=nn.Module)
+
+ATTRIBUTE = "defense"
+"""Name of the submodule that `wrap` adds to a model."""
+
+
+class EditedBlock(nn.Module):
+    """The suppressors of one block and the hook that runs them."""
+
+    def __init__(self, hook_point: str, suppressors: list[Suppressor], host: VisionHost) -> None:
+        super().__init__()
+        self.hook_point = hook_point
+        self.suppressors = nn.ModuleList(suppressors)
+        self.n_prefix = host.n_prefix
+        self.batch_first = host.batch_first
+        self.is_bypassed = False
+        self.seen: Tensor | None = None
+        self.is_recording = False
+        self.stand_ins: list[Suppressor] | None = None
+        self._handle: RemovableHandle | None = None
+
+    def place(self, host: VisionHost) -> None:
+        """Put the hook on the block."""
+        self._handle = host.block(self.hook_point).register_forward_hook(self.hook)
+
+    def hook(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return the edited output of the block, in the block's own layout."""
+        if self.is_bypassed:
+            return output
+        resid = output if self.batch_first else output.transpose(0, 1)
+        if self.is_recording:
+            self.seen = resid
+        edited = suppress(resid, self.in_force(), self.n_prefix)
+        return edited if self.batch_first else edited.transpose(0, 1)
+
+    def parts(self) -> list[Suppressor]:
+        """Return the suppressors, typed."""
+        return [part for part in self.suppressors if isinstance(part, Suppressor)]
+
+    def in_force(self) -> list[Suppressor]:
+        """Return the suppressors that act now: what `adjusted` put in place of the block's own, or these."""
+        return self.parts() if self.stand_ins is None else self.stand_ins
+
+    def remove(self) -> None:
+        """Take the hook off the block."""
+        if self._handle is not None:
+            self._handle.remove()
+
+
+class AttachedDefense(nn.Module):
+    """What `wrap` adds to a model as `model.defense`.
+
+    Args:
+        host: The vision tower.
+        defense: What to edit there. A latent that several sets name at one site is edited once, by the first.
+        backend: See `wrap`.
+    """
+
+    def __init__(self, host: VisionHost, defense: Defense, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.grid_size = host.grid_size
+        self.backend: Backend = backend
+        sites = ((site.hook_point, sae_of(site), site.sets) for site in defense.sites)
+        per_block = suppressors_of(host, sites, backend)
+        for hook_point in per_block:
+            host.block(hook_point)  # raises where there is no such block, before any hook is placed
+        self.blocks = nn.ModuleList(EditedBlock(point, suppressors, host) for point, suppressors in per_block.items())
+        weight = next(host.blocks.parameters())
+        self.to(weight.device, weight.dtype)
+        for block in self.edited_blocks():  # last: whatever fails above leaves the model as it was
+            block.place(host)
+
+    def edited_blocks(self) -> list[EditedBlock]:
+        """Return the blocks that are edited, in the order of the defense's sites."""
+        return [block for block in self.blocks if isinstance(block, EditedBlock)]
+
+    def suppressors(self) -> list[Suppressor]:
+        """Return all suppressors."""
+        return [suppressor for block in self.edited_blocks() for suppressor in block.parts()]
+
+    def set_strength(self, strength: float, set_name: str | None = None) -> None:
+        """Set how much is removed, in [0, 1], by one named set or by all. 0 is stock CLIP, bit for bit.
+
+        Raises:
+            ConfigError: No such set, or a strength outside [0, 1].
+        """
+        chosen = [s for s in self.suppressors() if set_name in (None, s.latent_set.name)]
+        if not chosen and set_name is not None:
+            raise ConfigError(f"this defense has no set {set_name!r}")
+        for suppressor in chosen:
+            suppressor.set_strength(strength)
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Let the block pass unedited, at no cost. Not for compiled models: use `set_strength(0)` there."""
+        with self._restored("is_bypassed") as blocks:
+            for block in blocks:
+                block.is_bypassed = True
+            yield
+
+    @contextmanager
+    def adjusted(self, suppressors: Mapping[str, list[Suppressor]]) -> Iterator[None]:
+        """Let other suppressors act in place of the blocks' own.
+
+        Args:
+            suppressors: By hook point; a block that is not named passes unedited. On the model's device, in its dtype.
+        """
+        with self._restored("stand_ins") as blocks:
+            for block in blocks:
+                block.stand_ins = suppressors.get(block.hook_point, [])
+            yield
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the residual that each edited block saw last, as `block.seen` [batch, pos, d_model]."""
+        with self._restored("is_recording", "seen") as blocks:
+            for block in blocks:
+                block.is_recording = True
+            yield
+
+    @contextmanager
+    def _restored(self, *names: str) -> Iterator[list[EditedBlock]]:
+        """Yield the edited blocks, and put these attributes of theirs back in the end: contexts nest."""
+        blocks = self.edited_blocks()
+        before = [{name: getattr(block, name) for name in names} for block in blocks]
+        try:
+            yield blocks
+        finally:
+            for block, values in zip(blocks, before, strict=True):
+                for name, value in values.items():
+                    setattr(block, name, value)
+
+
+def sae_of(site: Site) -> SparseAutoencoder:
+    """Return the autoencoder of a defense's site, in float32 on the CPU."""
+    return SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
+
+
+def suppressors_of(
+    host: VisionHost, sites: Iterable[tuple[str, SparseAutoencoder, Sequence[LatentSet]]], backend: Backend
+) -> dict[str, list[Suppressor]]:
+    """Return suppressors by hook point. A latent that several sets name at one site is edited once, by the first.
+
+    Args:
+        host: The vision tower.
+        sites: Hook point, SAE and sets of each.
+        backend: See `wrap`.
+    """
+    per_block: dict[str, list[Suppressor]] = {}
+    for hook_point, sae, sets in sites:
+        host.check_width(sae.config.d_model, f"the SAE at {hook_point}")
+        taken: frozenset[int] = frozenset()
+        for latent_set in sets:
+            scope = host.effective_scope(hook_point, latent_set.scope)
+            suppressor = Suppressor(sae, latent_set.without(taken), scope, backend=backend)
+            per_block.setdefault(hook_point, []).append(suppressor)
+            taken |= set(latent_set.latents)
+    return per_block
+
+
+def check_host(host: VisionHost, spec: HostSpec) -> None:
+    """Hold a vision tower against the one that a defense was fitted on.
+
+    Raises:
+        ConfigError: Another architecture, another GELU, or other weights.
+        ShapeError: Another width.
+    """
+    name = spec.model if spec.pretrained is None else f"{spec.model}, {spec.pretrained}"
+    host.check_width(spec.d_model, f"this defense (fitted on {name})")
+    if len(host.blocks) != spec.n_layers:
+        raise ConfigError(
+            f"this defense was fitted on {name} with {spec.n_layers} blocks; this tower has {len(host.blocks)}"
+        )
+    if host.quick_gelu != spec.quick_gelu:
+        want, got = ("QuickGELU", "GELU") if spec.quick_gelu else ("GELU", "QuickGELU")
+        raise ConfigError(
+            f"this defense was fitted on {name} with {want}, but this model uses {got}; create it with "
+            f"force_quick_gelu={spec.quick_gelu}, or under the name that ends in '-quickgelu'"
+        )
+    if (got_hash := host.fingerprint()) != spec.sha256:
+        raise ConfigError(
+            f"this defense was fitted on the weights of {name} (sha256 {spec.sha256[:16]}...); this model's vision "
+            f"tower is {got_hash[:16]}.... Load those weights (wrap before casting to bfloat16), or pass "
+            "allow_mismatch=True"
+        )
+
+
+def wrap(model: Model, defense: Defense, *, allow_mismatch: bool = False, backend: Backend = "auto") -> Model:
+    """Put a defense into an open_clip model and return the same object.
+
+    Attach before torch.compile: a hook that comes later is ignored by compiled code.
+
+    Args:
+        model: A model of open_clip with a ViT, native or of timm.
+        defense: What to edit.
+        allow_mismatch: Skip the checks that this is the model the defense was fitted on; widths are still checked.
+        backend: What computes the edit: "auto" takes the Triton kernels on a GPU where they apply; "fused" takes them
+            or raises; "reference" is plain PyTorch.
+
+    Raises:
+        ConfigError: The model is compiled, wrapped already, or not the one that the defense was fitted on, or the
+            backend is unknown.
+        BackendError: `backend` is "fused", and there is no kernel for an SAE or edit of this defense. (Where it is the
+            device that cannot run one, `encode_image` raises.)
+        ShapeError: The SAE has another width than the model.
+        HookPointError: The model has no such block, or the scope means nothing there.
+    """
+    if is_compiled(model):
+        raise ConfigError("this model is compiled, and would ignore the defense; wrap it first, then compile")
+    if is_wrapped(model):
+        raise ConfigError("this model is defended already; detach(model) first, or give one Defense with several sets")
+    host = VisionHost.of(model)
+    if not allow_mismatch:
+        check_host(host, defense.host)
+    model.add_module(ATTRIBUTE, AttachedDefense(host, defense, backend))
+    return model
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Return whether a model holds a defense."""
+    return hasattr(model, ATTRIBUTE)
+
+
+def attached(model: nn.Module) -> AttachedDefense:
+    """Return what `wrap` added to a model.
+
+    Raises:
+        ConfigError: The model is not wrapped.
+    """
+    found = getattr(model, ATTRIBUTE, None)
+    if not isinstance(found, AttachedDefense):
+        raise ConfigError("this model is not defended; call wrap(model, defense) first")
+    return found
+
+
+def detach(model: Model) -> Model:
+    """Take the defense out of a model again and return it: outputs are bit-equal to those before `wrap`.
+
+    Raises:
+        ConfigError: The model is compiled or not wrapped.
+    """
+    if is_compiled(model):
+        raise ConfigError("this model is compiled with the defense inside; set its strength to 0 instead of detaching")
+    for block in attached(model).edited_blocks():
+        block.remove()
+    delattr(model, ATTRIBUTE)
+    return model
+
+
+@contextmanager
+def attached_sites(host: Host, spec: HostSpec, sites: Sequence[Site]) -> Iterator[None]:
+    """Defend a host by some sites for as long as the context lasts."""
+    if not sites:
+        yield
+        return
+    wrap(host.model, Defense(spec, host.preprocess, tuple(sites)), allow_mismatch=True)
+    try:
+        yield
+    finally:
+        detach(host.model)

@@ -1,0 +1,145 @@
+"""A defense in memory: which CLIP it belongs to, which blocks it edits, and how. Needs numpy alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from defense.core.latents import LatentSet
+from defense.data.preprocess import Preprocess
+from defense.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """The CLIP that a defense was fitted on.
+
+    Attributes:
+        model: open_clip's name, e.g. "ViT-B-32", "hf-hub:..." or "embedded".
+        pretrained: open_clip's tag; None where the name says it all.
+        sha256: Fingerprint of the vision tower's weights (`hosts.VisionHost.fingerprint`).
+        quick_gelu: Whether its MLPs use QuickGELU.
+        d_model: Width of its residual stream.
+        n_layers: Number of its blocks.
+    """
+
+    model: str
+    pretrained: str | None
+    sha256: str
+    quick_gelu: bool
+    d_model: int
+    n_layers: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One block that is edited.
+
+    Attributes:
+        hook_point: "blocks.{L}.hook_resid_post".
+        sae_config: Fields of `sae.SAEConfig`.
+        parameters: The SAE's tensors.
+        sets: What is edited there.
+    """
+
+    hook_point: str
+    sae_config: Mapping[str, Any]
+    parameters: Mapping[str, np.ndarray]
+    sets: tuple[LatentSet, ...]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What the host must answer: three pictures and their normalised embeddings.
+
+    Attributes:
+        pictures: uint8 [3, height, width, 3].
+        plain: Embeddings without the defense, float32 [3, d_embed].
+        defended: Embeddings with it, float32 [3, d_embed].
+    """
+
+    pictures: np.ndarray
+    plain: np.ndarray
+    defended: np.ndarray
+
+
+@dataclass(frozen=True)
+class Defense:
+    """Everything that turns a stock CLIP into a defended one.
+
+    Attributes:
+        host: The CLIP it was fitted on.
+        preprocess: How that CLIP's pictures are prepared.
+        sites: The blocks that are edited.
+        golden: Reference answers; None before they were computed.
+        licence: SPDX identifier, or a sentence.
+        provenance: How it was made, and what was measured.
+        manifest_sha256: Of the manifest it was read from; None for one that was not read from disk.
+    """
+
+    host: HostSpec
+    preprocess: Preprocess
+    sites: tuple[Site, ...]
+    golden: Golden | None = None
+    licence: str = "MIT"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    manifest_sha256: str | None = field(default=None, compare=False)
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of all latent sets, in order of their first appearance."""
+        return tuple(dict.fromkeys(latent_set.name for site in self.sites for latent_set in site.sets))
+
+    def only(self, *names: str) -> Defense:
+        """Return the defense with just the named sets.
+
+        Raises:
+            ConfigError: There is no such set.
+        """
+        for name in names:
+            if name not in self.sets:
+                raise ConfigError(f"this defense has no set {name!r}; it has {', '.join(self.sets) or 'none'}")
+        kept = [(site, tuple(s for s in site.sets if s.name in names)) for site in self.sites]
+        sites = tuple(Site(site.hook_point, site.sae_config, site.parameters, sets) for site, sets in kept if sets)
+        return Defense(self.host, self.preprocess, sites, None, self.licence, self.provenance)
+
+
+def join(defenses: Sequence[Defense]) -> Defense:
+    """Return one defense that does what several for the same host do; golden answers and provenance are left behind.
+
+    Raises:
+        ConfigError: There is none, or they are for different hosts or preparations of pictures, or two have a set of
+            the same name.
+    """
+    if not defenses:
+        raise ConfigError("no defenses to join; give at least one")
+    first = defenses[0]
+    for other in defenses[1:]:
+        if (other.host, other.preprocess) != (first.host, first.preprocess):
+            raise ConfigError(
+                f"these defenses are for different hosts: {first.host.model} and {other.host.model}, weights "
+                f"{first.host.sha256[:16]} and {other.host.sha256[:16]}"
+            )
+    names = [name for defense in defenses for name in defense.sets]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"several of these defenses have a set {repeated[0]!r}, so its name would mean two things")
+    sites: list[Site] = []
+    for site in (site for defense in defenses for site in defense.sites):
+        place = next((i for i, there in enumerate(sites) if _has_same_sae(there, site)), None)
+        if place is None:
+            sites.append(site)
+        else:  # one site, where a latent of several sets is edited once
+            sites[place] = replace(sites[place], sets=sites[place].sets + site.sets)
+    licence = ", ".join(dict.fromkeys(defense.licence for defense in defenses))
+    return Defense(first.host, first.preprocess, tuple(sites), licence=licence)
+
+
+def _has_same_sae(a: Site, b: Site) -> bool:
+    return (a.hook_point, dict(a.sae_config), a.parameters.keys()) == (
+        b.hook_point, dict(b.sae_config), b.parameters.keys()
+    ) and all(np.array_equal(a.parameters[name], b.parameters[name]) for name in a.parameters)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Folders on disk whose every byte is accounted for: defenses and SAEs."""

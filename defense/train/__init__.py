@@ -1,0 +1,1 @@
+"""An SAE from residuals."""

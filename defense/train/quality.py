@@ -1,0 +1,138 @@
+"""How good an SAE is: explained variance, L0, and what its reconstruction costs the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defense.classify.classifier import RobustClassifier
+from defense.core.sae import SparseAutoencoder
+from defense.core.suppress import token_slice
+from defense.data.sources import Pictures, prepared
+from defense.errors import ConfigError
+from defense.hosts.tap import Tap
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good an SAE is on held-out tokens.
+
+    Attributes:
+        explained_variance: 1 - squared error / variance of the residuals around their mean.
+        l0: Latents that fire per token, on average.
+        alive: Fraction of latents that fire at least once.
+    """
+
+    explained_variance: float
+    l0: float
+    alive: float
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """What an SAE costs the network when its reconstruction takes the residual's place, error and all.
+
+    Attributes:
+        n: Pictures, none of which was trained on.
+        plain: Accuracy of the CLIP as it is.
+        spliced: Accuracy with the reconstruction.
+        agreement: Share of pictures that get the same answer from both.
+    """
+
+    n: int
+    plain: float
+    spliced: float
+    agreement: float
+
+
+# --- what came of it ------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def measure(sae: SparseAutoencoder, resid: Tensor, *, chunk: int = 4096) -> Quality:
+    """Return an SAE's quality on residuals [n, d_model]."""
+    mean = resid.float().mean(0)
+    error = variance = fired = 0.0
+    alive = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=resid.device)
+    for rows in resid.split(chunk):
+        rows = rows.float()
+        acts = sae.encode(rows)
+        error += float((rows - sae.decode(acts, rows)).square().sum())
+        variance += float((rows - mean).square().sum())
+        fired += float((acts != 0).sum())
+        alive |= (acts != 0).any(0)
+    return Quality(1 - error / variance, fired / len(resid), float(alive.float().mean()))
+
+
+@contextmanager
+def spliced(tap: Tap, sae: SparseAutoencoder) -> Iterator[None]:
+    """Let the SAE's reconstruction take the place of the residual, for as long as the context lasts."""
+
+    def replace(_block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        resid = tap.vision.to_batch_first(output).clone()
+        tokens = token_slice(tap.tokens, tap.vision.n_prefix)
+        rows = resid[:, tokens].float()
+        resid[:, tokens] = sae.decode(sae.encode(rows), rows).to(resid.dtype)
+        return tap.vision.to_batch_first(resid)
+
+    handle = tap.vision.block(tap.hook_point).register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SparseAutoencoder, tap: Tap, pictures: Pictures, *, n: int = 1000, names: tuple[str, ...] = ()
+) -> tuple[Quality, ZeroShot | None]:
+    """Return an SAE's quality on up to `n` pictures that were kept from training, and what splicing it in costs.
+
+    Args:
+        sae: The SAE.
+        tap: Where its residuals come from.
+        pictures: The source that it was trained on.
+        n: How many pictures to measure on.
+        names: The classes, for zero-shot accuracy; left out without them or where no picture says its class.
+
+    Raises:
+        ConfigError: No held-out picture can be read, or a label is none of `names`.
+    """
+    sae = sae.to(tap.device)
+    held_out = list(pictures.held_out(n))
+    text_embeds = torch.from_numpy(RobustClassifier(tap.host).set_labels(names).text_embeds()) if names else None
+    resids: list[Tensor] = []
+    answers: list[tuple[int, int, int]] = []
+    for batch in prepared(tap.host.preprocess, held_out):
+        readable = [(picture, pixels) for picture, pixels in batch if pixels is not None]
+        if not readable:
+            continue
+        pixel_values = np.stack([pixels for _, pixels in readable])
+        resids.append(tap.resid(pixel_values).flatten(0, 1))
+        if text_embeds is None:
+            continue
+        labels = [pictures.class_of(picture, names) for picture, _ in readable]
+        images = tap.batch(pixel_values)
+        plain = _nearest(tap, images, text_embeds)
+        with spliced(tap, sae):
+            edited = _nearest(tap, images, text_embeds)
+        answers += [(label, a, b) for label, a, b in zip(labels, plain, edited, strict=True) if label is not None]
+    if not resids:
+        raise ConfigError("none of the pictures that were kept from training can be read; there is nothing to measure")
+    quality = measure(sae, torch.cat(resids))
+    if not answers:
+        return quality, None
+    label, first, second = np.array(answers).T
+    shares = [float(hits.mean()) for hits in (first == label, second == label, first == second)]
+    return quality, ZeroShot(len(answers), *shares)
+
+
+def _nearest(tap: Tap, images: Tensor, text_embeds: Tensor) -> list[int]:
+    image_embeds = functional.normalize(tap.host.model.encode_image(images), dim=-1).float().cpu()
+    return (image_embeds @ text_embeds.T).argmax(1).tolist()

@@ -1,0 +1,1 @@
+"""The drawn world: scenes, typefaces and emoji. No torch."""
