@@ -23,7 +23,7 @@ from defense.classify.classifier import RobustClassifier
 from defense.data.images import decode
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, MissingDependencyError
-from defense.hosts.clip import load_host
+from defense.hosts.clip import load_clip
 from defense.store.defenses import find_defense
 
 if TYPE_CHECKING:
@@ -74,14 +74,14 @@ def load_defended(
         ConfigError: It was fitted on another model.
     """
     defense = find_defense(pretrained, cache_dir=cache_dir)
-    if model_name != defense.host.model:
+    if model_name != defense.clip.model:
         raise ConfigError(
-            f"the defense {pretrained} was fitted on {defense.host.model}, not on {model_name}; "
-            f"give --model {defense.host.model}"
+            f"the defense {pretrained} was fitted on {defense.clip.model}, not on {model_name}; "
+            f"give --model {defense.clip.model}"
         )
-    host = load_host(defense.host.model, defense.host.pretrained, device=str(device))
-    clf = RobustClassifier(host, defense)
-    return clf.host.model, Transform(clf.host.preprocess), Tokenizer(clf.host.tokenizer)
+    clip = load_clip(defense.clip.model, defense.clip.pretrained, device=str(device))
+    clf = RobustClassifier(clip, defense)
+    return clf.clip.model, Transform(clf.clip.preprocess), Tokenizer(clf.clip.tokenizer)
 
 
 def register() -> None:

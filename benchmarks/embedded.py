@@ -23,7 +23,7 @@ from typing import Any
 from defense.benchmarks.speed import environment_of
 from defense.data.labels import resolve_templates
 from defense.embedded.build import SEEDS, full_report
-from defense.hosts.clip import EMBEDDED, embedded_folder, load_host
+from defense.hosts.clip import EMBEDDED, embedded_folder, load_clip
 from defense.store import defenses, folders
 from defense.world.scenes import OBJECTS
 
@@ -43,7 +43,7 @@ def measure(n: int, seed: int, command: str) -> dict[str, Any]:
     """Return the accuracies of the three models on `n` pictures of a seed, with how they were measured."""
     folder = embedded_folder("text")
     defense = defenses.load(folder)
-    report = full_report(load_host(EMBEDDED), defense.host, defense.sites, "text", n, seed)
+    report = full_report(load_clip(EMBEDDED), defense, "text", n, seed)
     return {
         "n": n,
         "seed": seed,

@@ -48,8 +48,9 @@ from defense.export.runtime import OnnxClassifier
 from defense.export.sessions import open_session
 from defense.export.vision import VisionGraph, trace_vision, write
 from defense.fit.calibrate import calibrated
-from defense.hosts.attach import detach, wrap
+from defense.hosts.attach import attach, detach
 from defense.hosts.clip import EMBEDDED
+from defense.hosts.defense import Site
 from defense.world.draws import typographic
 from defense.world.scenes import OBJECTS, render
 
@@ -213,10 +214,9 @@ def check_arm(name: str, got: np.ndarray, want: Tensor, *, rough: bool) -> float
 
 def defended(stage: speed.Stage, workload: speed.Workload) -> Any:
     """Return the stage's model with a workload's SAE in it."""
-    host = speed.VisionHost.of(stage.model)
-    spec = speed.HostSpec(stage.case.model, None, "", host.quick_gelu, host.d_model, len(host.blocks))
-    site = speed.Site(stage.case.hook_point, workload.config.to_dict(), workload.parameters, (workload.latent_set,))
-    return wrap(speed.twin(stage.model), speed.Defense(spec, stage.preprocess, (site,)), allow_mismatch=True)
+    model = speed.twin(stage.model)
+    attach(model, (Site(stage.case.hook_point, workload.config, workload.parameters, (workload.latent_set,)),))
+    return model
 
 
 def embeds_of(model: Any, pixel_values: Tensor) -> Tensor:
@@ -293,17 +293,17 @@ def measure_runtime(n: int, batch: int, seed: int) -> Runtime:
 def export_embedded(folder: Path, batch: int, seed: int) -> dict[tuple[str, str], OnnxClassifier]:
     """Return the embedded model's bundles by mode and dtype; "delta" is the defense calibrated on other pictures."""
     robust = RobustClassifier.from_pretrained(EMBEDDED, device="cpu").set_labels(list(OBJECTS))
-    host, defense, text_embeds = robust.host, robust.defense, robust.text_embeds()
+    clip, defense, text_embeds = robust.clip, robust.defense, robust.text_embeds()
     assert defense is not None
     bundles = {}
     for mode in ("exact", "delta"):
         if mode == "delta":
-            pictures = [host.preprocess(render(each.scene)) for each in typographic(_N_CALIBRATED, seed + 1)]
-            detach(host.model)
+            pictures = [clip.preprocess(render(each.scene)) for each in typographic(_N_CALIBRATED, seed + 1)]
+            detach(clip.model)
             # int8 is compared with fp32 of this same graph, so agreement with the exact rule is no gate here.
             values = torch.from_numpy(np.stack(pictures))
-            defense, _ = calibrated(host, defense, values, least_agreement=0.0, text_embeds=text_embeds)
-            robust = RobustClassifier(host, defense).set_labels(list(OBJECTS))
+            defense, _ = calibrated(clip, defense, values, least_agreement=0.0, text_embeds=text_embeds)
+            robust = RobustClassifier(clip, defense).set_labels(list(OBJECTS))
         for dtype in ("fp32", "int8"):
             export_onnx(robust, folder / f"{mode}-{dtype}", mode=mode, dtype=dtype)
             bundles[mode, dtype] = OnnxClassifier(folder / f"{mode}-{dtype}", batch_size=batch)

@@ -30,7 +30,7 @@ of a copy. Extra MiB is the peak of allocated memory during one call, above the 
 
 Not measured: accuracy; float32 (its products run on the general cores); other GPUs than the one named.
 
-For memory errors: compute-sanitizer python -m pytest tests/kernel_cases.py
+For memory errors: compute-sanitizer python -m pytest tests/core/kernel_cases.py
 """
 
 from __future__ import annotations
@@ -54,15 +54,13 @@ from torch import Tensor
 from defense.benchmarks import speed
 from defense.core import ops
 from defense.core.config import Act, Norm
-from defense.core.latents import Scope
+from defense.core.latents import Scope, token_slice
 from defense.core.ops import Backend, reference
 from defense.core.ops.reference import Encoder
 from defense.core.sae import normalise
-from defense.core.suppress import token_slice
 from defense.errors import BackendError
-from defense.hosts.attach import wrap
-from defense.hosts.defense import Defense, HostSpec, Site
-from defense.hosts.tower import VisionHost
+from defense.hosts.attach import attach
+from defense.hosts.defense import Site
 
 RESULTS = Path(__file__).with_name("results") / "kernel.json"
 DEVICE = "cuda"
@@ -628,11 +626,9 @@ def _towers(case: Case, block: int) -> tuple[Any, Any, Any]:
     few = speed.Case(model=case.model, batch=8, d_sae=case.d_sae, k=case.k, n_set=DEFAULT_SET, block=block, seed=_SEED)
     stage = speed.set_stage(speed.create_model(few), few)
     workload = next(each for each in speed.make_workloads(stage) if each.share == DEFAULT_SHARE)
-    host = VisionHost.of(stage.model)
-    spec = HostSpec(case.model, None, "", host.quick_gelu, host.d_model, len(host.blocks))
-    site = Site(few.hook_point, workload.config.to_dict(), workload.parameters, (workload.latent_set,))
-    defense = Defense(spec, stage.preprocess, (site,))
-    defended = wrap(speed.twin(stage.model), defense, allow_mismatch=True, backend="fused")
+    site = Site(few.hook_point, workload.config, workload.parameters, (workload.latent_set,))
+    defended = speed.twin(stage.model)
+    attach(defended, (site,), backend="fused")
     return stage.model, defended, stage.preprocess
 
 

@@ -31,18 +31,18 @@ from torch import Tensor
 
 from defense.benchmarks.metrics import mean_figure
 from defense.benchmarks.speed import environment_of
-from defense.core.config import SAEConfig
 from defense.core.latents import LatentSet, draw_alike
-from defense.core.sae import SparseAutoencoder
 from defense.core.suppress import Suppressor
 from defense.embedded import build
 from defense.errors import ConfigError
 from defense.explain import catalogue
+from defense.fit.config import FitConfig
 from defense.fit.material import Pairs
-from defense.fit.selecting import LEAST_REMOVAL, FitConfig, Ranking, TextFit, Trial, within_budget
-from defense.hosts.clip import EMBEDDED, Host, embedded_folder, load_host
+from defense.fit.selecting import LEAST_REMOVAL, Ranking, TextFit, Trial, within_budget
+from defense.hosts.attach import sae_of
+from defense.hosts.clip import EMBEDDED, Clip, embedded_folder, load_clip
 from defense.hosts.defense import Site
-from defense.hosts.tap import Tail
+from defense.hosts.tower import BATCH
 from defense.store import defenses, folders
 from defense.world import scenes
 
@@ -219,14 +219,16 @@ class Bench:
         self._resid: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def is_correct(self, tail: Tail, sae: SparseAutoencoder, choice: Choice) -> dict[str, np.ndarray]:
+    def is_correct(self, fit: TextFit, choice: Choice) -> dict[str, np.ndarray]:
         """Return which pictures of each kind are answered rightly, bool [n_test]."""
+        tower, hook_point = fit.tower, fit.hook_point
         if not self._resid:
-            self._resid = {name: tail.resid(pixel_values) for name, pixel_values in self.pixel_values.items()}
-        suppressor = Suppressor(sae, LatentSet("arm", choice.latents, choice.gains))
+            self._resid = {name: tower.resid(pixels, hook_point) for name, pixels in self.pixel_values.items()}
+        suppressor = Suppressor(fit.sae, LatentSet("variant", choice.latents, choice.gains))
         found = {}
         for name, resid in self._resid.items():
-            answers = [tail.embeds(suppressor(part)) @ self.text_embeds.T for part in resid.split(tail.batch)]
+            embeds = [tower.embeds_from(suppressor(part), hook_point) for part in resid.split(BATCH)]
+            answers = [part @ self.text_embeds.T for part in embeds]
             found[name] = (torch.cat(answers).argmax(1) == self.label).numpy()
         return found
 
@@ -252,7 +254,7 @@ def measure(
         start = time.perf_counter()
         choice = choose(chooser)
         seconds = time.perf_counter() - start
-        is_correct = bench.is_correct(fit.tail, fit.sae, choice)
+        is_correct = bench.is_correct(fit, choice)
         yield {
             "seed": seed,
             "arm": name,
@@ -387,8 +389,8 @@ def run(
         "defense_sha256": folders.sha256_of(folder / defenses.MANIFEST),
     }
     result = _started(path, made_with, command)
-    host = load_host(EMBEDDED)
-    bench = _embedded_bench(host, site, settings)
+    clip = load_clip(EMBEDDED)
+    bench = _embedded_bench(clip, site, settings)
     for seed in seeds:
         done = [record["arm"] for record in result["arms"] if record["seed"] == seed]
         for record in measure(bench, settings.fit, found.columns["steerability"], seed, done):
@@ -400,15 +402,15 @@ def run(
     return result
 
 
-def _embedded_bench(host: Host, site: Site, settings: Settings) -> Bench:
-    sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
-    text_embeds = build.text_embeds_of(host, list(scenes.OBJECTS))
+def _embedded_bench(clip: Clip, site: Site, settings: Settings) -> Bench:
+    sae = sae_of(site)
+    text_embeds = build.text_embeds_of(clip, list(scenes.OBJECTS))
 
     def fit_of(seed: int) -> TextFit:
-        pairs = build.attack_pairs(settings.n_fit, SEED_FIT + seed, scenes.TRAIN_FONTS, host)
-        return TextFit(host.model, site.hook_point, sae, pairs, text_embeds)
+        pairs = build.attack_pairs(settings.n_fit, SEED_FIT + seed, scenes.TRAIN_FONTS, clip)
+        return TextFit(clip, site.hook_point, sae, pairs, text_embeds)
 
-    return Bench(fit_of, build.attack_pairs(settings.n_test, SEED_TEST, scenes.TEST_FONTS, host), text_embeds)
+    return Bench(fit_of, build.attack_pairs(settings.n_test, SEED_TEST, scenes.TEST_FONTS, clip), text_embeds)
 
 
 def _started(path: Path, made_with: Mapping[str, Any], command: str) -> dict[str, Any]:

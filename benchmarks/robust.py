@@ -38,7 +38,7 @@ from defense.data.labels import Prompts, check_labels, resolve_templates
 from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import ConfigError, InvalidImageError, MissingDependencyError
-from defense.hosts.clip import Host, load_host, resolve_device
+from defense.hosts.clip import Clip, load_clip, resolve_device
 from defense.store.folders import read_tensors
 
 if TYPE_CHECKING:
@@ -68,13 +68,13 @@ class NamedHost:
     """A CLIP and what results call it.
 
     Attributes:
-        host: The CLIP.
+        clip: The CLIP.
         model: open_clip's name, or "embedded".
         pretrained: open_clip's tag of its weights; "random"; or "embedded".
         sha256: Of all its weights.
     """
 
-    host: Host
+    clip: Clip
     model: str
     pretrained: str
     sha256: str
@@ -87,25 +87,25 @@ class NamedHost:
     @property
     def logit_scale(self) -> float:
         """Factor between cosine and logit."""
-        return float(self.host.model.logit_scale.detach().float().exp())
+        return self.clip.logit_scale
 
 
 def load_named_host(model: str, pretrained: str | None, *, device: str = "cpu") -> NamedHost:
     """Load a CLIP by name.
 
     Args:
-        model: See `classifier.load_host`.
+        model: See `classifier.load_clip`.
         pretrained: See there; or "random" for weights of a fixed seed.
         device: See there.
 
     Raises:
         MissingDependencyError, ConfigError: See there.
     """
-    host = _random_host(model, device) if pretrained == RANDOM else load_host(model, pretrained, device=device)
-    return NamedHost(host, model, pretrained or model, weights_sha256(host.model))
+    clip = _random_host(model, device) if pretrained == RANDOM else load_clip(model, pretrained, device=device)
+    return NamedHost(clip, model, pretrained or model, weights_sha256(clip.model))
 
 
-def _random_host(model: str, device: str) -> Host:
+def _random_host(model: str, device: str) -> Clip:
     try:
         import open_clip
         import torch
@@ -120,7 +120,7 @@ def _random_host(model: str, device: str) -> Host:
         torch.manual_seed(_SEED_OF_WEIGHTS)
         net = open_clip.create_model(model, device=resolve_device(device))
     preprocess = Preprocess.from_open_clip(open_clip.get_model_preprocess_cfg(net))
-    return Host(net.eval().requires_grad_(False), preprocess, ClipTokenizer(text_cfg.get("context_length", 77)))
+    return Clip(net.eval().requires_grad_(False), preprocess, ClipTokenizer(text_cfg.get("context_length", 77)))
 
 
 def weights_sha256(model: Any) -> str:
@@ -207,7 +207,7 @@ def measure(
 
     method_key = key_of(method.name.partition("@")[0], dict(method.settings()))
     text_embeds = _text_embeds(named, method_key, encoder, dataset, store)
-    tower: Encoder = Stock(named.host) if encoder.has_stock_tower else encoder
+    tower: Encoder = Stock(named.clip) if encoder.has_stock_tower else encoder
     tower_key = _STOCK if encoder.has_stock_tower else method_key
     chunks = [dataset.examples[first : first + _CHUNK] for first in range(0, len(dataset.examples), _CHUNK)]
     parts, unreadable, contents, seconds, peaks = [], [], hashlib.sha256(), 0.0, [-1.0]
@@ -215,7 +215,7 @@ def measure(
         digests = [_digest(example) for example in chunk]
         for example, digest in zip(chunk, digests, strict=True):
             contents.update(f"{example.key}\0{digest}\0".encode())
-        key = key_of("image", named.sha256, named.host.preprocess.to_dict(), tower_key, digests)
+        key = key_of("image", named.sha256, named.clip.preprocess.to_dict(), tower_key, digests)
         kept = store.get(key, partial(_encode, named, tower, chunk))
         is_readable = kept["is_readable"].astype(bool)
         unreadable += [example.key for example, good in zip(chunk, is_readable, strict=True) if not good]
@@ -282,7 +282,7 @@ def _with_cost(named: NamedHost, job: Callable[[], np.ndarray]) -> tuple[np.ndar
         start = time.perf_counter()
         results.append((job(), time.perf_counter() - start))
 
-    device = next(named.host.model.parameters()).device
+    device = named.clip.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -357,12 +357,12 @@ def run(
         for method in methods:
             start = time.perf_counter()
             try:
-                method.fit(named.host, task)
+                method.fit(named.clip, task)
             except (ConfigError, InvalidImageError, MissingDependencyError) as error:
                 reasons[method.name] = str(error)
                 continue
             fit_s[method.name] = time.perf_counter() - start
-            with method.apply(named.host) as encoder:
+            with method.apply(named.clip) as encoder:
                 for dataset in task.tests:
                     measured[dataset.variant][method.name] = measure(named, method, encoder, dataset, store, track)
         if not fit_s:
@@ -478,7 +478,7 @@ def result_of(
             "data_sha256": own.data_sha256,
             "host_sha256": named.sha256,
             "has_random_weights": named.is_random,
-            "preprocess": named.host.preprocess.to_dict(),
+            "preprocess": named.clip.preprocess.to_dict(),
             "exif": "not applied",
             "logit_scale": named.logit_scale,
             "seed": seed,

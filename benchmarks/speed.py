@@ -63,9 +63,9 @@ from defense.core.config import SAEConfig
 from defense.core.latents import Edit, LatentSet
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError
-from defense.hosts.attach import attached, wrap
-from defense.hosts.defense import Defense, HostSpec, Site
-from defense.hosts.tower import VisionHost
+from defense.hosts.attach import attach, attached
+from defense.hosts.defense import Site
+from defense.hosts.families import tower_of
 
 _MIB = 2**20
 _ATOL = 1e-4
@@ -365,21 +365,15 @@ def set_stage(model: nn.Module, case: Case) -> Stage:
         ConfigError: The block is the last one, whose patch tokens do not matter.
         HookPointError: There is no such block.
     """
-    host = VisionHost.of(model.eval())
-    if host.effective_scope(case.hook_point, "all") != "all":
+    tower = tower_of(model.eval())
+    if tower.effective_scope(case.hook_point, "all") != "all":
         raise ConfigError(
             f"block={case.block} is the last of {case.model}; choose an earlier one, where every token counts"
         )
     preprocess = Preprocess.from_open_clip(open_clip.get_model_preprocess_cfg(model))
     generator = torch.Generator().manual_seed(case.seed)
     pixel_values = torch.randn(case.batch, 3, *preprocess.size, generator=generator)
-    seen: list[Tensor] = []
-    handle = host.block(case.hook_point).register_forward_hook(lambda _block, _inputs, output: seen.append(output))
-    try:
-        model.encode_image(pixel_values)  # type: ignore[operator]
-    finally:
-        handle.remove()
-    rows = host.to_batch_first(seen[0]).reshape(-1, host.d_model).contiguous()
+    rows = tower.resid(pixel_values, case.hook_point).flatten(0, 1)
     return Stage(case, model, preprocess, pixel_values, rows)
 
 
@@ -440,21 +434,20 @@ def twin(model: nn.Module) -> nn.Module:
 def spliced_arm(name: str, stage: Stage, edit: nn.Module) -> Arm:
     """Return an arm that runs `edit` on the residual [batch, pos, d_model] of the case's block."""
     model = twin(stage.model)
-    host = VisionHost.of(model)
+    tower = tower_of(model)
 
     def hook(_block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return host.to_batch_first(edit(host.to_batch_first(output)))
+        return tower.to_batch_first(edit(tower.to_batch_first(output)))
 
-    host.block(stage.case.hook_point).register_forward_hook(hook)
+    tower.block(stage.case.hook_point).register_forward_hook(hook)
     return Arm(name, model.encode_image, buffers_mib(edit))  # type: ignore[arg-type]
 
 
 def our_arm(stage: Stage, workload: Workload) -> tuple[Arm, Firing]:
     """Return the library's arm, and what S does on the benchmark's pictures by the library's own arithmetic."""
-    host = VisionHost.of(stage.model)
-    spec = HostSpec(stage.case.model, None, "", host.quick_gelu, host.d_model, len(host.blocks))
-    site = Site(stage.case.hook_point, workload.config.to_dict(), workload.parameters, (workload.latent_set,))
-    model = wrap(twin(stage.model), Defense(spec, stage.preprocess, (site,)), allow_mismatch=True)
+    site = Site(stage.case.hook_point, workload.config, workload.parameters, (workload.latent_set,))
+    model = twin(stage.model)
+    attach(model, (site,))
     (suppressor,) = attached(model).suppressors()
     pre_acts = stage.rows @ suppressor.W_S + suppressor.b_S
     n_firing, n_surviving = (int((x > 0).any(1).sum()) for x in (pre_acts, suppressor.acts(stage.rows)))

@@ -40,8 +40,7 @@ from defense.benchmarks.speed import environment_of, torch_threads
 from defense.core.config import SAEConfig
 from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError
-from defense.hosts.clip import EMBEDDED, Host, load_host
-from defense.hosts.tap import Tail
+from defense.hosts.clip import EMBEDDED, Clip, load_clip
 from defense.train.parallel import World
 from defense.train.quality import Quality, measure
 from defense.train.runs import InMemory
@@ -106,16 +105,16 @@ class Row:
 # --- material -------------------------------------------------------------------------------------
 
 
-def residuals(case: Case, host: Host) -> tuple[Tensor, Tensor, float]:
+def residuals(case: Case, clip: Clip) -> tuple[Tensor, Tensor, float]:
     """Return tokens to train on and to measure on, [n, d_model] each, and how many are encoded per second."""
     from defense.embedded.build import SEEDS, pixel_values_of
     from defense.world.draws import web_scenes
 
-    tail = Tail(host.model, f"blocks.{case.block}.hook_resid_post")
+    hook_point = f"blocks.{case.block}.hook_resid_post"
 
     def encoded(n: int, seed: int) -> Tensor:
         scenes = web_scenes(n, seed)
-        parts = [tail.resid(pixel_values_of(scenes[i : i + 200], host)) for i in range(0, n, 200)]
+        parts = [clip.tower.resid(pixel_values_of(scenes[i : i + 200], clip), hook_point) for i in range(0, n, 200)]
         return torch.cat(parts).flatten(0, 1).clone()
 
     start = time.perf_counter()
@@ -229,7 +228,7 @@ def run(case: Case, names: Sequence[str], command: str) -> dict[str, Any]:
     """Train and measure everything; return the result as JSON values."""
     environment = environment_of(command)
     with torch_threads(case.threads):
-        resid, held_out, encoded_per_s = residuals(case, load_host(EMBEDDED))
+        resid, held_out, encoded_per_s = residuals(case, load_clip(EMBEDDED))
         floor = Floor(resid.shape[1], case.d_sae, case.batch)
         rows, floor_s = [], []
         for seed, variant in itertools.product(range(case.seeds), VARIANTS):

@@ -161,7 +161,7 @@ class Engine:
             raise ConfigError("a bundle holds the defended tower alone, so there is no plain embedding")
         from defense.data.images import decode
 
-        pixel_values = self.clf.host.preprocess(decode(image).image)[None]
+        pixel_values = self.clf.clip.preprocess(decode(image).image)[None]
         return self.clf.encode_pixels(pixel_values, plain=True)[0]
 
     def phrase(self, text: str, template: str) -> np.ndarray:
@@ -174,7 +174,7 @@ class Engine:
 
     def seen_box(self, image: Image.Image) -> tuple[int, int, int, int]:
         """Return the part of a picture that the model sees."""
-        return self.clf.host.preprocess.seen_box(*image.size)
+        return self.clf.clip.preprocess.seen_box(*image.size)
 
     def set_of(self, hook_point: str, latent: int) -> LatentSet | None:
         """Return the latent set that names a latent, or None: the defense leaves it alone."""

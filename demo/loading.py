@@ -10,7 +10,7 @@ from defense.classify.classifier import RobustClassifier
 from defense.demo.engine import EMBEDDED_TASKS, Engine, Task, tasks_of
 from defense.explain import catalogue
 from defense.explain.catalogue import Catalogue
-from defense.hosts.clip import EMBEDDED, load_host
+from defense.hosts.clip import EMBEDDED, load_clip
 from defense.hosts.defense import join
 from defense.store.defenses import embedded_defenses, find_defense
 
@@ -37,8 +37,8 @@ def defended(
     sources = _embedded_sources() if source == EMBEDDED else [source]
     defense = join([find_defense(each) for each in sources]) if len(sources) > 1 else find_defense(sources[0])
     if model is None:
-        model, pretrained = defense.host.model, defense.host.pretrained
-    clf = RobustClassifier(load_host(model, pretrained, device=device), defense)
+        model, pretrained = defense.clip.model, defense.clip.pretrained
+    clf = RobustClassifier(load_clip(model, pretrained, device=device), defense)
     catalogues: dict[str, Catalogue] = {}
     for each in sources:
         for hook_point, found in catalogue.find(each).items():

@@ -66,7 +66,7 @@ class Bundle:
 
     Attributes:
         folder: Where it is.
-        host: Name, tag and hash of the CLIP.
+        clip: Name, tag and hash of the CLIP.
         defense: What is edited and where; None for a stock CLIP.
         preprocess: How pictures are prepared.
         prompts: The labels that are baked in, and their templates.
@@ -86,7 +86,7 @@ class Bundle:
     """
 
     folder: Path
-    host: Mapping[str, Any]
+    clip: Mapping[str, Any]
     defense: Mapping[str, Any] | None
     preprocess: Preprocess
     prompts: Prompts
@@ -158,7 +158,7 @@ def _load(root: Path, verify: Verify) -> Bundle:
         raise CheckpointError(f"{root / LABELS} is {list(text_embeds.shape)}, for {len(prompts.labels)} labels")
     return Bundle(
         folder=root,
-        host=manifest["host"],
+        clip=manifest["host"],
         defense=manifest["defense"],
         preprocess=Preprocess.from_dict(manifest["preprocess"]),
         prompts=prompts,
@@ -217,8 +217,8 @@ def describe_defense(defense: Defense) -> dict[str, Any]:
         "sites": [
             {
                 "hook_point": site.hook_point,
-                "act": site.sae_config["act"],
-                "d_sae": site.sae_config["d_sae"],
+                "act": site.sae_config.act,
+                "d_sae": site.sae_config.d_sae,
                 "sets": [
                     {"name": each.name, "latents": len(each.latents), "edit": each.edit, "scope": each.scope}
                     for each in site.sets

@@ -25,7 +25,6 @@ from defense.export.text import TextGraph, trace_text
 from defense.export.verify import N_ROWS, Expected, Parity, Tolerance, verify
 from defense.export.vision import Mode, VisionGraph, trace_vision, write
 from defense.hosts.clip import embedded_folder
-from defense.hosts.tower import VisionHost
 from defense.store import folders
 from defense.world.draws import typographic
 from defense.world.scenes import render
@@ -129,7 +128,7 @@ def export_onnx(
 
 
 def _check_host(clf: RobustClassifier) -> None:
-    for parameter in clf.host.model.parameters():
+    for parameter in clf.clip.model.parameters():
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             raise ConfigError(
                 f"the model is {parameter.dtype} on {parameter.device}; load it with device='cpu', in float32"
@@ -139,8 +138,8 @@ def _check_host(clf: RobustClassifier) -> None:
 def _tower(clf: RobustClassifier, dtype: Dtype) -> Any:
     """Return the model to trace: the classifier's own, or a copy whose vision tower is in half precision."""
     if dtype != "fp16":
-        return clf.host.model
-    model = copy.deepcopy(clf.host.model)
+        return clf.clip.model
+    model = copy.deepcopy(clf.clip.model)
     model.visual.half()
     return model
 
@@ -156,7 +155,7 @@ def _fill(
 ) -> list[Parity]:
     """Write a bundle into an empty folder, and return how its graphs differ from torch."""
     text_embeds = clf.text_embeds()
-    model = trace_vision(graph, clf.host.preprocess.size, torch.from_numpy(text_embeds))
+    model = trace_vision(graph, clf.clip.preprocess.size, torch.from_numpy(text_embeds))
     if dtype == "int8":
         from defense.export.int8 import quantise
 
@@ -188,7 +187,7 @@ def _fill(
 def _labels(clf: RobustClassifier, *, with_tokens: bool) -> dict[str, np.ndarray]:
     """Return the labels' embeddings; for labels chosen later also which tokens the text tower does not know."""
     tensors = {"text_embeds": clf.text_embeds()}
-    is_blank = clf.blank_tokens() if with_tokens else None
+    is_blank = clf.clip.blank_tokens() if with_tokens else None
     return tensors if is_blank is None else {**tensors, bundle.BLANK_TOKENS: is_blank}
 
 
@@ -198,7 +197,7 @@ def _metadata(clf: RobustClassifier, mode: Mode, dtype: Dtype) -> dict[str, str]
     return {
         "labels": json.dumps(clf.prompts.labels, ensure_ascii=False),
         "templates": json.dumps(clf.prompts.templates, ensure_ascii=False),
-        "preprocess": json.dumps(clf.host.preprocess.to_dict()),
+        "preprocess": json.dumps(clf.clip.preprocess.to_dict()),
         "defense": json.dumps(None if clf.defense is None else bundle.describe_defense(clf.defense)),
         "mode": mode,
         "dtype": dtype,
@@ -212,14 +211,14 @@ def _fields(
     assert clf.prompts is not None
     defense = clf.defense
     return {
-        "host": asdict(defense.host) if defense else {"sha256": VisionHost.of(clf.host.model).fingerprint()},
+        "host": asdict(defense.clip) if defense else {"sha256": clf.clip.tower.fingerprint()},
         "defense": None if defense is None else bundle.describe_defense(defense),
-        "preprocess": clf.host.preprocess.to_dict(),
+        "preprocess": clf.clip.preprocess.to_dict(),
         "labels": list(clf.prompts.labels),
         "templates": list(clf.prompts.templates),
         "context_length": None if text_graph is None else text_graph.context_length,
         "d_embed": clf.text_embeds().shape[1],
-        "logit_scale": float(clf.host.model.logit_scale.detach().exp()),
+        "logit_scale": clf.clip.logit_scale,
         "model": MODEL,
         "text_model": None if text_graph is None else TEXT_MODEL,
         "mode": mode,
@@ -235,7 +234,7 @@ def _pictures(clf: RobustClassifier, dtype: Dtype) -> np.ndarray:
 
     For a dtype that rounds, of drawn pictures alone: whose label noise gets is chance, and rounding may change it.
     """
-    preprocess = clf.host.preprocess
+    preprocess = clf.clip.preprocess
     if dtype != "fp32":
         return np.stack([preprocess(render(each.scene)) for each in typographic(_N_DRAWN, seed=0)])
     rng = np.random.default_rng(0)
@@ -251,12 +250,12 @@ def _expected_of_vision(clf: RobustClassifier, dtype: Dtype) -> Expected:
     pixel_values = _pictures(clf, dtype)
     text_embeds = clf.text_embeds()
     image_embeds = np.concatenate([clf.encode_pixels(rows) for rows in np.array_split(pixel_values, 5)])
-    scale = clf.host.model.logit_scale.detach().exp().item()
-    bias = getattr(clf.host.model, "logit_bias", None)
+    scale = clf.clip.model.logit_scale.detach().exp().item()
+    bias = getattr(clf.clip.model, "logit_bias", None)
     logits = scale * image_embeds @ text_embeds.T + (0 if bias is None else bias.item())
     return Expected(
         inputs={"pixel_values": pixel_values},
-        input_axes={"pixel_values": ["batch", 3, *clf.host.preprocess.size]},
+        input_axes={"pixel_values": ["batch", 3, *clf.clip.preprocess.size]},
         outputs={"image_embeds": image_embeds, "logits_per_image": logits.astype(np.float32)},
         output_axes={
             "image_embeds": ["batch", image_embeds.shape[1]],
@@ -270,7 +269,7 @@ def _expected_of_vision(clf: RobustClassifier, dtype: Dtype) -> Expected:
 def _expected_of_text(clf: RobustClassifier, graph: TextGraph) -> Expected:
     assert clf.prompts is not None
     texts = [f"{label} {i}" for i in range(math.ceil(N_ROWS / len(clf.prompts.labels))) for label in clf.prompts.labels]
-    input_ids = np.asarray(clf.host.tokenizer(texts[:N_ROWS]))
+    input_ids = np.asarray(clf.clip.tokenizer(texts[:N_ROWS]))
     embeds = clf.encode_text(input_ids)
     text_embeds = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
     return Expected(
@@ -288,7 +287,7 @@ def _golden(clf: RobustClassifier) -> dict[str, np.ndarray]:
     if clf.defense is not None and clf.defense.golden is not None:
         pictures = clf.defense.golden.pictures
     else:
-        height, width = clf.host.preprocess.size
+        height, width = clf.clip.preprocess.size
         pictures = np.random.default_rng(0).integers(0, 256, (_GOLDEN_PICTURES, height, width, 3), dtype=np.uint8)
-    pixel_values = np.stack([clf.host.preprocess(Image.fromarray(picture)) for picture in pictures])
+    pixel_values = np.stack([clf.clip.preprocess(Image.fromarray(picture)) for picture in pictures])
     return {"pictures": np.ascontiguousarray(pictures), "image_embeds": clf.encode_pixels(pixel_values)}

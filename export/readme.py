@@ -123,9 +123,9 @@ def _title(fields: Mapping[str, Any]) -> str:
 
 
 def _host(fields: Mapping[str, Any]) -> str:
-    host = fields["host"]
-    name = " ".join(filter(None, (host.get("model"), host.get("pretrained")))) or "unnamed"
-    return f"{name}, weights {host['sha256'][:16]}"
+    clip = fields["host"]
+    name = " ".join(filter(None, (clip.get("model"), clip.get("pretrained")))) or "unnamed"
+    return f"{name}, weights {clip['sha256'][:16]}"
 
 
 def _what_is_removed(fields: Mapping[str, Any]) -> str:

@@ -29,13 +29,13 @@ class TextGraph(nn.Module):
 
     def __init__(self, clf: RobustClassifier) -> None:
         super().__init__()
-        if not isinstance(clf.host.tokenizer, ClipTokenizer):
+        if not isinstance(clf.clip.tokenizer, ClipTokenizer):
             raise ConfigError(
-                f"this host's tokenizer is {type(clf.host.tokenizer).__name__}; a bundle can bring CLIP's own alone. "
+                f"this host's tokenizer is {type(clf.clip.tokenizer).__name__}; a bundle can bring CLIP's own alone. "
                 "Leave --text out: labels are baked in, and embeddings of others can be handed over"
             )
-        self.model = clf.host.model
-        self.context_length = clf.host.tokenizer.context_length
+        self.model = clf.clip.model
+        self.context_length = clf.clip.tokenizer.context_length
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return text_embeds [n_texts, d_embed], normalised."""

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from defense.core.latents import token_slice
 from defense.core.ops import reference
 from defense.core.sae import normalise
 from defense.core.suppress import Suppressor
@@ -34,7 +35,7 @@ from defense.errors import ConfigError
 from defense.export.coordinates import TRANSLATION, coordinates
 from defense.export.operators import rewritten
 from defense.hosts.attach import EditedBlock, attached, is_wrapped
-from defense.hosts.tower import VisionHost
+from defense.hosts.families import tower_of
 
 Mode = Literal["delta", "exact", "static"]
 
@@ -68,7 +69,7 @@ class TracedEdit(nn.Module):
         s = self.suppressor
         rows = resid.reshape(-1, s.d_model)
         z, scale, _ = normalise(rows, s.norm)
-        acts = reference.acts_of_set(z, s.encoder) if s.W_enc is None else self._topk_acts(z)
+        acts = reference.acts_of_set(z, s.encoder()) if s.W_enc is None else self._topk_acts(z)
         if s.values is not None:
             delta = reference.steered(acts, self.removal, s.W_dec_S, s.values)
         elif s.latent_set.edit == "project":
@@ -114,7 +115,7 @@ class TracedBlock(nn.Module):
         super().__init__()
         parts = [part for part in block.parts() if len(part.latents)]
         self.edits = nn.ModuleList(TracedEdit(part, mode) for part in parts)
-        self.slices = [part.token_slice(block.n_prefix) for part in parts]
+        self.slices = [token_slice(part.scope, block.n_prefix) for part in parts]
         self.batch_first = block.batch_first
 
     def hook(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -149,8 +150,7 @@ class VisionGraph(nn.Module):
         if mode not in get_args(Mode):
             raise ConfigError(f"mode={mode!r}; it must be one of {', '.join(get_args(Mode))}")
         self.visual = model.visual
-        self.host = VisionHost.of(model)
-        self.dtype = next(parameter for parameter in model.visual.parameters() if parameter.ndim == 4).dtype
+        self.tower = tower_of(model)
         self.register_buffer("scale", model.logit_scale.detach().exp())
         bias = getattr(model, "logit_bias", None)
         self.register_buffer("bias", torch.zeros(()) if bias is None else bias.detach().clone())
@@ -178,13 +178,13 @@ class VisionGraph(nn.Module):
                 stack.enter_context(self._attached.bypassed())
             for hook_point, block in zip(self.hook_points, self.blocks, strict=True):
                 assert isinstance(block, TracedBlock)
-                handle = self.host.block(hook_point).register_forward_hook(block.hook)
+                handle = self.tower.block(hook_point).register_forward_hook(block.hook)
                 stack.callback(handle.remove)
             yield
 
     def forward(self, pixel_values: Tensor, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Return image_embeds [batch, d_embed], normalised, and logits_per_image [batch, n_labels]."""
-        image_embeds = F.normalize(self.visual(pixel_values.to(self.dtype)).float(), dim=-1)
+        image_embeds = F.normalize(self.visual(pixel_values.to(self.tower.dtype)).float(), dim=-1)
         return image_embeds, self.scale * image_embeds @ text_embeds.T + self.bias
 
 

@@ -14,9 +14,10 @@ import pytest
 from defense.core.config import SAEConfig
 from defense.core.latents import LatentSet
 from defense.core.sae import SparseAutoencoder
-from defense.hosts.defense import Defense, HostSpec, Site
+from defense.hosts.clip import Clip
+from defense.hosts.defense import ClipId, Defense, Site
 
-from .demo_server import STUCK, served
+from .demo.serving import STUCK, served
 
 D_MODEL, D_SAE = 64, 160
 
@@ -58,20 +59,28 @@ def random_sae(seed: int = 0, **fields) -> SparseAutoencoder:
 def random_defense(model, *sites: tuple[int, SparseAutoencoder, LatentSet], name: str = "tiny") -> Defense:
     """A defense for a model: (block, SAE, set) for each site."""
     from defense.data.preprocess import Preprocess
-    from defense.hosts.tower import VisionHost
+    from defense.hosts.families import tower_of
 
-    host = VisionHost.of(model)
-    spec = HostSpec(name, None, host.fingerprint(), host.quick_gelu, host.d_model, len(host.blocks))
-    height, width = host.visual.image_size
+    tower = tower_of(model)
+    spec = ClipId(name, None, tower.fingerprint(), tower.quick_gelu, tower.d_model, len(tower.blocks))
+    height, width = tower.visual.image_size
     preprocess = Preprocess((height, width), (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
     return Defense(
         spec,
         preprocess,
         tuple(
-            Site(f"blocks.{block}.hook_resid_post", sae.config.to_dict(), sae.parameters_numpy(), (latent_set,))
+            Site(f"blocks.{block}.hook_resid_post", sae.config, sae.parameters_numpy(), (latent_set,))
             for block, sae, latent_set in sites
         ),
     )
+
+
+def clip_of(model) -> Clip:
+    """A CLIP around a model of the tiny kind."""
+    from defense.data.preprocess import Preprocess
+    from defense.data.tokenizer import ClipTokenizer
+
+    return Clip(model, Preprocess((32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest"), ClipTokenizer(16))
 
 
 @pytest.fixture
@@ -128,12 +137,11 @@ def tiny_classifier(tiny_folder):
 
     from defense.classify.classifier import RobustClassifier
     from defense.data.tokenizer import ClipTokenizer
-    from defense.hosts.clip import Host
 
     model = open_clip.create_model(f"local-dir:{tiny_folder}").eval().requires_grad_(False)
     latent_set = LatentSet("text", tuple(range(20)), edit="project")
     defense = random_defense(model, (1, random_sae(act="topk", k=8), latent_set), name=f"local-dir:{tiny_folder}")
-    clf = RobustClassifier(Host(model, defense.preprocess, ClipTokenizer(16)), defense).set_labels(
+    clf = RobustClassifier(Clip(model, defense.preprocess, ClipTokenizer(16)), defense).set_labels(
         ["dog", "cat", "red fish"]
     )
     return clf

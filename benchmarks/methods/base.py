@@ -1,7 +1,7 @@
 """What a method is to the benchmarks.
 
-    method.fit(host, task)              once per task; may look at task.train and task.val, never at task.tests
-    with method.apply(host) as encoder:
+    method.fit(clip, task)              once per task; may look at task.train and task.val, never at task.tests
+    with method.apply(clip) as encoder:
         encoder.image_embeds(pictures)  [n, d_embed]
         encoder.text_embeds(prompts)    [n_labels, d_embed]
 
@@ -19,10 +19,9 @@ import numpy as np
 from PIL import Image
 
 from defense.benchmarks.datasets import Task
-from defense.classify.classifier import RobustClassifier
-from defense.data.labels import Prompts, encode_prompts
+from defense.data.labels import Prompts
 from defense.errors import ConfigError
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 from defense.hosts.defense import Defense
 
 
@@ -42,7 +41,7 @@ def needed(defense: Defense | None) -> Defense:
 
 
 class Encoder:
-    """Embeddings of a classifier; a method overrides what it changes.
+    """Embeddings of a CLIP as it is now; a method overrides what it changes.
 
     Attributes:
         edits_text: Whether `text_embeds` differ from the stock CLIP's, which are then not shared between methods.
@@ -53,12 +52,13 @@ class Encoder:
     edits_text = False
     has_stock_tower = False
 
-    def __init__(self, clf: RobustClassifier) -> None:
-        self.clf = clf
+    def __init__(self, clip: Clip) -> None:
+        self.clip = clip
 
     def image_embeds(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Return normalised embeddings, float32 [n, d_embed], of RGB pictures."""
-        return self.clf.encode_pixels(np.stack([self.clf.host.preprocess(picture) for picture in pictures]))
+        pixel_values = np.stack([self.clip.preprocess(picture) for picture in pictures])
+        return self.clip.image_embeds(pixel_values).cpu().numpy()
 
     def edited(self, image_embeds: np.ndarray) -> np.ndarray:
         """Return what the method makes of the stock tower's embeddings, normalised, float32 [n, d_embed]."""
@@ -66,25 +66,13 @@ class Encoder:
 
     def text_embeds(self, prompts: Prompts, *, normalise_each: bool = True) -> np.ndarray:
         """Return normalised embeddings, float32 [n_labels, d_embed]; see `labels.average_templates`."""
-        import torch
-
-        model = self.clf.host.model
-        device = next(model.parameters()).device
-
-        def encode_text(input_ids: np.ndarray) -> np.ndarray:
-            with torch.inference_mode():
-                return model.encode_text(torch.from_numpy(input_ids).to(device)).float().cpu().numpy()
-
-        return encode_prompts(prompts, self.clf.host.tokenizer, encode_text, normalise_each=normalise_each)
+        return self.clip.text_embeds(prompts, normalize_each=normalise_each)
 
 
 class Stock(Encoder):
     """The stock CLIP, with its embeddings as they are or edited."""
 
     has_stock_tower = True
-
-    def __init__(self, host: Host) -> None:
-        super().__init__(RobustClassifier(host))
 
     def image_embeds(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Return normalised embeddings, float32 [n, d_embed], of RGB pictures."""
@@ -106,7 +94,7 @@ class Method(Protocol):
         """
         ...
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Learn from `task.train` and `task.val`.
 
         Raises:
@@ -114,7 +102,7 @@ class Method(Protocol):
         """
         ...
 
-    def apply(self, host: Host) -> AbstractContextManager[Encoder]:
+    def apply(self, clip: Clip) -> AbstractContextManager[Encoder]:
         """Put the method into a host; at the end of the context the host is as it was."""
         ...
 
@@ -154,10 +142,10 @@ class Unmade:
         """Return nothing."""
         return {}
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Raise `NotApplicableError`."""
         raise NotApplicableError(self.reason)
 
-    def apply(self, host: Host) -> AbstractContextManager[Encoder]:
+    def apply(self, clip: Clip) -> AbstractContextManager[Encoder]:
         """Raise `NotApplicableError`."""
         raise NotApplicableError(self.reason)

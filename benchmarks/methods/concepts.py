@@ -12,7 +12,7 @@ import numpy as np
 
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import NotApplicableError
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 Pairs = tuple[tuple[str, str], ...]
 """Of texts."""
@@ -90,14 +90,14 @@ def concepts_of(task: Task, who: str) -> Concepts:
     return concepts
 
 
-def known(pairs: Pairs, host: Host) -> Pairs:
+def known(pairs: Pairs, clip: Clip) -> Pairs:
     """Return the pairs of texts whose every word the host has an embedding for: a small model lacks most words."""
-    table = getattr(host.model, "token_embedding", None)
+    table = getattr(clip.model, "token_embedding", None)
     if table is None:
         return pairs
     is_blank = (table.weight == 0).all(1).cpu().numpy()
     is_blank[0] = False  # padding
-    return tuple(pair for pair in pairs if not is_blank[np.asarray(host.tokenizer(list(pair)))].any())
+    return tuple(pair for pair in pairs if not is_blank[np.asarray(clip.tokenizer(list(pair)))].any())
 
 
 def listed(pairs: Pairs) -> list[list[str]]:

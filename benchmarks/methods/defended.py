@@ -9,9 +9,8 @@ from typing import Any
 
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder, needed
-from defense.classify.classifier import RobustClassifier
 from defense.errors import ConfigError
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 from defense.hosts.defense import Defense
 
 
@@ -47,22 +46,17 @@ class Defended:
         """Return which defense, and how much of it."""
         return {"defense_sha256": self.defense.manifest_sha256, "strength": self.strength}
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Learn nothing: the defense was fitted before, on other pictures."""
 
-    def apply(self, host: Host) -> AbstractContextManager[Encoder]:
+    def apply(self, clip: Clip) -> AbstractContextManager[Encoder]:
         """Put the defense in."""
-        return defended(host, self.defense, self.strength)
+        return defended(clip, self.defense, self.strength)
 
 
 @contextmanager
-def defended(host: Host, defense: Defense, strength: float = 1.0) -> Iterator[Encoder]:
-    """Yield the embeddings of a host with a defense in it, at a strength in [0, 1]."""
-    from defense.hosts.attach import attached, detach
-
-    clf = RobustClassifier(host, defense)
-    try:
-        attached(host.model).set_strength(strength)
-        yield Encoder(clf)
-    finally:
-        detach(host.model)
+def defended(clip: Clip, defense: Defense, strength: float = 1.0) -> Iterator[Encoder]:
+    """Yield the embeddings of a CLIP with a defense in it, at a strength in [0, 1]."""
+    with clip.defended(defense) as attachment:
+        attachment.set_strength(strength)
+        yield Encoder(clip)

@@ -24,7 +24,7 @@ from defense.benchmarks.methods.base import Encoder, NotApplicableError, Stock
 from defense.benchmarks.methods.material import class_embeds_of, digest_of, image_embeds_of, picked, training_twins
 from defense.data.labels import Prompts, fill
 from defense.errors import ConfigError
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,7 +82,7 @@ class DefensePrefix:
             "token_sha256": digest_of(self.token),
         }
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Learn the token.
 
         Raises:
@@ -90,45 +90,45 @@ class DefensePrefix:
                 token embeddings.
         """
         attacked, clean = training_twins(task, self.name)
-        _token_table(host, self.name)
+        _token_table(clip, self.name)
         rows = picked(attacked)
-        self.token = _learn(host, attacked, clean, rows)
+        self.token = _learn(clip, attacked, clean, rows)
 
     @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
+    def apply(self, clip: Clip) -> Iterator[Encoder]:
         """Yield the stock CLIP with the token in its prompts."""
         import torch
 
-        table = _token_table(host, self.name)
-        with _inserted(host, table, torch.from_numpy(self.token).to(table.weight.device)):
-            yield _Prefixed(host)
+        table = _token_table(clip, self.name)
+        with _inserted(clip, table, torch.from_numpy(self.token).to(table.weight.device)):
+            yield _Prefixed(clip)
 
 
-def _learn(host: Host, attacked: Dataset, clean: Dataset, rows: list[int]) -> np.ndarray:
+def _learn(clip: Clip, attacked: Dataset, clean: Dataset, rows: list[int]) -> np.ndarray:
     import torch
     from torch.nn import functional
 
-    table = _token_table(host, "the prefix")
-    device, logit_scale = table.weight.device, host.model.logit_scale.detach().float().exp()
+    table = _token_table(clip, "the prefix")
+    device, logit_scale = table.weight.device, clip.logit_scale
     generator = torch.Generator().manual_seed(SEED)
     token = (_INITIAL_STD * torch.randn(table.weight.shape[1], generator=generator)).to(device).requires_grad_()
     optimizer = torch.optim.Adam([token], lr=LR)
     attacked_embeds, clean_embeds = (
-        torch.from_numpy(image_embeds_of(host, [dataset.examples[row] for row in rows])).to(device)
+        torch.from_numpy(image_embeds_of(clip, [dataset.examples[row] for row in rows])).to(device)
         for dataset in (attacked, clean)
     )
     label = torch.tensor([attacked.examples[row].label for row in rows], device=device)
-    plain = logit_scale * clean_embeds @ torch.from_numpy(class_embeds_of(host, attacked)).to(device).T
+    plain = logit_scale * clean_embeds @ torch.from_numpy(class_embeds_of(clip, attacked)).to(device).T
     prompts = with_placeholder(Prompts(attacked.class_names, attacked.templates))
     input_ids = [
-        torch.as_tensor(np.asarray(host.tokenizer([fill(template, name) for name in prompts.labels])), device=device)
+        torch.as_tensor(np.asarray(clip.tokenizer([fill(template, name) for name in prompts.labels])), device=device)
         for template in prompts.templates
     ]
-    with torch.enable_grad(), _inserted(host, table, token):
+    with torch.enable_grad(), _inserted(clip, table, token):
         for _ in range(STEPS):
             template = int(torch.randint(len(input_ids), (), generator=generator))
             batch = torch.randint(len(rows), (min(BATCH, len(rows)),), generator=generator).to(device)
-            text_embeds = functional.normalize(host.model.encode_text(input_ids[template]).float(), dim=-1)
+            text_embeds = functional.normalize(clip.model.encode_text(input_ids[template]).float(), dim=-1)
             on_attacked = logit_scale * attacked_embeds[batch] @ text_embeds.T
             on_clean = logit_scale * clean_embeds[batch] @ text_embeds.T
             loss = ETA * functional.cross_entropy(on_attacked, label[batch]) + GAMMA * functional.kl_div(
@@ -139,9 +139,9 @@ def _learn(host: Host, attacked: Dataset, clean: Dataset, rows: list[int]) -> np
     return token.detach().cpu().numpy()
 
 
-def _token_table(host: Host, who: str) -> nn.Embedding:
+def _token_table(clip: Clip, who: str) -> nn.Embedding:
     """Return the text tower's table of token embeddings; raise `NotApplicableError` where it has none."""
-    for tower in (host.model, getattr(host.model, "text", None)):
+    for tower in (clip.model, getattr(clip.model, "text", None)):
         table = getattr(tower, "token_embedding", None)
         if table is not None:
             return table
@@ -149,11 +149,11 @@ def _token_table(host: Host, who: str) -> nn.Embedding:
 
 
 @contextmanager
-def _inserted(host: Host, table: nn.Embedding, token: Tensor) -> Iterator[None]:
+def _inserted(clip: Clip, table: nn.Embedding, token: Tensor) -> Iterator[None]:
     """Let a token's embedding take the placeholder's place."""
     import torch
 
-    placeholder = int(np.asarray(host.tokenizer([_PLACEHOLDER]))[0, 1])  # after the start token
+    placeholder = int(np.asarray(clip.tokenizer([_PLACEHOLDER]))[0, 1])  # after the start token
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return torch.where((inputs[0] == placeholder)[..., None], token.to(output.dtype), output)

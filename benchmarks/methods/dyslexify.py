@@ -33,15 +33,12 @@ from defense.benchmarks.methods.material import (
     training_sides,
     training_twins,
 )
-from defense.classify.classifier import RobustClassifier
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from defense.benchmarks.methods.heads import Head
-    from defense.hosts.tap import Tail
-    from defense.hosts.tower import VisionHost
 
 MIN_GAIN = 0.001
 MAX_SKIPS = 10
@@ -68,7 +65,7 @@ class Dyslexify:
         """Return the heads that are silenced, and how far above the mean those were that were tried."""
         return {"heads": [list(head) for head in self.heads], "standard_deviations": self._deviations}
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Score the heads and choose.
 
         Raises:
@@ -77,21 +74,20 @@ class Dyslexify:
         import torch
 
         from defense.benchmarks.methods.heads import ablated, vision_with_heads
-        from defense.hosts.tap import Tail
 
-        vision = vision_with_heads(host.model, self.name)
+        tower = vision_with_heads(clip.model, self.name)
         attacked, _ = training_twins(task, self.name)
         twins = training_sides(task, self.name, _N_PICTURES)
-        first = max(1, len(vision.blocks) // 2)  # no reading head was found in the first half
-        tail = Tail(host.model, f"blocks.{first - 1}.hook_resid_post")
-        scores, resids = _read(host, vision, tail, *twins)
+        first = max(1, len(tower.blocks) // 2)  # no reading head was found in the first half
+        hook_point = f"blocks.{first - 1}.hook_resid_post"
+        scores, resids = _read(clip, hook_point, *twins)
         candidates, self._deviations = standing_out(scores, first)
-        class_embeds = class_embeds_of(host, attacked)
+        class_embeds = class_embeds_of(clip, attacked)
 
         def measure(arm: int) -> Callable[[Sequence[Head]], float]:
             def accuracy_without(heads: Sequence[Head]) -> float:
-                with torch.inference_mode(), ablated(vision, heads):
-                    embeds = tail.embeds(resids[arm]).float().cpu().numpy()
+                with torch.inference_mode(), ablated(tower, heads):
+                    embeds = tower.embeds_from(resids[arm], hook_point).cpu().numpy()
                 return float(accuracies(embeds, class_embeds, twins[arm]).mean())
 
             return accuracy_without
@@ -99,46 +95,45 @@ class Dyslexify:
         self.heads = tuple(chosen(candidates, measure(0), measure(1)))
 
     @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
+    def apply(self, clip: Clip) -> Iterator[Encoder]:
         """Silence the heads."""
         from defense.benchmarks.methods.heads import ablated, vision_with_heads
 
-        with ablated(vision_with_heads(host.model, self.name), self.heads):
-            yield Encoder(RobustClassifier(host))
+        with ablated(vision_with_heads(clip.model, self.name), self.heads):
+            yield Encoder(clip)
 
 
 def _read(
-    host: Host, vision: VisionHost, tail: Tail, attacked: Sequence[Example], clean: Sequence[Example]
+    clip: Clip, hook_point: str, attacked: Sequence[Example], clean: Sequence[Example]
 ) -> tuple[np.ndarray, tuple[Tensor, Tensor]]:
-    """Return T, float64 [n_layers, n_heads], and the residuals of attacked and clean pictures at the tail's start."""
+    """Return T, float64 [n_layers, n_heads], and the residuals of attacked and clean pictures at the hook point."""
     from defense.benchmarks.methods.heads import attention_of, cls_attention
 
-    n_layers, n_heads = len(vision.blocks), attention_of(vision, 0).num_heads
+    tower = clip.tower
+    n_layers, n_heads = len(tower.blocks), attention_of(tower, 0).num_heads
     scores = np.zeros((n_layers, n_heads))
 
     def score(block: int, x: Tensor, is_written: Tensor) -> None:
-        to_patches = cls_attention(attention_of(vision, block), x).pattern[..., vision.n_prefix :].double().cpu()
+        to_patches = cls_attention(attention_of(tower, block), x).pattern[..., tower.n_prefix :].double().cpu()
         on_text = (to_patches * is_written[:, None]).sum(-1) / to_patches.sum(-1)
         scores[block] += on_text.sum(0).numpy() / len(attacked)
 
-    return scores, read_twins(host, vision, tail, attacked, clean, range(n_layers), score)
+    return scores, read_twins(clip, hook_point, attacked, clean, range(n_layers), score)
 
 
 def read_twins(
-    host: Host,
-    vision: VisionHost,
-    tail: Tail,
+    clip: Clip,
+    hook_point: str,
     attacked: Sequence[Example],
     clean: Sequence[Example],
     blocks: Sequence[int],
     score: Callable[[int, Tensor, Tensor], None],
 ) -> tuple[Tensor, Tensor]:
-    """Show a function what some blocks attend to on attacked pictures, and return the residuals at the tail's start.
+    """Show a function what some blocks attend to on attacked pictures, and return the residuals at the hook point.
 
     Args:
-        host: The CLIP.
-        vision: Its tower.
-        tail: From where residuals are wanted.
+        clip: The CLIP.
+        hook_point: Where residuals are wanted.
         attacked: Pictures with writing.
         clean: Their twins without.
         blocks: Which.
@@ -153,12 +148,12 @@ def read_twins(
     from defense.benchmarks.methods.heads import watching
 
     resids: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for batch in zip(pixel_batches(host, attacked), pixel_batches(host, clean), strict=True):
+    for batch in zip(pixel_batches(clip, attacked), pixel_batches(clip, clean), strict=True):
         pixels, twin_pixels = map(torch.from_numpy, batch)
-        is_written = written_on(pixels, twin_pixels, vision.grid_size)
-        with watching(vision, blocks, lambda block, x, _, is_written=is_written: score(block, x, is_written)):
-            resids[0].append(tail.resid(pixels))
-        resids[1].append(tail.resid(twin_pixels))
+        is_written = written_on(pixels, twin_pixels, clip.tower.grid_size)
+        with watching(clip.tower, blocks, lambda block, x, _, is_written=is_written: score(block, x, is_written)):
+            resids[0].append(clip.tower.resid_and_embeds(pixels, hook_point)[0])  # the whole pass: later blocks count
+        resids[1].append(clip.tower.resid(twin_pixels, hook_point))
     return torch.cat(resids[0]), torch.cat(resids[1])
 
 

@@ -31,7 +31,7 @@ from defense.benchmarks.methods.material import (
     training_sides,
     training_split,
 )
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 if TYPE_CHECKING:
     from defense.core.sae import SparseAutoencoder
@@ -56,7 +56,7 @@ class EmbeddingSAE:
         """Return how many directions are projected out, and a hash of them."""
         return {"k": self._basis.shape[1], "directions_sha256": digest_of(self._basis)}
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Train the SAE and choose the latents.
 
         Raises:
@@ -65,7 +65,7 @@ class EmbeddingSAE:
         import torch
 
         sides = training_sides(task, self.name)
-        embeds = [image_embeds_of(host, side) for side in sides]
+        embeds = [image_embeds_of(clip, side) for side in sides]
         sae = trained_on(np.concatenate(embeds))
         with torch.inference_mode():
             acts = sae.encode(torch.from_numpy(np.concatenate(embeds))).numpy()
@@ -73,14 +73,14 @@ class EmbeddingSAE:
         order = np.argsort(-np.abs(contrast(acts, cue_of(sides), label)), kind="stable").copy()
         W_enc = sae.W_enc.double().numpy()
         bases = [np.linalg.qr(W_enc[:, order[:k]])[0] for k in (0, *KS)]
-        class_embeds = class_embeds_of(host, training_split(task, self.name))
+        class_embeds = class_embeds_of(clip, training_split(task, self.name))
         edited = ([without(basis)(x) for x in embeds] for basis in bases)
         self._basis = bases[best_of([side_accuracies(x, class_embeds, sides) for x in edited])]
 
     @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
+    def apply(self, clip: Clip) -> Iterator[Encoder]:
         """Yield the stock CLIP with the directions projected out of its image embeddings."""
-        yield EditedImages(host, without(self._basis))
+        yield EditedImages(clip, without(self._basis))
 
 
 def trained_on(embeds: np.ndarray) -> SparseAutoencoder:

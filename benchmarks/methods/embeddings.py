@@ -8,7 +8,7 @@ import numpy as np
 
 from defense.benchmarks.methods.base import Stock
 from defense.data.labels import Prompts
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 Map = Callable[[np.ndarray], np.ndarray]
 """From embeddings [n, d_embed] to embeddings [n, d_embed]."""
@@ -18,12 +18,12 @@ class EditedImages(Stock):
     """The stock CLIP with its image embeddings edited.
 
     Args:
-        host: The CLIP.
+        clip: The CLIP.
         edit: What is done to normalised embeddings; the result is normalised again.
     """
 
-    def __init__(self, host: Host, edit: Map) -> None:
-        super().__init__(host)
+    def __init__(self, clip: Clip, edit: Map) -> None:
+        super().__init__(clip)
         self.edit = edit
 
     def edited(self, image_embeds: np.ndarray) -> np.ndarray:
@@ -35,14 +35,14 @@ class EditedTexts(Stock):
     """The stock CLIP with its text embeddings edited.
 
     Args:
-        host: The CLIP.
+        clip: The CLIP.
         edit: What is done to normalised embeddings; the result is normalised again.
     """
 
     edits_text = True
 
-    def __init__(self, host: Host, edit: Map) -> None:
-        super().__init__(host)
+    def __init__(self, clip: Clip, edit: Map) -> None:
+        super().__init__(clip)
         self.edit = edit
 
     def text_embeds(self, prompts: Prompts, *, normalise_each: bool = True) -> np.ndarray:

@@ -18,42 +18,43 @@ import torch
 from torch import Tensor, nn
 
 from defense.benchmarks.methods.base import NotApplicableError
-from defense.hosts.tower import VisionHost
+from defense.hosts.families import tower_of
+from defense.hosts.tower import VisionTower
 
 Head = tuple[int, int]
 """Block and head, both from 0."""
 
 
-def vision_with_heads(model: nn.Module, who: str) -> VisionHost:
+def vision_with_heads(model: nn.Module, who: str) -> VisionTower:
     """Return the vision tower of a model.
 
     Raises:
         NotApplicableError: `who` cannot work with it: it is no native ViT of open_clip, it has another attention, or
             its embedding is not read from the CLS token alone.
     """
-    vision = VisionHost.of(model)
-    attention = getattr(vision.blocks[0], "attn", None)
+    tower = tower_of(model)
+    attention = getattr(tower.blocks[0], "attn", None)
     if not isinstance(attention, nn.MultiheadAttention):
         raise NotApplicableError(
             f"{who} reads the heads of torch's MultiheadAttention, as in open_clip's own ViTs; this tower has "
             f"{type(attention).__name__}. Use a native one, e.g. ViT-B-32"
         )
-    if not vision.pools_cls:
+    if not tower.pools_cls:
         raise NotApplicableError(
             f"{who} edits what heads write to the CLS token, and this tower's embedding is not read from that token"
         )
-    return vision
+    return tower
 
 
-def attention_of(vision: VisionHost, block: int) -> Any:
+def attention_of(tower: VisionTower, block: int) -> Any:
     """Return the attention of a block."""
-    return vision.blocks[block].attn
+    return tower.blocks[block].attn
 
 
-def all_heads(vision: VisionHost, first_block: int = 0) -> list[Head]:
+def all_heads(tower: VisionTower, first_block: int = 0) -> list[Head]:
     """Return all heads from a block on."""
-    blocks = range(first_block, len(vision.blocks))
-    return [(block, head) for block in blocks for head in range(attention_of(vision, block).num_heads)]
+    blocks = range(first_block, len(tower.blocks))
+    return [(block, head) for block in blocks for head in range(attention_of(tower, block).num_heads)]
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,12 @@ def cls_attention(attention: nn.MultiheadAttention, x: Tensor, heads: Sequence[i
 
 @contextmanager
 def watching(
-    vision: VisionHost, blocks: Iterable[int], see: Callable[[int, Tensor, Tensor], Tensor | None]
+    tower: VisionTower, blocks: Iterable[int], see: Callable[[int, Tensor, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """Show the attention of some blocks to a function, which may return another output for the CLS token.
 
     Args:
-        vision: The tower.
+        tower: The tower.
         blocks: Which.
         see: From a block, its attention's input [batch, pos, d_model] and its output for CLS [batch, d_model] to None,
             or to what takes that output's place.
@@ -105,31 +106,31 @@ def watching(
 
     def hook_for(block: int) -> Callable[..., tuple[Tensor, None] | None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, None]) -> Any:
-            x, written = vision.to_batch_first(inputs[0]), vision.to_batch_first(output[0])
+            x, written = tower.to_batch_first(inputs[0]), tower.to_batch_first(output[0])
             replaced = see(block, x, written[:, 0])
             if replaced is None:
                 return None
             written = torch.cat([replaced[:, None], written[:, 1:]], dim=1)
-            return vision.to_batch_first(written), output[1]
+            return tower.to_batch_first(written), output[1]
 
         return hook
 
     with ExitStack() as hooks:
         for block in blocks:
-            handle = attention_of(vision, block).register_forward_hook(hook_for(block))
+            handle = attention_of(tower, block).register_forward_hook(hook_for(block))
             hooks.callback(handle.remove)
         yield
 
 
 @contextmanager
-def ablated(vision: VisionHost, heads: Sequence[Head]) -> Iterator[None]:
+def ablated(tower: VisionTower, heads: Sequence[Head]) -> Iterator[None]:
     """Let some heads write nothing to the CLS token; what they write to other tokens stays."""
     by_block: dict[int, list[int]] = {}
     for block, head in heads:
         by_block.setdefault(block, []).append(head)
 
     def silence(block: int, x: Tensor, written: Tensor) -> Tensor:
-        return written - cls_attention(attention_of(vision, block), x, by_block[block]).writes.sum(1)
+        return written - cls_attention(attention_of(tower, block), x, by_block[block]).writes.sum(1)
 
-    with watching(vision, by_block, silence):
+    with watching(tower, by_block, silence):
         yield

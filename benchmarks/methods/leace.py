@@ -32,7 +32,7 @@ from defense.benchmarks.methods.material import (
     training_split,
     training_twins,
 )
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Leace:
         sha256 = digest_of(self._erasure.mean, self._erasure.matrix)
         return {"concept": self._concept, "n_train": self._n, "map_sha256": sha256}
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Fit the map on the training pictures.
 
         Raises:
@@ -99,31 +99,31 @@ class Leace:
         """
         train = training_split(task, self.name)
         if train.group_names:
-            self._fit_groups(host, task)
+            self._fit_groups(clip, task)
         else:
-            self._fit_twins(host, task)
+            self._fit_twins(clip, task)
 
-    def _fit_twins(self, host: Host, task: Task) -> None:
+    def _fit_twins(self, clip: Clip, task: Task) -> None:
         attacked, clean = training_twins(task, self.name)
         rows = picked(attacked)
         examples = [dataset.examples[row] for dataset in (attacked, clean) for row in rows]
         has_word = np.repeat([1.0, 0.0], len(rows))
-        self._learn("a word is written", image_embeds_of(host, examples), has_word, None)
+        self._learn("a word is written", image_embeds_of(clip, examples), has_word, None)
 
-    def _fit_groups(self, host: Host, task: Task) -> None:
+    def _fit_groups(self, clip: Clip, task: Task) -> None:
         train = training_groups(task, self.name)
         examples = [train.examples[row] for row in picked(train)]
         attribute = np.array([float(example.attribute or 0) for example in examples])
         groups = np.array([example.group for example in examples])
         weights = 1 / np.bincount(groups)[groups]
-        self._learn("the spurious attribute", image_embeds_of(host, examples), attribute, weights)
+        self._learn("the spurious attribute", image_embeds_of(clip, examples), attribute, weights)
 
     def _learn(self, concept: str, embeds: np.ndarray, z: np.ndarray, weights: np.ndarray | None) -> None:
         self._erasure = erasure_of(embeds, z[:, None], weights)
         self._concept, self._n = concept, len(embeds)
 
     @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
+    def apply(self, clip: Clip) -> Iterator[Encoder]:
         """Yield the stock CLIP with the concept erased from its image embeddings."""
         assert self._erasure is not None, "fit() comes first"
-        yield EditedImages(host, self._erasure)
+        yield EditedImages(clip, self._erasure)

@@ -14,9 +14,8 @@ from PIL import Image
 
 from defense.benchmarks.datasets import Dataset, Example, Task
 from defense.benchmarks.methods.base import Encoder, NotApplicableError
-from defense.classify.classifier import RobustClassifier
 from defense.data.labels import Prompts, check_labels, resolve_templates
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 N_MOST = 1000
 """Training pictures that a method looks at, twins not counted."""
@@ -103,27 +102,27 @@ def batches(examples: Sequence[Example]) -> Iterator[list[Image.Image]]:
         yield [example.picture.load() for example in examples[first : first + _BATCH]]
 
 
-def pixel_batches(host: Host, examples: Sequence[Example]) -> Iterator[np.ndarray]:
+def pixel_batches(clip: Clip, examples: Sequence[Example]) -> Iterator[np.ndarray]:
     """Yield pixel_values, float32 [n, 3, height, width], a few pictures at a time."""
     for pictures in batches(examples):
-        yield np.stack([host.preprocess(picture) for picture in pictures])
+        yield np.stack([clip.preprocess(picture) for picture in pictures])
 
 
-def image_embeds_of(host: Host, examples: Sequence[Example]) -> np.ndarray:
+def image_embeds_of(clip: Clip, examples: Sequence[Example]) -> np.ndarray:
     """Return the stock CLIP's image_embeds, float32 [n, d_embed], normalised."""
-    encoder = Encoder(RobustClassifier(host))
+    encoder = Encoder(clip)
     return np.concatenate([encoder.image_embeds(pictures) for pictures in batches(examples)])
 
 
-def text_embeds_of(host: Host, names: Sequence[str], templates: Sequence[str], *, normalise_each: bool) -> np.ndarray:
+def text_embeds_of(clip: Clip, names: Sequence[str], templates: Sequence[str], *, normalise_each: bool) -> np.ndarray:
     """Return the stock CLIP's text_embeds, float32 [n_labels, d_embed], normalised."""
     prompts = Prompts(check_labels(names), resolve_templates(templates))
-    return Encoder(RobustClassifier(host)).text_embeds(prompts, normalise_each=normalise_each)
+    return Encoder(clip).text_embeds(prompts, normalise_each=normalise_each)
 
 
-def class_embeds_of(host: Host, dataset: Dataset) -> np.ndarray:
+def class_embeds_of(clip: Clip, dataset: Dataset) -> np.ndarray:
     """Return the text_embeds of a data set's classes, float32 [n_classes, d_embed], normalised."""
-    return text_embeds_of(host, dataset.class_names, dataset.templates, normalise_each=dataset.normalise_each)
+    return text_embeds_of(clip, dataset.class_names, dataset.templates, normalise_each=dataset.normalise_each)
 
 
 def accuracies(image_embeds: np.ndarray, class_embeds: np.ndarray, examples: Sequence[Example]) -> np.ndarray:

@@ -22,8 +22,7 @@ from PIL import Image, ImageOps
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder
 from defense.benchmarks.methods.embeddings import unit
-from defense.classify.classifier import RobustClassifier
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 
 class _Mirrored(Encoder):
@@ -48,10 +47,10 @@ class MirrorClip:
         """Return nothing: there is nothing to set."""
         return {}
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Learn nothing."""
 
     @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
+    def apply(self, clip: Clip) -> Iterator[Encoder]:
         """Yield embeddings of two passes."""
-        yield _Mirrored(RobustClassifier(host))
+        yield _Mirrored(clip)

@@ -19,15 +19,12 @@ from typing import TYPE_CHECKING, Any
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder
 from defense.benchmarks.methods.defended import Defended
-from defense.classify.classifier import RobustClassifier
 from defense.errors import ConfigError
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 from defense.hosts.defense import Defense, Site
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from defense.hosts.tower import VisionHost
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -57,44 +54,41 @@ class NaiveSplice:
         """Return which defense."""
         return {"defense_sha256": self.chosen.settings()["defense_sha256"]}
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Learn nothing: the latents were chosen before, on other pictures."""
 
     @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
+    def apply(self, clip: Clip) -> Iterator[Encoder]:
         """Put the reconstructions in."""
-        from defense.hosts.attach import check_host
-        from defense.hosts.tower import VisionHost
+        from defense.hosts.attach import check_clip
 
-        vision = VisionHost.of(host.model)
-        check_host(vision, self.chosen.defense.host)
-        with ExitStack() as hooks:
+        check_clip(clip.tower, self.chosen.defense.clip)
+        with ExitStack() as stack:
             for site in self.chosen.defense.sites:
-                handle = vision.block(site.hook_point).register_forward_hook(_splice(vision, site))
-                hooks.callback(handle.remove)
-            yield Encoder(RobustClassifier(host))
+                stack.enter_context(clip.tower.changed(site.hook_point, _splice(clip, site)))
+            yield Encoder(clip)
 
 
-def _splice(vision: VisionHost, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """Return the hook that puts a site's edited reconstruction in the place of its block's output."""
+def _splice(clip: Clip, site: Site) -> Callable[[Tensor], Tensor]:
+    """Return what puts a site's edited reconstruction in the place of a residual [batch, pos, d_model]."""
     import torch
 
-    from defense.core.suppress import token_slice
+    from defense.core.latents import token_slice
     from defense.hosts.attach import sae_of
 
-    sae = sae_of(site).to(next(vision.blocks.parameters()).device)
-    gains = {each.name: torch.tensor(each.gains, device=sae.W_enc.device) for each in site.sets}
-    trained_on = token_slice(sae.config.tokens, vision.n_prefix)
+    sae = sae_of(site).to(clip.device)
+    gains = {each.name: torch.tensor(each.gains, device=clip.device) for each in site.sets}
+    n_prefix = clip.tower.n_prefix
+    trained_on = token_slice(sae.config.tokens, n_prefix)
 
-    def hook(_block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        resid = vision.to_batch_first(output).clone()
+    def spliced(resid: Tensor) -> Tensor:
+        resid = resid.clone()
         for picture in resid:  # one at a time: the activations of all latents may be large
             acts = picture.new_zeros(len(picture), sae.config.d_sae, dtype=torch.float32)
             acts[trained_on] = sae.encode(picture[trained_on].float())
             for latent_set in site.sets:
-                tokens = token_slice(latent_set.scope, vision.n_prefix)
-                acts[tokens, list(latent_set.latents)] *= gains[latent_set.name]
+                acts[token_slice(latent_set.scope, n_prefix), list(latent_set.latents)] *= gains[latent_set.name]
             picture[trained_on] = sae.decode(acts[trained_on], picture[trained_on].float()).to(picture.dtype)
-        return vision.to_batch_first(resid)
+        return resid
 
-    return hook
+    return spliced

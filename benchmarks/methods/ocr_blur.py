@@ -23,9 +23,8 @@ from PIL import Image, ImageFilter
 
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder, NotApplicableError
-from defense.classify.classifier import RobustClassifier
 from defense.errors import BackendError
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are outside."""
@@ -144,7 +143,7 @@ class OcrBlur:
             "radius": RADIUS,
         }
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Learn nothing.
 
         Raises:
@@ -155,6 +154,6 @@ class OcrBlur:
         tesseract()
 
     @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
+    def apply(self, clip: Clip) -> Iterator[Encoder]:
         """Yield the stock CLIP's embeddings of the pictures without their words."""
-        yield _Blurred(RobustClassifier(host))
+        yield _Blurred(clip)

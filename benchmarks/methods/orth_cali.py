@@ -26,7 +26,7 @@ from defense.benchmarks.methods.base import Encoder
 from defense.benchmarks.methods.concepts import Concepts, concepts_of, listed
 from defense.benchmarks.methods.embeddings import EditedTexts
 from defense.benchmarks.methods.material import digest_of, text_embeds_of
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 LAMBDA = 1000.0
 
@@ -64,7 +64,7 @@ class OrthCali:
             "projection_sha256": digest_of(self._projection),
         }
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Compute the projection.
 
         Raises:
@@ -73,11 +73,11 @@ class OrthCali:
         self._concepts = concepts_of(task, self.name)
         spurious = [text for pair in self._concepts.spurious for text in pair]
         crossed = [text for pair in self._concepts.crossed for text in pair]
-        embeds = text_embeds_of(host, [*spurious, *crossed], ("{}",), normalise_each=True)
+        embeds = text_embeds_of(clip, [*spurious, *crossed], ("{}",), normalise_each=True)
         pairs = embeds[len(spurious) :].reshape(len(self._concepts.crossed), 2, -1)
         self._projection = calibrated_projection(embeds[: len(spurious)], pairs)
 
     @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
+    def apply(self, clip: Clip) -> Iterator[Encoder]:
         """Yield the stock CLIP with its text embeddings projected."""
-        yield EditedTexts(host, lambda embeds: embeds @ self._projection.T)
+        yield EditedTexts(clip, lambda embeds: embeds @ self._projection.T)

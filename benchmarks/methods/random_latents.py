@@ -5,21 +5,20 @@ What any edit of that size would do, whatever it edits. The number after "@" is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from defense.benchmarks.datasets import Example, Task
+from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder
 from defense.benchmarks.methods.defended import Defended, defended
 from defense.benchmarks.methods.material import picked, pixel_batches, training_split
-from defense.core.latents import draw_alike
 from defense.errors import ConfigError
-from defense.hosts.clip import Host
-from defense.hosts.defense import Defense, Site
+from defense.hosts.clip import Clip
+from defense.hosts.defense import Defense
 
 _N_PICTURES = 200
 
@@ -56,45 +55,24 @@ class RandomLatents:
         latents = {site.hook_point: [list(s.latents) for s in site.sets] for site in self._control.sites}
         return {**self.chosen.settings(), "seed": self.seed, "latents": latents}
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Draw the latents.
 
         Raises:
             NotApplicableError: The task has no training split.
         """
+        from defense.fit.control import activity_of, random_control
+
         train = training_split(task, self.name)
         examples = [train.examples[row] for row in picked(train, _N_PICTURES)]
         rng = np.random.default_rng(self.seed)
         defense = self.chosen.defense
-        sites = tuple(_control(site, activity_of(host, site, examples), rng) for site in defense.sites)
+        sites = tuple(
+            random_control(site, activity_of(clip, site, pixel_batches(clip, examples)), rng) for site in defense.sites
+        )
         self._control = replace(defense, sites=sites, golden=None)
 
-    def apply(self, host: Host) -> AbstractContextManager[Encoder]:
+    def apply(self, clip: Clip) -> AbstractContextManager[Encoder]:
         """Put the control in."""
         assert self._control is not None, "fit() comes first"
-        return defended(host, self._control)
-
-
-def activity_of(host: Host, site: Site, examples: Sequence[Example]) -> np.ndarray:
-    """Return the summed activation of each latent of a site's SAE on some pictures, float64 [d_sae]."""
-    import torch
-
-    from defense.hosts.attach import sae_of
-    from defense.hosts.tap import Tail
-
-    tail = Tail(host.model, site.hook_point)
-    sae = sae_of(site).to(host.model.logit_scale.device)
-    total = np.zeros(sae.config.d_sae)
-    with torch.inference_mode():
-        for pixel_values in pixel_batches(host, examples):
-            resid = tail.resid(torch.from_numpy(pixel_values))
-            total += sum(sae.encode(picture).sum(0, dtype=torch.float64).cpu().numpy() for picture in resid)
-    return total
-
-
-def _control(site: Site, activity: np.ndarray, rng: np.random.Generator) -> Site:
-    """Return a site with every set's latents replaced. Sets draw together, so that none takes another's."""
-    chosen = list(dict.fromkeys(latent for latent_set in site.sets for latent in latent_set.latents))
-    stand_in = dict(zip(chosen, draw_alike(chosen, activity, rng), strict=True))
-    sets = (replace(s, latents=tuple(stand_in[latent] for latent in s.latents), scores={}) for s in site.sets)
-    return replace(site, sets=tuple(sets))
+        return defended(clip, self._control)

@@ -24,7 +24,7 @@ from defense.benchmarks.methods.base import Encoder
 from defense.benchmarks.methods.concepts import Pairs, concepts_of, known, listed
 from defense.benchmarks.methods.embeddings import EditedImages
 from defense.benchmarks.methods.material import digest_of, text_embeds_of
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 
 def steered(x: np.ndarray, harmful: np.ndarray, helpful: np.ndarray) -> np.ndarray:
@@ -53,26 +53,26 @@ class RoboShot:
             "directions_sha256": digest_of(*self._directions),
         }
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Embed the insights.
 
         Raises:
             NotApplicableError: None are known for this task.
         """
         concepts = concepts_of(task, self.name)
-        self._harmful, self._helpful = concepts.spurious, known(concepts.helpful, host)
-        self._directions = (_differences(host, self._harmful), _differences(host, self._helpful))
+        self._harmful, self._helpful = concepts.spurious, known(concepts.helpful, clip)
+        self._directions = (_differences(clip, self._harmful), _differences(clip, self._helpful))
 
     @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
+    def apply(self, clip: Clip) -> Iterator[Encoder]:
         """Yield the stock CLIP with its image embeddings steered."""
-        yield EditedImages(host, lambda embeds: steered(embeds, *self._directions))
+        yield EditedImages(clip, lambda embeds: steered(embeds, *self._directions))
 
 
-def _differences(host: Host, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+def _differences(clip: Clip, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     """Return a direction per pair, float64 [n_pairs, d_embed]."""
     if not pairs:
         return np.zeros((0, 0))
     texts = [text for pair in pairs for text in pair]
-    embeds = text_embeds_of(host, texts, ("{}",), normalise_each=True).astype(np.float64)
+    embeds = text_embeds_of(clip, texts, ("{}",), normalise_each=True).astype(np.float64)
     return embeds[0::2] - embeds[1::2]

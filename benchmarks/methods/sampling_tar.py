@@ -36,15 +36,13 @@ from defense.benchmarks.methods.material import (
     training_sides,
     training_twins,
 )
-from defense.classify.classifier import RobustClassifier
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from defense.benchmarks.methods.heads import Head
-    from defense.hosts.tap import Tail
-    from defense.hosts.tower import VisionHost
+    from defense.hosts.tower import VisionTower
 
 LAST_PART = 0.2
 SAMPLES_PER_DIMENSION = 8
@@ -78,7 +76,7 @@ class SamplingTar:
             "seed": SEED,
         }
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Score the heads and choose the threshold.
 
         Raises:
@@ -87,21 +85,20 @@ class SamplingTar:
         import torch
 
         from defense.benchmarks.methods.heads import vision_with_heads
-        from defense.hosts.tap import Tail
 
-        vision = vision_with_heads(host.model, self.name)
+        tower = vision_with_heads(clip.model, self.name)
         attacked, _ = training_twins(task, self.name)
         twins = training_sides(task, self.name, _N_PICTURES)
-        first = max(1, len(vision.blocks) - math.ceil(LAST_PART * len(vision.blocks)))
-        tail = Tail(host.model, f"blocks.{first - 1}.hook_resid_post")
-        scores, resids = _read(host, vision, tail, *twins)
-        class_embeds = class_embeds_of(host, attacked)
+        first = max(1, len(tower.blocks) - math.ceil(LAST_PART * len(tower.blocks)))
+        hook_point = f"blocks.{first - 1}.hook_resid_post"
+        scores, resids = _read(clip, hook_point, *twins)
+        class_embeds = class_embeds_of(clip, attacked)
 
         def accuracy_with(heads: Sequence[Head]) -> tuple[float, float]:
             found = []
             for resid, pictures in zip(resids, twins, strict=True):
-                with torch.inference_mode(), redirected(vision, heads):
-                    embeds = tail.embeds(resid).float().cpu().numpy()
+                with torch.inference_mode(), redirected(tower, heads):
+                    embeds = tower.embeds_from(resid, hook_point).cpu().numpy()
                 found.append(float(accuracies(embeds, class_embeds, pictures).mean()))
             return found[0], found[1]
 
@@ -115,33 +112,35 @@ class SamplingTar:
                 self.heads, self._z, best = heads, z, on_attacked
 
     @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
+    def apply(self, clip: Clip) -> Iterator[Encoder]:
         """Redirect the heads."""
         from defense.benchmarks.methods.heads import vision_with_heads
 
-        with redirected(vision_with_heads(host.model, self.name), self.heads):
-            yield Encoder(RobustClassifier(host))
+        with redirected(vision_with_heads(clip.model, self.name), self.heads):
+            yield Encoder(clip)
 
 
 def _read(
-    host: Host, vision: VisionHost, tail: Tail, attacked: Sequence[Example], clean: Sequence[Example]
+    clip: Clip, hook_point: str, attacked: Sequence[Example], clean: Sequence[Example]
 ) -> tuple[dict[int, np.ndarray], tuple[Tensor, Tensor]]:
-    """Return the heads' scores by block, and the residuals of attacked and clean pictures at the tail's start."""
+    """Return the heads' scores by block, and the residuals of attacked and clean pictures at the hook point."""
     import torch
 
     from defense.benchmarks.methods.heads import attention_of
+    from defense.hosts.tower import block_of
 
-    blocks = range(tail.last + 1, len(vision.blocks))
-    attention = attention_of(vision, 0)
+    tower = clip.tower
+    blocks = range(block_of(hook_point) + 1, len(tower.blocks))
+    attention = attention_of(tower, 0)
     directions = random_directions(attention.num_heads, attention.head_dim).to(attention.in_proj_weight.device)
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {block: [] for block in blocks}
 
     def score(block: int, x: Tensor, is_written: Tensor) -> None:
-        added = contributions(attention_of(vision, block), x, directions)
-        on_text = text_share(added[:, :, vision.n_prefix :], is_written.to(x.device))
+        added = contributions(attention_of(tower, block), x, directions)
+        on_text = text_share(added[:, :, tower.n_prefix :], is_written.to(x.device))
         seen[block].append((added.sum(2), on_text))
 
-    resids = read_twins(host, vision, tail, attacked, clean, blocks, score)
+    resids = read_twins(clip, hook_point, attacked, clean, blocks, score)
     scores = {
         block: head_scores(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
         for block, batches in seen.items()
@@ -223,7 +222,7 @@ def standing_out(scores: Mapping[int, np.ndarray], z: float) -> tuple[Head, ...]
 
 
 @contextmanager
-def redirected(vision: VisionHost, heads: Sequence[Head]) -> Iterator[None]:
+def redirected(tower: VisionTower, heads: Sequence[Head]) -> Iterator[None]:
     """Let CLS attend to itself alone in some heads; what they write to other tokens stays."""
     from defense.benchmarks.methods.heads import attention_of, cls_attention, watching
 
@@ -232,10 +231,10 @@ def redirected(vision: VisionHost, heads: Sequence[Head]) -> Iterator[None]:
         by_block.setdefault(block, []).append(head)
 
     def redirect(block: int, x: Tensor, written: Tensor) -> Tensor:
-        attention = attention_of(vision, block)
+        attention = attention_of(tower, block)
         before = cls_attention(attention, x, by_block[block]).writes.sum(1)
         after = cls_attention(attention, x[:, :1], by_block[block]).writes.sum(1)
         return written - before + after
 
-    with watching(vision, by_block, redirect):
+    with watching(tower, by_block, redirect):
         yield

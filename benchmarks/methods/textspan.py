@@ -41,9 +41,8 @@ from defense.benchmarks.methods.material import (
     training_sides,
     training_split,
 )
-from defense.classify.classifier import RobustClassifier
 from defense.data.labels import TEMPLATES
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,16 +60,16 @@ class _Contributions(Encoder):
     """The stock CLIP, with what some heads contribute to its embeddings.
 
     Args:
-        host: The CLIP.
+        clip: The CLIP.
         heads: Which.
         means: What takes their place, float64 [n_heads, d_embed].
     """
 
-    def __init__(self, host: Host, heads: Sequence[Head], means: np.ndarray | None = None) -> None:
+    def __init__(self, clip: Clip, heads: Sequence[Head], means: np.ndarray | None = None) -> None:
         from defense.benchmarks.methods.heads import vision_with_heads
 
-        super().__init__(RobustClassifier(host))
-        self.vision = vision_with_heads(host.model, "TEXTSPAN")
+        super().__init__(clip)
+        self.tower = vision_with_heads(clip.model, "TEXTSPAN")
         self.heads, self.means = heads, means
 
     def decompose(self, pictures: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
@@ -79,21 +78,20 @@ class _Contributions(Encoder):
 
         from defense.benchmarks.methods.heads import attention_of, cls_attention, watching
 
-        model, visual = self.clf.host.model, self.vision.visual
+        visual = self.tower.visual
         writes: dict[Head, Tensor] = {}
         seen: list[Tensor] = []
 
         def see(block: int, x: Tensor, _written: Tensor) -> None:
             heads = [head for at, head in self.heads if at == block]
-            written = self.vision.blocks[block].ls_1(cls_attention(attention_of(self.vision, block), x, heads).writes)
+            written = self.tower.blocks[block].ls_1(cls_attention(attention_of(self.tower, block), x, heads).writes)
             writes.update({(block, head): written[:, i] for i, head in enumerate(heads)})
 
-        pixel_values = np.stack([self.clf.host.preprocess(picture) for picture in pictures])
-        weight = visual.conv1.weight
+        pixel_values = np.stack([self.clip.preprocess(picture) for picture in pictures])
         handle = visual.ln_post.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
         try:
-            with torch.inference_mode(), watching(self.vision, {block for block, _ in self.heads}, see):
-                embeds = model.encode_image(torch.from_numpy(pixel_values).to(weight.device, weight.dtype)).double()
+            with torch.inference_mode(), watching(self.tower, {block for block, _ in self.heads}, see):
+                embeds = self.tower.encode(self.tower.batch(pixel_values)).double()
         finally:
             handle.remove()
         resid = seen[0] if seen[0].ndim == 2 else seen[0][:, 0]
@@ -136,7 +134,7 @@ class TextSpan:
         first = [list(texts[:3]) for texts in self.texts]
         return {"heads": [list(head) for head in self.heads], "texts": first, "means_sha256": digest_of(self._means)}
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Describe the late heads and choose.
 
         Raises:
@@ -145,18 +143,18 @@ class TextSpan:
         """
         from defense.benchmarks.methods.heads import all_heads, vision_with_heads
 
-        vision = vision_with_heads(host.model, self.name)
+        tower = vision_with_heads(clip.model, self.name)
         sides = training_sides(task, self.name, _N_PICTURES)
-        late = all_heads(vision, max(0, len(vision.blocks) - N_LATE_BLOCKS))
-        encoder = _Contributions(host, late)
+        late = all_heads(tower, max(0, len(tower.blocks) - N_LATE_BLOCKS))
+        encoder = _Contributions(clip, late)
         wholes, parts = zip(*(encoder.decompose_all(side) for side in sides), strict=True)
         train = training_split(task, self.name)
-        names, text_embeds = _texts(host, train)
+        names, text_embeds = _texts(clip, train)
         spans = [textspan(parts[0][:, i], text_embeds) for i in range(len(late))]
         shares = np.array([cue_share(along, sides[0]) for _, along in spans])
         order = [int(i) for i in np.argsort(-shares, kind="stable") if shares[i] > 0.5]
         means = parts[0].mean(0)
-        class_embeds = class_embeds_of(host, train)
+        class_embeds = class_embeds_of(clip, train)
 
         def score(chosen: list[int]) -> tuple[float, float]:
             edited = [
@@ -170,18 +168,18 @@ class TextSpan:
         self._means = means[chosen]
 
     @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
+    def apply(self, clip: Clip) -> Iterator[Encoder]:
         """Put the means in."""
-        yield _Contributions(host, self.heads, self._means)
+        yield _Contributions(clip, self.heads, self._means)
 
 
-def _texts(host: Host, dataset: Dataset) -> tuple[list[str], np.ndarray]:
+def _texts(clip: Clip, dataset: Dataset) -> tuple[list[str], np.ndarray]:
     """Return what a head may be about, and the embeddings of that."""
     from open_clip import IMAGENET_CLASSNAMES
 
     names = [name for name in dict.fromkeys(IMAGENET_CLASSNAMES) if name not in dataset.class_names]
-    embeds = text_embeds_of(host, names, TEMPLATES["simple"], normalise_each=True)
-    return [*dataset.class_names, *names], np.concatenate([class_embeds_of(host, dataset), embeds])
+    embeds = text_embeds_of(clip, names, TEMPLATES["simple"], normalise_each=True)
+    return [*dataset.class_names, *names], np.concatenate([class_embeds_of(clip, dataset), embeds])
 
 
 def textspan(parts: np.ndarray, text_embeds: np.ndarray) -> tuple[list[int], np.ndarray]:

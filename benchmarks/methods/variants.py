@@ -22,7 +22,7 @@ from defense.benchmarks.methods.defended import Defended, defended
 from defense.benchmarks.methods.material import class_embeds_of, digest_of, picked, pixel_batches, training_split
 from defense.core.latents import Edit
 from defense.errors import ConfigError
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 from defense.hosts.defense import Defense
 
 _N_CALIBRATION = 300
@@ -48,7 +48,7 @@ class OtherEdit(Defended):
         """Return which defense, how much of it, and the edit."""
         return {**super().settings(), "edit": self.edit}
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Learn nothing.
 
         Raises:
@@ -57,9 +57,9 @@ class OtherEdit(Defended):
         if all(latent_set.edit == self.edit for site in self.defense.sites for latent_set in site.sets):
             raise NotApplicableError(f"{self.name!r}: the defense has this edit anyway; it is the row of the defense")
 
-    def apply(self, host: Host) -> AbstractContextManager[Encoder]:
+    def apply(self, clip: Clip) -> AbstractContextManager[Encoder]:
         """Put the changed defense in."""
-        return defended(host, with_edit(self.defense, self.edit), self.strength)
+        return defended(clip, with_edit(self.defense, self.edit), self.strength)
 
 
 def with_edit(defense: Defense, edit: Edit) -> Defense:
@@ -102,7 +102,7 @@ class Delta:
             "agreement": calibration["agreement"],
         }
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Set the thresholds. How often the answer is that of the exact rule is recorded; no agreement is too low here.
 
         Raises:
@@ -115,17 +115,17 @@ class Delta:
         train = training_split(task, self.name)
         kinds = [train] if task.train_clean is None else [train, task.train_clean]
         examples = [kind.examples[row] for kind in kinds for row in picked(kind, _N_CALIBRATION)]
-        pixel_values = torch.from_numpy(np.concatenate(list(pixel_batches(host, examples))))
-        class_embeds = class_embeds_of(host, train)
+        pixel_values = torch.from_numpy(np.concatenate(list(pixel_batches(clip, examples))))
+        class_embeds = class_embeds_of(clip, train)
         twins = np.arange(len(examples)) % (len(examples) // len(kinds))
         try:
             self._calibrated, _ = calibrated(
-                host, self.exact.defense, pixel_values, least_agreement=0, text_embeds=class_embeds, groups=twins
+                clip, self.exact.defense, pixel_values, least_agreement=0, text_embeds=class_embeds, groups=twins
             )
         except ConfigError as error:
             raise NotApplicableError(f"{self.name!r}: {error}") from error
 
-    def apply(self, host: Host) -> AbstractContextManager[Encoder]:
+    def apply(self, clip: Clip) -> AbstractContextManager[Encoder]:
         """Put the calibrated defense in."""
         assert self._calibrated is not None, "fit() comes first"
-        return defended(host, self._calibrated, self.exact.strength)
+        return defended(clip, self._calibrated, self.exact.strength)

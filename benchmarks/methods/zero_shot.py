@@ -10,7 +10,7 @@ from typing import Any
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder, Stock
 from defense.errors import ConfigError
-from defense.hosts.clip import Host
+from defense.hosts.clip import Clip
 from defense.hosts.defense import Defense
 
 
@@ -31,10 +31,10 @@ class ZeroShot:
         """Return nothing: the host decides all."""
         return {}
 
-    def fit(self, host: Host, task: Task) -> None:
+    def fit(self, clip: Clip, task: Task) -> None:
         """Learn nothing."""
 
     @contextmanager
-    def apply(self, host: Host) -> Iterator[Encoder]:
+    def apply(self, clip: Clip) -> Iterator[Encoder]:
         """Yield the host's own embeddings."""
-        yield Stock(host)
+        yield Stock(clip)

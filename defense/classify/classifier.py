@@ -14,23 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from defense.data import images, labels
+from defense.data import images
 from defense.data.labels import Prompts
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, DefenseError
-from defense.hosts.clip import EMBEDDED, Host, load_host
-from defense.hosts.controls import Controls, in_force
-from defense.hosts.defense import Defense, Golden, Site
+from defense.hosts.clip import EMBEDDED, Clip, load_clip
+from defense.hosts.controls import Controls, applied
+from defense.hosts.defense import Defense, Site
 from defense.store.defenses import find_defense
 
-from . import explanation
-from .explanation import Explanation
+from .explanation import Explanation, account
 from .zeroshot import OnError, ZeroShotClassifier, batched, check_top_k, finite, prediction_of, warn_of_unknown_words
 from .zeroshot import Prediction as Prediction
 
 if TYPE_CHECKING:
     from defense.core.ops import Backend
     from defense.core.sae import SparseAutoencoder
+    from defense.core.suppress import Suppression
+    from defense.hosts.attach import AttachedDefense
 
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class RobustClassifier(ZeroShotClassifier):
                 --logit_scale * cos, softmax-->       scores [batch, n_labels]
 
     Args:
-        host: The CLIP, undefended.
+        clip: The CLIP, undefended.
         defense: What to edit in it; None for a stock CLIP behind the same calls.
         allow_mismatch: See `wrap`.
         batch_size: Pictures decoded and encoded at once.
@@ -59,7 +60,7 @@ class RobustClassifier(ZeroShotClassifier):
 
     def __init__(
         self,
-        host: Host,
+        clip: Clip,
         defense: Defense | None = None,
         *,
         allow_mismatch: bool = False,
@@ -69,18 +70,18 @@ class RobustClassifier(ZeroShotClassifier):
         from defense.hosts.attach import is_wrapped, wrap
 
         super().__init__(batch_size)
-        if defense is None and is_wrapped(host.model):
-            raise ConfigError("this host's model is defended already; load it again for a stock CLIP")
-        if defense is not None and not allow_mismatch and host.preprocess != defense.preprocess:
+        if defense is None and is_wrapped(clip.model):
+            raise ConfigError("this CLIP's model is defended already; load it again for a stock CLIP")
+        if defense is not None and not allow_mismatch and clip.preprocess != defense.preprocess:
             raise ConfigError(
-                f"this defense was fitted on pictures prepared with {defense.preprocess}, but this host prepares them "
-                f"with {host.preprocess}; use the same, or pass allow_mismatch=True"
+                f"this defense was fitted on pictures prepared with {defense.preprocess}, but this CLIP prepares them "
+                f"with {clip.preprocess}; use the same, or pass allow_mismatch=True"
             )
-        self.host = host
+        self.clip = clip
         self.defense = defense
         self._saes: dict[int, SparseAutoencoder] = {}
         if defense is not None:
-            wrap(host.model, defense, allow_mismatch=allow_mismatch, backend=backend)
+            wrap(clip.model, defense, allow_mismatch=allow_mismatch, backend=backend)
 
     @classmethod
     def from_pretrained(
@@ -121,19 +122,19 @@ class RobustClassifier(ZeroShotClassifier):
         if sets is not None:
             defense = defense.only(*sets)
         if model is None:
-            model, pretrained = defense.host.model, defense.host.pretrained
-        host = load_host(model, pretrained, device=device)
-        return cls(host, defense, allow_mismatch=allow_mismatch, batch_size=batch_size, backend=backend)
+            model, pretrained = defense.clip.model, defense.clip.pretrained
+        clip = load_clip(model, pretrained, device=device)
+        return cls(clip, defense, allow_mismatch=allow_mismatch, batch_size=batch_size, backend=backend)
 
     @property
     def preprocess(self) -> Preprocess:
         """How pictures are prepared."""
-        return self.host.preprocess
+        return self.clip.preprocess
 
     @property
     def logit_scale(self) -> float:
         """Factor between cosines and logits."""
-        return float(self.host.model.logit_scale.detach().float().exp())
+        return self.clip.logit_scale
 
     # --- labels ---
 
@@ -141,51 +142,29 @@ class RobustClassifier(ZeroShotClassifier):
         key = prompts.sha256()
         with self._lock:
             if key not in self._text_embeds:
-                warn_of_unknown_words(prompts.labels, self.host.tokenizer, self.blank_tokens())
-                self._text_embeds[key] = labels.encode_prompts(prompts, self.host.tokenizer, self.encode_text)
+                warn_of_unknown_words(prompts.labels, self.clip.tokenizer, self.clip.blank_tokens())
+                self._text_embeds[key] = self.clip.text_embeds(prompts)
             return self._text_embeds[key]
 
-    def blank_tokens(self) -> np.ndarray | None:
-        """Return for each token id whether the text tower has no embedding for it, bool [vocabulary]; None unknown."""
-        table = getattr(self.host.model, "token_embedding", None)
-        if table is None:
-            return None
-        is_blank = (table.weight == 0).all(1).cpu().numpy()
-        is_blank[0] = False  # padding
-        return is_blank
-
     def encode_text(self, input_ids: np.ndarray) -> np.ndarray:
-        """Return the text tower's answer, float32 [n, d_embed], not normalised, to ids int64 [n, context_length]."""
-        import torch
-
-        device = next(self.host.model.parameters()).device
-        with torch.inference_mode():
-            return self.host.model.encode_text(torch.from_numpy(input_ids).to(device)).float().cpu().numpy()
+        """Return the text tower's answer, float32 [n, d_embed], not normalized, to ids int64 [n, context_length]."""
+        return self.clip.encode_text(input_ids)
 
     # --- images ---
 
     def _encode_image(
         self, pixel_values: np.ndarray, *, plain: bool = False, controls: Controls | None = None
     ) -> np.ndarray:
-        """Return image_embeds float32 [batch, d_embed], normalised, of pixel_values [batch, 3, height, width]."""
+        """Return image_embeds float32 [batch, d_embed], normalized, of pixel_values [batch, 3, height, width]."""
         import torch
 
-        from defense.hosts.attach import attached
-
-        model = self.host.model
-        # The patch embedding's: a mixed-precision model keeps other parameters in float32.
-        weight = next(parameter for parameter in model.visual.parameters() if parameter.ndim == 4)
-        batch = torch.from_numpy(pixel_values).to(weight.device, weight.dtype)
         with self._lock, torch.inference_mode():
             if controls is not None:
-                active: AbstractContextManager = in_force(self, controls)
-            elif plain and self.defense is not None:
-                active = attached(model).bypassed()
+                active: AbstractContextManager = self._applied(controls)
             else:
-                active = nullcontext()
+                active = self.clip.undefended() if plain else nullcontext()
             with active:
-                embeds = model.encode_image(batch)
-            return torch.nn.functional.normalize(embeds.float(), dim=-1).cpu().numpy()
+                return self.clip.image_embeds(pixel_values).cpu().numpy()
 
     def chunks(
         self, inputs: Iterable[Any], on_error: OnError = "raise"
@@ -203,14 +182,14 @@ class RobustClassifier(ZeroShotClassifier):
                         raise
                     log.warning("skipped a picture: %s", error)
                     errors.append(error)
-            height, width = self.host.preprocess.size
+            height, width = self.clip.preprocess.size
             yield errors, np.stack(prepared) if prepared else np.empty((0, 3, height, width), np.float32)
 
     def encode_pixels(self, pixel_values: np.ndarray, *, plain: bool = False) -> np.ndarray:
         """Return image_embeds, float32 [batch, d_embed], of prepared pixel_values [batch, 3, height, width].
 
         Args:
-            pixel_values: As `host.preprocess` makes them, float32.
+            pixel_values: As `preprocess` makes them, float32.
             plain: Without the defense.
 
         Raises:
@@ -226,23 +205,23 @@ class RobustClassifier(ZeroShotClassifier):
         Args:
             image: See `images.decode`.
             top_k: Only the best so many labels.
-            controls: What of the defense is in force; by default all of it.
+            controls: What of the defense is active; by default all of it.
 
         Raises:
-            ConfigError: There is no defense to explain, or see `explain.Controls`.
+            ConfigError: There is no defense to explain, or see `Controls`.
         """
         import torch
 
         check_top_k(top_k)
         decoded = images.decode(image)
-        pixel_values = self.host.preprocess(decoded.image)[None]
+        pixel_values = self.clip.preprocess(decoded.image)[None]
         prompts = self._chosen()
         text_embeds = self._embeds_of(prompts)
         with self._lock, torch.inference_mode():
             plain, plain_ms = self._timed(pixel_values, plain=True)
-            with in_force(self, controls) as defense, defense.recording():
+            with self._applied(controls) as attachment, attachment.recording():
                 robust, robust_ms = self._timed(pixel_values)
-                removed, heatmap, fraction = explanation.account(defense)
+                removed, heatmap, fraction = account(attachment)
         return Explanation(
             plain=prediction_of(prompts.labels, self.scores(plain, text_embeds)[0], top_k),
             robust=prediction_of(prompts.labels, self.scores(robust, text_embeds)[0], top_k),
@@ -252,9 +231,15 @@ class RobustClassifier(ZeroShotClassifier):
             warnings=decoded.warnings,
             plain_ms=plain_ms,
             robust_ms=robust_ms,
-            box=self.host.preprocess.seen_box(*decoded.image.size),
+            box=self.clip.preprocess.seen_box(*decoded.image.size),
             controls=controls or Controls(),
         )
+
+    def _applied(self, controls: Controls | None) -> AbstractContextManager[AttachedDefense]:
+        """Let the defense act as `controls` say, for as long as the context lasts; the caller holds the lock."""
+        if self.defense is None:
+            raise ConfigError("this classifier has no defense, so there is nothing to explain")
+        return applied(self.clip, self.defense, controls, self._sae_of)
 
     def _timed(self, pixel_values: np.ndarray, *, plain: bool = False) -> tuple[np.ndarray, float]:
         """Return image_embeds and how long they took, in milliseconds."""
@@ -267,16 +252,27 @@ class RobustClassifier(ZeroShotClassifier):
 
         Args:
             image: See `images.decode`.
-            controls: What of the defense is in force.
+            controls: What of the defense is active.
             top_k: Only the best so many labels.
 
         Raises:
-            ConfigError: There is no defense to adjust, or see `explain.Controls`.
+            ConfigError: There is no defense to adjust, or see `Controls`.
         """
         check_top_k(top_k)
+        probe = self.probe(image)
+        return prediction_of(probe.labels, probe.scores(controls), top_k)
+
+    def probe(self, image: Any) -> Probe:
+        """Return one picture, prepared once, to be answered under many `Controls`.
+
+        Args:
+            image: See `images.decode`.
+
+        Raises:
+            ConfigError: No labels are set.
+        """
         prompts = self._chosen()
-        image_embeds = self._encode_image(self._prepare(image)[None], controls=controls)
-        return prediction_of(prompts.labels, self.scores(image_embeds, self._embeds_of(prompts))[0], top_k)
+        return Probe(self, prompts.labels, self._embeds_of(prompts), self._prepare(image)[None])
 
     def latent_map(self, image: Any, hook_point: str, latent: int) -> np.ndarray:
         """Return a latent's activation at each patch of a picture in the plain network, float32 [rows, columns].
@@ -290,10 +286,8 @@ class RobustClassifier(ZeroShotClassifier):
             ConfigError: There is no such latent, or see `sae`.
             InvalidImageError: The picture cannot be read.
         """
-        from defense.hosts.tap import latent_map
-
         with self._lock:  # another thread's pass would undo the bypass
-            return latent_map(self.host, hook_point, self.sae(hook_point), latent, image)
+            return self.clip.latent_map(hook_point, self.sae(hook_point), latent, image)
 
     def sae(self, hook_point: str) -> SparseAutoencoder:
         """Return the whole SAE at a hook point of the defense, on the model's device.
@@ -315,27 +309,38 @@ class RobustClassifier(ZeroShotClassifier):
 
         with self._lock, torch.inference_mode(False):  # it stays, for whoever needs gradients too
             if id(site) not in self._saes:  # a classifier's sites live as long as it does
-                self._saes[id(site)] = sae_of(site).to(self.host.model.logit_scale.device)
+                self._saes[id(site)] = sae_of(site).to(self.clip.device)
             return self._saes[id(site)]
 
 
-def make_golden(clf: RobustClassifier, pictures: np.ndarray) -> Golden:
-    """Return reference answers of a classifier for pictures, uint8 [n, height, width, 3]."""
-    from PIL import Image
+class Probe:
+    """One picture before a classifier, prepared once.
 
-    pixel_values = np.stack([clf.host.preprocess(Image.fromarray(picture)) for picture in pictures])
-    return Golden(pictures, clf.encode_pixels(pixel_values, plain=True), clf.encode_pixels(pixel_values))
-
-
-def golden_difference(clf: RobustClassifier) -> float:
-    """Return the largest difference between a classifier's embeddings and its defense's golden ones.
-
-    Raises:
-        ConfigError: The defense holds none.
+    Attributes:
+        labels: What it is classified into.
     """
-    golden = clf.defense.golden if clf.defense is not None else None
-    if golden is None:
-        raise ConfigError("this classifier's defense holds no golden vectors")
-    now = make_golden(clf, golden.pictures)
-    differences = [np.abs(now.plain - golden.plain).max(), np.abs(now.defended - golden.defended).max()]
-    return float(np.max(differences))  # unlike max(), NaN where one is NaN
+
+    def __init__(
+        self, clf: RobustClassifier, labels: tuple[str, ...], text_embeds: np.ndarray, pixel_values: np.ndarray
+    ) -> None:
+        self.labels = labels
+        self._clf, self._text_embeds, self._pixel_values = clf, text_embeds, pixel_values
+
+    def scores(self, controls: Controls) -> np.ndarray:
+        """Return scores, float32 [n_labels], with the defense as `controls` say.
+
+        Raises:
+            ConfigError: There is no defense, or see `Controls.applied_to`.
+        """
+        image_embeds = self._clf._encode_image(self._pixel_values, controls=controls)
+        return self._clf.scores(image_embeds, self._text_embeds)[0]
+
+    def suppressions(self, controls: Controls) -> dict[str, Suppression]:
+        """Return what the defense does to the picture at each hook point, as `controls` say.
+
+        Raises:
+            ConfigError: There is no defense, or see `Controls.applied_to`.
+        """
+        with self._clf._lock, self._clf._applied(controls) as attachment, attachment.recording():
+            self._clf._encode_image(self._pixel_values)
+            return {block.hook_point: block.told for block in attachment.edited_blocks() if block.told is not None}

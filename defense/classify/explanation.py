@@ -1,9 +1,5 @@
 """What a defense did to one picture: which latents it removed, where, and what that changed.
 
-    Controls          what of a defense is in force for one call: strength, edit, sets, single latents, steering
-    Explanation       both answers, and what was removed: by latent and patch
-    counterfactual    the latents whose removal is enough to change stock CLIP's answer
-
 Two sums are told apart throughout. What was removed in all is measured on the residual itself: `Explanation.heatmap`
 and `fraction` hold the difference that the edits made. What a latent wrote is its activation times its decoder row:
 `Removed.energy` and `Removed.map`. Decoder rows are not orthogonal, so squared norms of the parts do not add up to that
@@ -18,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from defense.core.latents import token_slice
 from defense.data.preprocess import Box
 from defense.hosts.controls import Controls
 
@@ -79,7 +76,7 @@ class Explanation:
         robust_ms: The same with it.
         box: The part of the picture that the model saw and the maps cover: left, upper, right and lower edge in
             pixels of the upright picture. Beyond the picture where that was padded.
-        controls: What was in force.
+        controls: What was active.
     """
 
     plain: Prediction
@@ -115,36 +112,45 @@ class Explanation:
         }
 
 
-def account(defense: AttachedDefense) -> tuple[tuple[Removed, ...], np.ndarray, float]:
+def account(attachment: AttachedDefense) -> tuple[tuple[Removed, ...], np.ndarray, float]:
     """Add up what a recorded pass over one picture removed: by latent, by patch, and over the residual's norm."""
-    from defense.core.suppress import suppress
-
     written: list[Removed] = []
-    heatmap = np.zeros(defense.grid_size, np.float32)
+    heatmap = np.zeros(attachment.grid_size, np.float32)
     lost = held = 0.0
-    for block in defense.edited_blocks():
-        assert block.seen is not None
-        delta = block.seen.float() - suppress(block.seen, block.in_force(), block.n_prefix).float()
-        per_token = delta[0].square().sum(-1)
+    for block in attachment.edited_blocks():
+        told = block.told
+        assert told is not None
+        per_token = (told.resid.float() - told.edited.float())[0].square().sum(-1)
         lost += float(per_token.sum())
-        held += float(block.seen.float().square().sum())
-        heatmap += per_token[block.n_prefix :].reshape(defense.grid_size).cpu().numpy()
-        for part in block.in_force():
-            written += _written(block.hook_point, part, block.seen, block.n_prefix, defense.grid_size)
+        held += float(told.resid.float().square().sum())
+        heatmap += per_token[block.n_prefix :].reshape(attachment.grid_size).cpu().numpy()
+        for part, acts in zip(told.suppressors, told.acts, strict=True):
+            tokens = token_slice(part.scope, block.n_prefix)
+            written += _written(block.hook_point, part, told.resid, acts, tokens, heatmap.shape)
     total = sum(item.energy for item in written)
     ranked = sorted((item for item in written if item.energy > 0), key=lambda item: -item.energy)
     removed = tuple(replace(item, share=item.energy / total) for item in ranked)
     return removed, heatmap, math.sqrt(lost / held) if held else 0.0
 
 
-def _written(hook_point: str, part: Suppressor, seen: Tensor, n_prefix: int, grid: tuple[int, int]) -> list[Removed]:
-    """Return what each latent of one suppressor wrote into a residual [1, pos, d_model]; shares are not known yet."""
-    tokens = part.token_slice(n_prefix)
-    n_pos, n = seen.shape[1], len(part.latents)
+def _written(
+    hook_point: str, part: Suppressor, resid: Tensor, acts: Tensor, tokens: slice, grid: tuple[int, ...]
+) -> list[Removed]:
+    """Return what each latent of one suppressor wrote into a residual [1, pos, d_model]; shares are not known yet.
+
+    Args:
+        hook_point: Where.
+        part: The suppressor.
+        resid: The residual.
+        acts: Its activations at `tokens`, [1, n_tokens, n].
+        tokens: The positions that are edited.
+        grid: Patches down and across.
+    """
+    n_pos, n = resid.shape[1], len(part.latents)
     energies, activations = np.zeros((n_pos, n), np.float32), np.zeros((n_pos, n), np.float32)
-    energies[tokens] = part.energy(seen[:, tokens])[0].cpu().numpy()
-    activations[tokens] = part.acts(seen[:, tokens])[0].float().cpu().numpy()
-    maps = energies[n_prefix:].T.reshape(n, *grid)
+    energies[tokens] = part.energy(resid[:, tokens], acts)[0].cpu().numpy()
+    activations[tokens] = acts[0].float().cpu().numpy()
+    maps = energies[n_pos - math.prod(grid) :].T.reshape(n, *grid)
     return [
         Removed(hook_point, part.latent_set.name, latent, float(energy), 0.0, float(activation), map)
         for latent, energy, activation, map in zip(

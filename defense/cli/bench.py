@@ -68,7 +68,7 @@ def bench(
         found = None if defense is None else find_defense(defense)
         if model is None:
             if found is not None:
-                model, pretrained = found.host.model, found.host.pretrained
+                model, pretrained = found.clip.model, found.clip.pretrained
             elif all(task.name in datasets.mini.DEFENSES for task in tasks):
                 model = EMBEDDED
             else:
@@ -77,14 +77,14 @@ def bench(
         names = [each for name in typed for each in (FACTORIES if name == "all" else [name])]
         defenses = {task.name: found for task in tasks} if found or model != EMBEDDED else _shipped(tasks)
         jobs = [(task, make_methods(names, defenses[task.name])) for task in tasks]
-        host = robust.load_named_host(model, pretrained, device=device)
+        clip = robust.load_named_host(model, pretrained, device=device)
         with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
 
             def track(chunks: Sequence[Any], what: str) -> Iterable[Any]:
                 return progress.track(chunks, description=what)
 
             command = shlex.join(["defense", *sys.argv[1:]])
-            results = robust.run(host, jobs, out, seed=seed, command=command, track=track)
+            results = robust.run(clip, jobs, out, seed=seed, command=command, track=track)
         put(tables.markdown(results))
         robust.report(out)
         n_unreadable = sum(result["robust"]["n_unreadable"] for result in results)

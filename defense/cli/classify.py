@@ -87,13 +87,13 @@ def classify(
 def _undefended(defense: str, model: str | None, pretrained: str | None, device: str) -> RobustClassifier:
     """Return the stock CLIP that was given, or the one that a defense names."""
     from defense.classify.classifier import RobustClassifier
-    from defense.hosts.clip import load_host
+    from defense.hosts.clip import load_clip
     from defense.store.defenses import find_defense
 
     if model is None:
-        spec = find_defense(defense).host
+        spec = find_defense(defense).clip
         model, pretrained = spec.model, spec.pretrained
-    return RobustClassifier(load_host(model, pretrained, device=device))
+    return RobustClassifier(load_clip(model, pretrained, device=device))
 
 
 def _example_pictures() -> list[Path]:

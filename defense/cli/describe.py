@@ -36,16 +36,15 @@ def describe(
         from defense.data.labels import read_labels
         from defense.data.sources import open_pictures
         from defense.explain import catalogue, describe
-        from defense.hosts.clip import load_host
-        from defense.hosts.tower import VisionHost
+        from defense.hosts.clip import load_clip
         from defense.store import checkpoint
 
         catalogue.check_target(out)
         names, source = read_labels(words), open_pictures(pictures)
         found = [checkpoint.load(folder) for folder in sae]
-        host = load_host(model, pretrained, device=device)
+        clip = load_clip(model, pretrained, device=device)
         for each in found:
-            each.check_host(VisionHost.of(host.model))
+            each.check_clip(clip.tower)
         unreadable: set[str] = set()
         made_from = {"pictures": source.fingerprint, "host_model": model, "pretrained": pretrained}
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
@@ -53,10 +52,10 @@ def describe(
         with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
             for each in found:
                 progress.add_task(each.hook_point)
-                stream = describe.examples(host, source, unreadable.add)
+                stream = describe.examples(clip, source, unreadable.add)
                 catalogues.append(
                     describe.describe(
-                        host, each.hook_point, each.sae, stream, names, n_top=n_top, n_names=n_names,
+                        clip, each.hook_point, each.sae, stream, names, n_top=n_top, n_names=n_names,
                         n_steered=n_steered, n_probed=max(16, n_steered), seed=seed, provenance=made_from,
                     )
                 )  # fmt: skip

@@ -102,10 +102,10 @@ def fit(
         from defense.classify.classifier import RobustClassifier
         from defense.errors import CalibrationError
         from defense.fit import report as report_page
+        from defense.fit.config import FitConfig
         from defense.fit.placing import fit_defense, with_golden
-        from defense.fit.selecting import FitConfig
         from defense.fit.sites import plan_sites
-        from defense.hosts.clip import host_spec, load_host, resolve_device
+        from defense.hosts.clip import load_clip, resolve_device
         from defense.store import checkpoint, defenses
 
         if not sae:
@@ -122,10 +122,10 @@ def fit(
         checkpoints = [checkpoint.load(folder) for folder in sae]
         if calibrate and not any(each.sae.config.act == "topk" for each in checkpoints):
             raise typer.BadParameter("--calibrate is for SAEs with a topk rule, and there is none; leave it out")
-        host = load_host(model, pretrained, device=resolve_device(device))
+        clip = load_clip(model, pretrained, device=resolve_device(device))
         config = FitConfig(clean_budget=clean_budget / len(sae), edit=edit.value, seed=seed)
-        plans = plan_sites(host, checkpoints, config, None if scope is None else scope.value)
-        clf = RobustClassifier(host).set_labels(chosen, template)
+        plans = plan_sites(clip, checkpoints, config, None if scope is None else scope.value)
+        clf = RobustClassifier(clip).set_labels(chosen, template)
         with _progress() as told:
             told("reading pictures")
             material = _material(
@@ -139,11 +139,11 @@ def fit(
                 "saes": [{"hook_point": each.hook_point, **dict(each.provenance)} for each in checkpoints],
             }
             fitted = fit_defense(
-                host, host_spec(host, model, pretrained), plans, material, torch.from_numpy(clf.text_embeds()),
+                clip, clip.id_as(model, pretrained), plans, material, torch.from_numpy(clf.text_embeds()),
                 name=name or task.value, folds=folds, seed=seed, is_swept=sweep, licence=licence, provenance=record,
                 report=told,
             )  # fmt: skip
-            defenses.save(with_golden(host, fitted.defense), out)
+            defenses.save(with_golden(clip, fitted.defense), out)
             if report is not None:
                 report_page.write(fitted, report)
             if calibrate:
@@ -153,7 +153,7 @@ def fit(
                 except CalibrationError:
                     say(f"{shown(out)} holds the defense with its exact rule, which is not lost:")
                     raise
-                defenses.save(with_golden(host, defense), out)
+                defenses.save(with_golden(clip, defense), out)
         _print_fit(fitted)
         put(f"written     {shown(out)}")
         say(f"Try it: defense classify PICTURE --labels ... --defense {shown(out)}")
@@ -241,7 +241,7 @@ def _calibrated(clf: RobustClassifier, defense: Defense, material: Material) -> 
 
     pixel_values = material.data.all_pixel_values()
     twins = np.arange(len(pixel_values)) % len(material.strata)
-    result, calibration = calibrated(clf.host, defense, pixel_values, text_embeds=clf.text_embeds(), groups=twins)
+    result, calibration = calibrated(clf.clip, defense, pixel_values, text_embeds=clf.text_embeds(), groups=twins)
     put(
         f"calibrated  {100 * calibration.agreement:.1f} % of {calibration.n_held_out} held-out pictures get the same "
         f"label, cosine {calibration.cosine_mean:.4f} on average, {calibration.cosine_worst:.4f} at worst"

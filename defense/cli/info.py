@@ -40,13 +40,13 @@ def info(
         defense = find_defense(source)
         manifest = defense.manifest_sha256
         _check_pinned(manifest, expect)
-        tag = f", {defense.host.pretrained}" if defense.host.pretrained else ""
-        put(f"host        {defense.host.model}{tag}, weights {defense.host.sha256[:16]}")
+        tag = f", {defense.clip.pretrained}" if defense.clip.pretrained else ""
+        put(f"host        {defense.clip.model}{tag}, weights {defense.clip.sha256[:16]}")
         put(f"manifest    {manifest}")
         put(f"licence     {defense.licence}")
         for site in defense.sites:
             sae = site.sae_config
-            put(f"site        {site.hook_point}: {sae['act']} SAE, {sae['d_sae']} latents")
+            put(f"site        {site.hook_point}: {sae.act} SAE, {sae.d_sae} latents")
             for latent_set in site.sets:
                 put(
                     f"  set       {latent_set.name}: {len(latent_set.latents)} latents, edit {latent_set.edit}, "
@@ -96,8 +96,8 @@ def _print_bundle(source: str, expect: str | None, *, check: bool) -> None:
 
     found = bundle.load(source)
     _check_pinned(found.manifest_sha256, expect)
-    host = " ".join(filter(None, (found.host.get("model"), found.host.get("pretrained"))))
-    put(f"host        {host or 'unnamed'}, weights {found.host['sha256'][:16]}")
+    clip = " ".join(filter(None, (found.clip.get("model"), found.clip.get("pretrained"))))
+    put(f"host        {clip or 'unnamed'}, weights {found.clip['sha256'][:16]}")
     put(f"manifest    {found.manifest_sha256}")
     put(f"licence     {found.licence}")
     put(f"graph       {found.model}, {found.mode}, {found.dtype}")
@@ -117,15 +117,15 @@ def _print_bundle(source: str, expect: str | None, *, check: bool) -> None:
 
 
 def _check_golden(defense: Defense, source: str, model: str | None, pretrained: str | None) -> None:
-    from defense.classify.classifier import RobustClassifier, golden_difference
+    from defense.classify.classifier import RobustClassifier
+    from defense.hosts.golden import golden_difference
 
     if defense.golden is None:
         raise CheckpointError("this defense holds no golden vectors to check")
-    difference = golden_difference(
-        RobustClassifier.from_pretrained(source, model=model, pretrained=pretrained, device="cpu")
-    )
+    clf = RobustClassifier.from_pretrained(source, model=model, pretrained=pretrained, device="cpu")
+    difference = golden_difference(clf.clip, defense.golden)
     if not difference <= 1e-4:  # also where it is NaN
         raise CheckpointError(
-            f"golden vectors differ by {difference:.2g}; expected at most 1e-4: this is not the host it was made with"
+            f"golden vectors differ by {difference:.2g}; expected at most 1e-4: this is not the CLIP it was made with"
         )
     put(f"golden      reproduced, max difference {difference:.1e}")

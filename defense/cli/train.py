@@ -71,8 +71,7 @@ def train(
     with exit_codes():
         from defense.data.labels import read_labels
         from defense.data.sources import open_pictures
-        from defense.hosts.clip import host_spec, load_host, resolve_device
-        from defense.hosts.tap import Tap
+        from defense.hosts.clip import load_clip, resolve_device
         from defense.store import checkpoint
         from defense.train import parallel
         from defense.train.residuals import Stream
@@ -84,11 +83,13 @@ def train(
         source = open_pictures(pictures)
         place = parallel.local_device(resolve_device(device))
         with parallel.joined(place) as world:
-            host = load_host(model, pretrained, device=place)
-            tap = Tap(host, f"blocks.{block}.hook_resid_post", tokens.value)
-            stream = Stream(tap, source, buffer=buffer, text_rate=text_rate, seed=seed, world=world)
+            clip = load_clip(model, pretrained, device=place)
+            stream = Stream(
+                clip, f"blocks.{block}.hook_resid_post", source, tokens=tokens.value,
+                buffer=buffer, text_rate=text_rate, seed=seed, world=world,
+            )  # fmt: skip
             config = TrainConfig(
-                d_sae=d_sae or 16 * tap.vision.d_model,
+                d_sae=d_sae or 16 * stream.d_model,
                 k=None if variant is Variant.relu else k,
                 steps=-(-n_tokens // batch),
                 batch=batch,
@@ -102,7 +103,7 @@ def train(
             ) as progress:
                 task = progress.add_task("training", total=config.steps)
                 trained = train_checkpoint(
-                    stream, config, host_spec(host, model, pretrained), names=names, shards=shards,
+                    stream, config, clip.id_as(model, pretrained), names=names, shards=shards,
                     state=out.with_name(f"{out.name}.state.safetensors"), licence=licence,
                     report=lambda now: progress.update(
                         task, completed=now.step, description=f"loss {now.loss:.3f}, {now.n_dead} dead"

@@ -23,6 +23,11 @@ _N_NEAR = 20
 """Among how many latents of the nearest activity one is drawn."""
 
 
+def token_slice(scope: Scope, n_prefix: int) -> slice:
+    """Return the positions that a scope names; `n_prefix` tokens (CLS, registers) stand before the patches."""
+    return {"all": slice(None), "cls": slice(0, 1), "patch": slice(n_prefix, None)}[scope]
+
+
 @dataclass(frozen=True)
 class LatentSet:
     """The latents that one defense edits at one block.

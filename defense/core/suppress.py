@@ -18,7 +18,8 @@ is what is saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from defense.errors import ConfigError, ShapeError
 
 from . import ops
-from .latents import LatentSet, Scope
+from .latents import LatentSet, Scope, token_slice
 from .ops import Backend, reference
 from .ops.reference import Encoder
 from .sae import SparseAutoencoder, normalise
@@ -89,29 +90,18 @@ class Suppressor(nn.Module):
         self.k = config.k or 0
         self.negative_counts = config.act == "topk" and config.topk_relu == "none"
         latents = torch.tensor(latent_set.latents, dtype=torch.int64)
-        bias = sae.folded_bias
         tensors: dict[str, Tensor | None] = {
             "latents": latents,
             "removal": 1 - torch.tensor(latent_set.gains, dtype=torch.float32),
             "strength": torch.ones(()),
-            "W_S": sae.W_enc[:, latents],
-            "b_S": bias[latents],
             "W_dec_S": sae.W_dec[latents],
             "b_dec": sae.b_dec,
             "values": torch.tensor(latent_set.values) if latent_set.edit == "set" else None,
-            "threshold_S": sae.threshold[latents] if config.act in ("jumprelu", "batchtopk") else None,
-            "W_mag_S": None,
-            "b_mag_S": None,
-            "W_enc": sae.W_enc if config.act == "topk" else None,
-            "b": bias if config.act == "topk" else None,
+            **_encoder_tensors(sae, latents),
         }
-        if config.act == "gated":
-            W_mag = (sae.W_enc * sae.r_mag.exp())[:, latents]
-            tensors["W_mag_S"] = W_mag
-            tensors["b_mag_S"] = sae.b_mag[latents] - (sae.b_dec @ W_mag if config.subtract_b_dec else 0)
         for name, tensor in tensors.items():  # shared with the SAE where it needs all of it: W_enc may be large
             self.register_buffer(name, tensor, persistent=False)
-        ops.check_backend(backend, self.encoder, latent_set.edit)
+        ops.check_backend(backend, self.encoder(), latent_set.edit)
         self.backend = backend
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Suppressor:
@@ -132,9 +122,8 @@ class Suppressor(nn.Module):
             raise ConfigError(f"strength={strength}; it must lie in [0, 1]: 0 is stock CLIP, 1 the full edit")
         self.strength.fill_(strength)
 
-    @property
     def encoder(self) -> Encoder:
-        """What deciding about S takes: the columns and biases that `reference.acts_of_set` reads."""
+        """Return the encoder parts needed for the activations of the latents in S, as they are now; once a call."""
         return Encoder(
             self.W_S, self.b_S, self.threshold_S, self.W_mag_S, self.b_mag_S,
             self.W_enc, self.b, self.latents, self.k, self.negative_counts,
@@ -145,14 +134,18 @@ class Suppressor(nn.Module):
         self._check(resid)
         rows = resid.reshape(-1, self.d_model).to(self.W_S.dtype)
         with _without_autocast(resid):
-            return reference.acts_of_set(normalise(rows, self.norm).z, self.encoder).unflatten(0, resid.shape[:-1])
+            return reference.acts_of_set(normalise(rows, self.norm).z, self.encoder()).unflatten(0, resid.shape[:-1])
 
-    def removed(self, resid: Tensor) -> Tensor:
-        """Return what is subtracted from a residual [..., d_model] (every token, whatever the scope)."""
-        self._check(resid)
-        rows = resid.reshape(-1, self.d_model).to(self.W_S.dtype)
-        z, scale, _ = normalise(rows, self.norm)
-        acts = reference.acts_of_set(z, self.encoder)
+    def removed(self, resid: Tensor, acts: Tensor | None = None) -> Tensor:
+        """Return what is subtracted from a residual [..., d_model] (every token, whatever the scope).
+
+        Args:
+            resid: The residual.
+            acts: `acts(resid)`, where they are known already.
+        """
+        acts = self.acts(resid) if acts is None else acts
+        z, scale, _ = normalise(resid.reshape(-1, self.d_model).to(self.W_S.dtype), self.norm)
+        acts = acts.flatten(0, -2)
         removal = self.removal * self.strength
         if self.values is not None:
             delta = reference.steered(acts, removal, self.W_dec_S, self.values)
@@ -162,38 +155,39 @@ class Suppressor(nn.Module):
             delta = reference.scaled(acts, removal, self.W_dec_S)
         return (delta if scale is None else delta * scale).view(resid.shape)
 
-    def subtract(self, edited: Tensor, resid: Tensor, n_prefix: int) -> Tensor:
+    def subtract(self, edited: Tensor, resid: Tensor, n_prefix: int, acts: Tensor | None = None) -> Tensor:
         """Return `edited` less what is removed from the tokens of the scope, both [batch, pos, d_model].
 
         Args:
             edited: `resid` itself, which is left as it is, or what other suppressors left of it, which may change.
             resid: What the SAE reads.
             n_prefix: Tokens before the patches.
+            acts: `acts` of the scope's tokens, [batch, n_tokens, n], where they are known already.
         """
-        tokens = self.token_slice(n_prefix)
-        if ops.runs_fused(self.backend, resid, self.encoder, self.latent_set.edit):
+        tokens = token_slice(self.scope, n_prefix)
+        encoder = self.encoder()
+        if ops.runs_fused(self.backend, resid, encoder, self.latent_set.edit):
             self._check(resid)
             removal = self.removal * self.strength
-            return ops.fused_suppress(edited, resid, tokens, self.norm, self.encoder, self.W_dec_S, removal)
+            return ops.fused_suppress(edited, resid, tokens, self.norm, encoder, self.W_dec_S, removal)
         edited = edited.to(torch.promote_types(edited.dtype, torch.float32), copy=edited is resid)
-        edited[:, tokens] -= self.removed(resid[:, tokens])
+        edited[:, tokens] -= self.removed(resid[:, tokens], acts)
         return edited
 
-    def energy(self, resid: Tensor) -> Tensor:
-        """Return the squared norm of what each latent of S wrote, times what the edit takes of it, [batch, pos, n].
+    def energy(self, resid: Tensor, acts: Tensor) -> Tensor:
+        """Return the squared norm of what each latent of S wrote, times what the edit takes of it, [..., n].
 
         Decoder rows are not orthogonal: the energies at a token do not add up to that of the sum. And `project` removes
         more: whatever lies in the span of the rows, not only what the SAE says that the latents wrote there.
+
+        Args:
+            resid: The residual, [..., d_model].
+            acts: `acts(resid)`.
         """
-        rows = resid.to(self.W_S.dtype)
-        _, scale, _ = normalise(rows, self.norm)
-        moved = self.acts(rows) if self.values is None else self.acts(rows) - self.values
+        _, scale, _ = normalise(resid.to(self.W_S.dtype), self.norm)
+        moved = acts if self.values is None else acts - self.values
         written = moved * (self.removal * self.strength * self.W_dec_S.norm(dim=1))
         return (written if scale is None else written * scale).float().square()
-
-    def token_slice(self, n_prefix: int) -> slice:
-        """Return the positions that the scope names; `n_prefix` tokens stand before the patches."""
-        return token_slice(self.scope, n_prefix)
 
     def _check(self, resid: Tensor) -> None:
         if resid.shape[-1] != self.d_model:
@@ -201,25 +195,69 @@ class Suppressor(nn.Module):
 
     def forward(self, resid: Tensor, n_prefix: int = 1) -> Tensor:
         """Return the edited residual [batch, pos, d_model], in the dtype of `resid`, which is left as it is."""
-        return suppress(resid, [self], n_prefix)
+        if not len(self.latents):
+            return resid
+        with _without_autocast(resid):
+            return self.subtract(resid, resid, n_prefix).to(resid.dtype)
 
 
-def suppress(resid: Tensor, suppressors: list[Suppressor], n_prefix: int) -> Tensor:
+def _encoder_tensors(sae: SparseAutoencoder, latents: Tensor) -> dict[str, Tensor | None]:
+    """Return the tensors of `reference.Encoder` by name: columns of S, and the whole encoder where latents compete."""
+    config, bias = sae.config, sae.folded_bias
+    W_mag = (sae.W_enc * sae.r_mag.exp())[:, latents] if config.act == "gated" else None
+    b_mag = None
+    if W_mag is not None:
+        b_mag = sae.b_mag[latents] - (sae.b_dec @ W_mag if config.subtract_b_dec else 0)
+    return {
+        "W_S": sae.W_enc[:, latents],
+        "b_S": bias[latents],
+        "threshold_S": sae.threshold[latents] if config.act in ("jumprelu", "batchtopk") else None,
+        "W_mag_S": W_mag,
+        "b_mag_S": b_mag,
+        "W_enc": sae.W_enc if config.act == "topk" else None,
+        "b": bias if config.act == "topk" else None,
+    }
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """What several suppressors did to a residual.
+
+    Attributes:
+        resid: As it was, [batch, pos, d_model].
+        edited: What they left of it, in the same dtype.
+        suppressors: Those that name any latent.
+        acts: For each of them, f_i for i in S at the tokens of its scope, [batch, n_tokens, n].
+    """
+
+    resid: Tensor
+    edited: Tensor
+    suppressors: tuple[Suppressor, ...]
+    acts: tuple[Tensor, ...]
+
+
+def suppress(resid: Tensor, suppressors: Sequence[Suppressor], n_prefix: int) -> Tensor:
     """Return a residual [batch, pos, d_model] edited by several suppressors, each of which sees the unedited one."""
-    suppressors = [suppressor for suppressor in suppressors if len(suppressor.latents)]
+    active = [suppressor for suppressor in suppressors if len(suppressor.latents)]
+    return _suppressed(resid, active, n_prefix, [None] * len(active))
+
+
+def suppress_and_tell(resid: Tensor, suppressors: Sequence[Suppressor], n_prefix: int) -> Suppression:
+    """Do what `suppress` does, and return the activations too; each encoder runs once."""
+    active = [suppressor for suppressor in suppressors if len(suppressor.latents)]
+    acts = [suppressor.acts(resid[:, token_slice(suppressor.scope, n_prefix)]) for suppressor in active]
+    return Suppression(resid, _suppressed(resid, active, n_prefix, acts), tuple(active), tuple(acts))
+
+
+def _suppressed(resid: Tensor, active: Sequence[Suppressor], n_prefix: int, acts: Sequence[Tensor | None]) -> Tensor:
     # Several subtract in float32: in half precision each in turn would round the stream once more.
-    edited = resid if len(suppressors) < 2 else resid.to(torch.promote_types(resid.dtype, torch.float32))
+    edited = resid if len(active) < 2 else resid.to(torch.promote_types(resid.dtype, torch.float32))
     with _without_autocast(resid):
-        for suppressor in suppressors:
-            edited = suppressor.subtract(edited, resid, n_prefix)
+        for suppressor, known in zip(active, acts, strict=True):
+            edited = suppressor.subtract(edited, resid, n_prefix, known)
     return edited.to(resid.dtype)
 
 
 def _without_autocast(resid: Tensor) -> torch.autocast:
     """Return a context without the caller's autocast: which latents fire must not depend on it."""
     return torch.autocast(resid.device.type, enabled=False)
-
-
-def token_slice(scope: Scope, n_prefix: int) -> slice:
-    """Return the positions that a scope names; `n_prefix` tokens (CLS, registers) stand before the patches."""
-    return {"all": slice(None), "cls": slice(0, 1), "patch": slice(n_prefix, None)}[scope]

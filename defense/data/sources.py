@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -32,6 +32,8 @@ from . import images
 from .preprocess import Preprocess
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 HELD_OUT_EVERY = 50
@@ -328,7 +330,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise MissingDependencyError("pyarrow", "train") from error
+        raise MissingDependencyError("pyarrow", "parquet") from error
     try:
         with parquet.ParquetFile(path) as file:
             yield file
@@ -352,25 +354,39 @@ def prepared(
     """
 
     def prepare(picture: Picture) -> np.ndarray | None:
-        try:
-            image = images.decode(picture.open()).image
-        except InvalidImageError as error:
-            log.warning("left out: %s: %s", picture.name, error)
-            return None
-        return preprocess(change(picture, image))
+        image = _decoded(picture)
+        return None if image is None else preprocess(change(picture, image))
 
-    ahead: deque[tuple[Sequence[Picture], list[Future[np.ndarray | None]]]] = deque()
+    return _read_ahead(prepare, pictures, batch)
+
+
+def decoded(pictures: Sequence[Picture], batch: int) -> Iterator[list[tuple[Picture, Image.Image | None]]]:
+    """Yield pictures in batches, decoded; None for one that cannot be read. Two batches are in memory at a time."""
+    return _read_ahead(_decoded, pictures, batch)
+
+
+def _decoded(picture: Picture) -> Image.Image | None:
+    try:
+        return images.decode(picture.open()).image
+    except InvalidImageError as error:
+        log.warning("left out: %s: %s", picture.name, error)
+        return None
+
+
+def _read_ahead(
+    read: Callable[[Picture], T], pictures: Sequence[Picture], batch: int
+) -> Iterator[list[tuple[Picture, T]]]:
+    """Yield pictures in batches with what `read` makes of each; the next batch is being read while one is used."""
+    ahead: deque[tuple[Sequence[Picture], list[Future[T]]]] = deque()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for first in range(0, len(pictures), batch):
             part = pictures[first : first + batch]
-            ahead.append((part, [pool.submit(prepare, picture) for picture in part]))
+            ahead.append((part, [pool.submit(read, picture) for picture in part]))
             if len(ahead) > 1:
                 yield _finished(*ahead.popleft())
         for part, futures in ahead:
             yield _finished(part, futures)
 
 
-def _finished(
-    pictures: Sequence[Picture], futures: list[Future[np.ndarray | None]]
-) -> list[tuple[Picture, np.ndarray | None]]:
+def _finished(pictures: Sequence[Picture], futures: list[Future[T]]) -> list[tuple[Picture, T]]:
     return [(picture, future.result()) for picture, future in zip(pictures, futures, strict=True)]

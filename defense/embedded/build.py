@@ -26,23 +26,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from defense.classify.classifier import RobustClassifier, make_golden
 from defense.core.config import SAEConfig
-from defense.core.latents import LatentSet, draw_alike
 from defense.core.sae import SparseAutoencoder
 from defense.data import labels
 from defense.data.labels import Prompts
 from defense.embedded import train_clip
 from defense.errors import ConfigError
+from defense.fit.config import FitConfig
+from defense.fit.control import activity_of, random_control
+from defense.fit.encoded import Encoded
 from defense.fit.material import Groups, Pairs
-from defense.fit.selecting import FitConfig
 from defense.fit.sites import SitePlan, fit_sites
 from defense.fit.validation import measure
-from defense.hosts.attach import detach, wrap
-from defense.hosts.clip import Host, load_host
-from defense.hosts.defense import Defense, HostSpec, Site
-from defense.hosts.tap import Tail
-from defense.hosts.tower import VisionHost
+from defense.hosts.clip import EMBEDDED, Clip, load_clip
+from defense.hosts.defense import Defense, Site
+from defense.hosts.golden import make_golden
 from defense.store import defenses, folders
 from defense.train.quality import measure as measure_sae
 from defense.train.runs import train_in_memory
@@ -150,9 +148,9 @@ def _known_tokens() -> Tensor:
 # --- stage 2 --------------------------------------------------------------------------------------
 
 
-def pixel_values_of(pictures: Sequence[Scene], host: Host) -> Tensor:
+def pixel_values_of(pictures: Sequence[Scene], clip: Clip) -> Tensor:
     """Return pixel_values, float32 [n, 3, height, width], of scenes."""
-    return torch.from_numpy(np.stack([host.preprocess(scenes.render(scene)) for scene in pictures]))
+    return torch.from_numpy(np.stack([clip.preprocess(scenes.render(scene)) for scene in pictures]))
 
 
 def sae_scenes(n: int, seed: int, group_share: float) -> list[Scene]:
@@ -162,7 +160,7 @@ def sae_scenes(n: int, seed: int, group_share: float) -> list[Scene]:
     return web_scenes(n - len(groups), seed) + groups
 
 
-def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> SparseAutoencoder:
+def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, clip: Clip) -> SparseAutoencoder:
     """Train a site's SAE, or read the one in `work`."""
     folder = work / f"sae-{site.block}-{site.train.d_sae}{'-groups' if site.group_share else ''}"
     fingerprint = {
@@ -170,18 +168,17 @@ def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> Spars
         "n_pictures": recipe.n_sae_pictures,
         "seed_pictures": SEEDS["sae"],
         "group_share": site.group_share,
-        "host": VisionHost.of(host.model).fingerprint(),
+        "host": clip.tower.fingerprint(),
     }
     record_path = folder / "recipe.json"
     record = json.loads(record_path.read_text()) if record_path.exists() else {}
     if record.get("train") == fingerprint:
         return SparseAutoencoder(SAEConfig.from_dict(record["sae"]), folders.read_tensors(folder / "sae.safetensors"))
-    tail = Tail(host.model, site.hook_point)
     pictures = sae_scenes(recipe.n_sae_pictures, SEEDS["sae"], site.group_share)
-    resid = tail.resid(pixel_values_of(pictures, host)).flatten(0, 1).clone()
+    resid = clip.tower.resid(pixel_values_of(pictures, clip), site.hook_point).flatten(0, 1)
     sae = train_in_memory(resid, site.train)
     pictures = sae_scenes(500, SEEDS["sae_test"], site.group_share)
-    held_out = tail.resid(pixel_values_of(pictures, host)).flatten(0, 1)
+    held_out = clip.tower.resid(pixel_values_of(pictures, clip), site.hook_point).flatten(0, 1)
     quality = measure_sae(sae, held_out)
     log.info("SAE at block %d: %s", site.block, quality)
     folder.mkdir(exist_ok=True)
@@ -195,78 +192,54 @@ def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, host: Host) -> Spars
 # --- stage 3 --------------------------------------------------------------------------------------
 
 
-def text_embeds_of(host: Host, names: Sequence[str], template: str = "simple") -> Tensor:
+def text_embeds_of(clip: Clip, names: Sequence[str], template: str = "simple") -> Tensor:
     """Return text_embeds [n_labels, d_embed], normalised."""
     prompts = Prompts(tuple(names), labels.resolve_templates(template))
-
-    def encode_text(input_ids: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return host.model.encode_text(torch.from_numpy(input_ids)).numpy()
-
-    return torch.from_numpy(labels.encode_prompts(prompts, host.tokenizer, encode_text))
+    return torch.from_numpy(clip.text_embeds(prompts))
 
 
-def attack_pairs(n: int, seed: int, fonts: Sequence[str], host: Host) -> Pairs:
+def attack_pairs(n: int, seed: int, fonts: Sequence[str], clip: Clip) -> Pairs:
     """Return attacked pictures with their twins."""
     cases = list(draws.typographic(n, seed, fonts))
     names = list(scenes.OBJECTS)
     return Pairs(
-        clean=pixel_values_of([case.scene.clean() for case in cases], host),
-        neutral=pixel_values_of([case.scene.neutral() for case in cases], host),
-        attacked=pixel_values_of([case.scene for case in cases], host),
+        clean=pixel_values_of([case.scene.clean() for case in cases], clip),
+        neutral=pixel_values_of([case.scene.neutral() for case in cases], clip),
+        attacked=pixel_values_of([case.scene for case in cases], clip),
         label=torch.tensor([names.index(case.label) for case in cases]),
         word=torch.tensor([names.index(case.word) for case in cases]),
     )
 
 
-def groups_of(grouping: Grouping, n: int, seed: int, host: Host) -> Groups:
+def groups_of(grouping: Grouping, n: int, seed: int, clip: Clip) -> Groups:
     """Return pictures of a task with groups, all groups alike."""
     cases = list(grouping.draw(n, seed))
     return Groups(
-        pixel_values_of([case.scene for case in cases], host),
+        pixel_values_of([case.scene for case in cases], clip),
         torch.tensor([case.y for case in cases]),
         torch.tensor([case.a for case in cases]),
     )
 
 
-def task_data(task: str, n: int, seed: int, fonts: Sequence[str], host: Host) -> tuple[Pairs | Groups, Tensor]:
+def task_data(task: str, n: int, seed: int, fonts: Sequence[str], clip: Clip) -> tuple[Pairs | Groups, Tensor]:
     """Return pictures of a task, and text_embeds of its answers; words are written in `fonts`."""
     if task == "text":
-        return attack_pairs(n, seed, fonts, host), text_embeds_of(host, list(scenes.OBJECTS))
+        return attack_pairs(n, seed, fonts, clip), text_embeds_of(clip, list(scenes.OBJECTS))
     grouping = GROUPINGS[task]
-    return groups_of(grouping, n, seed, host), text_embeds_of(host, grouping.classes, grouping.template)
+    return groups_of(grouping, n, seed, clip), text_embeds_of(clip, grouping.classes, grouping.template)
 
 
 # --- the whole ------------------------------------------------------------------------------------
 
 
-def host_spec(host: Host, name: str) -> HostSpec:
-    """Describe a host for an artefact."""
-    vision = VisionHost.of(host.model)
-    return HostSpec(name, None, vision.fingerprint(), vision.quick_gelu, vision.d_model, len(vision.blocks))
-
-
-def report_on(host: Host, data: Pairs | Groups, text_embeds: Tensor) -> dict[str, float]:
-    """Return `fit_sites.measure` in percent: accuracies of a host as it stands (with whatever is attached to it)."""
-    return {name: 100 * share for name, share in measure(host, data, text_embeds).items()}
-
-
-def random_control(host: Host, site: Site, pixel_values: Tensor, seed: int) -> Site:
-    """Return the site with random latents in place of the chosen: as many, of like activity and with the same gains."""
-    sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
-    total = torch.zeros(sae.config.d_sae)
-    for part in Tail(host.model, site.hook_point).resid(pixel_values).split(50):
-        total += sae.encode(part).sum((0, 1))
-    mine = site.sets[0]
-    control = draw_alike(mine.latents, total.numpy(), np.random.default_rng(seed))
-    latent_set = LatentSet("random", tuple(control), mine.gains, edit=mine.edit, scope=mine.scope)
-    return Site(site.hook_point, site.sae_config, site.parameters, (latent_set,))
+def report_on(clip: Clip, data: Pairs | Groups, text_embeds: Tensor) -> dict[str, float]:
+    """Return `validation.measure` in percent: accuracies of a CLIP as it is now, with whatever is attached to it."""
+    return {name: 100 * share for name, share in measure(clip, data, text_embeds).items()}
 
 
 def full_report(
-    host: Host,
-    spec: HostSpec,
-    sites: Sequence[Site],
+    clip: Clip,
+    defense: Defense,
     task: str,
     n: int,
     seed: int,
@@ -276,24 +249,23 @@ def full_report(
     """Measure plain, defended and random control (mean of `n_controls` draws), in percent, on fresh seeds and fonts.
 
     Raises:
-        ConfigError: `host` is not the one that `spec` describes.
+        ConfigError: `clip` is not the one that the defense was fitted on.
     """
-    data, text_embeds = task_data(task, n, seed, scenes.TEST_FONTS, host)
+    data, text_embeds = task_data(task, n, seed, scenes.TEST_FONTS, clip)
     active = data.attacked if isinstance(data, Pairs) else data.pixel_values
 
-    def measured(arm: Sequence[Site]) -> dict[str, float]:
-        wrap(host.model, Defense(spec, host.preprocess, tuple(arm)))
-        try:
-            return report_on(host, data, text_embeds)
-        finally:
-            detach(host.model)
+    def measured(sites: Sequence[Site]) -> dict[str, float]:
+        with clip.defended(replace(defense, sites=tuple(sites))):
+            return report_on(clip, data, text_embeds)
 
-    controls = [
-        measured([random_control(host, site, active[:200], draw) for site in sites]) for draw in range(n_controls)
-    ]
+    activity = [activity_of(clip, site, [active[:200].numpy()]) for site in defense.sites]
+    controls = []
+    for draw in range(n_controls):
+        rngs = (np.random.default_rng(draw) for _ in defense.sites)
+        controls.append(measured([random_control(*each) for each in zip(defense.sites, activity, rngs, strict=True)]))
     report = {
-        "plain": report_on(host, data, text_embeds),
-        "defended": measured(sites),
+        "plain": report_on(clip, data, text_embeds),
+        "defended": measured(defense.sites),
         "random latents": {key: float(np.mean([row[key] for row in controls])) for key in controls[0]},
     }
     for name, row in report.items():
@@ -301,21 +273,19 @@ def full_report(
     return report
 
 
-def build_defense(work: Path, recipe: Recipe, task: str, host: Host) -> Defense:
+def build_defense(work: Path, recipe: Recipe, task: str, clip: Clip) -> Defense:
     """Build one task's defense, site by site, measure it, and write it into `work`."""
-    spec = host_spec(host, "embedded")
-    plans = [SitePlan(site.hook_point, build_sae(work, recipe, site, host), site.fit) for site in recipe.defenses[task]]
-    data, text_embeds = task_data(task, recipe.n_pairs, SEEDS["fit"], scenes.TRAIN_FONTS, host)
+    plans = [SitePlan(site.hook_point, build_sae(work, recipe, site, clip), site.fit) for site in recipe.defenses[task]]
+    data, text_embeds = task_data(task, recipe.n_pairs, SEEDS["fit"], scenes.TRAIN_FONTS, clip)
     # Rounded as they are shipped, so that the report speaks of the shipped numbers.
-    fitted = fit_sites(host, spec, plans, data, text_embeds, name=task, dtype=np.float16)
-    sites = [each.site for each in fitted]
-    report = full_report(host, spec, sites, task, recipe.n_report, SEEDS["report"])
-    provenance = {"recipe": "defense.embedded.build", "n": recipe.n_report, "report": report}
-    defense = Defense(spec, host.preprocess, tuple(sites), None, "MIT", provenance)
-    clf = RobustClassifier(host, defense)
+    fitted = fit_sites(Encoded(clip, data), plans, text_embeds, name=task, dtype=np.float16)
+    defense = Defense(clip.id_as(EMBEDDED), clip.preprocess, tuple(each.site for each in fitted), None, "MIT")
+    report = full_report(clip, defense, task, recipe.n_report, SEEDS["report"])
     pictures = [np.asarray(scenes.render(scene)) for scene in _golden_scenes(task)]
-    defense = replace(defense, golden=make_golden(clf, np.stack(pictures)))
-    detach(host.model)
+    with clip.defended(defense):
+        golden = make_golden(clip, np.stack(pictures))
+    provenance = {"recipe": "defense.embedded.build", "n": recipe.n_report, "report": report}
+    defense = replace(defense, golden=golden, provenance=provenance)
     defenses.save(defense, work / task, dtype=np.float16)
     return defense
 
@@ -328,8 +298,8 @@ def _golden_scenes(task: str) -> list[Scene]:
 def build(work: Path, recipe: Recipe) -> dict[str, Defense]:
     """Run all stages in `work` and return the finished defenses by task."""
     work.mkdir(parents=True, exist_ok=True)
-    host = load_host(f"local-dir:{build_clip(work, recipe)}")
-    return {task: build_defense(work, recipe, task, host) for task in recipe.defenses}
+    clip = load_clip(f"local-dir:{build_clip(work, recipe)}")
+    return {task: build_defense(work, recipe, task, clip) for task in recipe.defenses}
 
 
 def install(work: Path) -> None:

@@ -11,8 +11,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from defense.core.config import SAEConfig
-from defense.core.sae import SparseAutoencoder
 from defense.embedded import build
 from defense.explain import catalogue
 from defense.explain.catalogue import Catalogue
@@ -20,7 +18,8 @@ from defense.explain.describe import describe
 from defense.explain.sums import Example
 from defense.fit.material import Pairs
 from defense.fit.selecting import GroupFit, TextFit
-from defense.hosts.clip import EMBEDDED, Host, embedded_folder, load_host
+from defense.hosts.attach import sae_of
+from defense.hosts.clip import EMBEDDED, Clip, embedded_folder, load_clip
 from defense.store import defenses
 from defense.world import draws, scenes
 from defense.world.draws import GROUP_SEEDS
@@ -36,19 +35,19 @@ N_STEERED = 4
 """Pictures that each latent is steered on."""
 
 
-def web_examples(n: int, seed: int, host: Host) -> Iterator[Example]:
+def web_examples(n: int, seed: int, clip: Clip) -> Iterator[Example]:
     """Yield pictures of the kind the CLIP was trained on; the class of one is the object that it shows."""
     name_of = {emoji: name for name, emoji in scenes.OBJECTS.items()}
     for index, scene in enumerate(draws.web_scenes(n, seed)):
         label = None if scene.subject is None else name_of.get(scene.subject.emoji)
-        yield Example(f"scene:{seed}:{index}", host.preprocess(scenes.render(scene)), label)
+        yield Example(f"scene:{seed}:{index}", clip.preprocess(scenes.render(scene)), label)
 
 
-def group_examples(task: str, n: int, host: Host) -> Iterator[Example]:
+def group_examples(task: str, n: int, clip: Clip) -> Iterator[Example]:
     """Yield pictures of a task with groups, with their classes."""
     grouping, seed = draws.GROUPINGS[task], GROUP_SEEDS[task]
     for index, case in enumerate(grouping.draw(n, seed)):
-        yield Example(f"scene:{seed}:{index}", host.preprocess(scenes.render(case.scene)), grouping.classes[case.y])
+        yield Example(f"scene:{seed}:{index}", clip.preprocess(scenes.render(case.scene)), grouping.classes[case.y])
 
 
 def describe_defense(name: str, n: int, n_fit: int) -> list[Catalogue]:
@@ -59,24 +58,24 @@ def describe_defense(name: str, n: int, n_fit: int) -> list[Catalogue]:
         n: Pictures to look at; for a task with groups every other one is its own.
         n_fit: Pictures for contrast and effect of a latent.
     """
-    host = load_host(EMBEDDED)
+    clip = load_clip(EMBEDDED)
     defense = defenses.load(embedded_folder(name))
-    data, text_embeds = build.task_data(name, n_fit, SEED_FIT, scenes.TRAIN_FONTS, host)
+    data, text_embeds = build.task_data(name, n_fit, SEED_FIT, scenes.TRAIN_FONTS, clip)
     n_own = n // 2 if name in GROUP_SEEDS else 0
-    pictures = list(web_examples(n - n_own, SEED, host))
-    pictures += group_examples(name, n_own, host) if n_own else []
+    pictures = list(web_examples(n - n_own, SEED, clip))
+    pictures += group_examples(name, n_own, clip) if n_own else []
     made_from = {"pictures": "embedded", "seed_pictures": SEED, "seed_fit": SEED_FIT, "n_fit": n_fit}
     found = []
     for site in defense.sites:
-        sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
+        sae = sae_of(site)
         fit: TextFit | GroupFit
         if isinstance(data, Pairs):
-            fit = TextFit(host.model, site.hook_point, sae, data, text_embeds)
+            fit = TextFit(clip, site.hook_point, sae, data, text_embeds)
         else:
-            fit = GroupFit(host.model, site.hook_point, sae, data, text_embeds)
+            fit = GroupFit(clip, site.hook_point, sae, data, text_embeds)
         found.append(
             describe(
-                host,
+                clip,
                 site.hook_point,
                 sae,
                 pictures,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from defense.errors import ConfigError
-from defense.hosts.controls import Controls, Place, _defense_of, in_force
+from defense.hosts.controls import Controls, LatentKey
 
 if TYPE_CHECKING:
     from defense.classify.classifier import RobustClassifier
@@ -31,7 +31,7 @@ class Counterfactual:
     """
 
     plain: Prediction
-    latents: tuple[Place, ...]
+    latents: tuple[LatentKey, ...]
     flipped: Prediction | None
     n_tried: int
 
@@ -42,7 +42,7 @@ class Counterfactual:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {**vars(self), "latents": [list(place) for place in self.latents]}
+        return {**vars(self), "latents": [list(key) for key in self.latents]}
 
 
 def counterfactual(clf: RobustClassifier, image: Any, *, controls: Controls | None = None) -> Counterfactual:
@@ -65,10 +65,10 @@ def counterfactual(clf: RobustClassifier, image: Any, *, controls: Controls | No
     if controls.steer:
         raise ConfigError("a counterfactual only removes latents; leave `steer` empty")
     search = _Search(clf, image, controls)
-    found: list[Place] = []
+    found: list[LatentKey] = []
     rest = search.firing()
     while rest and not search.flips(found):
-        best = min(rest, key=lambda place: search.margin([*found, place]))
+        best = min(rest, key=lambda key: search.margin([*found, key]))
         if search.margin([*found, best]) >= search.margin(found):
             break
         found.append(best)
@@ -80,11 +80,11 @@ def counterfactual(clf: RobustClassifier, image: Any, *, controls: Controls | No
     return Counterfactual(search.prediction([]), tuple(found), search.prediction(found), search.n_tried)
 
 
-def _spare(search: _Search, found: list[Place]) -> Place | None:
+def _spare(search: _Search, found: list[LatentKey]) -> LatentKey | None:
     """Return the last of some latents without which the answer stays changed, or None."""
-    for place in reversed(found):
-        if search.flips(each for each in found if each != place):
-            return place
+    for key in reversed(found):
+        if search.flips(each for each in found if each != key):
+            return key
     return None
 
 
@@ -92,20 +92,20 @@ class _Search:
     """Answers for one picture with only some latents of S removed, each computed once."""
 
     def __init__(self, clf: RobustClassifier, image: Any, controls: Controls) -> None:
-        self.clf, self.controls = clf, controls
+        if clf.defense is None:
+            raise ConfigError("this classifier has no defense, so there is nothing to remove")
+        self.controls = controls
         self.latents = frozenset(
             (site.hook_point, latent)
-            for site, sets in controls.applied_to(_defense_of(clf))
+            for site, sets in controls.applied_to(clf.defense)
             for latent_set in sets
             for latent in latent_set.latents
         )
-        prompts = clf._chosen()
-        self.names = prompts.labels
+        self.probe = clf.probe(image)
+        self.names = self.probe.labels
         if len(self.names) < 2:
             raise ConfigError(f"{self.names[0]!r} is the only label, so no other can be the answer; set at least two")
-        self.text_embeds = clf._embeds_of(prompts)
-        self.pixel_values = clf._prepare(image)[None]
-        self._scores: dict[frozenset[Place], np.ndarray] = {}
+        self._scores: dict[frozenset[LatentKey], np.ndarray] = {}
         self.plain = int(self.scores([]).argmax())
 
     @property
@@ -113,41 +113,35 @@ class _Search:
         """How many subsets were tried, the empty one not counted."""
         return len(self._scores) - 1
 
-    def scores(self, removed: Iterable[Place]) -> np.ndarray:
+    def scores(self, removed: Iterable[LatentKey]) -> np.ndarray:
         """Return scores [n_labels] with just these latents removed."""
         key = frozenset(removed)
         if key not in self._scores:
             controls = replace(self.controls, off=self.controls.off | (self.latents - key))
-            image_embeds = self.clf._encode_image(self.pixel_values, controls=controls)
-            self._scores[key] = self.clf.scores(image_embeds, self.text_embeds)[0]
+            self._scores[key] = self.probe.scores(controls)
         return self._scores[key]
 
-    def margin(self, removed: Iterable[Place]) -> float:
+    def margin(self, removed: Iterable[LatentKey]) -> float:
         """Return how many nats plain's label is ahead of the best other; below 0 where the answer changed."""
         scores = np.log(self.scores(removed).clip(np.finfo(np.float32).tiny))
         return float(scores[self.plain] - np.delete(scores, self.plain).max())
 
-    def flips(self, removed: Iterable[Place]) -> bool:
+    def flips(self, removed: Iterable[LatentKey]) -> bool:
         """Return whether the answer is another than plain's."""
         return int(self.scores(removed).argmax()) != self.plain
 
-    def prediction(self, removed: Iterable[Place]) -> Prediction:
+    def prediction(self, removed: Iterable[LatentKey]) -> Prediction:
         """Return the answer as a classifier gives it."""
         scores = self.scores(removed)
         return [{"label": self.names[i], "score": float(scores[i])} for i in np.argsort(-scores, kind="stable")]
 
-    def firing(self) -> list[Place]:
+    def firing(self) -> list[LatentKey]:
         """Return the latents of S that act on the picture, with nothing removed or with all of them."""
-        places: dict[Place, None] = {}
+        keys: dict[LatentKey, None] = {}
         for strength in (0.0, self.controls.strength):
-            controls = replace(self.controls, strength=strength)
-            with self.clf._lock, in_force(self.clf, controls) as defense, defense.recording():
-                self.clf._encode_image(self.pixel_values)
-                for block in defense.edited_blocks():
-                    assert block.seen is not None
-                    for part in block.in_force():
-                        tokens = part.token_slice(block.n_prefix)
-                        acts = part.acts(block.seen[:, tokens])[0]
-                        fires = (acts != 0).any(0) | (part.values is not None)
-                        places |= dict.fromkeys((block.hook_point, latent) for latent in part.latents[fires].tolist())
-        return list(places)
+            told = self.probe.suppressions(replace(self.controls, strength=strength))
+            for hook_point, suppression in told.items():
+                for part, acts in zip(suppression.suppressors, suppression.acts, strict=True):
+                    fires = (acts[0] != 0).any(0) | (part.values is not None)
+                    keys |= dict.fromkeys((hook_point, latent) for latent in part.latents[fires].tolist())
+        return list(keys)

@@ -19,31 +19,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from defense.core.latents import token_slice
 from defense.core.sae import SparseAutoencoder
-from defense.core.suppress import token_slice
 from defense.data import labels
 from defense.data.labels import Prompts
 from defense.data.sources import Picture, Pictures, Slice, prepared
 from defense.errors import ConfigError
-from defense.hosts.clip import Host
-from defense.hosts.tap import Tail, Tap, _undefended, resid_and_embeds
+from defense.hosts.clip import Clip
 
 from .catalogue import Catalogue, fingerprint
-from .naming import STEER, _directions, _names, steerability
-from .sums import Example, _Reservoir, _Sums
+from .naming import STEER, directions_of, names_of, steerability
+from .sums import Example, Reservoir, Sums
 
 
-def examples(host: Host, pictures: Pictures, unreadable: Callable[[str], None] = lambda _: None) -> Iterator[Example]:
-    """Yield the pictures of a source that can be read, as a host takes them.
+def examples(clip: Clip, pictures: Pictures, unreadable: Callable[[str], None] = lambda _: None) -> Iterator[Example]:
+    """Yield the pictures of a source that can be read, as a CLIP takes them.
 
     Args:
-        host: Whose preprocessing.
+        clip: Whose preprocessing.
         pictures: The source.
         unreadable: Called with the name of each picture that cannot be read.
     """
     stream = (picture for shard in pictures.shards for picture in shard.pictures())
     while chunk := list(islice(stream, 256)):
-        for batch in prepared(host.preprocess, chunk):
+        for batch in prepared(clip.preprocess, chunk):
             for picture, pixel_values in batch:
                 if pixel_values is None:
                     unreadable(picture.name)
@@ -58,7 +57,7 @@ def _label(picture: Picture) -> str | None:
 
 
 def describe(
-    host: Host,
+    clip: Clip,
     hook_point: str,
     sae: SparseAutoencoder,
     source: Iterable[Example],
@@ -84,7 +83,7 @@ def describe(
     | frequency | share of tokens on which it fires | PatchSAE, arXiv:2412.05276 |
     | mean_activation | mean where it fires | PatchSAE |
     | largest_activation | over all pictures | |
-    | monosemanticity | mean cosine of the pictures on which it fires (see `_Sums.monosemanticity`) | arXiv:2504.02821 |
+    | monosemanticity | mean cosine of the pictures on which it fires (see `Sums.monosemanticity`) | arXiv:2504.02821 |
     | class_entropy | of classes weighted by its activation, in nats; where pictures have classes | PatchSAE |
     | n_classes | classes on whose pictures it fires | PatchSAE |
     | steerability | how far steering it moves the answer (see `steerability`) | arXiv:2504.08729, from its notebooks |
@@ -95,7 +94,7 @@ def describe(
     neurons in this way; it follows later attention alone and this all that follows.
 
     Args:
-        host: The CLIP. A defense attached to it is bypassed.
+        clip: The CLIP. A defense attached to it is bypassed.
         hook_point: Where the SAE reads.
         sae: The SAE.
         source: The pictures; see `examples`.
@@ -120,33 +119,22 @@ def describe(
             f"n_top={n_top}, n_names={n_names}, batch={batch} must be at least 1, n_probed={n_probed}, "
             f"n_steered={n_steered} and the number of words, {len(words)}, at least 2"
         )
-    tap = Tap(host, hook_point, sae.config.tokens)
-    tap.vision.check_width(sae.config.d_model, "this SAE")
-    sae = sae.to(tap.device)
-    sums = _Sums(sae.config.d_sae, n_top, tap.device)
-    probed = _Reservoir(n_probed, seed)
-    stream = iter(source)
-    while chunk := list(islice(stream, batch)):
-        pixel_values = np.stack([example.pixel_values for example in chunk])
-        with torch.inference_mode():
-            vision, resid, embeds = resid_and_embeds(host, hook_point, pixel_values)
-            tokens = token_slice(tap.tokens, vision.n_prefix)
-            sums.add(_acts(sae, resid[:, tokens]), embeds, chunk, n_cls=_n_cls(tap))
-            probed.add(resid)
-    if len(sums.keys) < 2:
-        raise ConfigError(f"{len(sums.keys)} pictures can be read; it takes at least two to describe latents by")
-    with _undefended(host.model):
-        tail, resid = Tail(host.model, hook_point), torch.stack(probed.kept).clone()
-        text_embeds = _text_embeds(host, words, templates)
-        directions = _directions(tail, resid, sae, sums, functional.normalize(text_embeds.mean(0), dim=0))
-        steered = steerability(tail, resid[:n_steered], sae, text_embeds, sums.fires)
+    clip.tower.check_width(sae.config.d_model, "this SAE")
+    sae = sae.to(clip.device)
+    with clip.undefended():
+        sums, resid = _pass(clip, hook_point, sae, source, n_top=n_top, n_probed=n_probed, batch=batch, seed=seed)
+        prompts = Prompts(labels.check_labels(words), labels.resolve_templates(templates))
+        text_embeds = torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)
+        shared = functional.normalize(text_embeds.mean(0), dim=0)
+        directions = directions_of(clip.tower, hook_point, resid, sae, sums, shared)
+        steered = steerability(clip, hook_point, resid[:n_steered], sae, text_embeds, sums.fires)
     table = {**sums.columns(), "steerability": steered, **(columns or {})}
     used, top = np.unique(sums.top.cpu().numpy(), return_inverse=True)
     has_blank = int(used[0] == -1)
     return Catalogue(
         hook_point,
         {name: np.asarray(column, np.float32) for name, column in table.items()},
-        _names(directions, text_embeds, words, n_names),
+        names_of(directions, text_embeds, words, n_names),
         directions.astype(np.float16),
         (top - has_blank).reshape(sums.top.shape).astype(np.int32),
         sums.top_activation.float().cpu().numpy(),
@@ -160,29 +148,37 @@ def describe(
             "n_steered": min(n_steered, len(resid)),
             "steer": STEER,
             "seed": seed,
-            "host": tap.vision.fingerprint(),
+            "host": clip.tower.fingerprint(),
             "sae": fingerprint(sae.parameters_numpy()),
             **(provenance or {}),
         },
     )
 
 
-def _n_cls(tap: Tap) -> int:
-    """Return how many of the tokens that are read stand before the patches."""
-    return {"all": tap.vision.n_prefix, "cls": 1, "patch": 0}[tap.tokens]
-
-
-def _acts(sae: SparseAutoencoder, resid: Tensor) -> Tensor:
-    """Return activations [batch, pos, d_sae], negative ones as 0."""
-    return sae.encode(resid).clamp(min=0)
-
-
-def _text_embeds(host: Host, words: Sequence[str], templates: str | Sequence[str]) -> Tensor:
-    device = host.model.logit_scale.device
-
-    def encode_text(input_ids: np.ndarray) -> np.ndarray:
+def _pass(
+    clip: Clip,
+    hook_point: str,
+    sae: SparseAutoencoder,
+    source: Iterable[Example],
+    *,
+    n_top: int,
+    n_probed: int,
+    batch: int,
+    seed: int,
+) -> tuple[Sums, Tensor]:
+    """Return what one pass over the pictures adds up, and the residuals of some, [n_probed, pos, d_model]."""
+    scope = clip.tower.effective_scope(hook_point, sae.config.tokens)
+    n_cls = {"all": clip.tower.n_prefix, "cls": 1, "patch": 0}[scope]  # of the tokens that are read
+    sums = Sums(sae.config.d_sae, n_top, clip.device)
+    probed = Reservoir(n_probed, seed)
+    stream = iter(source)
+    while chunk := list(islice(stream, batch)):
+        pixel_values = np.stack([example.pixel_values for example in chunk])
         with torch.inference_mode():
-            return host.model.encode_text(torch.from_numpy(input_ids).to(device)).float().cpu().numpy()
-
-    prompts = Prompts(labels.check_labels(words), labels.resolve_templates(templates))
-    return torch.from_numpy(labels.encode_prompts(prompts, host.tokenizer, encode_text)).to(device)
+            resid, embeds = clip.tower.resid_and_embeds(pixel_values, hook_point)
+            acts = sae.encode(resid[:, token_slice(scope, clip.tower.n_prefix)]).clamp(min=0)
+            sums.add(acts, embeds, chunk, n_cls=n_cls)
+            probed.add(resid)
+    if len(sums.keys) < 2:
+        raise ConfigError(f"{len(sums.keys)} pictures can be read; it takes at least two to describe latents by")
+    return sums, torch.stack(probed.kept).clone()  # a clone takes part in gradients, which inference tensors cannot

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from defense.core.sae import SparseAutoencoder, normalise
-from defense.core.suppress import token_slice
-from defense.hosts.tap import Tail
+from defense.hosts.clip import Clip
+from defense.hosts.tower import BATCH, VisionTower
 
-from .sums import _NUMBERS_AT_ONCE, _Sums
+from .sums import NUMBERS_AT_ONCE, Sums
 
 STEER = 2.0
 """Steered activation, as a multiple of the mean norm of what the encoder sees. On the embedded model steerability is
@@ -23,38 +23,42 @@ three quarters of what it is at twice that, from where on it hardly grows."""
 # --- what a latent does -----------------------------------------------------------------------------------------------
 
 
-def _directions(tail: Tail, resid: Tensor, sae: SparseAutoencoder, sums: _Sums, shared: Tensor) -> np.ndarray:
+def directions_of(
+    tower: VisionTower, hook_point: str, resid: Tensor, sae: SparseAutoencoder, sums: Sums, shared: Tensor
+) -> np.ndarray:
     """Return where in embedding space each latent pushes, of length 1, float32 [d_sae, d_embed].
 
     Args:
-        tail: The rest of the network.
-        resid: Residuals to linearise it at, [n, pos, d_model].
+        tower: The network.
+        hook_point: Where it is linearized.
+        resid: At which residuals, [n, pos, d_model].
         sae: The SAE.
         sums: Says how much a latent writes to CLS and to patches.
         shared: Direction that all words share, which tells nothing apart, [d_embed].
     """
-    to_cls, to_patch = mean_jacobians(tail, resid)
+    to_cls, to_patch = mean_jacobians(tower, hook_point, resid)
     written = (sums.written / sums.written.sum(1, keepdim=True).clamp(min=1e-12)).float()
     directions = written[:, :1] * (sae.W_dec @ to_cls.T) + written[:, 1:] * (sae.W_dec @ to_patch.T)
     directions -= (directions @ shared)[:, None] * shared
     return functional.normalize(directions, dim=1).cpu().numpy()
 
 
-def mean_jacobians(tail: Tail, resid: Tensor, batch: int = 8) -> tuple[Tensor, Tensor]:
+def mean_jacobians(tower: VisionTower, hook_point: str, resid: Tensor, batch: int = 8) -> tuple[Tensor, Tensor]:
     """Return the Jacobian of image_embeds by one CLS token and by one patch, [d_embed, d_model] each.
 
     The mean over pictures and over tokens of the kind; by no token of a kind it is 0.
 
     Args:
-        tail: The rest of the network.
-        resid: Where to linearise it, [n, pos, d_model].
+        tower: The network.
+        hook_point: Where it is linearized.
+        resid: At which residuals, [n, pos, d_model].
         batch: Pictures at once.
     """
-    n_prefix = tail.host.n_prefix
+    n_prefix = tower.n_prefix
     sums: list[list[Tensor]] = []
     for part in resid.split(batch):
         leaf = part.clone().requires_grad_()
-        embeds = tail.embeds(leaf).sum(0)
+        embeds = tower.embeds_from(leaf, hook_point).sum(0)
         slopes = [torch.autograd.grad(each, leaf, retain_graph=True)[0].sum(0) for each in embeds]  # [pos, d_model]
         sums.append([torch.stack([slope[tokens].sum(0) for slope in slopes]) for tokens in _kinds(n_prefix)])
     n_patches = resid.shape[1] - n_prefix
@@ -68,7 +72,13 @@ def _kinds(n_prefix: int) -> tuple[slice, slice]:
 
 @torch.inference_mode()
 def steerability(
-    tail: Tail, resid: Tensor, sae: SparseAutoencoder, text_embeds: Tensor, which: Tensor, steer: float = STEER
+    clip: Clip,
+    hook_point: str,
+    resid: Tensor,
+    sae: SparseAutoencoder,
+    text_embeds: Tensor,
+    which: Tensor,
+    steer: float = STEER,
 ) -> np.ndarray:
     """Return how far the answer moves when a latent is set to a high value on every token, float64 [d_sae].
 
@@ -79,7 +89,8 @@ def steerability(
     picture's change with itself, which are large wherever steering just destroys the picture, are left out.
 
     Args:
-        tail: The rest of the network.
+        clip: The CLIP.
+        hook_point: Where the SAE reads.
         resid: Pictures to steer on, at least two, [n, pos, d_model].
         sae: The SAE.
         text_embeds: Of the words, [n_words, d_embed], normalised.
@@ -88,20 +99,19 @@ def steerability(
 
     Source: Joseph et al. 2025, arXiv:2504.08729, as its notebooks compute it.
     """
-    tokens = token_slice(tail.host.effective_scope(f"blocks.{tail.last}.hook_resid_post", "all"), tail.host.n_prefix)
+    tokens = clip.tower.positions(hook_point, "all")
     read = resid[:, tokens]
     z, scale, _ = normalise(read, sae.config.norm)
     target = steer * float(z.norm(dim=-1).mean())
     acts = sae.encode(read)
-    logit_scale = float(tail.model.logit_scale.exp())
 
     def answers(edited: Tensor) -> Tensor:
-        return (logit_scale * tail.embeds(edited) @ text_embeds.T).softmax(-1)
+        return (clip.logit_scale * clip.tower.embeds_from(edited, hook_point) @ text_embeds.T).softmax(-1)
 
     default = answers(resid)
     found = torch.full((sae.config.d_sae,), torch.nan, dtype=torch.float64)
     latents = which.nonzero()[:, 0].tolist()
-    at_once = max(1, tail.batch // len(resid))
+    at_once = max(1, BATCH // len(resid))
     for first in range(0, len(latents), at_once):
         some = latents[first : first + at_once]
         edited = resid.repeat(len(some), 1, 1, 1)  # [latent, n, pos, d_model]
@@ -117,7 +127,7 @@ def steerability(
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _names(
+def names_of(
     directions: np.ndarray, text_embeds: Tensor, words: Sequence[str], n_names: int
 ) -> tuple[tuple[tuple[str, float], ...], ...]:
     """Return each direction's words with their weights."""
@@ -146,7 +156,7 @@ def sparse_words(targets: np.ndarray, words: np.ndarray, n: int) -> tuple[np.nda
     """
     index = np.full((len(targets), n), -1, np.int64)
     weight = np.zeros((len(targets), n), np.float32)
-    at_once = max(1, _NUMBERS_AT_ONCE // len(words))
+    at_once = max(1, NUMBERS_AT_ONCE // len(words))
     is_open = np.linalg.norm(targets, axis=1) > 0
     residue = targets.copy()
     for place in range(n):

@@ -130,10 +130,10 @@ def _facts(explanation: Explanation, defense: Defense | None) -> list[tuple[str,
         except PackageNotFoundError:
             continue
     if defense is not None:
-        host = defense.host
+        clip = defense.clip
         facts += [
-            ("CLIP", host.model if host.pretrained is None else f"{host.model}, {host.pretrained}"),
-            ("its vision tower, sha256", host.sha256),
+            ("CLIP", clip.name),
+            ("its vision tower, sha256", clip.sha256),
             ("defense, sha256 of the manifest", defense.manifest_sha256 or "not read from disk"),
         ]
     controls = explanation.controls

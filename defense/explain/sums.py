@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .catalogue import BIN_EDGES
 
-_NUMBERS_AT_ONCE = 2**25
+NUMBERS_AT_ONCE = 2**25
 _CANCELLED = 1e-9
 
 
@@ -29,7 +29,7 @@ class Example(NamedTuple):
     label: str | None = None
 
 
-class _Reservoir:
+class Reservoir:
     """Keeps n of a stream's rows, each with the same chance (Vitter's algorithm R)."""
 
     def __init__(self, n: int, seed: int) -> None:
@@ -46,7 +46,7 @@ class _Reservoir:
                 self.kept[place] = row
 
 
-class _Sums:
+class Sums:
     """What one pass adds up. It does not matter how the stream is cut into batches.
 
     Attributes:
@@ -102,7 +102,7 @@ class _Sums:
 
     def _add_histogram(self, acts: Tensor) -> None:
         latent = torch.arange(self.d_sae, device=acts.device)
-        for part in acts.flatten(0, 1).split(max(1, _NUMBERS_AT_ONCE // self.d_sae)):
+        for part in acts.flatten(0, 1).split(max(1, NUMBERS_AT_ONCE // self.d_sae)):
             fires = part > 0
             bins = torch.bucketize(part[fires], torch.tensor(BIN_EDGES[1:-1], device=acts.device), right=True)
             flat = latent.expand_as(part)[fires] * self.n_bins + bins

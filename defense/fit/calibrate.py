@@ -10,8 +10,7 @@ close are the embeddings? Pictures should be of the kind the classifier will see
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,16 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defense.classify.classifier import RobustClassifier, make_golden
-from defense.core.config import SAEConfig
-from defense.core.latents import Scope
-from defense.core.sae import SparseAutoencoder, normalise
-from defense.core.suppress import token_slice
-from defense.errors import CalibrationError, ConfigError, ShapeError
-from defense.hosts.attach import attached, detach
-from defense.hosts.clip import Host
+from defense.core.latents import Scope, token_slice
+from defense.core.sae import normalise
+from defense.errors import CalibrationError, ConfigError, NonFiniteError, ShapeError
+from defense.hosts.attach import AttachedDefense, sae_of
+from defense.hosts.clip import Clip
 from defense.hosts.defense import Defense, Site
-from defense.hosts.tower import VisionHost
+from defense.hosts.golden import make_golden
+from defense.hosts.tower import VisionTower
 
 _LEAST_PICTURES = 16
 _N_ANCHORS = 100
@@ -63,7 +60,7 @@ class Calibration:
 
 
 def calibrated(
-    host: Host,
+    clip: Clip,
     defense: Defense,
     pixel_values: Tensor,
     *,
@@ -77,9 +74,9 @@ def calibrated(
     also in the defense's provenance, under "calibration"; its golden vectors are those of the new rule.
 
     Args:
-        host: The CLIP that the defense was fitted on, undefended; it is left as it was.
+        clip: The CLIP that the defense was fitted on, undefended; it is left as it was.
         defense: Any of its sites may have a TopK rule, one at least.
-        pixel_values: As the host's preprocess makes them, float32 [n, 3, height, width].
+        pixel_values: As the CLIP's preprocess makes them, float32 [n, 3, height, width].
         least_agreement: Share of held-out pictures that must keep their prediction.
         text_embeds: Labels to predict, normalised, [n_labels, d_embed]. Without them, a prediction is the nearest
             of up to 100 fitted pictures, by the exact embeddings of those.
@@ -96,15 +93,15 @@ def calibrated(
     _check(defense, pixel_values, groups)
     rows, rows_held_out = _halves(groups)
     fitted, held_out = pixel_values[rows], pixel_values[rows_held_out]
-    with _defended(host, defense) as exact:
-        sites, wrong_energy, fitted_embeds = _threshold_sites(exact, defense, fitted)
-        wanted = _embeds(exact, held_out)
+    with clip.defended(defense) as attachment:
+        sites, wrong_energy, fitted_embeds = _threshold_sites(clip, attachment, defense, fitted)
+        wanted = _embeds(clip, held_out)
     firsts = np.sort(np.unique(groups[rows], return_index=True)[1])  # one of each group: the others are alike
     anchors = fitted_embeds[firsts[:_N_ANCHORS]] if text_embeds is None else text_embeds
-    result = replace(defense, sites=sites, golden=None, manifest_sha256=None)
-    with _defended(host, result) as by_threshold:
-        got = _embeds(by_threshold, held_out)
-        golden = None if defense.golden is None else make_golden(by_threshold, defense.golden.pictures)
+    result = replace(defense, sites=sites, golden=None)
+    with clip.defended(result):
+        got = _embeds(clip, held_out)
+        golden = None if defense.golden is None else make_golden(clip, defense.golden.pictures)
     cosines = (got * wanted).sum(1)
     calibration = Calibration(
         n_fitted=len(fitted),
@@ -122,15 +119,15 @@ def calibrated(
 
 
 def _check(defense: Defense, pixel_values: Tensor, groups: np.ndarray) -> None:
-    if not any(site.sae_config["act"] == "topk" for site in defense.sites):
+    if not any(site.sae_config.act == "topk" for site in defense.sites):
         raise ConfigError("no site of this defense has a topk SAE; its latents decide alone already")
     for site in defense.sites:
-        if site.sae_config["act"] == "topk" and site.sae_config["topk_relu"] == "none":
+        if site.sae_config.act == "topk" and site.sae_config.topk_relu == "none":
             raise ConfigError(f"the topk SAE at {site.hook_point} lets negative latents count; no threshold does")
     want = (3, *defense.preprocess.size)
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != want:
         raise ShapeError(
-            f"pixel_values is {list(pixel_values.shape)}, want [n, {', '.join(map(str, want))}] as the host's "
+            f"pixel_values is {list(pixel_values.shape)}, want [n, {', '.join(map(str, want))}] as the CLIP's "
             "preprocess makes them"
         )
     if len(pixel_values) < _LEAST_PICTURES:
@@ -153,38 +150,28 @@ def _halves(groups: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(rows[is_fitted]), torch.from_numpy(rows[~is_fitted])
 
 
-@contextmanager
-def _defended(host: Host, defense: Defense) -> Iterator[RobustClassifier]:
-    """Put a defense into a host for as long as the context lasts."""
-    clf = RobustClassifier(host, defense)
-    try:
-        yield clf
-    finally:
-        detach(host.model)
-
-
-def _embeds(clf: RobustClassifier, pixel_values: Tensor) -> np.ndarray:
-    return np.concatenate([clf.encode_pixels(part.cpu().numpy()) for part in pixel_values.split(_BATCH)])
+def _embeds(clip: Clip, pixel_values: Tensor) -> np.ndarray:
+    if not pixel_values.isfinite().all():
+        raise NonFiniteError("pixel_values")
+    return torch.cat([clip.image_embeds(part) for part in pixel_values.split(_BATCH)]).cpu().numpy()
 
 
 def _threshold_sites(
-    exact: RobustClassifier, defense: Defense, pixel_values: Tensor
+    clip: Clip, attachment: AttachedDefense, defense: Defense, pixel_values: Tensor
 ) -> tuple[tuple[Site, ...], dict[str, float], np.ndarray]:
     """Return the sites with thresholds for TopK rules, the energy that is wrong at each, and the exact embeddings."""
-    vision = VisionHost.of(exact.host.model)
     observers = {
-        index: _Observer(site, vision) for index, site in enumerate(defense.sites) if site.sae_config["act"] == "topk"
+        index: _Observer(site, clip.tower) for index, site in enumerate(defense.sites) if site.sae_config.act == "topk"
     }
-    host_defense = attached(exact.host.model)
-    blocks = {block.hook_point: block for block in host_defense.edited_blocks()}
+    blocks = {block.hook_point: block for block in attachment.edited_blocks()}
     embeds = []
-    with host_defense.recording():
+    with attachment.recording():
         for part in pixel_values.split(_BATCH):
-            embeds.append(_embeds(exact, part))
+            embeds.append(_embeds(clip, part))
             for observer in observers.values():
-                resid = blocks[observer.site.hook_point].seen
-                assert resid is not None
-                observer.see(resid.float().cpu())
+                told = blocks[observer.site.hook_point].told
+                assert told is not None
+                observer.see(told.resid.float().cpu())
     sites = list(defense.sites)
     wrong_energy = {}
     for index, observer in observers.items():
@@ -198,16 +185,16 @@ class _Observer:
     Each is watched at the tokens where it is edited: thresholds for the CLS token are not those of the many patches.
     """
 
-    def __init__(self, site: Site, vision: VisionHost) -> None:
+    def __init__(self, site: Site, tower: VisionTower) -> None:
         self.site = site
-        self.sae = SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
-        self.n_prefix = vision.n_prefix
+        self.sae = sae_of(site)
+        self.tower = tower
         self.latents: dict[Scope, list[int]] = {}
         self.kth_largest: list[Tensor] = []
         self.seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for latent_set in site.sets:
             new = [latent for latent in latent_set.latents if latent not in self.seen]  # the first set that names it
-            self.latents.setdefault(vision.effective_scope(site.hook_point, latent_set.scope), []).extend(new)
+            self.latents.setdefault(tower.effective_scope(site.hook_point, latent_set.scope), []).extend(new)
             self.seen |= {latent: [] for latent in new}
 
     @torch.inference_mode()
@@ -216,7 +203,7 @@ class _Observer:
         k = self.sae.config.k
         assert k is not None
         for scope, latents in self.latents.items():
-            for rows in resid[:, token_slice(scope, self.n_prefix)].flatten(0, 1).split(_CHUNK_TOKENS):
+            for rows in resid[:, token_slice(scope, self.tower.n_prefix)].flatten(0, 1).split(_CHUNK_TOKENS):
                 z = normalise(rows, self.sae.config.norm).z
                 pre_acts = z @ self.sae.W_enc + self.sae.folded_bias
                 kth_largest = pre_acts.topk(k, dim=1).values[:, -1]
@@ -242,7 +229,7 @@ class _Observer:
                 kept += float((acts**2 * is_kept).sum())
         config = replace(self.sae.config, act="batchtopk", k=None, topk_relu="before")
         parameters: dict[str, Any] = {**self.site.parameters, "threshold": thresholds}
-        return replace(self.site, sae_config=config.to_dict(), parameters=parameters), wrong / kept if kept else 0.0
+        return replace(self.site, sae_config=config, parameters=parameters), wrong / kept if kept else 0.0
 
 
 def best_threshold(acts: np.ndarray, is_kept: np.ndarray) -> tuple[float, float]:

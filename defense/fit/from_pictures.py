@@ -15,7 +15,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from defense.classify.classifier import RobustClassifier
-from defense.data.sources import Picture, Pictures, prepared
+from defense.data.sources import Picture, Pictures, decoded, prepared
 from defense.data.writing import writable, write_word
 from defense.errors import ConfigError
 
@@ -34,6 +34,9 @@ from .metadata import Metadata
 
 WORD_HEIGHT = (0.14, 0.28)
 """Font size of the written label, as a fraction of the picture's shorter side."""
+
+_DECODED_AT_ONCE = 16
+"""Whole pictures are large: 36 MB for one of 12 megapixels."""
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -54,21 +57,23 @@ class _Read:
     """Pictures that could be read, in order, with pixel_values float32 [n, 3, height, width] and the index of each."""
 
     rows: list[int]
+    pictures: list[Picture]
     pixel_values: np.ndarray
     unreadable: tuple[str, ...]
 
 
-def _read(
-    clf: RobustClassifier,
-    pictures: Sequence[Picture],
-    change: Callable[[Picture, Image.Image], Image.Image] = lambda _, image: image,
-) -> _Read:
-    found = [pixels for batch in prepared(clf.host.preprocess, pictures, change=change) for _, pixels in batch]
-    readable = {row: pixels for row, pixels in enumerate(found) if pixels is not None}
+def _read(clf: RobustClassifier, pictures: Sequence[Picture]) -> _Read:
+    found = [pixels for batch in prepared(clf.clip.preprocess, pictures) for _, pixels in batch]
+    rows = [row for row, pixels in enumerate(found) if pixels is not None]
     unreadable = tuple(picture.name for picture, pixels in zip(pictures, found, strict=True) if pixels is None)
+    _check_any(rows, pictures)
+    pixel_values = np.stack([pixels for pixels in found if pixels is not None])
+    return _Read(rows, [pictures[row] for row in rows], pixel_values, unreadable)
+
+
+def _check_any(readable: Collection[Any], pictures: Sequence[Picture]) -> None:
     if not readable:
         raise ConfigError(f"none of {len(pictures)} pictures can be read; is this the right folder?")
-    return _Read(list(readable), np.stack(list(readable.values())), unreadable)
 
 
 def _embeds(clf: RobustClassifier, pixel_values: np.ndarray) -> np.ndarray:
@@ -77,11 +82,11 @@ def _embeds(clf: RobustClassifier, pixel_values: np.ndarray) -> np.ndarray:
     return np.concatenate([clf.encode_pixels(pixel_values[i : i + batch]) for i in range(0, n, batch)])
 
 
-def _provenance(kind: str, pictures: Sequence[Picture], read: _Read, **more: Any) -> dict[str, Any]:
+def _provenance(kind: str, pictures: Sequence[Picture], n_unreadable: int, **more: Any) -> dict[str, Any]:
     """Return what was read, with a sha256 over the names of the pictures used."""
-    names = [pictures[row].name for row in read.rows]
+    names = [picture.name for picture in pictures]
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    return {"kind": kind, "n": len(names), "n_unreadable": len(read.unreadable), "pictures_sha256": digest, **more}
+    return {"kind": kind, "n": len(names), "n_unreadable": n_unreadable, "pictures_sha256": digest, **more}
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -110,30 +115,55 @@ def text_material(clf: RobustClassifier, source: Pictures, *, n: int, seed: int)
             "wrong one can be written on any picture. Give more labels"
         )
     pictures = sample(source, n, seed)
-    clean = _read(clf, pictures)
-    label = (_embeds(clf, clean.pixel_values) @ clf.text_embeds().T).argmax(1)
-    readable = [pictures[row] for row in clean.rows]
-    chosen = {  # by picture: two folders may hold one of the same name
-        picture: int(_rng(seed, picture).choice([c for c in choices if c != answer]))
-        for picture, answer in zip(readable, label, strict=True)
-    }
+    used: list[Picture] = []
+    unreadable: list[str] = []
+    columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    for batch in decoded(pictures, _DECODED_AT_ONCE):
+        readable = [(picture, image) for picture, image in batch if image is not None]
+        unreadable += [picture.name for picture, image in batch if image is None]
+        if readable:
+            used += [picture for picture, _ in readable]
+            columns.append(_with_twins(clf, readable, words, choices, seed))
+    _check_any(used, pictures)
+    pairs = Pairs(*(torch.from_numpy(np.concatenate(column)) for column in zip(*columns, strict=True)))
+    provenance = _provenance("text", used, len(unreadable), source_sha256=source.fingerprint)
+    return Material(pairs, np.zeros(len(used), dtype=np.int64), tuple(unreadable), provenance)
+
+
+def _with_twins(
+    clf: RobustClassifier,
+    readable: Sequence[tuple[Picture, Image.Image]],
+    words: Sequence[str | None],
+    choices: Sequence[int],
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the columns of `Pairs` for some pictures.
+
+    Args:
+        clf: Plain CLIP with the labels to choose from.
+        readable: The pictures, decoded.
+        words: Each label as it can be written; None where it cannot.
+        choices: The labels that can, by index.
+        seed: Decides which label is written on each, and how.
+    """
+    preprocess = clf.clip.preprocess
+    clean = np.stack([preprocess(image) for _, image in readable])
+    label = (_embeds(clf, clean) @ clf.text_embeds().T).argmax(1)
+    word = np.array(
+        [
+            int(_rng(seed, picture).choice([choice for choice in choices if choice != answer]))
+            for (picture, _), answer in zip(readable, label, strict=True)
+        ]
+    )
 
     def written(*, blank: bool) -> np.ndarray:
-        def change(picture: Picture, image: Image.Image) -> Image.Image:
-            rng = _rng(seed + 1, picture)
-            return write_word(image, rng, words[chosen[picture]], height=WORD_HEIGHT, blank=blank)
+        changed = (
+            write_word(image, _rng(seed + 1, picture), words[index], height=WORD_HEIGHT, blank=blank)
+            for (picture, image), index in zip(readable, word, strict=True)
+        )
+        return np.stack([preprocess(image) for image in changed])
 
-        return _read(clf, readable, change).pixel_values
-
-    data = Pairs(
-        clean=torch.from_numpy(clean.pixel_values),
-        neutral=torch.from_numpy(written(blank=True)),
-        attacked=torch.from_numpy(written(blank=False)),
-        label=torch.from_numpy(label),
-        word=torch.tensor([chosen[picture] for picture in readable]),
-    )
-    provenance = _provenance("text", pictures, clean, source_sha256=source.fingerprint)
-    return Material(data, np.zeros(len(label), dtype=np.int64), clean.unreadable, provenance)
+    return clean, written(blank=True), written(blank=False), label, word
 
 
 def _rng(seed: int, picture: Picture) -> np.random.Generator:
@@ -168,7 +198,7 @@ def metadata_material(clf: RobustClassifier, metadata: Metadata, *, n: int, seed
     else:
         a = metadata.a[rows][read.rows]
     kind = "errors of plain CLIP" if metadata.a is None else "group labels"
-    return _groups(clf, pictures, read, y, a, values, kind, n_test_rows_left_out=metadata.n_test)
+    return _groups(clf, read, y, a, values, kind, n_test_rows_left_out=metadata.n_test)
 
 
 def _balanced(group: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -209,14 +239,14 @@ def spurious_material(
     pictures = sample(source, n, seed)
     read = _read(clf, pictures)
     embeds = _embeds(clf, read.pixel_values)
-    spurious_embeds = RobustClassifier(clf.host).set_labels(spurious, "{}").text_embeds()
+    spurious_embeds = RobustClassifier(clf.clip).set_labels(spurious, "{}").text_embeds()
     a = (embeds @ spurious_embeds.T).argmax(1)
     margins = _margins(embeds @ clf.text_embeds().T)
     for value in np.unique(a):
         margins[a == value] -= np.apply_along_axis(_threshold, 0, margins[a == value])
     y = margins.argmax(1)
     more = {"spurious": list(spurious), "source_sha256": source.fingerprint}
-    return _groups(clf, pictures, read, y, a, tuple(spurious), "spurious prompts", **more)
+    return _groups(clf, read, y, a, tuple(spurious), "spurious prompts", **more)
 
 
 def _margins(logits: np.ndarray) -> np.ndarray:
@@ -240,7 +270,6 @@ def _threshold(values: np.ndarray) -> float:
 
 def _groups(
     clf: RobustClassifier,
-    pictures: Sequence[Picture],
     read: _Read,
     y: np.ndarray,
     a: np.ndarray,
@@ -259,5 +288,5 @@ def _groups(
             "class needs pictures with every value. Give more pictures, or fewer classes"
         )
     data = Groups(torch.from_numpy(read.pixel_values), torch.from_numpy(y), torch.from_numpy(a))
-    provenance = _provenance(kind, pictures, read, groups=sizes, **more)
+    provenance = _provenance(kind, read.pictures, len(read.unreadable), groups=sizes, **more)
     return Material(data, y * len(values) + a, read.unreadable, provenance)

@@ -75,6 +75,10 @@ class Pairs:
         """Return some of the pictures, by their index, int64 [m]."""
         return Pairs(*(column[rows] for column in vars(self).values()))
 
+    def pictures(self) -> dict[str, Tensor]:
+        """Return pixel_values [n, 3, height, width] by kind: "clean", "neutral" and "attacked"."""
+        return {"clean": self.clean, "neutral": self.neutral, "attacked": self.attacked}
+
     def all_pixel_values(self) -> Tensor:
         """Return the pictures with and without the word, [2 n, 3, height, width]."""
         return torch.cat([self.attacked, self.clean])
@@ -99,6 +103,10 @@ class Groups:
     def take(self, rows: Tensor) -> Groups:
         """Return some of the pictures, by their index, int64 [m]."""
         return Groups(*(column[rows] for column in vars(self).values()))
+
+    def pictures(self) -> dict[str, Tensor]:
+        """Return pixel_values [n, 3, height, width] by kind; all are of one kind, "picture"."""
+        return {"picture": self.pixel_values}
 
     def all_pixel_values(self) -> Tensor:
         """Return the pictures, [n, 3, height, width]."""

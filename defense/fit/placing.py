@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from defense.classify.classifier import RobustClassifier, make_golden
 from defense.core.latents import Scope
 from defense.errors import ConfigError
-from defense.hosts.attach import detach
-from defense.hosts.clip import Host
-from defense.hosts.defense import Defense, HostSpec
-from defense.hosts.tower import VisionHost, block_of
+from defense.hosts.clip import Clip
+from defense.hosts.defense import ClipId, Defense
+from defense.hosts.golden import make_golden
+from defense.hosts.tower import VisionTower, block_of
 from defense.store import folders
 from defense.world import draws, scenes
 
+from .encoded import Encoded
 from .material import Material
 from .sites import FittedSite, SitePlan, fit_sites
 from .validation import CrossValidation, cross_validate
@@ -63,7 +63,7 @@ class Option:
         return {"sites": scopes, "gain": self.result.gain, "loss": self.result.loss, **self.result.to_dict()}
 
 
-def placements(host: VisionHost, plans: Sequence[SitePlan]) -> list[tuple[SitePlan, ...]]:
+def placements(tower: VisionTower, plans: Sequence[SitePlan]) -> list[tuple[SitePlan, ...]]:
     """Return each block alone, and all of them where there are several, with each scope that means something there.
 
     A scope goes no further than the tokens that the SAE was trained on. The clean budget of a block that stands alone
@@ -76,22 +76,21 @@ def placements(host: VisionHost, plans: Sequence[SitePlan]) -> list[tuple[SitePl
     found = []
     for group in groups:
         for scope in SCOPES:
-            if all(_means_something(host, plan, scope) for plan in group):
+            if all(_means_something(tower, plan, scope) for plan in group):
                 found.append(tuple(replace(plan, config=replace(plan.config, scope=scope)) for plan in group))
     return found
 
 
-def _means_something(host: VisionHost, plan: SitePlan, scope: Scope) -> bool:
-    """Whether a scope edits tokens that the SAE knows, and others than a narrower scope does."""
-    is_last = block_of(plan.hook_point) == len(host.blocks) - 1 and host.pools_cls
-    if not host.has_cls:
+def _means_something(tower: VisionTower, plan: SitePlan, scope: Scope) -> bool:
+    """Whether the SAE knows these tokens and no narrower scope gives the same edit."""
+    is_last = block_of(plan.hook_point) == len(tower.blocks) - 1 and tower.pools_cls
+    if not tower.has_cls:
         return scope == "all"  # which is "patch", too
     return plan.sae.config.tokens in ("all", scope) and not (is_last and scope != "cls")
 
 
 def sweep(
-    host: Host,
-    spec: HostSpec,
+    encoded: Encoded,
     plans: Sequence[SitePlan],
     material: Material,
     text_embeds: Tensor,
@@ -100,10 +99,10 @@ def sweep(
     seed: int,
     report: Callable[[str], None] = log.info,
 ) -> list[Option]:
-    """Cross-validate every placement."""
+    """Cross-validate every placement; see `cross_validate`."""
     options = []
-    for group in placements(VisionHost.of(host.model), plans):
-        result = cross_validate(host, spec, group, material, text_embeds, folds=folds, seed=seed, report=report)
+    for group in placements(encoded.clip.tower, plans):
+        result = cross_validate(encoded, group, material, text_embeds, folds=folds, seed=seed, report=report)
         options.append(Option(group, result))
         report(f"{options[-1].name}: gain {100 * result.gain:+.1f}, loss {100 * result.loss:.1f} points")
     return options
@@ -149,8 +148,8 @@ class Fitted:
 
 
 def fit_defense(
-    host: Host,
-    spec: HostSpec,
+    clip: Clip,
+    spec: ClipId,
     plans: Sequence[SitePlan],
     material: Material,
     text_embeds: Tensor,
@@ -166,7 +165,7 @@ def fit_defense(
     """Fit a defense on all pictures, and say by cross-validation what it does to others.
 
     Args:
-        host: The CLIP, undefended; it is so again afterwards.
+        clip: The CLIP, undefended; it is so again afterwards.
         spec: What identifies it.
         plans: The blocks, in the order of fitting.
         material: What to fit on.
@@ -182,16 +181,17 @@ def fit_defense(
     Raises:
         ConfigError: Nothing helps, or see `fit_sites`, `cross_validate` and `best`.
     """
+    encoded = Encoded(clip, material.data)
     options: list[Option] = []
     if is_swept:
-        options = sweep(host, spec, plans, material, text_embeds, folds=folds, seed=seed, report=report)
+        options = sweep(encoded, plans, material, text_embeds, folds=folds, seed=seed, report=report)
         chosen = best(options, sum(plan.config.clean_budget for plan in plans))
         plans, validation = chosen.plans, chosen.result
         report(f"chosen: {chosen.name}")
     else:
-        validation = cross_validate(host, spec, plans, material, text_embeds, folds=folds, seed=seed, report=report)
+        validation = cross_validate(encoded, plans, material, text_embeds, folds=folds, seed=seed, report=report)
     report("all pictures")
-    fitted = fit_sites(host, spec, plans, material.data, text_embeds, name=name, report=report)
+    fitted = fit_sites(encoded, plans, text_embeds, name=name, report=report)
     sites = tuple(each.site for each in fitted if each.selection.latents)
     if not sites:
         tried = ", ".join(f"{len(each.ranking.order())} candidates at {each.site.hook_point}" for each in fitted)
@@ -207,19 +207,16 @@ def fit_defense(
         "sweep": [option.to_dict() for option in options],
         "versions": versions(),
     }
-    defense = Defense(spec, host.preprocess, sites, None, licence, record)
+    defense = Defense(spec, clip.preprocess, sites, None, licence, record)
     return Fitted(defense, tuple(fitted), validation, tuple(options))
 
 
-def with_golden(host: Host, defense: Defense) -> Defense:
+def with_golden(clip: Clip, defense: Defense) -> Defense:
     """Return a defense with golden vectors, of three drawn pictures: nobody's photographs get into an artefact."""
-    side = max(host.preprocess.size)
+    side = max(clip.preprocess.size)
     drawn = [np.asarray(scenes.render(case.scene, side)) for case in draws.typographic(3, _GOLDEN_SEED)]
-    clf = RobustClassifier(host, defense)
-    try:
-        return replace(defense, golden=make_golden(clf, np.stack(drawn)))
-    finally:
-        detach(host.model)
+    with clip.defended(defense):
+        return replace(defense, golden=make_golden(clip, np.stack(drawn)))
 
 
 def versions() -> dict[str, str]:

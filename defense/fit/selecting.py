@@ -18,22 +18,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from defense.core.latents import Edit, LatentSet, Scope
+from defense.core.latents import LatentSet, Scope
 from defense.core.ops import reference
 from defense.core.sae import SparseAutoencoder, normalise
-from defense.core.suppress import token_slice
 from defense.errors import ConfigError
-from defense.hosts.tap import Tail
+from defense.hosts.clip import Clip
+from defense.hosts.tower import BATCH
 
+from .config import FitConfig
 from .material import Groups, Pairs
 
 log = logging.getLogger(__name__)
@@ -42,46 +42,6 @@ RULE = "contrast, causal, joint, budget"
 
 LEAST_REMOVAL = 0.05
 """A candidate that gradient descent removes by less than this is dropped; it starts close to it."""
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How to choose.
-
-    Attributes:
-        n_candidates: Latents that reach the joint step, at most.
-        steps: Of gradient descent there.
-        batch: Pictures of each arm that a step sees.
-        lr: Learning rate of Adam on the logits of what is removed.
-        sparsity: Loss (nats) that each removed latent costs in the joint step.
-        worst_rate: How fast the joint step moves its weight to the arms with the larger loss; 0 leaves it where it is.
-        clean_budget: Accuracy on the kept arms that may be lost, as a fraction.
-        edit: "scale", or "project", which takes out the span of the latents of S that fire at a token and leaves
-            tokens alone where none does; the joint step always works with "scale".
-        scope: Tokens that are edited.
-        seed: Of the order of pictures in the joint step.
-    """
-
-    n_candidates: int = 256
-    steps: int = 200
-    batch: int = 24
-    lr: float = 0.1
-    sparsity: float = 1e-3
-    worst_rate: float = 0.01
-    clean_budget: float = 0.005
-    edit: Edit = "scale"
-    scope: Scope = "all"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.edit not in ("scale", "project"):
-            raise ConfigError(f"edit={self.edit!r}; only 'scale' and 'project' can be fitted")
-        if self.n_candidates < 1 or self.batch < 1:
-            raise ConfigError(f"n_candidates={self.n_candidates}, batch={self.batch}; both must be at least 1")
-        if self.steps < 1:
-            raise ConfigError(f"steps={self.steps}; it must be at least 1")
-        if not self.clean_budget >= 0:
-            raise ConfigError(f"clean_budget={self.clean_budget}; it is a fraction of the pictures, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -104,7 +64,7 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class _Arm:
+class _Group:
     """Pictures of one kind at the hook point: resid [n, pos, d_model], right answer and its rival, int64 [n]."""
 
     resid: Tensor
@@ -116,34 +76,34 @@ class _SiteFit:
     """What both tasks share: one site's material, and steps 2 to 4.
 
     Attributes:
-        arms: Pictures by kind.
-        fooled: Names of the arms whose loss is to fall.
-        kept: Names of the arms whose accuracy must not.
+        groups: Pictures by kind.
+        fooled: Names of the groups whose loss is to fall.
+        kept: Names of the groups whose accuracy must not.
     """
 
     fooled: tuple[str, ...]
     kept: tuple[str, ...]
 
-    def __init__(self, model: Any, hook_point: str, sae: SparseAutoencoder, text_embeds: Tensor) -> None:
-        self.tail = Tail(model, hook_point)
-        self.tail.host.check_width(sae.config.d_model, "the SAE")
-        self.device = model.logit_scale.device
+    def __init__(self, clip: Clip, hook_point: str, sae: SparseAutoencoder, text_embeds: Tensor) -> None:
+        self.tower = clip.tower
+        self.tower.check_width(sae.config.d_model, "the SAE")
+        self.device = clip.device
         self.hook_point, self.sae = hook_point, sae.to(self.device)
         self.text_embeds = text_embeds.to(self.device)
-        self.logit_scale = float(model.logit_scale.detach().exp())
-        self.arms: dict[str, _Arm] = {}
+        self.logit_scale = clip.logit_scale
+        self.groups: dict[str, _Group] = {}
 
-    def add_arm(self, name: str, pixel_values: Tensor, answer: Tensor, rival: Tensor | None = None) -> None:
-        """Take pictures in; without a `rival`, it is the likeliest wrong answer of each."""
-        resid, answer = self.tail.resid(pixel_values).clone(), answer.to(self.device)
+    def add_group(self, name: str, resid: Tensor, answer: Tensor, rival: Tensor | None = None) -> None:
+        """Take pictures in, by their residuals; without a `rival`, it is the likeliest wrong answer of each."""
+        answer = answer.to(self.device)
         if rival is None:
             with torch.no_grad():
                 rival = self.logits(resid).scatter(1, answer[:, None], -torch.inf).argmax(1)
-        self.arms[name] = _Arm(resid, answer, rival.to(self.device))
+        self.groups[name] = _Group(resid, answer, rival.to(self.device))
 
     def logits(self, resid: Tensor) -> Tensor:
         """Return logits_per_image [n, n_labels] of residuals at the hook point."""
-        return self.logit_scale * self.tail.embeds(resid) @ self.text_embeds.T
+        return self.logit_scale * self.tower.embeds_from(resid, self.hook_point) @ self.text_embeds.T
 
     def rank(self, scope: Scope = "all") -> Ranking:
         """Score every latent by what it does at the tokens of a scope: steps 1 and 2.
@@ -152,41 +112,40 @@ class _SiteFit:
         """
         positions = self.positions(scope)
         contrast = self._contrast(positions)
-        effect = torch.stack([self._attribution(self.arms[name], positions) for name in self.fooled]).mean(0)
+        effect = torch.stack([self._attribution(self.groups[name], positions) for name in self.fooled]).mean(0)
         return Ranking(contrast.cpu().numpy(), effect.cpu().numpy())
 
     def positions(self, scope: Scope) -> slice:
         """Return the tokens that an edit of a scope touches here."""
-        host = self.tail.host
-        return token_slice(host.effective_scope(self.hook_point, scope), host.n_prefix)
+        return self.tower.positions(self.hook_point, scope)
 
     def _contrast(self, positions: slice) -> Tensor:
         """Return the difference that the cue makes to each latent, float64 [d_sae]."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def _activity(self, arm: str, positions: slice = slice(None)) -> Tensor:
+    def _activity(self, group: str, positions: slice = slice(None)) -> Tensor:
         """Return each latent's activation, summed over tokens, mean over pictures, float64 [d_sae]."""
-        resid = self.arms[arm].resid[:, positions]
+        resid = self.groups[group].resid[:, positions]
         total = torch.zeros(self.sae.config.d_sae, dtype=torch.float64, device=self.device)
         for part in resid.split(50):
             total += self.sae.encode(part).sum((0, 1)).double()
         return total / len(resid)
 
-    def _attribution(self, arm: _Arm, positions: slice) -> Tensor:
+    def _attribution(self, group: _Group, positions: slice) -> Tensor:
         """Return mean over pictures of sum over tokens of f_i * (gradient of the margin along decoder row i)."""
         total = torch.zeros(self.sae.config.d_sae, dtype=torch.float64, device=self.device)
-        for rows in torch.arange(len(arm.answer), device=self.device).split(50):
-            leaf = arm.resid[rows].clone().requires_grad_()
+        for rows in torch.arange(len(group.answer), device=self.device).split(50):
+            leaf = group.resid[rows].clone().requires_grad_()
             logits = self.logits(leaf)
-            margins = logits.gather(1, arm.rival[rows, None]) - logits.gather(1, arm.answer[rows, None])
+            margins = logits.gather(1, group.rival[rows, None]) - logits.gather(1, group.answer[rows, None])
             (gradient,) = torch.autograd.grad(margins.sum(), leaf)
             with torch.no_grad():
-                resid = arm.resid[rows][:, positions]
+                resid = group.resid[rows][:, positions]
                 scale = normalise(resid, self.sae.config.norm).scale
                 written = self.sae.encode(resid) * (gradient[:, positions] @ self.sae.W_dec.T)
                 total += (written if scale is None else written * scale).sum((0, 1)).double()
-        return total / len(arm.answer)
+        return total / len(group.answer)
 
     def choose(self, order: np.ndarray, config: FitConfig) -> Selection:
         """Pick latents from a ranking: steps 3 and 4."""
@@ -198,11 +157,11 @@ class _SiteFit:
     def learn_removal(self, trial: Trial, config: FitConfig) -> np.ndarray:
         """Return how much of each candidate's writing is best removed, float64 [n_candidates] in [0, 1]: step 3.
 
-        Minimises the loss of the right answer on all arms, plus `sparsity` times the sum of what is removed. So a
-        latent stays out where what should count speaks through it too. Weight moves step by step to the arms with the
+        Minimises the loss of the right answer on all groups, plus `sparsity` times the sum of what is removed. So a
+        latent stays out where what should count speaks through it too. Weight moves step by step to the groups with the
         larger loss (group DRO, arXiv:1911.08731, algorithm 1).
         """
-        weights = dict.fromkeys(self.arms, 1 / len(self.arms))
+        weights = dict.fromkeys(self.groups, 1 / len(self.groups))
         start = math.log(LEAST_REMOVAL / (1 - LEAST_REMOVAL))
         logits_of_removal = torch.full((len(trial.latents),), start, device=self.device, requires_grad=True)
         optimizer = torch.optim.Adam([logits_of_removal], lr=config.lr)
@@ -211,10 +170,10 @@ class _SiteFit:
             removal = logits_of_removal.sigmoid()
             loss = config.sparsity * removal.sum()
             losses = {}
-            for name, arm in self.arms.items():
-                n = len(arm.answer)
+            for name, group in self.groups.items():
+                n = len(group.answer)
                 rows = torch.randint(n, (min(config.batch, n),), generator=generator).to(self.device)
-                losses[name] = functional.cross_entropy(trial.logits(name, removal, rows), arm.answer[rows])
+                losses[name] = functional.cross_entropy(trial.logits(name, removal, rows), group.answer[rows])
                 loss = loss + losses[name] * weights[name]
             (logits_of_removal.grad,) = torch.autograd.grad(loss, logits_of_removal)
             optimizer.step()
@@ -229,7 +188,7 @@ class _SiteFit:
         """Return the chosen latents with their scores, and how they were chosen."""
         chosen = np.array(selection.latents, dtype=int)
         scores = {key: tuple(float(v) for v in column[chosen]) for key, column in vars(ranking).items()}
-        n_pictures = {arm: len(material.answer) for arm, material in self.arms.items()}
+        n_pictures = {group: len(material.answer) for group, material in self.groups.items()}
         return LatentSet(
             name, tuple(selection.latents), tuple(selection.gains), edit=config.edit, scope=config.scope, scores=scores,
             provenance={
@@ -243,11 +202,12 @@ class TextFit(_SiteFit):
     """Find the latents that read what is written on a picture.
 
     Args:
-        model: The CLIP, in eval mode.
+        clip: The CLIP; what is attached to other blocks is at work.
         hook_point: The block to edit after.
         sae: Trained on that block.
         pairs: Pictures for ranking and choosing.
-        text_embeds: Of all answers, [n_labels, d_embed], normalised.
+        text_embeds: Of all answers, [n_labels, d_embed], normalized.
+        resid: The residuals of `pairs` at the hook point by kind of picture, where they are known already.
 
     Raises:
         ConfigError: There are no pairs.
@@ -257,12 +217,22 @@ class TextFit(_SiteFit):
     fooled = ("attacked",)
     kept = ("clean",)
 
-    def __init__(self, model: Any, hook_point: str, sae: SparseAutoencoder, pairs: Pairs, text_embeds: Tensor) -> None:
+    def __init__(
+        self,
+        clip: Clip,
+        hook_point: str,
+        sae: SparseAutoencoder,
+        pairs: Pairs,
+        text_embeds: Tensor,
+        *,
+        resid: Mapping[str, Tensor] | None = None,
+    ) -> None:
         if len(pairs.label) == 0:
             raise ConfigError("no pairs to fit on; give at least one picture")
-        super().__init__(model, hook_point, sae, text_embeds)
-        for name in ("clean", "neutral", "attacked"):
-            self.add_arm(name, getattr(pairs, name), pairs.label, pairs.word)
+        super().__init__(clip, hook_point, sae, text_embeds)
+        for name, pixel_values in pairs.pictures().items():
+            known = self.tower.resid(pixel_values, hook_point) if resid is None else resid[name]
+            self.add_group(name, known, pairs.label, pairs.word)
 
     def _contrast(self, positions: slice) -> Tensor:
         return self._activity("attacked", positions) - self._activity("neutral", positions)
@@ -271,14 +241,15 @@ class TextFit(_SiteFit):
 class GroupFit(_SiteFit):
     """Find the latents that carry an attribute which goes with the answer and should not decide it.
 
-    The arms are the groups, "y-a". Within each class the group that the model gets wrong more often is the fooled one.
+    They are named "y-a". Within each class the group that the model gets wrong more often is the fooled one.
 
     Args:
-        model: The CLIP, in eval mode.
+        clip: The CLIP; what is attached to other blocks is at work.
         hook_point: The block to edit after.
         sae: Trained on that block.
         groups: Pictures for ranking and choosing; every class needs pictures with every value of the attribute.
-        text_embeds: Of the classes, [n_classes, d_embed], normalised.
+        text_embeds: Of the classes, [n_classes, d_embed], normalized.
+        resid: The residuals of `groups` at the hook point, where they are known already.
 
     Raises:
         ConfigError: A group is empty, or there are fewer than two classes or values.
@@ -286,25 +257,33 @@ class GroupFit(_SiteFit):
     """
 
     def __init__(
-        self, model: Any, hook_point: str, sae: SparseAutoencoder, groups: Groups, text_embeds: Tensor
+        self,
+        clip: Clip,
+        hook_point: str,
+        sae: SparseAutoencoder,
+        groups: Groups,
+        text_embeds: Tensor,
+        *,
+        resid: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.classes, self.values = sorted(set(groups.y.tolist())), sorted(set(groups.a.tolist()))
         if len(self.classes) < 2 or len(self.values) < 2:
             raise ConfigError(f"classes {self.classes}, attributes {self.values}; it takes at least two of each")
-        super().__init__(model, hook_point, sae, text_embeds)
+        super().__init__(clip, hook_point, sae, text_embeds)
+        known = self.tower.resid(groups.pixel_values, hook_point) if resid is None else resid["picture"]
         for y in self.classes:
             for a in self.values:
                 rows = (groups.y == y) & (groups.a == a)
                 if not rows.any():
                     raise ConfigError(f"no picture of class {y} has attribute {a}; every group needs some")
-                self.add_arm(f"{y}-{a}", groups.pixel_values[rows], groups.y[rows])
-        self.kept = tuple(self.arms)
+                self.add_group(f"{y}-{a}", known[rows.to(known.device)], groups.y[rows])
+        self.kept = tuple(self.groups)
         self.fooled = tuple(min((f"{y}-{a}" for a in self.values), key=self._accuracy) for y in self.classes)
 
     @torch.no_grad()
     def _accuracy(self, name: str) -> float:
-        arm = self.arms[name]
-        return float((self.logits(arm.resid).argmax(1) == arm.answer).double().mean())
+        group = self.groups[name]
+        return float((self.logits(group.resid).argmax(1) == group.answer).double().mean())
 
     def _contrast(self, positions: slice) -> Tensor:
         """The range over values of the attribute, averaged over classes: a latent may stand for either value."""
@@ -319,8 +298,8 @@ class Tried:
 
     Attributes:
         n: How many.
-        kept_accuracy: Of the kept arms, as a fraction.
-        fooled_loss: Of the right answer on the fooled arms, in nats.
+        kept_accuracy: Of the kept groups, as a fraction.
+        fooled_loss: Of the right answer on the fooled groups, in nats.
     """
 
     n: int
@@ -380,7 +359,7 @@ def within_budget(trial: Trial, ranked: np.ndarray, removal: np.ndarray, clean_b
 
 
 class Trial:
-    """Measures edits. The candidates' activations are computed once; an edit then costs one pass through the tail."""
+    """Measures edits. The candidates' activations are computed once; an edit then costs one pass from the block on."""
 
     def __init__(self, fit: _SiteFit, latents: np.ndarray, config: FitConfig) -> None:
         self.fit, self.edit, self.latents = fit, config.edit, np.asarray(latents, dtype=np.int64)
@@ -388,28 +367,28 @@ class Trial:
         self.positions = fit.positions(config.scope)
         with torch.no_grad():
             self.acts = {
-                name: torch.cat([fit.sae.encode(part[:, self.positions])[..., index] for part in arm.resid.split(50)])
-                for name, arm in fit.arms.items()
+                name: torch.cat([fit.sae.encode(part[:, self.positions])[..., index] for part in group.resid.split(50)])
+                for name, group in fit.groups.items()
             }
         self.W_dec_S = fit.sae.W_dec[index]
 
-    def logits(self, arm: str, removal: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+    def logits(self, group: str, removal: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """Return logits_per_image of some pictures with `removal` [n_candidates] of each candidate scaled away."""
-        return self._edited(arm, rows, lambda acts, _: reference.scaled(acts, removal, self.W_dec_S))
+        return self._edited(group, rows, lambda acts, _: reference.scaled(acts, removal, self.W_dec_S))
 
-    def _edited(self, arm: str, rows: Tensor | slice, delta_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        resid = self.fit.arms[arm].resid[rows]
+    def _edited(self, group: str, rows: Tensor | slice, delta_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        resid = self.fit.groups[group].resid[rows]
         tokens = resid[:, self.positions]
         z, scale, _ = normalise(tokens.flatten(0, 1), self.fit.sae.config.norm)
-        delta = delta_of(self.acts[arm][rows].flatten(0, 1), z)
+        delta = delta_of(self.acts[group][rows].flatten(0, 1), z)
         edited = resid.clone()
         edited[:, self.positions] = tokens - (delta if scale is None else delta * scale).view_as(tokens)
         return self.fit.logits(edited)
 
-    def _removed(self, arm: str, columns: np.ndarray, removal: np.ndarray) -> Tensor:
+    def _removed(self, group: str, columns: np.ndarray, removal: np.ndarray) -> Tensor:
         """Return logits_per_image with the candidates of some columns removed as what will ship removes them."""
         if not len(columns):
-            return self.fit.logits(self.fit.arms[arm].resid)
+            return self.fit.logits(self.fit.groups[group].resid)
         part = torch.from_numpy(removal[columns]).float().to(self.fit.device)
         W_dec_S = self.W_dec_S[columns]
 
@@ -418,18 +397,18 @@ class Trial:
                 return reference.projected(acts[:, columns], part, W_dec_S, z - self.fit.sae.b_dec)
             return reference.scaled(acts[:, columns], part, W_dec_S)
 
-        n, chunk = len(self.fit.arms[arm].answer), self.fit.tail.batch
-        return torch.cat([self._edited(arm, slice(i, i + chunk), delta_of) for i in range(0, n, chunk)])
+        n, chunk = len(self.fit.groups[group].answer), BATCH
+        return torch.cat([self._edited(group, slice(i, i + chunk), delta_of) for i in range(0, n, chunk)])
 
     @torch.no_grad()
     def measure(self, columns: np.ndarray, removal: np.ndarray) -> Tried:
         """Return what removing the candidates of some columns does; `removal` [n_candidates] is the part of each.
 
-        Accuracy and loss are means over the arms, whatever their sizes.
+        Accuracy and loss are means over the groups, whatever their sizes.
         """
         accuracies, losses = [], []
         for name in dict.fromkeys((*self.fit.kept, *self.fit.fooled)):
-            logits, answer = self._removed(name, columns, removal), self.fit.arms[name].answer
+            logits, answer = self._removed(name, columns, removal), self.fit.groups[name].answer
             if name in self.fit.kept:
                 accuracies.append(float((logits.argmax(1) == answer).double().mean()))
             if name in self.fit.fooled:

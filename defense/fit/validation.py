@@ -10,51 +10,57 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from defense.errors import ConfigError
-from defense.hosts.attach import attached_sites
-from defense.hosts.clip import Host
-from defense.hosts.defense import HostSpec
+from defense.hosts.clip import Clip
+from defense.hosts.tower import BATCH, block_of
 
+from .encoded import Encoded
 from .material import Groups, Material, Pairs
 from .sites import SitePlan, fit_sites
 
 log = logging.getLogger(__name__)
-_BATCH = 200
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def measure(host: Host, data: Pairs | Groups, text_embeds: Tensor) -> dict[str, float]:
-    """Return what a host answers as it stands, as fractions of the pictures.
+def measure(clip: Clip, data: Pairs | Groups, text_embeds: Tensor) -> dict[str, float]:
+    """Return what a CLIP answers as it is now, as fractions of the pictures.
 
     Pairs: the accuracy on "clean", "neutral" and "attacked" pictures, and "attack_success", how often the written
     label is the answer. Groups: the accuracy of each group ("y-a"), their "average", and the "worst".
-    """
-    device = host.model.logit_scale.device
-    texts = text_embeds.to(device)
 
-    def share(pixel_values: Tensor, answer: Tensor) -> float:
-        parts = [host.model.encode_image(part.to(device)) for part in pixel_values.split(_BATCH)]
-        answers = (functional.normalize(torch.cat(parts).float(), dim=-1) @ texts.T).argmax(1).cpu()
-        return float((answers == answer).double().mean())
+    Args:
+        clip: The CLIP, with whatever is attached to it.
+        data: The pictures.
+        text_embeds: Of all answers, [n_labels, d_embed], normalized.
+    """
+    image_embeds = {
+        kind: torch.cat([clip.image_embeds(part) for part in pixel_values.split(BATCH)])
+        for kind, pixel_values in data.pictures().items()
+    }
+    return accuracies(data, image_embeds, text_embeds)
+
+
+def accuracies(data: Pairs | Groups, image_embeds: Mapping[str, Tensor], text_embeds: Tensor) -> dict[str, float]:
+    """Return what `measure` does, of image_embeds [n, d_embed] by kind of picture."""
+    answers = {
+        kind: (embeds @ text_embeds.to(embeds.device).T).argmax(1).cpu() for kind, embeds in image_embeds.items()
+    }
+
+    def share(hits: Tensor) -> float:
+        return float(hits.double().mean())
 
     if isinstance(data, Pairs):
-        return {
-            "clean": share(data.clean, data.label),
-            "neutral": share(data.neutral, data.label),
-            "attacked": share(data.attacked, data.label),
-            "attack_success": share(data.attacked, data.word),
-        }
+        found = {kind: share(answer == data.label) for kind, answer in answers.items()}
+        return {**found, "attack_success": share(answers["attacked"] == data.word)}
     groups = {}
     for y in sorted(set(data.y.tolist())):
         for a in sorted(set(data.a.tolist())):
             rows = (data.y == y) & (data.a == a)
             if rows.any():
-                groups[f"{y}-{a}"] = share(data.pixel_values[rows], data.y[rows])
+                groups[f"{y}-{a}"] = share(answers["picture"][rows] == y)
     return {"average": float(np.mean(list(groups.values()))), "worst": min(groups.values()), **groups}
 
 
@@ -109,8 +115,7 @@ class CrossValidation:
 
 
 def cross_validate(
-    host: Host,
-    spec: HostSpec,
+    encoded: Encoded,
     plans: Sequence[SitePlan],
     material: Material,
     text_embeds: Tensor,
@@ -121,18 +126,28 @@ def cross_validate(
 ) -> CrossValidation:
     """Fit on all folds but one, measure on that one, for each.
 
+    Args:
+        encoded: The pictures of `material`, and the CLIP.
+        plans: See `fit_sites`.
+        material: Says what the folds are.
+        text_embeds: See `fit_sites`.
+        folds: How many, 2 or more.
+        seed: Decides which pictures are in which.
+        report: Called with a line of progress.
+
     Raises:
         ConfigError: There are fewer than two folds, or too few pictures for them.
     """
     if folds < 2:
         raise ConfigError(f"folds={folds}; it takes two or more to hold pictures out")
     plain, defended, n_latents = [], [], []
+    first = min((plan.hook_point for plan in plans), key=block_of)
     for index, (fitted_on, held_out) in enumerate(material.folds(folds, seed), start=1):
         report(f"fold {index} of {folds}")
-        fitted = fit_sites(host, spec, plans, material.data.take(fitted_on), text_embeds, name="fold", report=report)
-        rest = material.data.take(held_out)
-        plain.append(measure(host, rest, text_embeds))
-        with attached_sites(host, spec, [each.site for each in fitted]):
-            defended.append(measure(host, rest, text_embeds))
+        fitted = fit_sites(encoded.take(fitted_on), plans, text_embeds, name="fold", report=report)
+        rest = encoded.take(held_out)
+        plain.append(accuracies(rest.data, rest.image_embeds(first), text_embeds))
+        with encoded.clip.edited([each.site for each in fitted]):
+            defended.append(accuracies(rest.data, rest.image_embeds(first), text_embeds))
         n_latents.append(sum(len(each.selection.latents) for each in fitted))
     return CrossValidation(tuple(plain), tuple(defended), tuple(n_latents))

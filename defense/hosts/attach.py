@@ -16,16 +16,15 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from defense.core.config import SAEConfig
 from defense.core.latents import LatentSet
 from defense.core.ops import Backend
 from defense.core.sae import SparseAutoencoder
-from defense.core.suppress import Suppressor, suppress
+from defense.core.suppress import Suppression, Suppressor, suppress, suppress_and_tell
 from defense.errors import ConfigError
 
-from .clip import Host
-from .defense import Defense, HostSpec, Site
-from .tower import VisionHost, is_compiled
+from .defense import ClipId, Defense, Site
+from .families import tower_of
+from .tower import VisionTower
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,23 +33,27 @@ ATTRIBUTE = "defense"
 
 
 class EditedBlock(nn.Module):
-    """The suppressors of one block and the hook that runs them."""
+    """The suppressors of one block and the hook that runs them.
 
-    def __init__(self, hook_point: str, suppressors: list[Suppressor], host: VisionHost) -> None:
+    Attributes:
+        told: What they did last, while `AttachedDefense.recording` lasts; None where they did not run.
+    """
+
+    def __init__(self, hook_point: str, suppressors: list[Suppressor], tower: VisionTower) -> None:
         super().__init__()
         self.hook_point = hook_point
         self.suppressors = nn.ModuleList(suppressors)
-        self.n_prefix = host.n_prefix
-        self.batch_first = host.batch_first
+        self.n_prefix = tower.n_prefix
+        self.batch_first = tower.batch_first
         self.is_bypassed = False
-        self.seen: Tensor | None = None
         self.is_recording = False
+        self.told: Suppression | None = None
         self.stand_ins: list[Suppressor] | None = None
         self._handle: RemovableHandle | None = None
 
-    def place(self, host: VisionHost) -> None:
+    def hook_into(self, tower: VisionTower) -> None:
         """Put the hook on the block."""
-        self._handle = host.block(self.hook_point).register_forward_hook(self.hook)
+        self._handle = tower.block(self.hook_point).register_forward_hook(self.hook)
 
     def hook(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the edited output of the block, in the block's own layout."""
@@ -58,15 +61,17 @@ class EditedBlock(nn.Module):
             return output
         resid = output if self.batch_first else output.transpose(0, 1)
         if self.is_recording:
-            self.seen = resid
-        edited = suppress(resid, self.in_force(), self.n_prefix)
+            self.told = suppress_and_tell(resid, self.active(), self.n_prefix)
+            edited = self.told.edited
+        else:
+            edited = suppress(resid, self.active(), self.n_prefix)
         return edited if self.batch_first else edited.transpose(0, 1)
 
     def parts(self) -> list[Suppressor]:
         """Return the suppressors, typed."""
         return [part for part in self.suppressors if isinstance(part, Suppressor)]
 
-    def in_force(self) -> list[Suppressor]:
+    def active(self) -> list[Suppressor]:
         """Return the suppressors that act now: what `adjusted` put in place of the block's own, or these."""
         return self.parts() if self.stand_ins is None else self.stand_ins
 
@@ -80,24 +85,22 @@ class AttachedDefense(nn.Module):
     """What `wrap` adds to a model as `model.defense`.
 
     Args:
-        host: The vision tower.
-        defense: What to edit there. A latent that several sets name at one site is edited once, by the first.
+        tower: The vision tower.
+        sites: What to edit there. A latent that several sets name at one site is edited once, by the first.
         backend: See `wrap`.
     """
 
-    def __init__(self, host: VisionHost, defense: Defense, backend: Backend = "auto") -> None:
+    def __init__(self, tower: VisionTower, sites: Sequence[Site], backend: Backend = "auto") -> None:
         super().__init__()
-        self.grid_size = host.grid_size
+        self.grid_size = tower.grid_size
         self.backend: Backend = backend
-        sites = ((site.hook_point, sae_of(site), site.sets) for site in defense.sites)
-        per_block = suppressors_of(host, sites, backend)
+        per_block = suppressors_of(tower, [(site.hook_point, sae_of(site), site.sets) for site in sites], backend)
         for hook_point in per_block:
-            host.block(hook_point)  # raises where there is no such block, before any hook is placed
-        self.blocks = nn.ModuleList(EditedBlock(point, suppressors, host) for point, suppressors in per_block.items())
-        weight = next(host.blocks.parameters())
-        self.to(weight.device, weight.dtype)
+            tower.block(hook_point)  # raises where there is no such block, before any hook is in place
+        self.blocks = nn.ModuleList(EditedBlock(point, suppressors, tower) for point, suppressors in per_block.items())
+        self.to(tower.device, tower.edit_dtype)
         for block in self.edited_blocks():  # last: whatever fails above leaves the model as it was
-            block.place(host)
+            block.hook_into(tower)
 
     def edited_blocks(self) -> list[EditedBlock]:
         """Return the blocks that are edited, in the order of the defense's sites."""
@@ -141,8 +144,8 @@ class AttachedDefense(nn.Module):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep the residual that each edited block saw last, as `block.seen` [batch, pos, d_model]."""
-        with self._restored("is_recording", "seen") as blocks:
+        """Keep what the suppressors of each block did last, as `block.told`."""
+        with self._restored("is_recording", "told") as blocks:
             for block in blocks:
                 block.is_recording = True
             yield
@@ -162,51 +165,51 @@ class AttachedDefense(nn.Module):
 
 def sae_of(site: Site) -> SparseAutoencoder:
     """Return the autoencoder of a defense's site, in float32 on the CPU."""
-    return SparseAutoencoder(SAEConfig.from_dict(dict(site.sae_config)), dict(site.parameters))
+    return SparseAutoencoder(site.sae_config, dict(site.parameters))
 
 
 def suppressors_of(
-    host: VisionHost, sites: Iterable[tuple[str, SparseAutoencoder, Sequence[LatentSet]]], backend: Backend
+    tower: VisionTower, sites: Iterable[tuple[str, SparseAutoencoder, Sequence[LatentSet]]], backend: Backend
 ) -> dict[str, list[Suppressor]]:
     """Return suppressors by hook point. A latent that several sets name at one site is edited once, by the first.
 
     Args:
-        host: The vision tower.
+        tower: The vision tower.
         sites: Hook point, SAE and sets of each.
         backend: See `wrap`.
     """
     per_block: dict[str, list[Suppressor]] = {}
     for hook_point, sae, sets in sites:
-        host.check_width(sae.config.d_model, f"the SAE at {hook_point}")
+        tower.check_width(sae.config.d_model, f"the SAE at {hook_point}")
         taken: frozenset[int] = frozenset()
         for latent_set in sets:
-            scope = host.effective_scope(hook_point, latent_set.scope)
+            scope = tower.effective_scope(hook_point, latent_set.scope)
             suppressor = Suppressor(sae, latent_set.without(taken), scope, backend=backend)
             per_block.setdefault(hook_point, []).append(suppressor)
             taken |= set(latent_set.latents)
     return per_block
 
 
-def check_host(host: VisionHost, spec: HostSpec) -> None:
+def check_clip(tower: VisionTower, spec: ClipId) -> None:
     """Hold a vision tower against the one that a defense was fitted on.
 
     Raises:
         ConfigError: Another architecture, another GELU, or other weights.
         ShapeError: Another width.
     """
-    name = spec.model if spec.pretrained is None else f"{spec.model}, {spec.pretrained}"
-    host.check_width(spec.d_model, f"this defense (fitted on {name})")
-    if len(host.blocks) != spec.n_layers:
+    name = spec.name
+    tower.check_width(spec.d_model, f"this defense (fitted on {name})")
+    if len(tower.blocks) != spec.n_layers:
         raise ConfigError(
-            f"this defense was fitted on {name} with {spec.n_layers} blocks; this tower has {len(host.blocks)}"
+            f"this defense was fitted on {name} with {spec.n_layers} blocks; this tower has {len(tower.blocks)}"
         )
-    if host.quick_gelu != spec.quick_gelu:
+    if tower.quick_gelu != spec.quick_gelu:
         want, got = ("QuickGELU", "GELU") if spec.quick_gelu else ("GELU", "QuickGELU")
         raise ConfigError(
             f"this defense was fitted on {name} with {want}, but this model uses {got}; create it with "
             f"force_quick_gelu={spec.quick_gelu}, or under the name that ends in '-quickgelu'"
         )
-    if (got_hash := host.fingerprint()) != spec.sha256:
+    if (got_hash := tower.fingerprint()) != spec.sha256:
         raise ConfigError(
             f"this defense was fitted on the weights of {name} (sha256 {spec.sha256[:16]}...); this model's vision "
             f"tower is {got_hash[:16]}.... Load those weights (wrap before casting to bfloat16), or pass "
@@ -238,11 +241,16 @@ def wrap(model: Model, defense: Defense, *, allow_mismatch: bool = False, backen
         raise ConfigError("this model is compiled, and would ignore the defense; wrap it first, then compile")
     if is_wrapped(model):
         raise ConfigError("this model is defended already; detach(model) first, or give one Defense with several sets")
-    host = VisionHost.of(model)
+    tower = tower_of(model)
     if not allow_mismatch:
-        check_host(host, defense.host)
-    model.add_module(ATTRIBUTE, AttachedDefense(host, defense, backend))
+        check_clip(tower, defense.clip)
+    attach(model, defense.sites, backend)
     return model
+
+
+def attach(model: nn.Module, sites: Sequence[Site], backend: Backend = "auto") -> None:
+    """Put the edits of some sites into a model without asking what they were made for; `detach` takes them out."""
+    model.add_module(ATTRIBUTE, AttachedDefense(tower_of(model), sites, backend))
 
 
 def is_wrapped(model: nn.Module) -> bool:
@@ -276,14 +284,9 @@ def detach(model: Model) -> Model:
     return model
 
 
-@contextmanager
-def attached_sites(host: Host, spec: HostSpec, sites: Sequence[Site]) -> Iterator[None]:
-    """Defend a host by some sites for as long as the context lasts."""
-    if not sites:
-        yield
-        return
-    wrap(host.model, Defense(spec, host.preprocess, tuple(sites)), allow_mismatch=True)
-    try:
-        yield
-    finally:
-        detach(host.model)
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether torch.compile was applied to a model or a part of it, which then ignores new hooks."""
+    return any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )

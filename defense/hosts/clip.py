@@ -1,32 +1,187 @@
-"""Load a CLIP and what prepares its inputs."""
+"""A CLIP that can embed, give and take its residual, and be defended for a while; and how one is loaded.
+
+Importing this loads no torch: bundles are served where there is none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from defense.data.images import decode
+from defense.data.labels import Prompts, encode_prompts
 from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
-from defense.errors import ConfigError, MissingDependencyError
+from defense.errors import BackendError, ConfigError, MissingDependencyError
 
-from .defense import HostSpec
+from .defense import ClipId, Defense, Site
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from defense.core.ops import Backend
+    from defense.core.sae import SparseAutoencoder
+
+    from .attach import AttachedDefense
+    from .tower import VisionTower
 
 EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True)
-class Host:
-    """A CLIP and what prepares its inputs."""
+class Clip:
+    """A CLIP: its model, and what prepares its inputs.
 
-    model: Any  # an open_clip model; its own classes carry no types
+    Attributes:
+        model: An open_clip model, in eval mode. Its own classes carry no types.
+        preprocess: From a picture to pixel_values.
+        tokenizer: From texts to token ids.
+    """
+
+    model: Any
     preprocess: Preprocess
     tokenizer: Callable[[list[str]], Any]
 
+    @cached_property
+    def tower(self) -> VisionTower:
+        """The vision tower: blocks, device, dtype, and the ways into and out of the residual stream.
 
-def load_host(model: str = EMBEDDED, pretrained: str | None = None, *, device: str = "cpu") -> Host:
+        Raises:
+            ConfigError: The model has none.
+            HookPointError: It has no transformer blocks.
+        """
+        from .families import tower_of
+
+        return tower_of(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.logit_scale.device
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor between cosines and logits."""
+        return float(self.model.logit_scale.detach().float().exp())
+
+    def image_embeds(self, pixel_values: np.ndarray | Tensor) -> Tensor:
+        """Return image_embeds, float32 [batch, d_embed], normalized, on the model's device.
+
+        A defense that is attached is at work.
+
+        Args:
+            pixel_values: As `preprocess` makes them, float [batch, 3, height, width], all at once.
+        """
+        import torch
+
+        with torch.no_grad():
+            embeds = self.tower.encode(self.tower.batch(pixel_values))
+            return torch.nn.functional.normalize(embeds.float(), dim=-1)
+
+    def encode_text(self, input_ids: np.ndarray) -> np.ndarray:
+        """Return the text tower's answer, float32 [n, d_embed], not normalized, to ids int64 [n, context_length]."""
+        import torch
+
+        with torch.inference_mode():
+            return self.model.encode_text(torch.from_numpy(input_ids).to(self.device)).float().cpu().numpy()
+
+    def text_embeds(self, prompts: Prompts, *, normalize_each: bool = True) -> np.ndarray:
+        """Return text_embeds, float32 [n_labels, d_embed], normalized; see `labels.encode_prompts`."""
+        return encode_prompts(prompts, self.tokenizer, self.encode_text, normalise_each=normalize_each)
+
+    def blank_tokens(self) -> np.ndarray | None:
+        """Return for each token id whether the text tower has no embedding for it, bool [vocabulary]; None unknown."""
+        table = getattr(self.model, "token_embedding", None)
+        if table is None:
+            return None
+        is_blank = (table.weight == 0).all(1).cpu().numpy()
+        is_blank[0] = False  # padding
+        return is_blank
+
+    def id_as(self, model: str, pretrained: str | None = None) -> ClipId:
+        """Return what identifies this CLIP on disk; `model` and `pretrained` are what it was loaded by."""
+        tower = self.tower
+        return ClipId(model, pretrained, tower.fingerprint(), tower.quick_gelu, tower.d_model, len(tower.blocks))
+
+    @contextmanager
+    def defended(
+        self, defense: Defense, *, allow_mismatch: bool = False, backend: Backend = "auto"
+    ) -> Iterator[AttachedDefense]:
+        """Defend the model for as long as the context lasts; after it, it is bit for bit what it was.
+
+        Args:
+            defense: What to edit.
+            allow_mismatch: See `wrap`.
+            backend: See `wrap`.
+
+        Raises:
+            ConfigError, ShapeError, HookPointError, BackendError: See `wrap`.
+        """
+        from .attach import attached, detach, wrap
+
+        wrap(self.model, defense, allow_mismatch=allow_mismatch, backend=backend)
+        try:
+            yield attached(self.model)
+        finally:
+            detach(self.model)
+
+    @contextmanager
+    def edited(self, sites: Sequence[Site]) -> Iterator[None]:
+        """As `defended`, by sites that are no defense yet; without any, nothing is edited."""
+        from .attach import attach, detach
+
+        if not sites:
+            yield
+            return
+        attach(self.model, sites)
+        try:
+            yield
+        finally:
+            detach(self.model)
+
+    @contextmanager
+    def undefended(self) -> Iterator[None]:
+        """Let a defense that is attached pass everything unedited, for as long as the context lasts."""
+        from .attach import attached, is_wrapped
+
+        with attached(self.model).bypassed() if is_wrapped(self.model) else nullcontext():
+            yield
+
+    def latent_map(self, hook_point: str, sae: SparseAutoencoder, latent: int, image: Any) -> np.ndarray:
+        """Return a latent's activation at each patch of a picture in the plain network, float32 [rows, columns].
+
+        Not while another thread uses the model.
+
+        Args:
+            hook_point: Where the SAE reads.
+            sae: The SAE.
+            latent: Which latent.
+            image: What `images.decode` takes.
+
+        Raises:
+            ConfigError: There is no such latent.
+            InvalidImageError: The picture cannot be read.
+        """
+        import torch
+
+        if not 0 <= latent < sae.config.d_sae:
+            raise ConfigError(f"there is no latent {latent}; this SAE has latents 0 to {sae.config.d_sae - 1}")
+        pixel_values = self.preprocess(decode(image).image)[None]
+        with torch.inference_mode(), self.undefended():
+            resid = self.tower.resid(pixel_values, hook_point)[0]
+            acts = sae.encode(resid[self.tower.n_prefix :])[:, latent]
+        return acts.reshape(self.tower.grid_size).float().cpu().numpy()
+
+
+def load_clip(model: str = EMBEDDED, pretrained: str | None = None, *, device: str = "cpu") -> Clip:
     """Load a CLIP through open_clip.
 
     Args:
@@ -65,7 +220,7 @@ def load_host(model: str = EMBEDDED, pretrained: str | None = None, *, device: s
     else:
         tokenizer = ClipTokenizer(text_cfg.get("context_length", 77))
     preprocess = Preprocess.from_open_clip(open_clip.get_model_preprocess_cfg(net))
-    return Host(net.eval().requires_grad_(False), preprocess, tokenizer)
+    return Clip(net.eval().requires_grad_(False), preprocess, tokenizer)
 
 
 def resolve_device(device: str) -> str:
@@ -75,8 +230,6 @@ def resolve_device(device: str) -> str:
         BackendError: CUDA was asked for and is not there.
     """
     import torch
-
-    from defense.errors import BackendError
 
     has_cuda = torch.cuda.is_available()
     if device == "auto":
@@ -91,11 +244,3 @@ def resolve_device(device: str) -> str:
 def embedded_folder(name: str) -> Path:
     """Return a folder of the embedded model: "clip", or the name of one of its defenses."""
     return Path(str(resources.files("defense.embedded").joinpath(name)))
-
-
-def host_spec(host: Host, model: str, pretrained: str | None) -> HostSpec:
-    """Return what identifies a host on disk; `model` and `pretrained` are what it was loaded by."""
-    from .tower import VisionHost
-
-    vision = VisionHost.of(host.model)
-    return HostSpec(model, pretrained, vision.fingerprint(), vision.quick_gelu, vision.d_model, len(vision.blocks))

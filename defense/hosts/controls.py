@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -12,9 +12,10 @@ from defense.core.latents import Edit, LatentSet
 from defense.errors import ConfigError
 
 if TYPE_CHECKING:
-    from defense.classify.classifier import RobustClassifier
+    from defense.core.sae import SparseAutoencoder
 
     from .attach import AttachedDefense
+    from .clip import Clip
     from .defense import Defense, Site
 
 
@@ -23,19 +24,19 @@ __all__ = ["Controls"]
 STEERED = "(steered)"
 """What steered latents have for the name of a set."""
 
-Place = tuple[str, int]
+LatentKey = tuple[str, int]
 """(hook_point, latent)"""
 
 
 @dataclass(frozen=True)
 class Controls:
-    """What of a defense is in force, for one call. By default all of it, as it is attached.
+    """What of a defense is active, for one call. By default all of it, as it is attached.
 
     Attributes:
         strength: Factor on what the defense removes, in [0, 1], on top of `AttachedDefense.set_strength`. Steering is
             not scaled.
         edit: "scale" or "project" in place of each set's own.
-        sets: Names of the latent sets in force; all by default.
+        sets: Names of the latent active sets; all by default.
         off: (hook_point, latent) that the defense leaves alone, as if no set named them.
         steer: (hook_point, latent) -> activation that it is set to, on every token that the SAE was made for. Any
             latent of that site's SAE; one that is in a set too is steered, not removed.
@@ -47,8 +48,8 @@ class Controls:
     strength: float = 1.0
     edit: Edit | None = None
     sets: tuple[str, ...] | None = None
-    off: frozenset[Place] = frozenset()
-    steer: Mapping[Place, float] = field(default_factory=dict)
+    off: frozenset[LatentKey] = frozenset()
+    steer: Mapping[LatentKey, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.strength, Real) or not 0 <= self.strength <= 1:
@@ -59,11 +60,11 @@ class Controls:
             if isinstance(self.sets, str):
                 raise ConfigError(f"sets={self.sets!r}; want a tuple of names: ({self.sets!r},)")
             object.__setattr__(self, "sets", tuple(self.sets))
-        object.__setattr__(self, "off", frozenset(_place(each) for each in self.off))
-        object.__setattr__(self, "steer", {_place(each): value for each, value in self.steer.items()})
+        object.__setattr__(self, "off", frozenset(_latent_key(each) for each in self.off))
+        object.__setattr__(self, "steer", {_latent_key(each): value for each, value in self.steer.items()})
 
     def applied_to(self, defense: Defense) -> list[tuple[Site, tuple[LatentSet, ...]]]:
-        """Return the sites of a defense, each with the sets that are in force there: a steered one first.
+        """Return the sites of a defense, each with the sets that are active there: a steered one first.
 
         Raises:
             ConfigError: A set or a hook point that the defense does not have, or a number to steer to that is none.
@@ -96,7 +97,7 @@ class Controls:
         values = {latent: value for (point, latent), value in self.steer.items() if point == site.hook_point}
         if not values:
             return []
-        scope = site.sae_config["tokens"]
+        scope = site.sae_config.tokens
         return [LatentSet(STEERED, tuple(values), edit="set", scope=scope, values=tuple(values.values()))]
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,53 +106,51 @@ class Controls:
             "strength": self.strength,
             "edit": self.edit,
             "sets": None if self.sets is None else list(self.sets),
-            "off": [list(place) for place in sorted(self.off)],
-            "steer": [[*place, value] for place, value in self.steer.items()],
+            "off": [list(key) for key in sorted(self.off)],
+            "steer": [[*key, value] for key, value in self.steer.items()],
         }
 
 
-def _place(place: Any) -> Place:
-    match place:
+def _latent_key(key: Any) -> LatentKey:
+    match key:
         case (str(hook_point), Integral() as latent):
             return hook_point, int(latent)
-    raise ConfigError(f"a latent is named {place!r}; want (hook_point, latent)")
-
-
-def _defense_of(clf: RobustClassifier) -> Defense:
-    if clf.defense is None:
-        raise ConfigError("this classifier has no defense, so there is nothing to explain")
-    return clf.defense
+    raise ConfigError(f"a latent is named {key!r}; want (hook_point, latent)")
 
 
 @contextmanager
-def in_force(clf: RobustClassifier, controls: Controls | None) -> Iterator[AttachedDefense]:
-    """Let a classifier's defense act as `controls` say. For the classifier's own use, which holds its lock.
+def applied(
+    clip: Clip, defense: Defense, controls: Controls | None, sae_at: Callable[[Site], SparseAutoencoder]
+) -> Iterator[AttachedDefense]:
+    """Let a CLIP's defense act as `controls` say, for as long as the context lasts. Not while another thread uses it.
+
+    Args:
+        clip: A CLIP to which the defense is attached.
+        defense: That defense.
+        controls: What of it is active; None for all of it.
+        sae_at: Gives the whole SAE of a site, on the CLIP's device.
 
     Raises:
-        ConfigError: The classifier has no defense, or see `Controls.applied_to`.
+        ConfigError: See `Controls.applied_to`.
         HookPointError: A latent is steered where it means nothing.
-        BackendError: The classifier's backend is "fused", and there is no kernel for what was asked.
+        BackendError: The defense's backend is "fused", and there is no kernel for what was asked.
     """
     from .attach import attached, suppressors_of
-    from .tower import VisionHost
 
-    its_defense, model = _defense_of(clf), clf.host.model
-    defense = attached(model)
+    attachment = attached(clip.model)
     if controls is None or controls == Controls():
-        yield defense
+        yield attachment
         return
     strengths = {
         (block.hook_point, part.latent_set.name): controls.strength * float(part.strength)
-        for block in defense.edited_blocks()
+        for block in attachment.edited_blocks()
         for part in block.parts()
     }
-    host = VisionHost.of(model)
-    weight = next(host.blocks.parameters())
-    sites = [(site.hook_point, clf._sae_of(site), sets) for site, sets in controls.applied_to(its_defense)]
-    suppressors = suppressors_of(host, sites, defense.backend)
+    sites = [(site.hook_point, sae_at(site), sets) for site, sets in controls.applied_to(defense)]
+    suppressors = suppressors_of(clip.tower, sites, attachment.backend)
     for hook_point, parts in suppressors.items():
         for part in parts:
-            part.to(weight.device, weight.dtype)
+            part.to(clip.tower.device, clip.tower.edit_dtype)
             part.set_strength(strengths.get((hook_point, part.latent_set.name), 1.0))  # 1 for the steered
-    with defense.adjusted(suppressors):
-        yield defense
+    with attachment.adjusted(suppressors):
+        yield attachment

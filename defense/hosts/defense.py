@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from defense.core.config import SAEConfig
 from defense.core.latents import LatentSet
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class HostSpec:
+class ClipId:
     """The CLIP that a defense was fitted on.
 
     Attributes:
         model: open_clip's name, e.g. "ViT-B-32", "hf-hub:..." or "embedded".
         pretrained: open_clip's tag; None where the name says it all.
-        sha256: Fingerprint of the vision tower's weights (`hosts.VisionHost.fingerprint`).
+        sha256: Fingerprint of the vision tower's weights (`hosts.VisionTower.fingerprint`).
         quick_gelu: Whether its MLPs use QuickGELU.
         d_model: Width of its residual stream.
         n_layers: Number of its blocks.
@@ -34,6 +35,11 @@ class HostSpec:
     d_model: int
     n_layers: int
 
+    @property
+    def name(self) -> str:
+        """What it was loaded by, in one line."""
+        return self.model if self.pretrained is None else f"{self.model}, {self.pretrained}"
+
 
 @dataclass(frozen=True)
 class Site:
@@ -41,13 +47,13 @@ class Site:
 
     Attributes:
         hook_point: "blocks.{L}.hook_resid_post".
-        sae_config: Fields of `sae.SAEConfig`.
+        sae_config: What the SAE's numbers mean.
         parameters: The SAE's tensors.
         sets: What is edited there.
     """
 
     hook_point: str
-    sae_config: Mapping[str, Any]
+    sae_config: SAEConfig
     parameters: Mapping[str, np.ndarray]
     sets: tuple[LatentSet, ...]
 
@@ -72,7 +78,7 @@ class Defense:
     """Everything that turns a stock CLIP into a defended one.
 
     Attributes:
-        host: The CLIP it was fitted on.
+        clip: The CLIP it was fitted on.
         preprocess: How that CLIP's pictures are prepared.
         sites: The blocks that are edited.
         golden: Reference answers; None before they were computed.
@@ -81,7 +87,7 @@ class Defense:
         manifest_sha256: Of the manifest it was read from; None for one that was not read from disk.
     """
 
-    host: HostSpec
+    clip: ClipId
     preprocess: Preprocess
     sites: tuple[Site, ...]
     golden: Golden | None = None
@@ -105,7 +111,7 @@ class Defense:
                 raise ConfigError(f"this defense has no set {name!r}; it has {', '.join(self.sets) or 'none'}")
         kept = [(site, tuple(s for s in site.sets if s.name in names)) for site in self.sites]
         sites = tuple(Site(site.hook_point, site.sae_config, site.parameters, sets) for site, sets in kept if sets)
-        return Defense(self.host, self.preprocess, sites, None, self.licence, self.provenance)
+        return Defense(self.clip, self.preprocess, sites, None, self.licence, self.provenance)
 
 
 def join(defenses: Sequence[Defense]) -> Defense:
@@ -119,10 +125,10 @@ def join(defenses: Sequence[Defense]) -> Defense:
         raise ConfigError("no defenses to join; give at least one")
     first = defenses[0]
     for other in defenses[1:]:
-        if (other.host, other.preprocess) != (first.host, first.preprocess):
+        if (other.clip, other.preprocess) != (first.clip, first.preprocess):
             raise ConfigError(
-                f"these defenses are for different hosts: {first.host.model} and {other.host.model}, weights "
-                f"{first.host.sha256[:16]} and {other.host.sha256[:16]}"
+                f"these defenses are for different hosts: {first.clip.model} and {other.clip.model}, weights "
+                f"{first.clip.sha256[:16]} and {other.clip.sha256[:16]}"
             )
     names = [name for defense in defenses for name in defense.sets]
     repeated = [name for name, count in Counter(names).items() if count > 1]
@@ -136,10 +142,10 @@ def join(defenses: Sequence[Defense]) -> Defense:
         else:  # one site, where a latent of several sets is edited once
             sites[place] = replace(sites[place], sets=sites[place].sets + site.sets)
     licence = ", ".join(dict.fromkeys(defense.licence for defense in defenses))
-    return Defense(first.host, first.preprocess, tuple(sites), licence=licence)
+    return Defense(first.clip, first.preprocess, tuple(sites), licence=licence)
 
 
 def _has_same_sae(a: Site, b: Site) -> bool:
-    return (a.hook_point, dict(a.sae_config), a.parameters.keys()) == (
-        b.hook_point, dict(b.sae_config), b.parameters.keys()
+    return (a.hook_point, a.sae_config, a.parameters.keys()) == (
+        b.hook_point, b.sae_config, b.parameters.keys()
     ) and all(np.array_equal(a.parameters[name], b.parameters[name]) for name in a.parameters)  # fmt: skip

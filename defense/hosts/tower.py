@@ -1,20 +1,32 @@
-"""The vision tower that a defense goes into: its blocks, the layout of its residual, its weights.
+"""A vision tower: its blocks, the layout of its residual stream, and the ways into and out of it.
 
-Everything that depends on a version of open_clip or timm is in this file.
+    pixel_values --blocks 0..L--> resid_post.L          `resid`        no further than block L
+    resid_post.K --blocks K+1..L--> resid_post.L        `resid_from`   no further than block L
+    resid_post.L --the rest--> image_embeds             `embeds_from`  differentiable
+
+The last two put stand-ins into the model for as long as they run: not while another thread uses it. Nothing here
+depends on a library: `families.py` says what a tower of open_clip or timm looks like.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from defense.core.latents import Scope
-from defense.errors import ConfigError, HookPointError, ShapeError
+from defense.core.config import Tokens
+from defense.core.latents import Scope, token_slice
+from defense.errors import HookPointError, ShapeError
+
+BATCH = 200
+"""Pictures that go through the tower at once where a caller gives more."""
 
 _HOOK_POINT = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
@@ -34,13 +46,26 @@ def block_of(hook_point: str) -> int:
     return int(match.group(1))
 
 
+class _Reached(Exception):  # noqa: N818 - no error: the way out of a forward pass that went far enough
+    """The block of interest has run."""
+
+
+class _Skip(nn.Module):
+    """Stands in for a block in front of an injected residual: passes its input on."""
+
+    def forward(self, resid: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+        return resid
+
+
 @dataclass(frozen=True)
-class VisionHost:
-    """The vision transformer of an open_clip model.
+class VisionTower:
+    """The vision transformer of a CLIP.
 
     Attributes:
-        visual: `model.visual`.
+        visual: The module that holds its weights.
         blocks: Its transformer blocks, in order.
+        encode: From pixel_values [batch, 3, height, width], on the tower's device and in its dtype, to image
+            embeddings [batch, d_embed], not normalized.
         d_model: Width of the residual stream.
         n_prefix: Tokens before the patches: CLS, registers. 0 for SigLIP.
         has_cls: Whether the first token is a CLS token.
@@ -48,10 +73,12 @@ class VisionHost:
         batch_first: Whether a block's output is [batch, pos, d_model], else [pos, batch, d_model].
         quick_gelu: Whether the MLPs use QuickGELU.
         grid_size: Patches down and across.
+        image_size: Height and width of pixel_values.
     """
 
     visual: nn.Module
     blocks: nn.ModuleList | nn.Sequential
+    encode: Callable[[Tensor], Tensor]
     d_model: int
     n_prefix: int
     has_cls: bool
@@ -59,59 +86,50 @@ class VisionHost:
     batch_first: bool
     quick_gelu: bool
     grid_size: tuple[int, int]
+    image_size: tuple[int, int]
 
-    @classmethod
-    def of(cls, model: nn.Module) -> VisionHost:
-        """Find the vision transformer of an open_clip model: its native ViT, or a timm trunk.
+    # --- what it is ---
 
-        Raises:
-            ConfigError: `model` has no vision tower.
-            HookPointError: Its vision tower has no transformer blocks (ResNet, ConvNeXt).
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._patch_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float type of pixel_values and of the residual stream.
+
+        That of the patch embedding: a tower in mixed precision keeps other weights in float32.
         """
-        visual = getattr(model, "visual", None)
-        if not isinstance(visual, nn.Module):
-            raise ConfigError(f"{type(model).__name__} has no vision tower; pass a model of open_clip.create_model")
-        transformer: Any = getattr(visual, "transformer", None)
-        if hasattr(transformer, "resblocks"):
-            return cls._native(visual, transformer)
-        trunk: Any = getattr(visual, "trunk", None)
-        if hasattr(trunk, "blocks") and hasattr(trunk, "num_prefix_tokens"):
-            return cls._timm(visual, trunk)
-        raise HookPointError(
-            f"the vision tower {type(trunk or visual).__name__} has no transformer blocks to edit; "
-            "use a ViT, e.g. 'ViT-B-32'"
-        )
+        return self._patch_weight.dtype
 
-    @classmethod
-    def _native(cls, visual: Any, transformer: Any) -> VisionHost:
-        blocks = transformer.resblocks
-        return cls(
-            visual=visual,
-            blocks=blocks,
-            d_model=transformer.width,
-            n_prefix=1,
-            has_cls=True,
-            pools_cls=getattr(visual, "attn_pool", None) is None and getattr(visual, "pool_type", "tok") == "tok",
-            # Read, not inferred from shapes: 50 tokens and a batch of 50 look alike. open_clip 4 has no such switch.
-            batch_first=getattr(transformer, "batch_first", True),
-            quick_gelu=any(type(module).__name__ == "QuickGELU" for module in blocks[0].modules()),
-            grid_size=visual.grid_size,
-        )
+    @property
+    def edit_dtype(self) -> torch.dtype:
+        """Float type that an edit of the stream is computed in: float32 where the blocks' norms are, as in OpenAI's."""
+        return next(self.blocks.parameters()).dtype
 
-    @classmethod
-    def _timm(cls, visual: Any, trunk: Any) -> VisionHost:
-        has_cls = getattr(trunk, "cls_token", None) is not None
-        return cls(
-            visual=visual,
-            blocks=trunk.blocks,
-            d_model=trunk.embed_dim,
-            n_prefix=trunk.num_prefix_tokens,
-            has_cls=has_cls,
-            pools_cls=has_cls and trunk.global_pool == "token",
-            batch_first=True,
-            quick_gelu=any(type(module).__name__ == "QuickGELU" for module in trunk.blocks[0].modules()),
-            grid_size=trunk.patch_embed.grid_size,
-        )
+    @property
+    def _patch_weight(self) -> nn.Parameter:
+        return next(parameter for parameter in self.visual.parameters() if parameter.ndim == 4)
+
+    def fingerprint(self) -> str:
+        """Return a sha256 of the tower's weights, equal for the same weights held in float32 or float16."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.visual.state_dict().items()):
+            if tensor.is_floating_point():
+                digest.update(name.encode())
+                digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def check_width(self, d_model: int, what: str) -> None:
+        """Raise `ShapeError` where something made for `d_model` does not fit this tower."""
+        if d_model != self.d_model:
+            raise ShapeError(
+                f"{what} expects d_model={d_model}, but this vision tower is {self.d_model} wide; "
+                "use an SAE trained on this model"
+            )
+
+    # --- blocks and tokens ---
 
     def block(self, hook_point: str) -> nn.Module:
         """Return the block of a hook point.
@@ -143,31 +161,139 @@ class VisionHost:
             return "cls"
         return scope
 
-    def check_width(self, d_model: int, what: str) -> None:
-        """Raise `ShapeError` where something made for `d_model` does not fit this tower."""
-        if d_model != self.d_model:
-            raise ShapeError(
-                f"{what} expects d_model={d_model}, but this vision tower is {self.d_model} wide; "
-                "use an SAE trained on this model"
-            )
+    def positions(self, hook_point: str, scope: Tokens = "all") -> slice:
+        """Return the positions of the tokens that a scope touches at a hook point; see `effective_scope`."""
+        return token_slice(self.effective_scope(hook_point, scope), self.n_prefix)
+
+    def n_tokens(self, hook_point: str, scope: Tokens = "all") -> int:
+        """Return how many tokens a picture has at `positions`."""
+        rows, columns = self.grid_size
+        return len(range(self.n_prefix + rows * columns)[self.positions(hook_point, scope)])
 
     def to_batch_first(self, resid: Tensor) -> Tensor:
         """Return a block's output as [batch, pos, d_model]; its own inverse."""
         return resid if self.batch_first else resid.transpose(0, 1)
 
-    def fingerprint(self) -> str:
-        """Return a sha256 of the tower's weights, equal for the same weights held in float32 or float16."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.visual.state_dict().items()):
-            if tensor.is_floating_point():
-                digest.update(name.encode())
-                digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().data)
-        return digest.hexdigest()
+    # --- out of the stream and into it ---
 
+    def batch(self, pixel_values: np.ndarray | Tensor) -> Tensor:
+        """Return pixel_values where the tower is, in its dtype."""
+        tensor = torch.from_numpy(pixel_values) if isinstance(pixel_values, np.ndarray) else pixel_values
+        return tensor.to(self.device, self.dtype)
 
-def is_compiled(model: nn.Module) -> bool:
-    """Return whether torch.compile was applied to a model or a part of it, which then ignores new hooks."""
-    return any(
-        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
+    @torch.no_grad()
+    def resid(self, pixel_values: np.ndarray | Tensor, hook_point: str, scope: Tokens | None = None) -> Tensor:
+        """Return residuals, float32 [batch, n_tokens, d_model]; the blocks behind the hook point are not run.
+
+        What is attached to the blocks, the one of the hook point included, is at work.
+
+        Args:
+            pixel_values: float [batch, 3, height, width].
+            hook_point: Where they are taken out.
+            scope: Only the tokens that this scope touches there (see `effective_scope`); every token by default.
+
+        Raises:
+            HookPointError: No such block, or tokens that mean nothing there.
+        """
+        positions = slice(None) if scope is None else self.positions(hook_point, scope)
+        tensor = torch.as_tensor(pixel_values)
+        return torch.cat(
+            [self._until(hook_point, self.batch(part))[:, positions].float() for part in tensor.split(BATCH)]
+        )
+
+    @torch.no_grad()
+    def resid_from(self, resid: Tensor, start: str, hook_point: str) -> Tensor:
+        """Return residuals at a later hook point, float32 [batch, pos, d_model].
+
+        Args:
+            resid: What the block of `start` gives, before anything that is attached to it edits it, [batch, pos,
+                d_model].
+            start: An earlier hook point.
+            hook_point: Where they are taken out.
+        """
+        parts = []
+        for part in resid.split(BATCH):
+            with self._injected(part, start):
+                parts.append(self._until(hook_point, self._blank(part)).float())
+        return torch.cat(parts)
+
+    def embeds_from(self, resid: Tensor, hook_point: str, batch: int = BATCH) -> Tensor:
+        """Return image_embeds, float32 [batch, d_embed], normalized, of residuals [batch, pos, d_model].
+
+        Differentiable. What is attached to the block of the hook point, or to later ones, is at work.
+        """
+        parts = []
+        for part in resid.split(batch):
+            with self._injected(part, hook_point):
+                parts.append(functional.normalize(self.encode(self._blank(part)).float(), dim=-1))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def resid_and_embeds(self, pixel_values: np.ndarray | Tensor, hook_point: str) -> tuple[Tensor, Tensor]:
+        """Return what one pass gives: residuals float32 [batch, pos, d_model], and image_embeds, normalized."""
+        kept: list[Tensor] = []
+        with self._watched(hook_point, kept.append):
+            embeds = self.encode(self.batch(pixel_values))
+        return kept[0].float(), functional.normalize(embeds.float(), dim=-1)
+
+    @contextmanager
+    def changed(self, hook_point: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Let `change` of a residual [batch, pos, d_model] take its place behind a block, while the context lasts."""
+
+        def hook(_block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return self.to_batch_first(change(self.to_batch_first(output)).to(output.dtype))
+
+        handle = self.block(hook_point).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _watched(self, hook_point: str, see: Callable[[Tensor], None]) -> Iterator[None]:
+        """Show the residuals behind a block, [batch, pos, d_model], to a function."""
+
+        def hook(_block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            see(self.to_batch_first(output))
+
+        handle = self.block(hook_point).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _until(self, hook_point: str, pixel_values: Tensor) -> Tensor:
+        """Return the residuals behind a block and run no further."""
+        kept: list[Tensor] = []
+
+        def see(resid: Tensor) -> None:
+            kept.append(resid)
+            raise _Reached
+
+        with self._watched(hook_point, see):
+            try:
+                self.encode(pixel_values)
+            except _Reached:
+                return kept[0]
+        raise AssertionError(f"the pass did not reach {hook_point}")
+
+    def _blank(self, resid: Tensor) -> Tensor:
+        """Return pixel_values for as many pictures: what comes in front of an injected residual does not count."""
+        return torch.zeros(len(resid), 3, *self.image_size, device=self.device, dtype=self.dtype)
+
+    @contextmanager
+    def _injected(self, resid: Tensor, hook_point: str) -> Iterator[None]:
+        """Let a block answer with a residual [batch, pos, d_model], and pass over the blocks before it.
+
+        The block itself stays, so that what is attached to it sees that residual.
+        """
+        last = block_of(hook_point)
+        block = self.block(hook_point)
+        answer = self.to_batch_first(resid.to(self.device, self.dtype))
+        with ExitStack() as stack:
+            for index in range(last):
+                stack.callback(self.blocks.__setitem__, index, self.blocks[index])
+                self.blocks[index] = _Skip()
+            block.forward = lambda *_args, **_kwargs: answer
+            stack.callback(block.__dict__.pop, "forward")
+            yield

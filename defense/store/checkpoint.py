@@ -27,7 +27,7 @@ from torch import Tensor
 from defense.core.config import SAEConfig
 from defense.core.sae import SparseAutoencoder, normalise
 from defense.errors import CheckpointError, ConfigError, HookPointError
-from defense.hosts.tower import VisionHost, block_of
+from defense.hosts.tower import VisionTower, block_of
 
 from . import folders
 
@@ -92,11 +92,11 @@ class Checkpoint:
         if self.hook_point != POOLED:
             block_of(self.hook_point)
 
-    def check_host(self, host: VisionHost, *, allow_mismatch: bool = False) -> None:
+    def check_clip(self, tower: VisionTower, *, allow_mismatch: bool = False) -> None:
         """Hold this SAE against the vision tower that it is to go into.
 
         Args:
-            host: The tower.
+            tower: The tower.
             allow_mismatch: Accept a tower with other weights or another kind of GELU than the SAE was trained with.
 
         Raises:
@@ -106,21 +106,21 @@ class Checkpoint:
         """
         if self.hook_point == POOLED:
             raise HookPointError("this SAE was trained on pooled image embeddings; it cannot be put into a block")
-        host.block(self.hook_point)
-        host.check_width(self.sae.config.d_model, "this SAE")
-        if self.quick_gelu is not None and self.quick_gelu != host.quick_gelu and not allow_mismatch:
+        tower.block(self.hook_point)
+        tower.check_width(self.sae.config.d_model, "this SAE")
+        if self.quick_gelu is not None and self.quick_gelu != tower.quick_gelu and not allow_mismatch:
             raise ConfigError(
                 f"this SAE was trained on activations with quick_gelu={self.quick_gelu}, this tower has "
-                f"quick_gelu={host.quick_gelu}; load the model that fits, or pass allow_mismatch=True"
+                f"quick_gelu={tower.quick_gelu}; load the model that fits, or pass allow_mismatch=True"
             )
-        want = self._host_sha256()
-        if want is not None and not allow_mismatch and (got := host.fingerprint()) != want:
+        want = self._clip_sha256()
+        if want is not None and not allow_mismatch and (got := tower.fingerprint()) != want:
             raise ConfigError(
                 f"this SAE was trained on the weights of {self.host_model} (sha256 {want[:16]}...); this tower's are "
                 f"{got[:16]}.... Load those weights, or pass allow_mismatch=True"
             )
 
-    def _host_sha256(self) -> str | None:
+    def _clip_sha256(self) -> str | None:
         """Return the fingerprint of the tower it was trained on, where `defense train` noted it."""
         trained_on = self.provenance.get("host")
         return trained_on.get("sha256") if isinstance(trained_on, Mapping) else None
@@ -193,9 +193,9 @@ def _load(root: Path) -> Checkpoint:
     semantics = folders.typed("sae", manifest["sae"], _SAE_FIELDS)
     sae = SparseAutoencoder(SAEConfig.from_dict(semantics), tensors[_WEIGHTS])
     _check_golden(sae, tensors[_GOLDEN], root)
-    host = folders.typed("host", manifest["host"], _HOST_FIELDS)
+    clip = folders.typed("host", manifest["host"], _HOST_FIELDS)
     return Checkpoint(
-        sae, manifest["hook_point"], host["model"], host["quick_gelu"], manifest["licence"], manifest["provenance"]
+        sae, manifest["hook_point"], clip["model"], clip["quick_gelu"], manifest["licence"], manifest["provenance"]
     )
 
 

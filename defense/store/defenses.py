@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from defense.core.config import SAEConfig
 from defense.core.latents import LatentSet
 from defense.data.preprocess import Preprocess
 from defense.errors import CheckpointError
 from defense.hosts.clip import EMBEDDED, embedded_folder
-from defense.hosts.defense import Defense, Golden, HostSpec, Site
+from defense.hosts.defense import ClipId, Defense, Golden, Site
 
 from . import defenses
 from .folders import (
@@ -114,12 +115,12 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
     manifest = {
         "schema": SCHEMA,
         "package_version": package_version(),
-        "host": asdict(defense.host),
+        "host": asdict(defense.clip),
         "preprocess": defense.preprocess.to_dict(),
         "sites": [
             {
                 "hook_point": site.hook_point,
-                "sae": dict(site.sae_config),
+                "sae": site.sae_config.to_dict(),
                 "sets": [latent_set.to_dict() for latent_set in site.sets],
             }
             for site in defense.sites
@@ -169,11 +170,16 @@ def _load(root: Path, verify: Verify) -> Defense:
         )
     tensors = read_files(root / MANIFEST, manifest["files"], verify)
     sites = tuple(
-        Site(site["hook_point"], site["sae"], tensors[file], tuple(LatentSet.from_dict(each) for each in site["sets"]))
+        Site(
+            site["hook_point"],
+            SAEConfig.from_dict(site["sae"]),
+            tensors[file],
+            tuple(LatentSet.from_dict(each) for each in site["sets"]),
+        )
         for site, file in zip(fields, site_files, strict=True)
     )
     return Defense(
-        HostSpec(**typed("host", manifest["host"], _HOST_FIELDS)),
+        ClipId(**typed("host", manifest["host"], _HOST_FIELDS)),
         Preprocess.from_dict(manifest["preprocess"]),
         sites,
         Golden(**tensors[_GOLDEN]) if _GOLDEN in tensors else None,

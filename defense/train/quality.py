@@ -8,15 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from defense.classify.classifier import RobustClassifier
 from defense.core.sae import SparseAutoencoder
-from defense.core.suppress import token_slice
+from defense.data.labels import Prompts, check_labels, resolve_templates
 from defense.data.sources import Pictures, prepared
 from defense.errors import ConfigError
-from defense.hosts.tap import Tap
+from defense.hosts.clip import Clip
 
 
 @dataclass(frozen=True)
@@ -71,32 +69,36 @@ def measure(sae: SparseAutoencoder, resid: Tensor, *, chunk: int = 4096) -> Qual
 
 
 @contextmanager
-def spliced(tap: Tap, sae: SparseAutoencoder) -> Iterator[None]:
+def spliced(clip: Clip, hook_point: str, sae: SparseAutoencoder) -> Iterator[None]:
     """Let the SAE's reconstruction take the place of the residual, for as long as the context lasts."""
+    tokens = clip.tower.positions(hook_point, sae.config.tokens)
 
-    def replace(_block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        resid = tap.vision.to_batch_first(output).clone()
-        tokens = token_slice(tap.tokens, tap.vision.n_prefix)
+    def change(resid: Tensor) -> Tensor:
+        resid = resid.clone()
         rows = resid[:, tokens].float()
         resid[:, tokens] = sae.decode(sae.encode(rows), rows).to(resid.dtype)
-        return tap.vision.to_batch_first(resid)
+        return resid
 
-    handle = tap.vision.block(tap.hook_point).register_forward_hook(replace)
-    try:
+    with clip.tower.changed(hook_point, change):
         yield
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
 def evaluate(
-    sae: SparseAutoencoder, tap: Tap, pictures: Pictures, *, n: int = 1000, names: tuple[str, ...] = ()
+    clip: Clip,
+    hook_point: str,
+    sae: SparseAutoencoder,
+    pictures: Pictures,
+    *,
+    n: int = 1000,
+    names: tuple[str, ...] = (),
 ) -> tuple[Quality, ZeroShot | None]:
     """Return an SAE's quality on up to `n` pictures that were kept from training, and what splicing it in costs.
 
     Args:
+        clip: The CLIP.
+        hook_point: Where the SAE reads.
         sae: The SAE.
-        tap: Where its residuals come from.
         pictures: The source that it was trained on.
         n: How many pictures to measure on.
         names: The classes, for zero-shot accuracy; left out without them or where no picture says its class.
@@ -104,24 +106,23 @@ def evaluate(
     Raises:
         ConfigError: No held-out picture can be read, or a label is none of `names`.
     """
-    sae = sae.to(tap.device)
-    held_out = list(pictures.held_out(n))
-    text_embeds = torch.from_numpy(RobustClassifier(tap.host).set_labels(names).text_embeds()) if names else None
+    sae = sae.to(clip.device)
+    prompts = Prompts(check_labels(names), resolve_templates("simple")) if names else None
+    text_embeds = None if prompts is None else torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)
     resids: list[Tensor] = []
     answers: list[tuple[int, int, int]] = []
-    for batch in prepared(tap.host.preprocess, held_out):
+    for batch in prepared(clip.preprocess, list(pictures.held_out(n))):
         readable = [(picture, pixels) for picture, pixels in batch if pixels is not None]
         if not readable:
             continue
         pixel_values = np.stack([pixels for _, pixels in readable])
-        resids.append(tap.resid(pixel_values).flatten(0, 1))
+        resids.append(clip.tower.resid(pixel_values, hook_point, sae.config.tokens).flatten(0, 1))
         if text_embeds is None:
             continue
         labels = [pictures.class_of(picture, names) for picture, _ in readable]
-        images = tap.batch(pixel_values)
-        plain = _nearest(tap, images, text_embeds)
-        with spliced(tap, sae):
-            edited = _nearest(tap, images, text_embeds)
+        plain = (clip.image_embeds(pixel_values) @ text_embeds.T).argmax(1).tolist()
+        with spliced(clip, hook_point, sae):
+            edited = (clip.image_embeds(pixel_values) @ text_embeds.T).argmax(1).tolist()
         answers += [(label, a, b) for label, a, b in zip(labels, plain, edited, strict=True) if label is not None]
     if not resids:
         raise ConfigError("none of the pictures that were kept from training can be read; there is nothing to measure")
@@ -131,8 +132,3 @@ def evaluate(
     label, first, second = np.array(answers).T
     shares = [float(hits.mean()) for hits in (first == label, second == label, first == second)]
     return quality, ZeroShot(len(answers), *shares)
-
-
-def _nearest(tap: Tap, images: Tensor, text_embeds: Tensor) -> list[int]:
-    image_embeds = functional.normalize(tap.host.model.encode_image(images), dim=-1).float().cpu()
-    return (image_embeds @ text_embeds.T).argmax(1).tolist()

@@ -27,10 +27,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from defense.core.config import Tokens
 from defense.data.sources import HELD_OUT_EVERY, START, Picture, Pictures, Position, prepared
 from defense.data.writing import write_word
 from defense.errors import CheckpointError, ConfigError, IntegrityError, NonFiniteError
-from defense.hosts.tap import Tap
+from defense.hosts.clip import Clip
 from defense.store import folders
 
 from .parallel import World
@@ -49,7 +50,7 @@ class Chunk(NamedTuple):
         resid: This process's rows, float32 [n_own, d_model].
         numbers: Which of the chunk's rows they are, int64 [n_own].
         n: Rows of the chunk over all processes.
-        next: Where the next chunk starts. A chunk with all there is is followed by itself.
+        next: Where the next chunk starts. If one chunk holds the whole epoch, `next` is its own position.
     """
 
     resid: Tensor
@@ -74,8 +75,10 @@ class Stream:
     """Residuals that are encoded when they are asked for.
 
     Args:
-        tap: Where they are taken out.
+        clip: The CLIP.
+        hook_point: Where they are taken out.
         pictures: What they are residuals of.
+        tokens: Which tokens; after the last block of a tower that pools its CLS token, that one only.
         buffer: Tokens in the shuffle buffer, over all processes (d_model * 4 bytes each).
         text_rate: Share of the pictures that get a word written on them, in [0, 1].
         seed: Decides the order of pictures and what is written.
@@ -87,13 +90,16 @@ class Stream:
 
     Raises:
         ConfigError: A number outside its range.
+        HookPointError: No such block, or tokens that mean nothing there.
     """
 
     def __init__(
         self,
-        tap: Tap,
+        clip: Clip,
+        hook_point: str,
         pictures: Pictures,
         *,
+        tokens: Tokens = "all",
         buffer: int = 2**17,
         text_rate: float = 0.0,
         seed: int = 0,
@@ -105,19 +111,26 @@ class Stream:
                 f"text_rate={text_rate}, buffer={buffer}, batch={batch}; text_rate must lie in [0, 1], the others must "
                 "be at least 1"
             )
-        self.tap, self.pictures, self.world = tap, pictures, world
+        clip.tower.block(hook_point)  # raises where there is none
+        self.clip, self.hook_point, self.pictures, self.world = clip, hook_point, pictures, world
+        self.tokens: Tokens = clip.tower.effective_scope(hook_point, tokens)
         self.text_rate, self.seed, self.batch = text_rate, seed, batch
-        self.d_model = tap.vision.d_model
-        self.buffer = max(1, buffer // tap.n_tokens)
+        self.d_model = clip.tower.d_model
+        self.buffer = max(1, buffer // self.n_tokens)
         self.unreadable: set[str] = set()
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens a picture gives."""
+        return self.clip.tower.n_tokens(self.hook_point, self.tokens)
 
     def describe(self) -> dict[str, Any]:
         """Return what decides the numbers, as JSON values."""
         return {
-            "host": self.tap.vision.fingerprint(),
-            "preprocess": self.tap.host.preprocess.to_dict(),
-            "hook_point": self.tap.hook_point,
-            "tokens": self.tap.tokens,
+            "host": self.clip.tower.fingerprint(),
+            "preprocess": self.clip.preprocess.to_dict(),
+            "hook_point": self.hook_point,
+            "tokens": self.tokens,
             "pictures": self.pictures.fingerprint,
             "pictures_per_chunk": self.buffer,
             "text_rate": self.text_rate,
@@ -146,7 +159,7 @@ class Stream:
             )
         number = readable.cumsum(0) - 1  # of each picture among the readable ones
         own = number[mine][is_readable]
-        n_tokens = self.tap.n_tokens
+        n_tokens = self.n_tokens
         numbers = (own[:, None] * n_tokens + torch.arange(n_tokens, device=own.device)).flatten()
         return Chunk(resid, numbers, n_readable * n_tokens, following)
 
@@ -170,21 +183,21 @@ class Stream:
     @torch.no_grad()
     def _encode(self, pictures: list[Picture], epoch: int) -> tuple[Tensor, Tensor]:
         """Return residuals [n_readable * n_tokens, d_model], and which pictures can be read, bool [n]."""
-        n_tokens, device = self.tap.n_tokens, self.tap.device
+        n_tokens, device = self.n_tokens, self.clip.device
         resid = torch.empty(len(pictures) * n_tokens, self.d_model, device=device)
         is_readable = torch.zeros(len(pictures), dtype=torch.bool, device=device)
         n_done = n_rows = 0
-        for batch in prepared(self.tap.host.preprocess, pictures, self.batch, partial(self._write, epoch)):
+        for batch in prepared(self.clip.preprocess, pictures, self.batch, partial(self._write, epoch)):
             kept = [pixels for _, pixels in batch if pixels is not None]
             if kept:
-                rows = self.tap.resid(np.stack(kept)).flatten(0, 1)
+                rows = self.clip.tower.resid(np.stack(kept), self.hook_point, self.tokens).flatten(0, 1)
                 resid[n_rows : n_rows + len(rows)] = rows
                 n_rows += len(rows)
             is_readable[n_done : n_done + len(batch)] = torch.tensor([pixels is not None for _, pixels in batch])
             n_done += len(batch)
         resid = resid[:n_rows]
         if not resid.isfinite().all():
-            raise NonFiniteError(f"the residual at {self.tap.hook_point}")
+            raise NonFiniteError(f"the residual at {self.hook_point}")
         return resid, is_readable
 
     def _write(self, epoch: int, picture: Picture, image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ from torch import Tensor
 from defense.core.config import Tokens
 from defense.core.sae import SparseAutoencoder
 from defense.errors import ConfigError, ShapeError
-from defense.hosts.defense import HostSpec
+from defense.hosts.defense import ClipId
 from defense.store.checkpoint import Checkpoint
 
 from .parallel import World
@@ -147,7 +147,7 @@ def _run(
 def train_checkpoint(
     stream: Stream,
     config: TrainConfig,
-    host: HostSpec,
+    clip_id: ClipId,
     *,
     names: Sequence[str] = (),
     n_held_out: int = 1000,
@@ -161,7 +161,7 @@ def train_checkpoint(
     Args:
         stream: The pictures' residuals.
         config: How to train.
-        host: What identifies the CLIP.
+        clip_id: What identifies the CLIP.
         names: The classes of the pictures, to measure zero-shot accuracy with.
         n_held_out: Pictures to measure on.
         shards: Folder to keep the residuals in; where it exists, they are read from there.
@@ -178,16 +178,17 @@ def train_checkpoint(
         if not shards.exists():
             write_shards(stream, shards, config.steps * config.batch)
         source = Shards(shards, stream.describe(), stream.world)
-    tap = stream.tap
-    sae = train(source, config, tokens=tap.tokens, device=tap.device, world=stream.world, state=state, report=report)
-    quality, zero_shot = evaluate(sae, tap, stream.pictures, n=n_held_out, names=tuple(names))
+    clip, hook_point = stream.clip, stream.hook_point
+    sae = train(
+        source, config, tokens=stream.tokens, device=clip.device, world=stream.world, state=state, report=report
+    )
+    quality, zero_shot = evaluate(clip, hook_point, sae, stream.pictures, n=n_held_out, names=tuple(names))
     provenance = {
-        "host": asdict(host),
+        "host": asdict(clip_id),
         "activations": source.describe(),
         "train": asdict(config),
         "quality": asdict(quality),
         "zero_shot": None if zero_shot is None else asdict(zero_shot),
         "n_unreadable": len(stream.unreadable),
     }
-    name = host.model if host.pretrained is None else f"{host.model}, {host.pretrained}"
-    return Checkpoint(sae.cpu(), tap.hook_point, name, host.quick_gelu, licence, provenance)
+    return Checkpoint(sae.cpu(), hook_point, clip_id.name, clip_id.quick_gelu, licence, provenance)

@@ -1,0 +1,244 @@
+"""The command line: outputs and exit codes, run in this process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+pytest.importorskip("open_clip")
+
+from defense.cli import app
+from defense.core.latents import LatentSet
+from defense.store import defenses, folders
+
+from ..conftest import random_defense, random_sae
+
+
+@pytest.fixture
+def defense_folder(tmp_path, tiny_clip, tiny_folder):
+    site = (1, random_sae(act="topk", k=8), LatentSet("text", tuple(range(60))))
+    return defenses.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with two pictures, one in a subfolder with a space, and files that are no pictures."""
+    folder = tmp_path / "pictures"
+    (folder / "more pictures").mkdir(parents=True)
+    for seed, name in enumerate(["b.png", "more pictures/a.jpg"]):
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+def run(*arguments) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_folder_is_classified_side_by_side(defense_folder, pictures):
+    code, out, _ = run("classify", pictures, "--labels", "dog, cat", "--defense", defense_folder)
+    assert code == 0
+    for expected in ("b.png", "a.jpg", "plain CLIP", "defended", "dog", "cat", "removed: text"):
+        assert expected in out
+    assert "notes.txt" not in out
+
+
+def test_json_is_one_object_a_line_and_nothing_else(defense_folder, pictures):
+    code, out, _ = run("classify", pictures, "--labels", "dog,cat", "--defense", defense_folder, "--json")
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["file"] for row in rows] == [str(pictures / "b.png"), str(pictures / "more pictures" / "a.jpg")]
+    for row in rows:
+        assert {p["label"] for p in row["plain"]} == {p["label"] for p in row["robust"]} == {"dog", "cat"}
+        assert row["removed"][0]["set_name"] == "text"
+        assert row["changed"] == (row["plain"][0]["label"] != row["robust"][0]["label"])
+
+
+def test_plain_prints_stock_clip_only(defense_folder, pictures):
+    code, out, _ = run("classify", pictures / "b.png", "--labels", "dog,cat", "--defense", defense_folder, "--plain")
+    assert code == 0
+    assert "defended" not in out
+    assert "removed" not in out
+    code, out, _ = run(
+        "classify", pictures / "b.png", "--labels", "dog,cat", "--defense", defense_folder, "--plain", "--json"
+    )
+    assert set(json.loads(out)) == {"file", "plain", "warnings"}
+
+
+def test_labels_can_come_from_a_file(defense_folder, pictures, tmp_path):
+    (tmp_path / "labels.txt").write_text("dog\ncat\nred fish\n")
+    arguments = ("classify", pictures / "b.png", "--defense", defense_folder, "--json")
+    code, out, _ = run(*arguments, "--labels-file", tmp_path / "labels.txt")
+    assert code == 0
+    assert {p["label"] for p in json.loads(out)["plain"]} == {"dog", "cat", "red fish"}
+    code, _, err = run(*arguments, "--labels-file", tmp_path / "labels.txt", "--labels", "dog")
+    assert code == 2
+    assert "not both" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(None, "cannot be read (No such file", id="missing"),
+        pytest.param("folder", "cannot be read (Is a directory)", id="folder"),
+        pytest.param(b"", "no label was given", id="empty"),
+        pytest.param(bytes(range(256)), "is not UTF-8 text", id="binary"),
+        pytest.param(bytes(64), "control character U+0000", id="zeros"),
+    ],
+)
+def test_a_labels_file_that_is_none_is_a_usage_error(defense_folder, pictures, tmp_path, content, message):
+    path = tmp_path / "labels.txt"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    code, out, err = run("classify", pictures / "b.png", "--defense", defense_folder, "--labels-file", path)
+    assert (code, out) == (2, "")
+    assert f"error: {path}" in err
+    assert message in err
+    assert "Errno" not in err
+
+
+def test_bad_pictures_are_named_and_the_rest_goes_on(defense_folder, pictures):
+    (pictures / "c.png").write_bytes(b"<html>not found</html>")
+    arguments = ("classify", pictures, "--labels", "dog,cat", "--defense", defense_folder, "--json")
+    code, out, err = run(*arguments)
+    assert code == 4
+    assert len(out.splitlines()) == 2
+    assert "c.png" in err
+    assert "not_an_image" in err
+    assert "1 of 3" in err
+    code, out, _ = run(*arguments, "--on-error", "return")
+    assert code == 4
+    assert json.loads(out.splitlines()[1])["error"]["code"] == "not_an_image"
+    code, out, err = run(*arguments, "--on-error", "raise")
+    assert code == 4
+    assert len(out.splitlines()) == 1
+    assert "not_an_image" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels", "dog,dog"], "dog"),
+        (["--labels", "dog,,cat"], "blank"),
+        (["--labels", "dog", "--template", "no braces"], "{}"),
+        ([], "--labels"),
+        (["--labels", "dog", "--top-k", "0"], "top-k"),
+        (["--labels", "dog", "--model", "ViT-Z-99"], "ViT-Z-99"),
+    ],
+    ids=["duplicate", "blank", "template", "no-labels", "top-k", "model"],
+)
+def test_usage_errors_exit_with_2(defense_folder, pictures, arguments, message):
+    code, out, err = run("classify", pictures, "--defense", defense_folder, *arguments)
+    assert code == 2
+    assert message in err
+    assert not out
+
+
+def test_an_empty_folder_is_a_usage_error(defense_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, err = run("classify", tmp_path / "empty", "--labels", "dog", "--defense", defense_folder)
+    assert code == 2
+    assert "no pictures" in err
+
+
+def test_fault_32_a_picture_that_is_not_there_fails_alone(defense_folder, pictures, tmp_path):
+    code, out, err = run(
+        "classify",
+        tmp_path / "nowhere.png",
+        pictures / "b.png",
+        "--labels",
+        "dog,cat",
+        "--defense",
+        defense_folder,
+        "--json",
+    )
+    assert code == 4
+    assert len(out.splitlines()) == 1
+    assert "nowhere.png" in err
+
+
+def test_fault_52_a_damaged_defense_exits_with_5(defense_folder, pictures):
+    weights = defense_folder / "site-0.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    code, out, err = run("classify", pictures, "--labels", "dog,cat", "--defense", defense_folder)
+    assert code == 5
+    assert "sha256" in err
+    assert not out
+    assert run("info", defense_folder)[0] == 5
+
+
+def test_fault_53_an_edited_manifest_is_noticed_when_its_hash_is_pinned(defense_folder):
+    pinned = folders.sha256_of(defense_folder / "manifest.json")
+    code, out, _ = run("info", defense_folder, "--expect", pinned)
+    assert code == 0
+    assert "60 latents" in out
+    assert pinned in out.replace("\n", "")
+    manifest = defense_folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"all"', '"cls"'))
+    code, _, err = run("info", defense_folder, "--expect", pinned)
+    assert code == 5
+    assert "was changed" in err
+
+
+def test_info_check_of_an_sae_is_its_golden_activations_and_needs_no_host(tmp_path):
+    from defense.store.checkpoint import Checkpoint, save
+
+    folder = save(Checkpoint(random_sae(), "blocks.1.hook_resid_post"), tmp_path / "sae")
+    code, out, _ = run("info", folder, "--check")
+    assert code == 0
+    assert "golden      acts and reconstructions reproduced" in out
+    code, out, err = run("info", folder, "--check", "--model", "ViT-B-32")
+    assert (code, out) == (2, "")
+    assert "are for a defense" in err
+
+
+def test_fault_70_without_torch_the_answer_is_the_command_that_installs_it(tmp_path):
+    script = (
+        "import sys; sys.modules['torch'] = None; sys.modules['open_clip'] = None\n"
+        "from defense.cli import main; sys.argv = ['defense', *sys.argv[1:]]; main()"
+    )
+
+    def without_torch(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+
+    result = without_torch("classify")
+    assert result.returncode == 3
+    assert 'pip install "clip-defense[torch]"' in result.stderr.replace("\n", "")
+    assert "Traceback" not in result.stderr
+    for command in (["--help"], ["info"], ["doctor"], ["--version"]):
+        result = without_torch(*command)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout
+
+
+def test_doctor_lists_the_packages():
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "torch" in out
+    assert "clip-defense" in out
+
+
+def test_fault_75_an_interrupt_exits_with_130(defense_folder, pictures, monkeypatch):
+    from defense.classify.classifier import RobustClassifier
+
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RobustClassifier, "explain", interrupted)
+    code, _, err = run("classify", pictures, "--labels", "dog,cat", "--defense", defense_folder)
+    assert code == 130
+    assert "interrupted" in err

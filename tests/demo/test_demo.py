@@ -1,0 +1,411 @@
+"""The demo without a server: limits, writing, the page's HTML, and what its handlers return."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason='needs the extra "demo"')
+pytest.importorskip("open_clip")
+
+from defense.classify.classifier import RobustClassifier
+from defense.demo import cards, draw, engine, limits, loading, measured, trying, views
+from defense.errors import ConfigError, InvalidImageError
+from defense.hosts.clip import EMBEDDED
+from defense.hosts.controls import Controls
+
+from .files import BAD_FILES, file_of
+
+
+@pytest.fixture(scope="module")
+def demo() -> engine.Engine:
+    """The engine of the embedded model."""
+    return loading.defended(device="cpu")
+
+
+@pytest.fixture
+def tab(demo) -> trying.Trying:
+    return trying.Trying(demo, cards.Gallery(demo))
+
+
+@pytest.fixture
+def form(tab) -> trying.Form:
+    return trying._first_form(tab)
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("dog, cat", ["dog", "cat"]), ("dog\nhot dog, warm\n", ["dog", "hot dog, warm"]), (" ,\n ", []), ("", [])],
+)
+def test_labels_are_split_at_lines_or_else_at_commas(text, expected):
+    assert limits.split_labels(text) == expected
+
+
+def test_no_labels_stand_for_the_default():
+    assert limits.check_labels("  ", ("dog", "cat")) == ("dog", "cat")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n".join(map(str, range(1001))), "1,001 labels; at most 1,000"),
+        ("a" * 201, "201 characters long; at most 200"),
+        ("a" * 1_000_000, "1,000,000 characters long"),
+        ("dog,dog", "repeats"),
+    ],
+    ids=["too-many", "too-long", "a-megabyte", "twice"],
+)
+def test_fault_78_labels_are_bounded(text, message):
+    with pytest.raises(ConfigError, match=message):
+        limits.check_labels(text, ("dog",))
+
+
+def test_labels_at_the_limits_are_taken():
+    assert len(limits.check_labels("\n".join(f"{i:0200}" for i in range(1000)), ())) == 1000
+
+
+def test_a_large_picture_is_scaled_down_and_said_to_be():
+    loaded = limits.load(file_of(Image.new("RGB", (2048, 1000))))
+    assert loaded.image.size == (1024, 500)
+    assert loaded.notes == ("Scaled down from 2048 x 1000 pixels.",)
+
+
+def test_a_small_picture_keeps_its_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(limits.load(file_of(Image.fromarray(pixels))).image), pixels)
+
+
+def test_metadata_is_dropped_and_orientation_applied():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a secret"
+    image = limits.load(file_of(Image.new("RGB", (40, 20), "red"), "JPEG", exif=exif)).image
+    assert image.size == (20, 40)
+    assert not image.getexif()
+    assert not image.info
+
+
+@pytest.mark.parametrize("code", BAD_FILES)
+def test_fault_78_every_bad_file_gets_a_sentence_of_its_own(code):
+    with pytest.raises(InvalidImageError) as caught:
+        limits.load(BAD_FILES[code])
+    said = limits.friendly(caught.value)
+    assert said.endswith(f"({code})")
+    assert "bytes" not in said  # nothing of Python's
+    assert len({limits.friendly(InvalidImageError(each, "")) for each in BAD_FILES}) == len(BAD_FILES)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(320, 320), (60, 400), (301, 97)])
+@pytest.mark.parametrize("style", draw.STYLES)
+def test_a_word_is_written_within_the_picture_and_nowhere_else(size, style):
+    picture = Image.new("RGB", size, "green")
+    written = draw.write(picture, draw.Note("Pizza", style=style, x=0.95, y=0.99, height=0.3))
+    changed = np.argwhere((np.asarray(written) != np.asarray(picture)).any(2))
+    assert len(changed) > 20
+    assert picture.getcolors() == [(size[0] * size[1], (0, 128, 0))]  # the original stays
+    if style != "strip":  # all of the word is there, with a margin
+        assert changed[:, 1].max() < size[0]
+        assert changed[:, 1].min() > 0
+
+
+def test_the_place_of_a_word_is_followed():
+    picture = Image.new("RGB", (300, 300), "green")
+    centres = []
+    for x, y in ((0.25, 0.2), (0.75, 0.8)):
+        written = draw.write(picture, draw.Note("ab", x=x, y=y, height=0.1))
+        centres.append(np.argwhere((np.asarray(written) != np.asarray(picture)).any(2)).mean(0) / 300)
+    assert np.allclose(centres, [(0.2, 0.25), (0.8, 0.75)], atol=0.02)
+
+
+def test_no_word_leaves_the_picture_as_it_is():
+    picture = Image.effect_noise((50, 40), 90).convert("RGB")
+    assert draw.write(picture, draw.Note("  ")).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"text": "a" * 25}, {"text": "pizza!"}, {"text": "é"}, {"text": "a", "font": "../x"}, {"text": "a", "x": 1.5}],
+    ids=["long", "sign", "accent", "font", "place"],
+)
+def test_what_cannot_be_written_is_refused(fields):
+    with pytest.raises(ConfigError):
+        draw.Note(**fields)
+
+
+# --- the page's HTML --------------------------------------------------------------------------------------------------
+
+EVIL = '<script>alert("1")</script>'
+
+
+def test_text_from_outside_is_escaped_everywhere(tab, form):
+    shown = "".join(tab.show(replace(form, labels=f"{EVIL}, <b>dog</b>")))
+    assert "<script" not in shown
+    assert "<b>" not in shown
+    assert "&lt;script&gt;alert(&quot;1&quot;)" in shown
+    assert "<script" not in views.message(EVIL)
+
+
+def test_a_latent_is_named_by_a_key_that_can_be_read_back():
+    place = ("blocks.2.hook_resid_post", 17)
+    assert views.place_of(views.place_key(place)) == place
+
+
+# --- the first tab ----------------------------------------------------------------------------------------------------
+
+
+def answers_in(html: str) -> dict[str, str]:
+    parts = html.split('data-answer="')[1:]
+    return {part.split('"')[0]: part.split(">")[1].split("<")[0] for part in parts}
+
+
+def test_the_page_opens_with_a_word_that_fools_plain_clip_and_not_the_defended_one(tab, form):
+    assert answers_in(tab.show(form)[1]) == {"plain": form.word, "robust": tab.examples[0].title}
+
+
+def test_at_strength_0_both_answers_are_equal_and_nothing_was_removed(tab, form):
+    _, answers, removed, _ = tab.show(replace(form, strength=0.0))
+    assert len(set(answers_in(answers).values())) == 1
+    assert "bit for bit" in removed
+    assert 'class="n up"' not in answers
+    assert 'class="n down"' not in answers
+
+
+def test_what_the_tab_answers_is_what_the_library_answers(tab, form):
+    clf = RobustClassifier.from_pretrained(EMBEDDED, device="cpu").set_labels(tab.engine.tasks[0].labels)
+    want = clf.explain(form.picture)
+    question = tab.question(form)
+    got = tab.engine.explain(form.picture, question)
+    assert got.plain == want.plain
+    assert [(r["label"], pytest.approx(r["score"], abs=1e-5)) for r in got.robust[:3]] == [
+        (r["label"], r["score"]) for r in want.robust[:3]
+    ]
+
+
+def test_visitors_do_not_see_each_others_labels(demo, form):
+    picture = form.picture
+    questions = [demo.question(", ".join(labels), "") for labels in (("apple", "pizza"), ("dog", "cat", "cow"))]
+    wrong = []
+
+    def ask(question):
+        for _ in range(5):
+            if {row["label"] for row in demo.explain(picture, question).plain} != set(question.labels):
+                wrong.append(question)
+
+    threads = [threading.Thread(target=ask, args=(question,)) for question in questions * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_embeddings_of_labels_do_not_pile_up(demo, form):
+    for i in range(engine._MAX_VOCABULARIES + 5):
+        demo.classify(form.picture, demo.question(f"dog, cat {'x' * i}", ""))
+    assert len(demo.clf._text_embeds) <= engine._MAX_VOCABULARIES
+
+
+def test_labels_that_the_model_never_saw_are_named_each_time(tab, form):
+    for _ in range(2):
+        assert "zebra" in tab.show(replace(form, labels="zebra, dog"))[3]
+    assert tab.show(replace(form, labels="cat, dog"))[3] == ""
+
+
+def test_a_latent_is_switched_off_and_on_again(tab, form):
+    latent = tab.engine.explain(form.picture, tab.question(form)).removed[0]
+    key = views.place_key((latent.hook_point, latent.latent))
+    off, _, _, _, answers, removed, _ = tab.latent("switch", key, False, form)
+    assert off == (key,)
+    assert "left alone" in removed
+    assert answers != tab.show(form)[1]
+    off, _, _, *shown = tab.latent("switch", key, True, replace(form, off=off))
+    assert off == ()
+    assert answers_in(shown[1]) == answers_in(tab.show(form)[1])
+
+
+def test_pressing_a_latent_shows_its_own_map_and_its_card(tab, form):
+    latent = tab.engine.explain(form.picture, tab.question(form)).removed[1]
+    key = views.place_key((latent.hook_point, latent.latent))
+    _, focus, card, _, _, removed, _ = tab.latent("focus", key, True, form)
+    assert focus == key
+    assert f"where · latent {latent.latent}" in removed
+    assert f"Latent {latent.latent}" in card
+    assert "why it was chosen" in card
+    for score in cards.SCORES:
+        assert score in card
+
+
+def test_counterfactual_names_latents_that_flip_the_answer(tab, form):
+    said = tab.counterfactual(form)
+    assert f'turns "{form.word}" into' in said
+
+
+def test_an_upload_replaces_the_picture_and_clears_what_belonged_to_the_last(tab, form):
+    data = file_of(Image.new("RGB", (50, 50), "red"))
+    loaded, off, focus, card, word, *shown = tab.upload(data, replace(form, off=("blocks.2.hook_resid_post:1",)))
+    assert loaded.image.size == (50, 50)
+    assert (off, focus, card, word) == ((), "", "", "")
+    assert "50 x 50 pixels" in shown[0]
+
+
+def test_an_error_becomes_a_message_and_leaves_the_rest_as_it_is(tab, form):
+    handler = trying.friendly(lambda *_: tab.upload(b"<html>", form), 9)
+    *kept, said = handler()
+    assert len(kept) == 8
+    assert all(each == kept[0] for each in kept)
+    assert 'role="alert"' in said
+    assert "not a picture" in said
+
+
+def test_putting_the_word_follows_the_press_and_the_keyboard_moves_it(tab, form):
+    assert tab.put("0.25", "0.75", form)[:2] == (0.25, 0.75)
+    assert tab.put("-3", "7", form)[:2] == (0.0, 1.0)
+    rows = []
+    for _ in range(3):
+        form = replace(form, y=tab.put("", "", form)[1])
+        rows.append(form.y)
+    assert sorted(rows) == list(trying._ROWS)
+
+
+def test_every_example_can_be_chosen_and_the_defense_is_right(tab, form):
+    right = {"landbird on water": "landbird", "waterbird on land": "waterbird"}
+    right |= {"blond man": "blond hair", "dark-haired woman": "dark hair"}
+    for index, example in enumerate(tab.examples):
+        loaded, *_, answers, _, _ = tab.choose(index, form)
+        assert loaded.image == example.picture
+        found = answers_in(answers)
+        assert found["robust"] == right.get(example.title, example.title)
+        assert found["plain"] != found["robust"]
+
+
+# --- what is known of latents -----------------------------------------------------------------------------------------
+
+
+def test_without_a_catalogue_the_card_says_so(demo, form):
+    bare = replace(demo, catalogues={})
+    card = cards.card(bare, cards.Gallery(bare), ("blocks.2.hook_resid_post", 5), form.picture)
+    assert cards.NO_CATALOGUE in card
+    assert "left alone by the defense" in card
+
+
+@pytest.fixture
+def catalogued(demo):
+    """The engine with a made-up catalogue of its first site: ten pictures, three words."""
+    from defense.explain.catalogue import BIN_EDGES, Catalogue
+
+    site = demo.clf.defense.sites[0]
+    d_sae, d_embed = site.parameters["W_dec"].shape[0], 128
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(d_sae, d_embed)).astype(np.float32)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    directions[7] = demo.phrase("fire", "a photo of a {}.")
+    words = ("apple", "pizza", "dog")
+    made = Catalogue(
+        site.hook_point,
+        {
+            "steerability": np.arange(d_sae, dtype=np.float32),
+            "monosemanticity": np.full(d_sae, np.nan, np.float32),
+            "largest_activation": np.full(d_sae, 8.0, np.float32),
+        },
+        tuple(((words[i % 3], 0.5),) if i % 2 else () for i in range(d_sae)),
+        directions.astype(np.float16),
+        np.tile(np.array([0, 1, -1], np.int32), (d_sae, 1)),
+        np.tile(np.array([3.0, 2.0, 0.0], np.float32), (d_sae, 1)),
+        np.tile(np.arange(len(BIN_EDGES) - 1, dtype=np.int32), (d_sae, 1)),
+        tuple(f"scene:51:{i}" for i in range(1, 11)),
+    )
+    return replace(demo, catalogues={site.hook_point: made})
+
+
+def test_a_card_holds_names_pictures_histogram_and_numbers(catalogued):
+    hook_point = next(iter(catalogued.catalogues))
+    card = cards.card(catalogued, cards.Gallery(catalogued), (hook_point, 4001 % 3072 | 1))
+    assert card.count("<figure>") == 2  # two pictures; the third index says that there is none
+    assert '<ol class="names"><li>' in card
+    assert "<svg" in card
+    assert "steerability" in card
+
+
+@pytest.mark.parametrize(
+    ("query", "sort", "first"),
+    [("", "steerability", 3071), ("5", "steerability", 5), ("PIZ", "steerability", 3067), ("fire", "steerability", 7)],
+    ids=["all", "number", "name", "phrase"],
+)
+def test_latents_are_found_by_number_name_and_phrase(catalogued, query, sort, first):
+    hook_point = next(iter(catalogued.catalogues))
+    html = cards.listed(catalogued, cards.Gallery(catalogued), hook_point, query, sort)
+    assert html.split('data-place="')[1].split('"')[0] == f"{hook_point}:{first}"
+
+
+def test_a_number_that_is_no_latent_is_said_to_be_none(catalogued):
+    hook_point = next(iter(catalogued.catalogues))
+    assert "There is no latent 99999" in cards.listed(catalogued, cards.Gallery(catalogued), hook_point, "99999", "")
+
+
+def test_steering_starts_from_the_plain_answer_and_moves_it(catalogued, form):
+    from defense.demo.browsing import Browsing
+
+    browsing = Browsing(catalogued, cards.Gallery(catalogued))
+    hook_point = next(iter(catalogued.catalogues))
+    latent = catalogued.explain(form.picture, browsing.trying.question(form)).removed[0].latent
+    key, slider, _, card = browsing.open(views.place_key((hook_point, latent)), form)
+    assert slider["maximum"] == 12.0
+    assert f"Latent {latent}" in card
+    (shown,) = browsing.steer(key, 60.0, form)
+    assert 'class="n same"' not in shown.split("<tbody>")[1].split("</tr>")[0]
+    assert f"latent {latent} at 60" in shown
+
+
+# --- the third tab ----------------------------------------------------------------------------------------------------
+
+
+def test_stored_results_become_tables(tmp_path):
+    found = measured.sections(measured.results_folder())
+    assert any("| defended |" in section for section in found)
+    assert measured.sections(tmp_path) == [measured.NOTHING]
+    (tmp_path / "embedded.json").write_text("{}")
+    assert "cannot be read" in measured.sections(tmp_path)[0]
+
+
+def test_plots_travel_in_the_page(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "typographic-strength.png")
+    html = measured.plots(tmp_path)
+    assert 'src="data:image/png;base64,' in html
+    assert "typographic strength" in html
+
+
+def test_the_load_test_states_quantiles_of_its_times():
+    from defense.benchmarks.demo import quantiles
+
+    assert quantiles([float(i) for i in range(1, 102)]) == {"p50": 51.0, "p95": 96.0, "max": 101.0}
+    assert quantiles([7.0]) == {"p50": 7.0, "p95": 7.0, "max": 7.0}
+    assert quantiles([]) == {}
+
+
+def test_controls_reach_the_model(demo, form):
+    full, none = (demo.classify(form.picture, demo.question("", "", Controls(s)))[0]["label"] for s in (1.0, 0.0))
+    assert (full, none) == ("apple", "pizza")
+
+
+def without(modules: list[str], code: str, *arguments: object) -> subprocess.CompletedProcess:
+    script = "import json, sys\nfor name in json.loads(sys.argv[1]): sys.modules[name] = None\n" + code
+    command = [sys.executable, "-P", "-c", script, json.dumps(modules), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_fault_70_without_gradio_the_command_says_what_to_install():
+    done = without(["gradio"], "from defense.cli import main; sys.argv = ['defense', 'demo']; main()")
+    assert done.returncode == 3
+    assert 'pip install "clip-defense[demo]"' in done.stderr.replace("\n", "")

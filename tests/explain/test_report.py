@@ -1,0 +1,449 @@
+"""Reports: self-contained, escaped, readable in both colour schemes; and the command that writes them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from defense.classify.explanation import Explanation, Removed
+from defense.cli import app
+from defense.explain.counterfactual import Counterfactual
+from defense.explain.report_html import report_html
+from defense.explain.report_png import report_png
+from defense.hosts.controls import Controls
+
+POINT = "blocks.2.hook_resid_post"
+EVIL = "<script>alert(1)</script>"
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """Elements of a page with their attributes, its text, and whether every element is closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def removed(latent: int, share: float, set_name: str = "text") -> Removed:
+    energies = np.zeros((4, 4), np.float32)
+    energies[latent % 4, 1] = share
+    return Removed(POINT, set_name, latent, 1000 * share, share, 7.25, energies)
+
+
+def explanation(n: int = 3, plain: str = "pizza", robust: str = "apple", **fields) -> Explanation:
+    heatmap = np.zeros((4, 4), np.float32)
+    heatmap[1, 1] = 4.0
+    return Explanation(
+        **{
+            "plain": [{"label": plain, "score": 0.75}, {"label": robust, "score": 0.125}],
+            "robust": [{"label": robust, "score": 0.875}, {"label": plain, "score": 0.0625}],
+            "removed": tuple(removed(latent, 1 / n) for latent in range(n)),
+            "heatmap": heatmap,
+            "fraction": 0.125,
+            "warnings": (),
+            "plain_ms": 5.0,
+            "robust_ms": 6.0,
+            "box": (0, 0, 80, 80),
+            "controls": Controls(),
+            **fields,
+        }
+    )
+
+
+def picture(width: int = 80, height: int = 80) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def embedded_picture(element: dict[str, str | None]) -> Image.Image:
+    source = element["src"] or ""
+    head, data = source.split(",")
+    assert head == "data:image/webp;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    image.load()
+    return image
+
+
+# --- HTML -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_changed_and_which_latents_were_removed():
+    page = Page(report_html(picture(), explanation(), name="apple.png"))
+    for expected in (
+        "apple.png",
+        "Plain CLIP says pizza (75.0 %). Defended, it says apple (87.5 %).",
+        "3 latents removed, on 1 of 16 patches: 12.5 %",
+        "+75.0",
+        "\N{MINUS SIGN}68.8",
+        "latent 2",
+        "text",
+        POINT,
+        "7.25",
+        "333",
+        "33.3 %",
+    ):
+        assert expected in page.text
+    assert page.open == []
+
+
+def test_the_page_needs_no_other_file_script_or_network():
+    html = report_html(picture(), explanation(), name="apple.png")
+    page = Page(html)
+    assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in page.elements}
+    for _, attributes in page.elements:
+        assert not {name for name in attributes if name.startswith("on") or name in ("href", "srcset", "action")}
+        assert (attributes.get("src") or "data:").startswith("data:")
+    assert not re.search(r"https?:|url\(|@import|//", html.split("</style>")[0])
+    (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_whatever_users_and_files_say_is_text():
+    evil = explanation(
+        plain=EVIL,
+        robust="' onload='x",
+        removed=(removed(1, 1.0, EVIL),),
+        warnings=(EVIL,),
+        controls=Controls(off=frozenset({(EVIL, 3)})),
+    )
+    catalogues = {POINT: SimpleNamespace(names_of=lambda _latent: ((f"{EVIL}word", 1.0),))}
+    found = Counterfactual(evil.plain, ((POINT, 1), (EVIL, 2)), evil.robust, 3)
+    html = report_html(
+        picture(), evil, name=f'"{EVIL}.png', catalogues=catalogues, counterfactual=found
+    )  # fmt: skip
+    page = Page(html)
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert not [attributes for _, attributes in page.elements if "onload" in attributes]
+    assert page.text.count(EVIL) >= 8
+    assert "' onload='x" in page.text
+    assert f'"{EVIL}.png' in page.text
+
+
+def test_the_page_can_be_read_without_seeing_it():
+    page = Page(report_html(picture(), explanation(), name="apple.png"))
+    (html,) = page.all("html")
+    assert html["lang"] == "en"
+    assert next(text for text in page.texts if text.strip()) == "apple.png: what the defense removed"
+    assert all((image["alt"] or "").strip() for image in page.all("img"))
+    assert len({image["alt"] for image in page.all("img")}) == len(page.all("img"))
+    assert page.all("th")
+    assert all(header["scope"] in ("row", "col") for header in page.all("th"))
+    assert len(page.all("h1")) == 1
+    assert all(bar["aria-hidden"] == "true" for bar in page.all("span") if not bar.get("class"))
+    assert all(region["tabindex"] == "0" and region["aria-label"] for region in page.all("div") if "role" in region)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, WCAG 2.2."""
+    levels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in levels)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_the_page_in_both_colour_schemes(scheme):
+    style = report_html(picture(), explanation()).split("<style>")[1].split("</style>")[0]
+    light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", light if scheme == "light" else dark))
+    page = luminance(colours["page"])
+    for name, least in {"ink": 4.5, "quiet": 4.5, "up": 4.5, "down": 4.5, "plain": 3, "robust": 3}.items():
+        brighter, darker = sorted((page, luminance(colours[name])), reverse=True)
+        assert (brighter + 0.05) / (darker + 0.05) >= least, name
+    assert set(re.findall(r"var\(--(\w+)\)", style)) == set(colours), "no colour is missing, none is idle"
+
+
+def test_every_latent_has_its_own_map_and_the_picture_is_shown_as_it_is():
+    page = Page(report_html(picture(), explanation(), name="apple.png"))
+    images = page.all("img")
+    whole, total, scale, *maps = [embedded_picture(image) for image in images]
+    assert (whole.size, total.size, scale.height < 20) == ((360, 360), (360, 360), True)
+    assert np.abs(np.asarray(whole).mean() - np.asarray(picture()).mean()) < 3
+    assert len(maps) == 3
+    colourful = [np.ptp(np.asarray(image).astype(int), axis=-1) for image in maps]
+    peaks = [np.unravel_index(chroma.argmax(), chroma.shape)[0] // (chroma.shape[0] // 4) for chroma in colourful]
+    assert peaks == [0, 1, 2], "each on the patch where the latent wrote"
+
+
+def test_a_large_picture_is_shrunk_and_what_the_model_did_not_see_is_said():
+    wide = explanation(box=(1000, 0, 3000, 2000))
+    page = Page(report_html(picture(4000, 2000), wide))
+    assert embedded_picture(page.all("img")[0]).size == (640, 320)
+    assert "not darkened" in page.text
+    assert "not darkened" not in Page(report_html(picture(), explanation())).text
+
+
+def test_long_tables_are_cut_and_say_so():
+    page = Page(report_html(picture(), explanation(n=50)))
+    assert len(page.all("img")) == 3 + 40
+    assert "10 more, with 20.0 %, are left out" in page.text
+
+
+def test_names_come_from_the_catalogue_where_there_is_one():
+    catalogues = {
+        POINT: SimpleNamespace(
+            names_of=((), (("letters", 0.9), ("sign", 0.4), ("word", 0.2), ("ink", 0.1)), ()).__getitem__
+        )
+    }
+    page = Page(report_html(picture(), explanation(), catalogues=catalogues))
+    assert "letters, sign, word 1" in page.text
+    assert "ink" not in page.text.split("How to read")[0].split()
+    assert "latent 0" in page.text
+
+
+def test_the_page_says_which_defense_it_was(tiny_clip):
+    from defense.core.latents import LatentSet
+
+    from ..conftest import random_defense, random_sae
+
+    made = random_defense(tiny_clip, (1, random_sae(), LatentSet("text", (1,))))
+    page = Page(report_html(picture(), explanation(), defense=replace(made, manifest_sha256="ab" * 32)))
+    for expected in ("ab" * 32, made.clip.sha256, "tiny", "clip-defense", "torch"):
+        assert expected in page.text
+    assert "not read from disk" in Page(report_html(picture(), explanation(), defense=made)).text
+
+
+def test_what_was_in_force_is_said():
+    places = {"off": frozenset({(POINT, 8)}), "steer": {(POINT, 9): 2.5}}
+    controls = Controls(strength=0.5, edit="project", sets=("text", "birds"), **places)
+    text = Page(report_html(picture(), explanation(controls=controls))).text
+    in_force = ("only the sets text, birds", "strength 0.5", "edit project", f"8 at {POINT}", f"9 at {POINT} to 2.5")
+    for expected in in_force:
+        assert expected in text
+
+
+def unchanged() -> Explanation:
+    """Of a picture in which the defense found nothing."""
+    plain = [{"label": "apple", "score": 0.75}, {"label": "pizza", "score": 0.25}]
+    return replace(
+        explanation(), plain=plain, robust=plain, removed=(), heatmap=np.zeros((4, 4), np.float32), fraction=0.0
+    )
+
+
+def test_where_nothing_was_removed_that_is_said_and_there_is_no_table_of_latents():
+    page = Page(report_html(picture(), unchanged()))
+    assert "agree: apple (75.0 % and 75.0 %)" in page.text
+    assert "bit for bit" in page.text
+    assert len(page.all("table")) == 1
+    assert len(page.all("img")) == 3
+
+
+def test_the_counterfactual_is_put_in_words():
+    plain, robust = explanation().plain, explanation().robust
+    one = Counterfactual(plain, ((POINT, 1),), robust, 3)
+    text = Page(report_html(picture(), explanation(), counterfactual=one)).text
+    assert f"Removing just this one latent turns pizza into apple (87.5 %): 1 at {POINT}." in text
+    none = Counterfactual(plain, (), None, 3)
+    text = Page(report_html(picture(), explanation(), counterfactual=none)).text
+    assert "No set of these latents was found" in text
+    assert "The least" not in Page(report_html(picture(), explanation())).text
+
+
+# --- PNG --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(80, 80), (400, 80), (80, 400)], ids=["square", "wide", "tall"])
+@pytest.mark.parametrize("what", [explanation(), explanation(n=50), unchanged()], ids=["few", "many", "none"])
+def test_the_picture_of_a_report_has_a_margin_all_round(what, shape):
+    page = report_png(picture(*shape), replace(what, box=(0, 0, 80, 80)), name="apple.png")
+    assert (page.mode, page.width) == ("RGB", 1200)
+    pixels = np.asarray(page)
+    for margin in (pixels[:40], pixels[-40:], pixels[:, :40], pixels[:, -40:]):
+        assert (margin == 255).all()
+    assert (pixels != 255).any()
+    assert not (pixels[-70:] == 255).all(), "no empty end"
+
+
+def test_long_labels_and_names_stay_within_the_picture():
+    long = "a label without end " * 30
+    page = report_png(picture(), explanation(plain=long, robust="x" * 500), name="n" * 300)
+    assert (np.asarray(page)[:, -40:] == 255).all()
+
+
+def test_the_picture_of_a_report_shows_what_the_explanation_says():
+    pages = [report_png(picture(), each).tobytes() for each in (explanation(), explanation(n=2), unchanged())]
+    assert len(set(pages)) == 3
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def defense_folder(tmp_path, tiny_clip, tiny_folder):
+    from defense.core.latents import LatentSet
+    from defense.store import defenses
+
+    from ..conftest import random_defense, random_sae
+
+    site = (1, random_sae(act="topk", k=8), LatentSet("text", tuple(range(60))))
+    return defenses.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
+
+
+@pytest.fixture
+def apple(tmp_path):
+    path = tmp_path / "apple & <b>pear.png"
+    picture(60, 40).save(path)
+    return path
+
+
+def run(*arguments) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.png", "REPORT.PNG"])
+def test_a_report_is_written_and_the_short_answer_is_that_of_classify(defense_folder, apple, tmp_path, name):
+    chosen = ("--labels", "dog,cat,red fish", "--defense", defense_folder)
+    code, out, err = run("explain", apple, "--out", tmp_path / name, *chosen)
+    assert code == 0
+    assert out == run("classify", apple, *chosen)[1]
+    assert name in err
+    if name.endswith("html"):
+        page = Page((tmp_path / name).read_text(encoding="utf-8"))
+        assert apple.name in page.text
+    else:
+        with Image.open(tmp_path / name) as image:
+            assert (image.format, image.width) == ("PNG", 1200)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing else is left"
+
+
+def test_strength_and_edit_reach_the_report(defense_folder, apple, tmp_path):
+    arguments = ("explain", apple, "--labels", "dog,cat", "--defense", defense_folder, "--out", tmp_path / "r.html")
+    code, out, _ = run(*arguments, "--strength", 0)
+    assert code == 0
+    assert "nothing was removed" in out
+    assert run(*arguments, "--edit", "project")[0] == 0
+    assert "edit project" in Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
+
+
+def test_names_of_another_sae_are_left_out_and_that_is_said(defense_folder, apple, tmp_path):
+    from defense.explain import catalogue
+    from defense.explain.catalogue import Catalogue
+    from defense.store import defenses
+
+    site = defenses.load(defense_folder).sites[0]
+    d_sae = site.sae_config.d_sae
+    made = Catalogue(
+        site.hook_point, {}, ((("zebra", 0.5),),) * d_sae, np.zeros((d_sae, 2), np.float16),
+        np.full((d_sae, 1), -1, np.int32), np.zeros((d_sae, 1), np.float32), np.zeros((d_sae, 16), np.int32), (),
+        {"sae": catalogue.fingerprint(site.parameters)},
+    )  # fmt: skip
+    arguments = ("explain", apple, "--labels", "dog,cat", "--defense", defense_folder, "--out", tmp_path / "r.html")
+    for provenance, is_named in ((made.provenance, True), ({"sae": "another"}, False)):
+        catalogue.save([replace(made, provenance=provenance)], tmp_path / "defense.catalogue")
+        code, _, err = run(*arguments)
+        assert code == 0
+        assert ("zebra" in Page((tmp_path / "r.html").read_text(encoding="utf-8")).text) == is_named
+        assert ("of another SAE" in err) != is_named
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--out", "{tmp}/report.pdf", "--labels", "a,b"], 2, "must end in"),
+        (["--out", "{tmp}/report", "--labels", "a,b"], 2, "must end in"),
+        (["--out", "{tmp}/nowhere/report.png", "--labels", "a,b"], 2, "there is no folder"),
+        (["--out", "{tmp}/folder.html", "--labels", "a,b"], 2, "is no file"),
+        (["--out", "{tmp}/apple & <b>pear.png", "--labels", "a,b"], 2, "is the picture itself"),
+        (["--out", "{tmp}/report.html"], 2, "--labels"),
+        (["--out", "{tmp}/report.html", "--labels", "a,b", "--strength", "2"], 2, "strength"),
+        (["--out", "{tmp}/report.html", "--labels", "a,b", "--edit", "set"], 2, "edit"),
+        (["--labels", "a,b"], 2, "--out"),
+    ],
+    ids=["pdf", "no-suffix", "no-folder", "a-folder", "the-picture", "no-labels", "strength", "edit", "no-out"],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_computed(
+    defense_folder, apple, tmp_path, monkeypatch, arguments, code, message
+):
+    from defense.classify.classifier import RobustClassifier
+
+    monkeypatch.setattr(RobustClassifier, "from_pretrained", lambda *_args, **_fields: pytest.fail("computed"))
+    (tmp_path / "folder.html").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    got, out, err = run(
+        "explain", apple, "--defense", defense_folder, *(each.format(tmp=tmp_path) for each in arguments)
+    )
+    assert got == code
+    assert message in " ".join(err.replace("\u2502", " ").split())
+    assert not out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_bad_picture_exits_with_4_and_a_bundle_with_2(tmp_path, tiny_bundle, apple):
+    (tmp_path / "bad.png").write_bytes(b"<html>")
+    code, _, err = run("explain", tmp_path / "bad.png", "--out", tmp_path / "r.html", "--labels", "a,b")
+    assert code == 4
+    assert "not_an_image" in err
+    code, _, err = run("explain", apple, "--out", tmp_path / "r.html", "--labels", "a,b", "--defense", tiny_bundle)
+    assert code == 2
+    assert "cannot explain itself" in " ".join(err.replace("\u2502", " ").split())
+
+
+def test_a_failure_leaves_the_report_that_was_there(defense_folder, apple, tmp_path, monkeypatch):
+    (tmp_path / "r.png").write_bytes(b"old")
+
+    def full(_image, path, *_args, **_fields):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, _, err = run(
+        "explain", apple, "--out", tmp_path / "r.png", "--labels", "dog,cat", "--defense", defense_folder
+    )  # fmt: skip
+    assert code == 2
+    assert "No space left" in err
+    assert (tmp_path / "r.png").read_bytes() == b"old"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_classify_plain_wraps_nothing_and_runs_the_picture_once(defense_folder, apple, monkeypatch):
+    import open_clip
+
+    from defense.hosts import attach
+
+    passes = []
+    encode_image = open_clip.CLIP.encode_image
+    monkeypatch.setattr(
+        open_clip.CLIP, "encode_image", lambda *args, **fields: passes.append(1) or encode_image(*args, **fields)
+    )
+    arguments = ("classify", apple, "--labels", "dog,cat", "--defense", defense_folder, "--json")
+    both = json.loads(run(*arguments)[1])
+    assert len(passes) == 2
+    monkeypatch.setattr(attach, "wrap", lambda *_args, **_fields: pytest.fail("wrapped"))
+    plain = json.loads(run(*arguments, "--plain")[1])
+    assert len(passes) == 3
+    assert plain["plain"] == both["plain"]
+    assert "map" not in both["removed"][0]

@@ -1,0 +1,272 @@
+"""Export as a whole: what is verified, what a failure leaves behind, and what the bundle says of itself."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("open_clip")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+import onnx
+import torch
+from PIL import Image
+
+from defense.classify.classifier import RobustClassifier
+from defense.errors import BackendError, CheckpointError, ConfigError
+from defense.export import bundle, exporter, verify
+from defense.export.exporter import export_onnx
+from defense.export.runtime import OnnxClassifier
+from defense.export.verify import ExportError, ParityError, Tolerance
+from defense.export.vision import VisionGraph, trace_vision
+
+from ..conftest import restated
+
+
+@pytest.fixture(scope="module")
+def traced(tiny_classifier):
+    """The vision graph, traced once for all tests here."""
+    return trace_vision(
+        VisionGraph(tiny_classifier.clip.model), (32, 32), torch.from_numpy(tiny_classifier.text_embeds())
+    )
+
+
+@pytest.fixture(autouse=True)
+def _traced_once(traced, monkeypatch):
+    monkeypatch.setattr(
+        exporter,
+        "trace_vision",
+        lambda graph, *arguments: traced if graph.tower.dtype == torch.float32 else trace_vision(graph, *arguments),
+    )
+
+
+def test_report_says_what_was_measured(tiny_classifier, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(exporter, "verify", lambda *arguments: seen.append(arguments) or PARITY)
+    report = export_onnx(tiny_classifier, tmp_path / "out")
+    assert [arguments[0].name for arguments in seen] == ["model.onnx"]
+    assert (report.mode, report.dtype, report.parity, report.text_parity) == ("exact", "fp32", PARITY, None)
+    assert report.model_bytes == (tmp_path / "out" / "model.onnx").stat().st_size
+    assert bundle.load(tmp_path / "out").manifest_sha256 == report.manifest_sha256
+
+
+PARITY = verify.Parity(40, (1, 2, 5, 32), 1e-7, 1.0, 1.0, 0.0)
+
+
+def test_bundle_holds_what_was_asked_for(tiny_bundle, tiny_classifier):
+    loaded = bundle.load(tiny_bundle)
+    assert loaded.prompts == tiny_classifier.prompts
+    assert loaded.preprocess == tiny_classifier.clip.preprocess
+    assert loaded.parity["max_abs_diff"] <= 1e-5
+    assert loaded.parity["agreement"] == 1.0
+    assert loaded.defense["sites"][0]["sets"] == [{"name": "text", "latents": 20, "edit": "project", "scope": "all"}]
+    names = {"model.onnx", "text.onnx", "labels.safetensors", "golden.safetensors"}
+    names |= {"README.md", "LICENCES.md", "Dockerfile"}
+    assert {path.name for path in tiny_bundle.iterdir()} == names | {"manifest.json"}
+    metadata = {entry.key: entry.value for entry in onnx.load(tiny_bundle / "model.onnx").metadata_props}
+    assert metadata["labels"] == '["dog", "cat", "red fish"]'
+    assert "blocks.1.hook_resid_post" in metadata["defense"]
+
+
+def wrong(tiny_classifier, monkeypatch, change, dtype="fp32") -> None:
+    """Let torch expect something else than what the graph computes."""
+    right = exporter._expected_of_vision(tiny_classifier, dtype)
+    monkeypatch.setattr(exporter, "_expected_of_vision", lambda _clf, _dtype: change(right))
+
+
+def shifted(expected: verify.Expected) -> verify.Expected:
+    outputs = {**expected.outputs, "image_embeds": expected.outputs["image_embeds"] + np.float32(1e-3)}
+    return replace(expected, outputs=outputs)
+
+
+def relabelled(expected: verify.Expected) -> verify.Expected:
+    return replace(expected, outputs={**expected.outputs, "logits_per_image": -expected.outputs["logits_per_image"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shifted, "image_embeds differs by 0.001"),
+        (relabelled, "rows get another label"),
+        (lambda e: replace(e, input_axes={"pixels": ["batch", 3, 32, 32]}), r"its inputs are \['pixel_values'\]"),
+        (
+            lambda e: replace(e, output_axes={**e.output_axes, "image_embeds": ["batch", 99]}),
+            r"image_embeds has the axes \['batch', 32\], want \['batch', 99\]",
+        ),
+    ],
+    ids=["values", "labels", "names", "axes"],
+)
+def test_a_graph_that_answers_otherwise_is_not_written(tiny_classifier, tmp_path, monkeypatch, change, message):
+    wrong(tiny_classifier, monkeypatch, change)
+    with pytest.raises(ParityError, match=message) as caught:
+        export_onnx(tiny_classifier, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert (str(error), error.failures) == (str(caught.value), caught.value.failures)
+
+
+def test_all_failures_are_told_at_once(tiny_classifier, tmp_path, monkeypatch):
+    wrong(tiny_classifier, monkeypatch, lambda expected: relabelled(shifted(expected)))
+    with pytest.raises(ParityError) as caught:
+        export_onnx(tiny_classifier, tmp_path / "out")
+    assert len(caught.value.failures) >= 2
+    assert caught.value.max_abs_diff == pytest.approx(1e-3, rel=0.01)
+    assert caught.value.output == "image_embeds"
+
+
+@pytest.mark.parametrize("n_rows", [verify.N_ROWS, 41, 200])
+def test_every_row_is_compared_once_and_five_of_them_alone(n_rows):
+    ranges = list(verify.batches(n_rows))
+    assert [row for start, stop in ranges[:-5] for row in range(start, stop)] == list(range(n_rows))
+    assert ranges[-5:] == [(row, row + 1) for row in range(3, 8)]
+
+
+def test_int8_that_changes_labels_is_not_written(tiny_classifier, tmp_path, monkeypatch):
+    def flipped(expected: verify.Expected) -> verify.Expected:
+        logits = expected.outputs["logits_per_image"].copy()
+        logits[:3, :] = np.where(logits[:3] == logits[:3].max(1, keepdims=True), -99, logits[:3])  # 3 of 200
+        return replace(expected, outputs={**expected.outputs, "logits_per_image": logits})
+
+    wrong(tiny_classifier, monkeypatch, flipped, "int8")
+    with pytest.raises(ParityError, match=r"of 200 rows get another label; 99.0% must be the same"):
+        export_onnx(tiny_classifier, tmp_path / "out", dtype="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_tie_are_no_flips():
+    logits = np.array([[1.0, 1.0005, 0.0], [1.0, 2.0, 0.0]], np.float32)
+    swapped = logits[:, [1, 0, 2]]
+    expected = verify.Expected({}, {}, {"logits": logits}, {}, "logits")
+    assert verify._agreement({"logits": swapped}, expected, 1e-3) == 0.5
+    assert verify._agreement({"logits": swapped}, expected, 1e-4) == 0.0
+    assert verify._agreement({"logits": swapped}, expected, 2.0) == 1.0
+
+
+@pytest.mark.parametrize("broken", ["segfault", "refused"])
+def test_fault_66_a_graph_that_kills_or_is_refused_by_the_runtime_is_not_written(
+    tiny_classifier, tmp_path, monkeypatch, broken
+):
+    real = subprocess.run
+    code = "import os; os.kill(os.getpid(), 11)" if broken == "segfault" else "raise SystemExit('no such operator')"
+    monkeypatch.setattr(subprocess, "run", lambda _command, **options: real([sys.executable, "-c", code], **options))
+    with pytest.raises(ExportError, match=r"signal 11" if broken == "segfault" else "no such operator"):
+        export_onnx(tiny_classifier, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fault_75_an_interrupted_export_leaves_nothing_behind(tiny_classifier, tmp_path, monkeypatch):
+    def interrupted(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporter, "verify", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(tiny_classifier, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fault_75_a_full_disk_leaves_nothing_behind(tiny_classifier, tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_onnx(tiny_classifier, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_not_replaced(tiny_classifier, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        export_onnx(tiny_classifier, tmp_path)
+    with pytest.raises(ConfigError, match="there is no folder"):
+        export_onnx(tiny_classifier, tmp_path / "no" / "such")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_arguments_that_cannot_work_are_refused(tiny_classifier, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="layout='cake'"):
+        export_onnx(tiny_classifier, tmp_path / "out", layout="cake")
+    with pytest.raises(ConfigError, match="dtype='fp8'"):
+        export_onnx(tiny_classifier, tmp_path / "out", dtype="fp8")
+    monkeypatch.setattr(tiny_classifier, "prompts", None)
+    with pytest.raises(ConfigError, match="no labels are set"):
+        export_onnx(tiny_classifier, tmp_path / "out")
+
+
+def test_a_tokenizer_that_a_bundle_cannot_bring_is_refused(tiny_classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_classifier, "clip", replace(tiny_classifier.clip, tokenizer=str))
+    with pytest.raises(ConfigError, match="tokenizer"):
+        export_onnx(tiny_classifier, tmp_path / "out", text=True)
+
+
+def test_the_code_in_its_readme_runs(copied):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(copied / "picture.jpg")
+    blocks = re.findall(r"```python\n(.*?)```", (copied / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    restated(copied)  # the picture is in the folder too
+    for block in blocks:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", block], cwd=copied, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert any(label in done.stdout for label in ("dog", "cat", "red fish"))
+
+
+def test_errors_are_those_of_a_rejected_bundle():
+    assert issubclass(ParityError, ExportError)
+    assert issubclass(ExportError, CheckpointError)
+    assert Tolerance(1e-5, 0.99999, 1.0) == exporter.TOLERANCES["fp32"]
+
+
+def test_int8_quantises_the_tower_and_leaves_the_edit_alone(tiny_classifier, tmp_path, seven_pictures):
+    report = export_onnx(tiny_classifier, tmp_path / "int8", dtype="int8")
+    assert report.parity.rows == 200
+    assert report.parity.cosine >= 0.99
+    assert report.parity.agreement >= 0.99
+    assert 1e-5 < report.parity.max_abs_diff <= exporter.TOLERANCES["int8"].atol
+    model = onnx.load(tmp_path / "int8" / "model.onnx")
+    n_linear = 3 * 4  # blocks, each with attention's two and the MLP's two
+    assert sum(node.op_type == "MatMulInteger" for node in model.graph.node) == n_linear
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    edit = [name for name in types if name.endswith((".W_S", ".W_enc"))]
+    assert len(edit) == 2
+    assert {types[name] for name in edit} == {onnx.TensorProto.FLOAT}
+    clf = OnnxClassifier(tmp_path / "int8")
+    assert clf.check_golden() <= exporter.TOLERANCES["int8"].atol
+    other = np.random.default_rng(0).normal(size=(7, 32)).astype(np.float32)
+    pixel_values = np.stack([clf.bundle.preprocess(Image.fromarray(picture)) for picture in seven_pictures])
+    feed = {"pixel_values": pixel_values, "text_embeds": other}
+    assert clf._session("model.onnx").run(["logits_per_image"], feed)[0].shape == (7, 7)
+
+
+def test_fault_66_half_precision_is_verified_in_another_process_and_refused_on_the_cpu(tiny_classifier, tmp_path):
+    report = export_onnx(tiny_classifier, tmp_path / "fp16", dtype="fp16")
+    assert report.parity.cosine >= 0.999
+    assert next(tiny_classifier.clip.model.visual.parameters()).dtype == torch.float32
+    model = onnx.load(tmp_path / "fp16" / "model.onnx")
+    assert {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)} == {
+        onnx.TensorProto.FLOAT
+    }
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert {types[name] for name in types if name.startswith("visual.")} == {onnx.TensorProto.FLOAT16}
+    assert {types[name] for name in types if name.startswith("blocks.") and "latents" not in name} == {
+        onnx.TensorProto.FLOAT
+    }
+    with pytest.raises(BackendError, match="CUDAExecutionProvider"):
+        OnnxClassifier(tmp_path / "fp16")
+
+
+def test_a_host_that_is_not_float32_is_refused(tiny_clip, tiny_classifier, tmp_path):
+    clip = replace(tiny_classifier.clip, model=tiny_clip.half())
+    clf = RobustClassifier(clip).set_labels(["dog", "cat"])
+    clf._text_embeds[clf.prompts.sha256()] = tiny_classifier.text_embeds()[:2]
+    with pytest.raises(ConfigError, match="float16"):
+        export_onnx(clf, tmp_path / "out")

@@ -1,0 +1,204 @@
+"""The files that servers want: checked against the servers' own schemas and against the graphs they describe."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+pytest.importorskip("open_clip")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+import torch
+from typer.testing import CliRunner
+
+from defense.cli import app
+from defense.export import bundle, exporter, verify
+from defense.export.exporter import export_onnx
+from defense.export.layouts import REPOSITORY, TEXT_NAME, VISION_NAME
+from defense.export.runtime import OnnxClassifier
+from defense.export.vision import VisionGraph, trace_vision
+
+PARITY = verify.Parity(40, (1, 2, 5, 32), 1e-7, 1.0, 1.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def traced(tiny_classifier):
+    graph = VisionGraph(tiny_classifier.clip.model)
+    return trace_vision(graph, (32, 32), torch.from_numpy(tiny_classifier.text_embeds()))
+
+
+@pytest.fixture(scope="module")
+def export_as(tiny_classifier, traced, tmp_path_factory):
+    """Export in a layout; the graphs were verified elsewhere."""
+
+    def export(layout: str, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exporter, "trace_vision", lambda *_arguments: traced)
+            patch.setattr(exporter, "verify", lambda *_arguments: PARITY)
+            folder = tmp_path_factory.mktemp(layout) / "out"
+            export_onnx(tiny_classifier, folder, layout=layout, **options)
+        return folder
+
+    return export
+
+
+@pytest.fixture(scope="module")
+def kserve(export_as):
+    return export_as("kserve", text=True)
+
+
+def config_of(folder, name):
+    """A model configuration, read by Triton's own schema."""
+    model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    text_format = pytest.importorskip("google.protobuf.text_format")
+    text = (folder / REPOSITORY / name / "config.pbtxt").read_text(encoding="utf-8")
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+TYPES = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
+
+
+@pytest.mark.parametrize("name", [VISION_NAME, TEXT_NAME])
+def test_fault_80_the_configuration_is_that_of_the_graph(kserve, name):
+    config = config_of(kserve, name)
+    clf = OnnxClassifier(kserve)
+    session = clf._session(f"{REPOSITORY}/{name}/1/model.onnx")
+    type_name = config.input[0].DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
+    assert [(i.name, list(i.dims), type_name[i.data_type].name) for i in config.input] == [
+        (i.name, i.shape[1:], TYPES[i.type]) for i in session.get_inputs()
+    ]
+    n_labels = len(clf.bundle.prompts.labels)
+    assert [(o.name, list(o.dims), type_name[o.data_type].name) for o in config.output] == [
+        (o.name, [n_labels if axis == "n_labels" else axis for axis in o.shape[1:]], TYPES[o.type])
+        for o in session.get_outputs()
+    ]
+    assert (config.name, config.backend) == (name, "onnxruntime")
+
+
+@pytest.mark.parametrize("name", [VISION_NAME, TEXT_NAME])
+def test_fault_80_batches_are_bounded_and_the_first_request_is_not_the_slow_one(kserve, name):
+    config = config_of(kserve, name)
+    assert config.max_batch_size == 32
+    assert config.max_batch_size in verify.BATCHES
+    assert 0 < config.dynamic_batching.max_queue_delay_microseconds <= 10_000
+    assert [warmup.batch_size for warmup in config.model_warmup] == [1, 32]
+    for warmup in config.model_warmup:
+        assert list(warmup.inputs) == [config.input[0].name]
+        (tensor,) = warmup.inputs.values()
+        assert list(tensor.dims) == list(config.input[0].dims)
+        assert tensor.data_type == config.input[0].data_type
+        assert tensor.zero_data
+
+
+def test_fault_80_labels_stand_in_the_order_of_the_logits(kserve):
+    config = config_of(kserve, VISION_NAME)
+    labelled = [output for output in config.output if output.label_filename]
+    assert [output.name for output in labelled] == ["logits_per_image"]
+    lines = (kserve / REPOSITORY / VISION_NAME / labelled[0].label_filename).read_text(encoding="utf-8").splitlines()
+    assert tuple(lines) == bundle.load(kserve).prompts.labels
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("fp32", "KIND_AUTO"), ("int8", "KIND_CPU")])
+def test_instances_run_where_the_graph_can(export_as, dtype, kind):
+    config = config_of(export_as("triton", dtype=dtype), VISION_NAME)
+    kinds = config.instance_group[0].DESCRIPTOR.fields_by_name["kind"].enum_type.values_by_number
+    assert [kinds[group.kind].name for group in config.instance_group] == [kind]
+
+
+def test_every_layout_is_a_bundle_that_answers_alike(kserve, tiny_bundle, seven_pictures):
+    clf = OnnxClassifier(kserve)
+    np.testing.assert_array_equal(clf.transform(seven_pictures), OnnxClassifier(tiny_bundle).transform(seven_pictures))
+    assert len(clf(seven_pictures[0], ["stone", "tree"])) == 2
+    (kserve / REPOSITORY / "stray.txt").write_text("mine")
+    with pytest.raises(Exception, match=r"stray\.txt is not in the manifest"):
+        bundle.load(kserve)
+    (kserve / REPOSITORY / "stray.txt").unlink()
+
+
+# The fields of KServe's v1beta1 InferenceService that are used here.
+QUANTITIES = {"type": "object", "additionalProperties": {"type": "string"}}
+INFERENCE_SERVICE = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "serving.kserve.io/v1beta1"},
+        "kind": {"const": "InferenceService"},
+        "metadata": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {"name": {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}},
+        },
+        "spec": {
+            "type": "object",
+            "required": ["predictor"],
+            "properties": {
+                "predictor": {
+                    "type": "object",
+                    "required": ["model"],
+                    "properties": {
+                        "model": {
+                            "type": "object",
+                            "additionalProperties": False,
+                            "required": ["modelFormat", "protocolVersion", "storageUri"],
+                            "properties": {
+                                "modelFormat": {"type": "object", "required": ["name"]},
+                                "protocolVersion": {"enum": ["v1", "v2", "grpc-v1", "grpc-v2"]},
+                                "runtime": {"type": "string"},
+                                "storageUri": {"type": "string", "pattern": "^(pvc|s3|gs|https|hf)://"},
+                                "resources": {
+                                    "type": "object",
+                                    "additionalProperties": {
+                                        "type": "object",
+                                        "additionalProperties": {"type": "string"},
+                                    },
+                                },
+                            },
+                        }
+                    },
+                }
+            },
+        },
+    },
+}
+
+
+def test_the_inference_service_is_one(kserve):
+    yaml = pytest.importorskip("yaml")
+    jsonschema = pytest.importorskip("jsonschema")
+    service = yaml.safe_load((kserve / "inference-service.yaml").read_text(encoding="utf-8"))
+    jsonschema.validate(service, INFERENCE_SERVICE)
+    model = service["spec"]["predictor"]["model"]
+    assert (model["modelFormat"]["name"], model["protocolVersion"]) == ("onnx", "v2")
+    assert model["storageUri"].endswith(REPOSITORY)
+
+
+def test_the_client_in_the_readme_sends_what_the_graph_takes(kserve):
+    (block,) = re.findall(r"```py\n(.*?)```", (kserve / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    compile(block, "README.md", "exec")
+    config = config_of(kserve, VISION_NAME)
+    assert f'InferInput("{config.input[0].name}"' in block
+    assert f'.infer("{config.name}"' in block
+    assert "kubectl apply -f inference-service.yaml" in (kserve / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_the_container_runs_is_a_command_that_works(tiny_bundle, tmp_path, seven_pictures):
+    from PIL import Image
+
+    lines = (tiny_bundle / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    assert lines[-1].startswith("ENTRYPOINT ")
+    assert not [line for line in lines if "torch" in line and not line.startswith("#")]
+    command = re.findall(r'"([^"]+)"', lines[-1])
+    assert command[0] == "defense"
+    Image.fromarray(seven_pictures[0]).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"<html>")
+    arguments = [str(tiny_bundle) if part == "/bundle" else part for part in command[1:]]
+    result = CliRunner().invoke(app, [*arguments, *shlex.split(f"{tmp_path} --json --on-error return")])
+    assert result.exit_code == 4
+    first, second = result.stdout.splitlines()
+    assert '"robust": [{"label"' in first
+    assert '"code": "not_an_image"' in second

@@ -1,0 +1,258 @@
+"""The traced vision graph: equal to the wrapped model, before and after torch.onnx."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+pytest.importorskip("open_clip")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+import onnx
+import onnxruntime as ort
+import torch
+
+from defense.classify.classifier import RobustClassifier
+from defense.core.latents import LatentSet
+from defense.core.ops import reference
+from defense.core.sae import SparseAutoencoder
+from defense.data.tokenizer import ClipTokenizer
+from defense.errors import ConfigError
+from defense.export import coordinates, vision
+from defense.hosts.attach import attached
+from defense.hosts.clip import Clip
+
+from ..conftest import random_defense, random_sae
+
+S = tuple(range(20))
+GAINS = tuple(np.linspace(0, 1, 20))
+TOPK = random_sae(act="topk", k=8)
+
+
+def silent(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """The same SAE with no latent of S ever active."""
+    parameters = sae.parameters_numpy()
+    parameters["b_enc"][list(S)] -= 1000
+    return SparseAutoencoder(sae.config, parameters)
+
+
+RULES = {
+    "relu": ("delta", [(1, random_sae(), LatentSet("text", S, GAINS))]),
+    "jumprelu, layer norm": ("delta", [(1, random_sae(act="jumprelu", norm="layer_norm"), LatentSet("text", S))]),
+    "batchtopk, rescaled": (
+        "delta",
+        [(1, random_sae(act="batchtopk", norm="constant_norm_rescale"), LatentSet("text", S))],
+    ),
+    "gated, patches": ("delta", [(1, random_sae(act="gated"), LatentSet("text", S, scope="patch"))]),
+    "relu, set": ("delta", [(1, random_sae(), LatentSet("text", S, GAINS, "set", values=(0.5,) * 20))]),
+    "relu, project": ("delta", [(1, random_sae(), LatentSet("text", S, GAINS, "project"))]),
+    "topk": ("exact", [(1, TOPK, LatentSet("text", S, GAINS))]),
+    "topk without relu": ("exact", [(1, random_sae(act="topk", k=8, topk_relu="none"), LatentSet("text", S))]),
+    "topk, project": ("exact", [(1, TOPK, LatentSet("text", S, edit="project"))]),
+    "topk, static": ("static", [(1, TOPK, LatentSet("text", S, scope="patch"))]),
+    "topk of which none fires": ("exact", [(1, silent(TOPK), LatentSet("text", S))]),
+    "project of which none fires": ("exact", [(1, silent(TOPK), LatentSet("text", S, edit="project"))]),
+    "an empty set": ("delta", [(1, random_sae(), LatentSet("text", ()))]),
+    "two blocks": (
+        "exact",
+        [(1, random_sae(), LatentSet("a", S, scope="patch")), (2, TOPK, LatentSet("b", S, edit="project"))],
+    ),
+}
+
+
+def classifier(model, sites) -> RobustClassifier:
+    model = copy.deepcopy(model)
+    defense = random_defense(model, *sites) if sites else None
+    clip = Clip(model, random_defense(model).preprocess, ClipTokenizer(16))
+    return RobustClassifier(clip, defense).set_labels(["dog", "cat", "red fish"])
+
+
+def pixels(batch: int) -> np.ndarray:
+    return np.random.default_rng(batch).normal(size=(batch, 3, 32, 32)).astype(np.float32)
+
+
+def expected(clf: RobustClassifier, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    image_embeds = clf.encode_pixels(pixel_values)
+    return image_embeds, float(clf.clip.model.logit_scale.exp()) * image_embeds @ clf.text_embeds().T
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_traced_edit_equals_the_wrapped_model(tiny_clip, name):
+    mode, sites = RULES[name]
+    clf = classifier(tiny_clip, sites)
+    pixel_values = pixels(4)
+    want = clf.encode_pixels(pixel_values)
+    graph = vision.VisionGraph(clf.clip.model, mode)
+    with torch.no_grad(), graph.in_place():
+        got, _ = graph(torch.from_numpy(pixel_values), torch.from_numpy(clf.text_embeds()))
+    np.testing.assert_allclose(got.numpy(), want, atol=2e-6)
+    stock = vision.VisionGraph(classifier(tiny_clip, []).clip.model)
+    with torch.no_grad(), stock.in_place():
+        plain, _ = stock(torch.from_numpy(pixel_values), torch.from_numpy(clf.text_embeds()))
+    if "none fires" in name or "empty" in name:
+        np.testing.assert_array_equal(got.numpy(), plain.numpy())
+    else:
+        assert np.abs(want - plain.numpy()).max() > 1e-3
+    np.testing.assert_array_equal(clf.encode_pixels(pixel_values), want)  # the model is as it was
+
+
+def test_strength_is_baked_in(tiny_clip):
+    clf = classifier(tiny_clip, RULES["topk"][1])
+    attached(clf.clip.model).set_strength(0.5)
+    graph = vision.VisionGraph(clf.clip.model, "exact")
+    with torch.no_grad(), graph.in_place():
+        got, _ = graph(torch.from_numpy(pixels(2)), torch.from_numpy(clf.text_embeds()))
+    np.testing.assert_allclose(got.numpy(), clf.encode_pixels(pixels(2)), atol=2e-6)
+
+
+def exported(clf: RobustClassifier, mode: str, folder) -> ort.InferenceSession:
+    graph = vision.VisionGraph(clf.clip.model, mode)
+    model = vision.trace_vision(graph, (32, 32), torch.from_numpy(clf.text_embeds()))
+    vision.write(model, folder / "model.onnx", {"note": "kept"})
+    onnx.checker.check_model(folder / "model.onnx", full_check=True)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="module")
+def topk(tiny_folder, tmp_path_factory):
+    """A classifier with a TopK defense, and its graph."""
+    import open_clip
+
+    model = open_clip.create_model(f"local-dir:{tiny_folder}").eval().requires_grad_(False)
+    clf = classifier(model, RULES["topk, project"][1])
+    return clf, exported(clf, "exact", tmp_path_factory.mktemp("graph"))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 32])
+def test_graph_equals_torch_at_batches_it_was_not_traced_with(topk, batch):
+    clf, session = topk
+    got = session.run(None, {"pixel_values": pixels(batch)})
+    want = expected(clf, pixels(batch))
+    np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-4)
+
+
+def test_rows_of_a_batch_equal_their_solo_runs(topk):
+    _, session = topk
+    together = session.run(None, {"pixel_values": pixels(5)})[0]
+    alone = np.concatenate([session.run(None, {"pixel_values": row[None]})[0] for row in pixels(5)])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_names_and_axes_are_those_of_the_contract(topk):
+    _, session = topk
+    assert [(i.name, i.shape) for i in session.get_inputs()] == [("pixel_values", ["batch", 3, 32, 32])]
+    assert [(o.name, o.shape) for o in session.get_outputs()] == [
+        ("image_embeds", ["batch", 32]),
+        ("logits_per_image", ["batch", "n_labels"]),
+    ]
+    assert session.get_modelmeta().custom_metadata_map["note"] == "kept"
+
+
+def test_labels_are_baked_in_and_replaced_by_what_is_fed(topk):
+    clf, session = topk
+    other = np.random.default_rng(0).normal(size=(7, 32)).astype(np.float32)
+    image_embeds, logits = session.run(None, {"pixel_values": pixels(2), "text_embeds": other})
+    scale = float(clf.clip.model.logit_scale.exp())
+    np.testing.assert_allclose(logits, scale * image_embeds @ other.T, atol=1e-4)
+    assert session.run(None, {"pixel_values": pixels(2)})[1].shape == (2, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_goes_through_onnx_with_plain_operators(tiny_clip, tmp_path, name):
+    mode, sites = RULES[name]
+    clf = classifier(tiny_clip, sites)
+    session = exported(clf, mode, tmp_path)
+    for batch in (1, 2, 5):
+        got = session.run(None, {"pixel_values": pixels(batch)})
+        np.testing.assert_allclose(got[0], expected(clf, pixels(batch))[0], atol=1e-5)
+    model = onnx.load(tmp_path / "model.onnx")
+    assert {entry.domain for entry in model.opset_import} == {""}
+    data_dependent = {"NonZero", "Loop"} & {node.op_type for node in model.graph.node}
+    assert bool(data_dependent) == ((mode == "exact" and "without relu" not in name) or "project" in name)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 6])
+def test_elimination_in_onnx_equals_the_solver(coordinates_session, tokens):
+    rng = np.random.default_rng(tokens)
+    fires = (rng.random((tokens, 7)) < 0.4).astype(np.float32)
+    rows = rng.normal(size=(7, 12))
+    rows[1] = rows[0] * (1 + 1e-5)  # nearly parallel, as similar latents are
+    inputs = {"fires": fires, "gram": rows @ rows.T, "dots": rng.normal(size=(tokens, 12)) @ rows.T}
+    (got,) = coordinates_session.run(None, inputs)
+    want = coordinates.coordinates(*(torch.from_numpy(array) for array in inputs.values())).numpy()
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got @ rows, want @ rows, atol=1e-6)
+    assert not got[fires == 0].any()
+
+
+@pytest.fixture(scope="module")
+def coordinates_session():
+    class Solve(torch.nn.Module):
+        def forward(self, fires, gram, dots):
+            return coordinates.coordinates(fires, gram, dots)
+
+    example = {
+        "fires": torch.ones(3, 7),
+        "gram": torch.eye(7, dtype=torch.float64),
+        "dots": torch.ones(3, 7, dtype=torch.float64),
+    }
+    model = vision.trace(Solve(), example, {"fires": "tokens", "dots": "tokens"}, ("answer",))
+    return ort.InferenceSession(vision.ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def test_ridge_is_the_reference_s():
+    assert coordinates._RIDGE == reference._RIDGE
+
+
+@pytest.mark.parametrize(
+    ("mode", "sites", "message"),
+    [
+        ("delta", RULES["topk"][1], "cannot hold the topk SAE at blocks.1"),
+        ("static", RULES["topk, project"][1], "'project'"),
+        ("fast", RULES["relu"][1], "must be one of delta, exact, static"),
+    ],
+)
+def test_a_mode_that_does_not_go_with_the_defense_is_refused(tiny_clip, mode, sites, message):
+    with pytest.raises(ConfigError, match=message):
+        vision.VisionGraph(classifier(tiny_clip, sites).clip.model, mode)
+
+
+def test_a_tower_in_half_precision_is_edited_in_float32(tiny_clip):
+    clf = classifier(tiny_clip, RULES["relu"][1])
+    want = clf.encode_pixels(pixels(4))
+    clf.clip.model.visual.half()
+    graph = vision.VisionGraph(clf.clip.model, "delta")
+    with torch.no_grad(), graph.in_place():
+        got, _ = graph(torch.from_numpy(pixels(4)), torch.from_numpy(clf.text_embeds()))
+    assert got.dtype == torch.float32
+    assert (got.numpy() * want).sum(1).min() > 0.999
+    assert 1e-5 < np.abs(got.numpy() - want).max() < 1e-2
+
+
+def test_a_stock_clip_exports_too(tiny_clip):
+    clf = classifier(tiny_clip, [])
+    graph = vision.VisionGraph(clf.clip.model)
+    with torch.no_grad(), graph.in_place():
+        got, _ = graph(torch.from_numpy(pixels(2)), torch.from_numpy(clf.text_embeds()))
+    np.testing.assert_allclose(got.numpy(), clf.encode_pixels(pixels(2)), atol=2e-6)
+
+
+def test_weights_beyond_the_limit_go_to_a_file_beside_the_graph(topk, tmp_path, monkeypatch):
+    clf, session = topk
+    monkeypatch.setattr(vision, "ONE_FILE_BYTES", 1000)
+    graph = vision.VisionGraph(clf.clip.model, "exact")
+    model = vision.trace_vision(graph, (32, 32), torch.from_numpy(clf.text_embeds()))
+    vision.write(model, tmp_path / "model.onnx", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    beside = ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    feed = {"pixel_values": pixels(2)}
+    np.testing.assert_array_equal(beside.run(None, feed)[0], session.run(None, feed)[0])

@@ -1,0 +1,366 @@
+"""Hosts, wrap and detach: identity with stock CLIP, refusals, and real architectures with random weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from defense.core.latents import LatentSet
+from defense.errors import ConfigError, HookPointError, ShapeError
+from defense.hosts.attach import attached, detach, wrap
+from defense.hosts.families import tower_of
+from defense.hosts.tower import block_of
+
+from ..conftest import D_MODEL, random_defense, random_sae
+
+open_clip = pytest.importorskip("open_clip")
+
+TOPK = {"act": "topk", "k": 8}
+
+
+def pictures(model, n: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    height, width = model.visual.image_size
+    return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def a_set(n: int = 40, **fields) -> LatentSet:
+    return LatentSet("test", tuple(range(n)), **fields)
+
+
+def test_wrap_returns_the_same_object_defended_and_detach_restores_it_bit_for_bit(tiny_clip):
+    batch = pictures(tiny_clip)
+    keys = list(tiny_clip.state_dict())
+    with torch.inference_mode():
+        stock = tiny_clip.encode_image(batch)
+        assert wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(**TOPK), a_set()))) is tiny_clip
+        defended = tiny_clip.encode_image(batch)
+        assert list(tiny_clip.state_dict()) == keys
+        assert defended.shape == stock.shape
+        assert defended.dtype == stock.dtype
+        assert not torch.equal(defended, stock)
+        assert detach(tiny_clip) is tiny_clip
+        assert torch.equal(tiny_clip.encode_image(batch), stock)
+    assert list(tiny_clip.state_dict()) == keys
+
+
+def test_the_hook_applies_the_suppressor_to_the_output_of_its_block(tiny_clip):
+    sae, latent_set = random_sae(**TOPK), a_set()
+    outputs = []
+    tiny_clip.visual.transformer.resblocks[2].register_forward_pre_hook(lambda _m, inputs: outputs.append(inputs[0]))
+    batch = pictures(tiny_clip)
+    with torch.inference_mode():
+        tiny_clip.encode_image(batch)
+        wrap(tiny_clip, random_defense(tiny_clip, (1, sae, latent_set)))
+        tiny_clip.encode_image(batch)
+    from defense.core.suppress import Suppressor
+
+    torch.testing.assert_close(outputs[1], Suppressor(sae, latent_set)(outputs[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "latent_set",
+    [LatentSet("empty", ()), a_set(gains=(1.0,) * 40), a_set(edit="project", gains=(1.0,) * 40)],
+    ids=["empty", "gain-one", "project-gain-one"],
+)
+def test_a_defense_that_keeps_everything_is_bit_equal_to_stock_clip(tiny_clip, latent_set, dtype):
+    batch = pictures(tiny_clip, dtype=dtype)
+    stock = copy.deepcopy(tiny_clip).to(dtype)
+    wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(**TOPK), latent_set))).to(dtype)
+    with torch.inference_mode():
+        assert torch.equal(tiny_clip.encode_image(batch), stock.encode_image(batch))
+
+
+@pytest.mark.parametrize("edit", ["scale", "project"])
+def test_what_fires_does_not_depend_on_the_callers_autocast(tiny_clip, edit):
+    defense = random_defense(tiny_clip, (1, random_sae(**TOPK), a_set(edit=edit)))
+    batch, seen = pictures(tiny_clip), {}
+    wrap(tiny_clip, defense)
+    tiny_clip.visual.transformer.resblocks[1].register_forward_hook(
+        lambda _m, _inputs, output: seen.update(output=output)
+    )
+    (block,) = attached(tiny_clip).edited_blocks()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), attached(tiny_clip).recording():
+        tiny_clip.encode_image(batch)
+        before = block.told.resid
+    (suppressor,) = block.parts()
+    with torch.inference_mode():
+        want = (before.float() - suppressor.removed(before)).to(before.dtype)
+    assert torch.equal(seen["output"], want)
+    assert not torch.equal(seen["output"], before)
+
+
+@pytest.mark.parametrize("edit", ["scale", "project"])
+def test_a_float64_host_is_defended_in_float64(tiny_clip, edit):
+    batch = pictures(tiny_clip)
+    wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(**TOPK), a_set(edit=edit))))
+    with torch.inference_mode():
+        single = tiny_clip.encode_image(batch)
+        double = tiny_clip.double().encode_image(batch.double())
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single, atol=1e-4, rtol=1e-4)
+
+
+def test_strength_zero_and_bypass_are_bit_equal_to_stock_clip(tiny_clip):
+    batch = pictures(tiny_clip)
+    with torch.inference_mode():
+        stock = tiny_clip.encode_image(batch)
+        wrap(tiny_clip, random_defense(tiny_clip, (0, random_sae(), a_set()), (1, random_sae(1), a_set())))
+        with attached(tiny_clip).bypassed():
+            assert torch.equal(tiny_clip.encode_image(batch), stock)
+        assert not torch.equal(tiny_clip.encode_image(batch), stock)
+        attached(tiny_clip).set_strength(0)
+        assert torch.equal(tiny_clip.encode_image(batch), stock)
+    with pytest.raises(ConfigError, match="no set 'nope'"):
+        attached(tiny_clip).set_strength(0, "nope")
+
+
+def test_contexts_nest(tiny_clip):
+    batch = pictures(tiny_clip)
+    with torch.inference_mode():
+        stock = tiny_clip.encode_image(batch)
+        wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(), a_set())))
+        defense = attached(tiny_clip)
+        (block,) = defense.edited_blocks()
+        with defense.recording():
+            with defense.bypassed():
+                with defense.bypassed(), defense.recording():
+                    pass
+                assert torch.equal(tiny_clip.encode_image(batch), stock)
+            tiny_clip.encode_image(batch)
+            told = block.told
+            with defense.recording():
+                tiny_clip.encode_image(batch[:1])
+                assert len(block.told.resid) == 1
+            assert block.told is told
+            tiny_clip.encode_image(batch[:2])
+            assert len(block.told.resid) == 2
+        tiny_clip.encode_image(batch)
+        assert block.told is None
+
+
+def test_casts_and_moves_reach_the_suppressors(tiny_clip):
+    wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(**TOPK), a_set())))
+    tiny_clip.to(torch.bfloat16)
+    (suppressor,) = attached(tiny_clip).suppressors()
+    assert suppressor.W_enc.dtype == torch.bfloat16
+    with torch.inference_mode():
+        assert torch.isfinite(tiny_clip.encode_image(pictures(tiny_clip, dtype=torch.bfloat16))).all()
+
+
+def test_a_copy_of_a_defended_model_is_defended_by_itself(tiny_clip):
+    wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(**TOPK), a_set())))
+    batch = pictures(tiny_clip)
+    with torch.inference_mode():
+        defended = tiny_clip.encode_image(batch)
+        for twin in (copy.deepcopy(tiny_clip), pickle.loads(pickle.dumps(tiny_clip))):
+            attached(twin).set_strength(0)
+            assert not torch.equal(twin.encode_image(batch), defended)
+        assert torch.equal(tiny_clip.encode_image(batch), defended)
+
+
+def test_a_latent_in_two_sets_of_a_site_is_removed_once(tiny_clip):
+    sae = random_sae(**TOPK)
+    defense = random_defense(tiny_clip, (1, sae, a_set()))
+    (site,) = defense.sites
+    overlapping = replace(site, sets=(a_set(30), LatentSet("second", tuple(range(10, 40)))))
+    batch = pictures(tiny_clip)
+    with torch.inference_mode():
+        once = wrap(tiny_clip, defense).encode_image(batch)
+        detach(tiny_clip)
+        twice = wrap(tiny_clip, replace(defense, sites=(overlapping,))).encode_image(batch)
+    torch.testing.assert_close(once, twice, atol=1e-6, rtol=0)
+
+
+def test_at_the_last_block_of_a_cls_pooled_tower_only_the_cls_row_is_computed(tiny_clip):
+    batch = pictures(tiny_clip)
+    with torch.inference_mode():
+        wrap(tiny_clip, random_defense(tiny_clip, (2, random_sae(), a_set(scope="all"))))
+        everywhere = tiny_clip.encode_image(batch)
+        assert attached(tiny_clip).suppressors()[0].scope == "cls"
+        detach(tiny_clip)
+        cls_only = wrap(tiny_clip, random_defense(tiny_clip, (2, random_sae(), a_set(scope="cls")))).encode_image(batch)
+    assert torch.equal(everywhere, cls_only)
+
+
+def test_compiled_and_eager_agree(tiny_clip):
+    wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(), a_set())))
+    batch = pictures(tiny_clip)
+    with torch.inference_mode():
+        eager = tiny_clip.encode_image(batch)
+        compiled = torch.compile(tiny_clip.visual, backend="eager", fullgraph=True)(batch)
+    torch.testing.assert_close(compiled, eager, atol=1e-6, rtol=0)
+
+
+def test_a_compiled_model_is_refused(tiny_clip):
+    defense = random_defense(tiny_clip, (1, random_sae(), a_set()))
+    compiled = torch.compile(tiny_clip, backend="eager")
+    with pytest.raises(ConfigError, match="wrap it first, then compile"):
+        wrap(compiled, defense)
+    tiny_clip.visual.compile(backend="eager")
+    with pytest.raises(ConfigError, match="wrap it first, then compile"):
+        wrap(tiny_clip, defense)
+
+
+def test_wrapping_twice_and_detaching_the_undefended_are_refused(tiny_clip):
+    defense = random_defense(tiny_clip, (1, random_sae(), a_set()))
+    with pytest.raises(ConfigError, match="not defended"):
+        detach(tiny_clip)
+    wrap(tiny_clip, defense)
+    with pytest.raises(ConfigError, match="defended already"):
+        wrap(tiny_clip, defense)
+
+
+def test_a_refused_defense_leaves_the_model_as_it_was(tiny_clip):
+    good, bad = random_sae(), random_sae(1)
+    defense = random_defense(tiny_clip, (1, good, a_set()), (7, bad, a_set()))
+    keys = list(dict(tiny_clip.named_modules()))
+    with pytest.raises(HookPointError, match="blocks 0 to 2"):
+        wrap(tiny_clip, defense)
+    assert list(dict(tiny_clip.named_modules())) == keys
+    assert not any(module._forward_hooks for module in tiny_clip.modules())
+
+
+def test_fault_56_an_sae_of_another_width_is_refused(tiny_clip):
+    narrow = random_sae(d_model=D_MODEL - 1)
+    with pytest.raises(ShapeError, match=r"d_model=63.*64 wide"):
+        wrap(tiny_clip, random_defense(tiny_clip, (1, narrow, a_set())))
+
+
+@pytest.mark.parametrize(
+    "hook_point", ["blocks.-1.hook_resid_post", "blocks.1.hook_mlp_out", "visual.transformer.resblocks.1", "1", ""]
+)
+def test_fault_56_another_kind_of_hook_point_is_refused(hook_point):
+    with pytest.raises(HookPointError, match="hook_resid_post"):
+        block_of(hook_point)
+
+
+def test_fault_56_a_patch_edit_at_the_last_block_is_refused(tiny_clip):
+    with pytest.raises(HookPointError, match="after the last block only the CLS token"):
+        wrap(tiny_clip, random_defense(tiny_clip, (2, random_sae(), a_set(scope="patch"))))
+
+
+def test_fault_58_other_weights_are_refused_unless_asked_for(tiny_clip):
+    defense = random_defense(tiny_clip, (1, random_sae(), a_set()))
+    with torch.no_grad():
+        tiny_clip.visual.proj[0, 0] += 1
+    with pytest.raises(ConfigError, match="fitted on the weights of tiny"):
+        wrap(tiny_clip, defense)
+    wrap(tiny_clip, defense, allow_mismatch=True)
+
+
+def test_fault_58_the_fingerprint_is_the_same_in_half_precision(tiny_clip):
+    assert tower_of(tiny_clip).fingerprint() == tower_of(copy.deepcopy(tiny_clip).half()).fingerprint()
+
+
+def test_fault_59_quick_gelu_against_gelu_is_refused(tiny_clip):
+    defense = random_defense(tiny_clip, (1, random_sae(), a_set()))
+    other = replace(defense, clip=replace(defense.clip, quick_gelu=True))
+    with pytest.raises(ConfigError, match="force_quick_gelu=True"):
+        wrap(tiny_clip, other)
+
+
+def test_another_depth_is_refused(tiny_clip):
+    defense = random_defense(tiny_clip, (1, random_sae(), a_set()))
+    with pytest.raises(ConfigError, match=r"12 blocks.*has 3"):
+        wrap(tiny_clip, replace(defense, clip=replace(defense.clip, n_layers=12)))
+
+
+def test_a_model_without_a_vision_transformer_is_refused():
+    with pytest.raises(ConfigError, match="no vision tower"):
+        tower_of(torch.nn.Linear(1, 1))
+    resnet = open_clip.CLIP(
+        16,
+        {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 8},
+        {"width": 8, "heads": 1, "layers": 1},
+    )
+    with pytest.raises(HookPointError, match="no transformer blocks"):
+        tower_of(resnet)
+
+
+def test_quick_gelu_is_recognised():
+    tower = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 16}
+    assert tower_of(open_clip.CLIP(8, tower, text, quick_gelu=True)).quick_gelu
+    assert not tower_of(open_clip.CLIP(8, tower, text)).quick_gelu
+
+
+def test_a_sequence_first_tower_gives_the_same_answer(tiny_clip):
+    sae = random_sae(**TOPK)
+    batch = pictures(tiny_clip)
+    other = open_clip.CLIP(
+        32,
+        {"image_size": 32, "layers": 3, "width": D_MODEL, "head_width": 32, "patch_size": 8},
+        {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    ).eval()
+    other.load_state_dict(tiny_clip.state_dict())
+    transformer = other.visual.transformer
+    if not hasattr(transformer, "batch_first"):
+        pytest.skip("this open_clip has no sequence-first layout any more")
+    transformer.batch_first = False
+    for block in transformer.resblocks:
+        block.attn.batch_first = False
+    with torch.inference_mode():
+        want = wrap(tiny_clip, random_defense(tiny_clip, (1, sae, a_set()))).encode_image(batch)
+        got = wrap(other, random_defense(other, (1, sae, a_set()))).encode_image(batch)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+ARCHITECTURES = {
+    # name: (block, scope, n_prefix, pools_cls)
+    "ViT-B-32": (8, "all", 1, True),
+    "ViT-B-16": (10, "patch", 1, True),
+    "ViT-L-14": (22, "cls", 1, True),
+    "ViT-B-16-SigLIP": (6, "patch", 0, False),
+}
+
+
+LARGE = ("ViT-L-14", "ViT-B-16-SigLIP")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in ARCHITECTURES]
+)
+def test_real_architectures_are_bit_equal_without_and_change_with_an_edit(name):
+    block, scope, n_prefix, pools_cls = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = open_clip.create_model(name, pretrained=None).eval().requires_grad_(False)
+    tower = tower_of(model)
+    assert (tower.n_prefix, tower.pools_cls) == (n_prefix, pools_cls)
+    sae = random_sae(d_model=tower.d_model, **TOPK)
+    batch = pictures(model, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        with torch.inference_mode():
+            stock = model.encode_image(batch.to(dtype))
+            for latent_set in (a_set(gains=(1.0,) * 40, scope=scope), LatentSet("empty", (), scope=scope)):
+                wrap(model, random_defense(model, (block, sae, latent_set)), allow_mismatch=True)
+                assert torch.equal(model.encode_image(batch.to(dtype)), stock)
+                detach(model)
+            wrap(model, random_defense(model, (block, sae, a_set(scope=scope))), allow_mismatch=True)
+            assert not torch.equal(model.encode_image(batch.to(dtype)), stock)
+            detach(model)
+            assert torch.equal(model.encode_image(batch.to(dtype)), stock)
+
+
+def test_a_tower_without_a_cls_token_refuses_the_cls_scope():
+    import timm
+
+    class Tower(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = timm.create_model(
+                "vit_tiny_patch16_224", pretrained=False, img_size=32, embed_dim=D_MODEL, depth=2, num_heads=2,
+                class_token=False, global_pool="avg", num_classes=0,
+            )  # fmt: skip
+            self.image_size = (32, 32)
+
+    model = torch.nn.Module()
+    model.visual = Tower()
+    assert tower_of(model).n_prefix == 0
+    with pytest.raises(HookPointError, match="no CLS token"):
+        wrap(model, random_defense(model, (0, random_sae(), a_set(scope="cls"))))
