@@ -34,9 +34,9 @@ HEADINGS = ("clean", "empty plate", "attacked", "attack success")
 def wilson(percent: float, n: int) -> tuple[float, float]:
     """Return the 95 % interval of a share of n, in percent (Wilson's score interval)."""
     p, z = percent / 100, 1.959964
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return 100 * (centre - half), 100 * (centre + half)
+    return 100 * (center - half), 100 * (center + half)
 
 
 def measure(n: int, seed: int, command: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from defense.classify.classifier import RobustClassifier
 from defense.data import images
 from defense.errors import ConfigError
 from defense.export.exporter import export_onnx
-from defense.export.int8 import quantise
+from defense.export.int8 import quantize
 from defense.export.runtime import OnnxClassifier
 from defense.export.sessions import open_session
 from defense.export.vision import VisionGraph, trace_vision, write
@@ -130,7 +130,7 @@ class Runtime:
         batch: Pictures per call of the graph.
         picture_px: Width and height of the pictures as stored.
         decode_per_s: Files decoded by one thread, per second.
-        preprocess_per_s: Pictures resized and normalised by one thread, per second.
+        preprocess_per_s: Pictures resized and normalized by one thread, per second.
         all_per_s: Files to labels with the fp32 bundle of the defense as it is, per second.
         eight_bits: One for the defense as it is, one for the calibrated.
         first_answer_s: From the start of the import to the first answer in a fresh process, median of five.
@@ -188,7 +188,7 @@ def graph_arms(
         path, want = exported(name, model)
         if workload.config.act == "relu":
             others = set(jobs)
-            quantise(path, folder / "int8.onnx")
+            quantize(path, folder / "int8.onnx")
             add_onnx("ONNX int8, delta, scale", folder / "int8.onnx", want, rough=True)
             add("PyTorch eager, delta, scale", partial(model.encode_image, pixel_values), want.numpy(), want)
             if compiled:
@@ -220,7 +220,7 @@ def defended(stage: speed.Stage, workload: speed.Workload) -> Any:
 
 
 def embeds_of(model: Any, pixel_values: Tensor) -> Tensor:
-    """Return normalised image embeddings, [batch, d_embed]."""
+    """Return normalized image embeddings, [batch, d_embed]."""
     return nn.functional.normalize(model.encode_image(pixel_values), dim=-1)
 
 

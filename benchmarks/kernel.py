@@ -57,7 +57,7 @@ from defense.core.config import Act, Norm
 from defense.core.latents import Scope, token_slice
 from defense.core.ops import Backend, reference
 from defense.core.ops.reference import Encoder
-from defense.core.sae import normalise
+from defense.core.sae import normalize
 from defense.errors import BackendError
 from defense.hosts.attach import attach
 from defense.hosts.defense import Site
@@ -210,7 +210,7 @@ class Workload:
 
     Attributes:
         case: The shape.
-        norm: Input normalisation.
+        norm: Input normalization.
         share: Wanted share of tokens with a positive latent of S.
         resid: [batch, pos, d_model].
         encoder: What deciding about S takes.
@@ -238,7 +238,7 @@ class Workload:
     @property
     def n_firing(self) -> int:
         """Tokens with a positive latent of S."""
-        z = normalise(self.rows.float(), self.norm).z
+        z = normalize(self.rows.float(), self.norm).z
         return int((z @ self.encoder.W_S.float() + self.encoder.b_S.float() > 0).any(1).sum())
 
 
@@ -255,7 +255,7 @@ def draw(
     W_enc = directions.T.contiguous()
     W_enc[:, latents] *= _EMPHASIS
     W_enc, b = W_enc.to(dtype), torch.zeros(case.d_sae, device=DEVICE)
-    z = normalise(resid.flatten(0, 1).float(), norm).z
+    z = normalize(resid.flatten(0, 1).float(), norm).z
     peaks = (z @ W_enc[:, latents].float()).amax(1)
     b[latents] = speed.firing_bias(peaks.double().cpu().numpy(), share)
     b = b.to(dtype)
@@ -299,7 +299,7 @@ def exact_edit(resid: Tensor, norm: Norm, encoder: Encoder, W_dec_S: Tensor, rem
     unit = 4e-6 if norm == "none" else torch.finfo(encoder.W_S.dtype).eps + 4e-6
     parts = []
     for rows in resid.flatten(0, 1).split(_EXACT_TOKENS):
-        z, scale, _ = normalise(rows.double(), norm)
+        z, scale, _ = normalize(rows.double(), norm)
         z = z.to(encoder.W_S.dtype).double()
         h = z @ W_S + b_S
         margin = unit * (z.abs() @ W_S.abs() + 1)

@@ -52,7 +52,7 @@ SEED_FIT, SEED_TEST = 200, 299
 
 RULES = ("ours", "contrast x causal", "causal", "contrast", "steerability", "random")
 ABLATIONS = (
-    "contrast", "causal effect", "joint step", "learnt gains", "moving weights", "sparsity", "budget",
+    "contrast", "causal effect", "joint step", "learned gains", "moving weights", "sparsity", "budget",
     "most candidates", "most candidates and contrast", "most candidates and causal effect",
 )  # fmt: skip
 _FEW = 32
@@ -96,7 +96,7 @@ class Chooser:
     def __init__(self, fit: TextFit, config: FitConfig, steerability: np.ndarray, seed: int) -> None:
         self.fit, self.config, self.steerability = fit, replace(config, seed=seed), steerability
         self.seed = seed
-        self._learnt: dict[tuple[FitConfig, tuple[int, ...]], tuple[Trial, np.ndarray]] = {}
+        self._learned: dict[tuple[FitConfig, tuple[int, ...]], tuple[Trial, np.ndarray]] = {}
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -157,7 +157,7 @@ class Chooser:
             return self._chosen(self.order("contrast"), config)
         if ingredient == "joint step":
             return self._in_full(order)
-        if ingredient == "learnt gains":
+        if ingredient == "learned gains":
             trial, ranked, _ = self._joint(order, config)
             return self._stopped(trial, ranked, np.ones(len(trial.latents)))
         changed = {
@@ -181,10 +181,10 @@ class Chooser:
         """Return the candidates, their columns, most removed first, and how much of each is removed."""
         order = order[: config.n_candidates]
         key = replace(config, clean_budget=0.0), tuple(order.tolist())  # this step does not depend on the budget
-        if key not in self._learnt:
+        if key not in self._learned:
             trial = Trial(self.fit, order, config)
-            self._learnt[key] = trial, self.fit.learn_removal(trial, config)
-        trial, removal = self._learnt[key]
+            self._learned[key] = trial, self.fit.learn_removal(trial, config)
+        trial, removal = self._learned[key]
         ranked = np.argsort(-removal, kind="stable")
         return trial, ranked[removal[ranked] >= LEAST_REMOVAL], removal
 

@@ -113,7 +113,7 @@ def trade_off(results: Sequence[Result]) -> Figure | None:
         (x_value,), x_bar = _points([_lost(costs[result["method"]]) or _NOTHING])
         (y_value,), y_bar = _points([result["robust"]["figures"]["worst_group" if is_grouped else "accuracy"]])
         name = result["method"] if n_variants == 1 else f"{result['method']}, {result['robust']['variant']}"
-        marker = _MARKERS[place // 10 % len(_MARKERS)]  # colours come again after ten
+        marker = _MARKERS[place // 10 % len(_MARKERS)]  # colors come again after ten
         axes.errorbar(x_value, y_value, xerr=x_bar, yerr=y_bar, marker=marker, capsize=3, linestyle="", label=name)
     _legend(figure, len(shown))
     return figure

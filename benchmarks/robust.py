@@ -298,8 +298,8 @@ def _with_cost(named: NamedHost, job: Callable[[], np.ndarray]) -> tuple[np.ndar
 def _text_embeds(named: NamedHost, method_key: str, encoder: Encoder, dataset: Dataset, store: Store) -> np.ndarray:
     prompts = Prompts(check_labels(dataset.class_names), resolve_templates(dataset.templates))
     owner = method_key if encoder.edits_text else _STOCK
-    key = key_of("text", named.sha256, owner, prompts.sha256(), dataset.normalise_each)
-    return store.get(key, lambda: {"embeds": encoder.text_embeds(prompts, normalise_each=dataset.normalise_each)})[
+    key = key_of("text", named.sha256, owner, prompts.sha256(), dataset.normalize_each)
+    return store.get(key, lambda: {"embeds": encoder.text_embeds(prompts, normalize_each=dataset.normalize_each)})[
         "embeds"
     ]
 
@@ -473,7 +473,7 @@ def result_of(
             "settings": dict(method.settings()),
             "class_names": list(dataset.class_names),
             "templates": list(dataset.templates),
-            "normalise_each": dataset.normalise_each,
+            "normalize_each": dataset.normalize_each,
             "facts": dict(dataset.facts),
             "data_sha256": own.data_sha256,
             "host_sha256": named.sha256,

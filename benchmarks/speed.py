@@ -69,7 +69,7 @@ from defense.hosts.families import tower_of
 
 _MIB = 2**20
 _ATOL = 1e-4
-"""On normalised image_embeds, whose entries are about 1 / sqrt(d_embed)."""
+"""On normalized image_embeds, whose entries are about 1 / sqrt(d_embed)."""
 _EMPHASIS = 32.0
 """Length of the encoder columns of S; the others have length 1."""
 _BASELINE_SHARE = 0.05
@@ -315,8 +315,8 @@ class NaiveProject(NaiveSplice):
         fires = self.encode(rows)[:, self.latents] != 0
         for token in fires.any(1).nonzero()[:, 0].tolist():
             basis = self.W_dec[self.latents[fires[token]]].double().T  # [d_model, latents that fire]
-            centred = (rows[token] - self.b_dec).double()
-            edited[token] -= (basis @ torch.linalg.lstsq(basis, centred[:, None]).solution)[:, 0].float()
+            centered = (rows[token] - self.b_dec).double()
+            edited[token] -= (basis @ torch.linalg.lstsq(basis, centered[:, None]).solution)[:, 0].float()
         return edited.view(resid.shape)
 
 
@@ -407,14 +407,14 @@ def make_workloads(stage: Stage) -> list[Workload]:
     case = stage.case
     latents = np.sort(np.random.default_rng([case.seed, 2]).choice(case.d_sae, case.n_set, replace=False))
     parameters = random_sae(stage, latents)
-    centred = stage.rows.numpy().astype(np.float64) - parameters["b_dec"]
-    peaks = (centred @ parameters["W_enc"][:, latents]).max(1)
+    centered = stage.rows.numpy().astype(np.float64) - parameters["b_dec"]
+    peaks = (centered @ parameters["W_enc"][:, latents]).max(1)
 
     def workload(act: str, edit: Edit, share: float) -> Workload:
         b_enc = parameters["b_enc"].copy()
         b_enc[latents] = firing_bias(peaks, share)
         k = case.k if act == "topk" else None
-        config = SAEConfig(d_model=centred.shape[1], d_sae=case.d_sae, act=act, k=k)  # type: ignore[arg-type]
+        config = SAEConfig(d_model=centered.shape[1], d_sae=case.d_sae, act=act, k=k)  # type: ignore[arg-type]
         latent_set = LatentSet("benchmark", tuple(latents.tolist()), edit=edit)
         return Workload(config, {**parameters, "b_enc": b_enc}, latent_set, share)
 
@@ -479,7 +479,7 @@ def buffers_mib(module: nn.Module) -> float:
 def gate(stage: Stage, field: Sequence[Rivals]) -> list[str]:
     """Return what speaks against timing these arms; nothing does where the list is empty.
 
-    Rivals must agree on the normalised image embeddings and differ from plain CLIP where a latent of S survives (else
+    Rivals must agree on the normalized image embeddings and differ from plain CLIP where a latent of S survives (else
     there is nothing to agree on). Ours must equal plain CLIP bit for bit where S does not fire. S must fire as often
     as asked.
     """

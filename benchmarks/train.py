@@ -9,7 +9,7 @@ function on pictures that neither saw; a `dictionary-learning` SAE is first conv
 acts as its own code.
 
 The two take turns, batch by batch, so that whatever else the machine does hits both alike. The rate is a batch over
-the median time of a step: forward, backward, optimiser. The floor is the five matrix products that such a step cannot
+the median time of a step: forward, backward, optimizer. The floor is the five matrix products that such a step cannot
 do without (one forward through the encoder, one through the decoder, three backward), timed by themselves between
 the steps. What AuxK computes for dead latents comes on top of it.
 
@@ -163,7 +163,7 @@ class Ours:
 class Theirs:
     """The trainer of dictionary-learning.
 
-    Its threshold starts to be learnt halfway (by default after 1,000 steps, more than there are here).
+    Its threshold starts to be learned halfway (by default after 1,000 steps, more than there are here).
     """
 
     def __init__(self, config: TrainConfig, sample: Tensor) -> None:

@@ -4,7 +4,7 @@
     ├── ConfigError (ValueError)             an argument or a combination of arguments that cannot work
     │   ├── ShapeError                       a width, rank or size that does not fit
     │   └── HookPointError                   a block that is not there, or a scope that means nothing there
-    ├── CheckpointError (RuntimeError)       an SAE file, artefact or bundle that cannot be used
+    ├── CheckpointError (RuntimeError)       an SAE file, artifact or bundle that cannot be used
     │   └── IntegrityError                   its bytes are not the ones that were written
     ├── InvalidImageError (ValueError)       one picture; `.code` says what is wrong with it
     ├── NonFiniteError (ValueError)          NaN or infinity in numbers that were handed over
@@ -35,7 +35,7 @@ class HookPointError(ConfigError):
 
 
 class CheckpointError(DefenseError, RuntimeError):
-    """An SAE file, artefact or bundle that cannot be used."""
+    """An SAE file, artifact or bundle that cannot be used."""
 
 
 class IntegrityError(CheckpointError):

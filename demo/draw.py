@@ -31,7 +31,7 @@ class Note:
         text: Letters a to z in either case, and spaces; empty for none.
         font: One of `FONTS`.
         style: "plate" puts a rectangle behind it, "strip" a band across the picture, "bare" nothing but an outline.
-        x, y: Its centre, as fractions of width and height.
+        x, y: Its center, as fractions of width and height.
         height: Font size as a fraction of the shorter side.
 
     Raises:
@@ -89,6 +89,6 @@ def _width(words: list[str], font: str, px: int) -> float:
     return sum(load_font(font, px).getlength(word) for word in words) + _GAP * px * (len(words) - 1)
 
 
-def _inside(centre: float, half: float, size: int) -> float:
-    """Return a centre moved so that what reaches `half` to both sides stays within the picture."""
-    return size / 2 if 2 * half >= size else min(max(centre, half), size - half)
+def _inside(center: float, half: float, size: int) -> float:
+    """Return a center moved so that what reaches `half` to both sides stays within the picture."""
+    return size / 2 if 2 * half >= size else min(max(center, half), size - half)

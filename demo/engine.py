@@ -57,7 +57,7 @@ class Task:
 EMBEDDED_TASKS = (
     Task("text", "text in the picture", tuple(OBJECTS)),
     Task("waterbirds", "background behind birds", ("landbird", "waterbird")),
-    Task("celeba", "gender behind hair colour", ("dark hair", "blond hair"), "a photo of a person with {}."),
+    Task("celeba", "gender behind hair color", ("dark hair", "blond hair"), "a photo of a person with {}."),
 )
 
 
@@ -154,7 +154,7 @@ class Engine:
         return counterfactual(self._asked(question), image, controls=question.controls)
 
     def embed(self, image: Any, *, plain: bool = False) -> np.ndarray:
-        """Return the image embedding, float32 [d_embed], normalised."""
+        """Return the image embedding, float32 [d_embed], normalized."""
         if not plain:
             return self.clf.transform([image])[0]
         if not self.can_explain:
@@ -165,7 +165,7 @@ class Engine:
         return self.clf.encode_pixels(pixel_values, plain=True)[0]
 
     def phrase(self, text: str, template: str) -> np.ndarray:
-        """Return the embedding of a phrase, float32 [d_embed], normalised."""
+        """Return the embedding of a phrase, float32 [d_embed], normalized."""
         return self._asked(Question((text,), template)).text_embeds()[0]
 
     def activation_map(self, image: Image.Image, hook_point: str, latent: int) -> np.ndarray:

@@ -44,7 +44,7 @@ _SAYS = {
     f"{_PICTURE_LIMITS.max_pixels // 1_000_000} megapixels.",
     "extreme_aspect": f"This picture is too long and thin: at most {_PICTURE_LIMITS.max_aspect:g} to 1.",
     "unsupported_format": "This kind of picture cannot be read.",
-    "unsupported_mode": "The pixels of this picture are of a kind that cannot be read; save it with 8 bits per colour.",
+    "unsupported_mode": "The pixels of this picture are of a kind that cannot be read; save it with 8 bits per color.",
     "url_not_supported": "Addresses are not fetched; upload the file itself.",
     "not_found": "There is no such file; upload it first.",
 }

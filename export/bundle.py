@@ -3,7 +3,7 @@
     manifest.json              what the rest is; hash and size of each other file
     model.onnx                 pixel_values -> image_embeds, logits_per_image (model.onnx.data beside it above 2 GiB)
     text.onnx                  input_ids -> text_embeds, where the bundle has an open vocabulary
-    labels.safetensors         text_embeds of the labels that are baked in; the tokens that text.onnx never learnt
+    labels.safetensors         text_embeds of the labels that are baked in; the tokens that text.onnx never learned
     golden.safetensors         pictures with torch's answers
     README.md, LICENCES.md     for people
 
@@ -32,7 +32,7 @@ from defense.store.folders import Verify, check_verify, read_tensors, reading, s
 SCHEMA = 1
 BLANK_TOKENS = "blank_tokens"
 KIND = "clip-defense ONNX bundle"
-LABELS, GOLDEN, README, LICENCES = "labels.safetensors", "golden.safetensors", "README.md", "LICENCES.md"
+LABELS, GOLDEN, README, LICENSES = "labels.safetensors", "golden.safetensors", "README.md", "LICENCES.md"
 
 # What a manifest of this schema holds: key -> type of its value.
 _FIELDS = {
@@ -78,7 +78,7 @@ class Bundle:
         dtype: "fp32", "fp16" or "int8".
         tolerance: What the graph's answers may differ from torch's: atol, cosine, agreement, tie.
         parity: By how much they did when it was made.
-        licence: Of the defense.
+        license: Of the defense.
         text_embeds: Of the labels, float32 [n_labels, d_embed].
         blank_tokens: For each token id whether the text tower has no embedding for it, bool; None where unknown.
         golden: Reference answers: pictures uint8 [n, height, width, 3], image_embeds [n, d_embed].
@@ -98,7 +98,7 @@ class Bundle:
     dtype: str
     tolerance: Mapping[str, float]
     parity: Mapping[str, Any]
-    licence: str
+    license: str
     text_embeds: np.ndarray
     blank_tokens: np.ndarray | None
     golden: Mapping[str, np.ndarray]
@@ -170,7 +170,7 @@ def _load(root: Path, verify: Verify) -> Bundle:
         dtype=manifest["dtype"],
         tolerance=folders.typed("tolerance", manifest["tolerance"], _TOLERANCE_FIELDS),
         parity=manifest["parity"],
-        licence=manifest["licence"],
+        license=manifest["licence"],
         text_embeds=text_embeds,
         blank_tokens=tensors.get(BLANK_TOKENS),
         golden=read_tensors(root / GOLDEN),

@@ -28,7 +28,7 @@ def coordinates(fires: Tensor, gram: Tensor, dots: Tensor) -> Tensor:
     Args:
         fires: 1 where a latent fires, else 0, float32 [tokens, n].
         gram: Products of the decoder rows with each other, float64 [n, n].
-        dots: Products of the centred residual with the decoder rows, float64 [tokens, n].
+        dots: Products of the centered residual with the decoder rows, float64 [tokens, n].
     """
     mask = fires.double()
     system = gram * mask[:, :, None] * mask[:, None, :] + torch.diag_embed(1 - mask + _RIDGE)

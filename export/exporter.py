@@ -157,11 +157,11 @@ def _fill(
     text_embeds = clf.text_embeds()
     model = trace_vision(graph, clf.clip.preprocess.size, torch.from_numpy(text_embeds))
     if dtype == "int8":
-        from defense.export.int8 import quantise
+        from defense.export.int8 import quantize
 
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
             write(model, Path(aside) / MODEL, _metadata(clf, mode, dtype))
-            quantise(Path(aside) / MODEL, folder / MODEL)
+            quantize(Path(aside) / MODEL, folder / MODEL)
     else:
         write(model, folder / MODEL, _metadata(clf, mode, dtype))
     parities = [
@@ -177,7 +177,7 @@ def _fill(
     fields = _fields(clf, mode, dtype, text_graph, parities[0])
     fields |= arrange(folder, layout, fields)
     (folder / bundle.README).write_text(readme.render(fields, layout, folder), encoding="utf-8")
-    (folder / bundle.LICENCES).write_text(readme.licences(fields), encoding="utf-8")
+    (folder / bundle.LICENSES).write_text(readme.licenses(fields), encoding="utf-8")
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors gives only its owner leave to read
     bundle.write_manifest(folder, fields)
@@ -225,7 +225,7 @@ def _fields(
         "dtype": dtype,
         "tolerance": asdict(TOLERANCES[dtype]),
         "parity": asdict(parity),
-        "licence": defense.licence if defense is not None else "none: no defense inside",
+        "licence": defense.license if defense is not None else "none: no defense inside",
     }
 
 

@@ -1,6 +1,6 @@
-"""Eight-bit weights for CPUs: ONNX Runtime's dynamic quantisation of the tower's linear layers.
+"""Eight-bit weights for CPUs: ONNX Runtime's dynamic quantization of the tower's linear layers.
 
-Weights are quantised per channel, activations at run time by their range in the batch: so an answer depends a little
+Weights are quantized per channel, activations at run time by their range in the batch: so an answer depends a little
 on what else is in the batch. Attention, the patch embedding, the projection and everything that belongs to the edit
 stay in float32: a latent must fire where it fires in torch.
 """
@@ -16,10 +16,10 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 _LINEAR = "aten.linear.default"
 
 
-def quantise(model: Path, quantised: Path) -> None:
-    """Write `model` with its linear layers in int8 as `quantised`."""
+def quantize(model: Path, quantized: Path) -> None:
+    """Write `model` with its linear layers in int8 as `quantized`."""
     proto = onnx.load(model)
-    del proto.graph.value_info[:]  # the quantiser transposes weights, and would be told shapes they had before
+    del proto.graph.value_info[:]  # the quantizer transposes weights, and would be told shapes they had before
     matrix_products = [node for node in proto.graph.node if node.op_type in ("MatMul", "Gemm")]
     logger = logging.getLogger()
     level = logger.level
@@ -27,7 +27,7 @@ def quantise(model: Path, quantised: Path) -> None:
     try:
         quantize_dynamic(
             proto,
-            quantised,
+            quantized,
             op_types_to_quantize=["MatMul"],
             nodes_to_exclude=[node.name for node in matrix_products if not _is_linear(node)],
             weight_type=QuantType.QInt8,

@@ -70,7 +70,7 @@ image_embeds, logits = session.run(["image_embeds", "logits_per_image"], {{"pixe
 print(manifest["labels"][int(logits[0].argmax())])
 ```
 
-This shortens the preparation to a plain resize; `OnnxClassifier` does all of it. Other labels: feed their normalised
+This shortens the preparation to a plain resize; `OnnxClassifier` does all of it. Other labels: feed their normalized
 embeddings as `text_embeds` [n_labels, {fields["d_embed"]}].
 {_server(fields, layout)}"""
 
@@ -155,9 +155,9 @@ def _resize(preprocess: Mapping[str, Any]) -> str:
     return f"resized ({preprocess['interpolation']}) and {how[preprocess['resize_mode']]} to the frame"
 
 
-def licences(fields: Mapping[str, Any]) -> str:
-    """Return what is known of the licences."""
-    return f"""# Licences
+def licenses(fields: Mapping[str, Any]) -> str:
+    """Return what is known of the licenses."""
+    return f"""# Licenses
 
 - clip-defense, whose formula is in the graph: MIT.
 - The defense: {fields["licence"]}.

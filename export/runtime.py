@@ -1,8 +1,8 @@
 """A bundle behind the calls of `ZeroShotClassifier`, with ONNX Runtime and without torch.
 
 image  --images.decode, Preprocess, in a thread pool-->  pixel_values [batch, 3, height, width]
-       --model.onnx-->                                   image_embeds [batch, d_embed], normalised
-labels --text.onnx, or baked in-->                       text_embeds [n_labels, d_embed], normalised
+       --model.onnx-->                                   image_embeds [batch, d_embed], normalized
+labels --text.onnx, or baked in-->                       text_embeds [n_labels, d_embed], normalized
        --logit_scale * cos, softmax-->                   scores [batch, n_labels]
 """
 
@@ -160,7 +160,7 @@ class OnnxClassifier(ZeroShotClassifier):
 
         Args:
             candidate_labels: At least one, all different.
-            text_embeds: Of the text tower of the same CLIP, float32 [n_labels, d_embed]; they are normalised here.
+            text_embeds: Of the text tower of the same CLIP, float32 [n_labels, d_embed]; they are normalized here.
 
         Raises:
             ShapeError: Another number of rows than labels, or another width than the bundle's.

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _MAX_DECODING_THREADS = 8
 HALF_OPTIONS = {"graph_optimization_level": 2}
-"""For half precision: the CPU's own optimisations, which are beyond level 2, can end the process on such a graph."""
+"""For half precision: the CPU's own optimizations, which are beyond level 2, can end the process on such a graph."""
 
 
 def import_onnxruntime() -> Any:

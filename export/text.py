@@ -1,6 +1,6 @@
 """The text tower, for bundles with an open vocabulary.
 
-input_ids int64 [n_texts, context_length] --host.encode_text--> text_embeds [n_texts, d_embed], normalised
+input_ids int64 [n_texts, context_length] --host.encode_text--> text_embeds [n_texts, d_embed], normalized
 
 A graph of its own: pictures and texts come at different times and in different numbers.
 """
@@ -38,7 +38,7 @@ class TextGraph(nn.Module):
         self.context_length = clf.clip.tokenizer.context_length
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Return text_embeds [n_texts, d_embed], normalised."""
+        """Return text_embeds [n_texts, d_embed], normalized."""
         return F.normalize(self.model.encode_text(input_ids), dim=-1)
 
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from defense.core.latents import token_slice
 from defense.core.ops import reference
-from defense.core.sae import normalise
+from defense.core.sae import normalize
 from defense.core.suppress import Suppressor
 from defense.errors import ConfigError
 from defense.export.coordinates import TRANSLATION, coordinates
@@ -68,7 +68,7 @@ class TracedEdit(nn.Module):
         """Return the share of resid [batch, pos, d_model] to remove, at every pos."""
         s = self.suppressor
         rows = resid.reshape(-1, s.d_model)
-        z, scale, _ = normalise(rows, s.norm)
+        z, scale, _ = normalize(rows, s.norm)
         acts = reference.acts_of_set(z, s.encoder()) if s.W_enc is None else self._topk_acts(z)
         if s.values is not None:
             delta = reference.steered(acts, self.removal, s.W_dec_S, s.values)
@@ -100,12 +100,12 @@ class TracedEdit(nn.Module):
         kth_largest = everything.topk(s.k, dim=1).values[:, -1:]
         return everything.index_select(1, s.latents) >= kth_largest  # [:, latents] would transpose it in ONNX
 
-    def _projected(self, acts: Tensor, centred: Tensor) -> Tensor:
+    def _projected(self, acts: Tensor, centered: Tensor) -> Tensor:
         rows = (acts != 0).any(1).nonzero()[:, 0]
         W_dec_S = self.suppressor.W_dec_S.double()
-        shares = coordinates((acts[rows] != 0).float(), W_dec_S @ W_dec_S.T, centred[rows].double() @ W_dec_S.T)
-        delta = ((shares * self.removal) @ W_dec_S).to(centred.dtype)
-        return torch.zeros_like(centred).index_copy(0, rows, delta)
+        shares = coordinates((acts[rows] != 0).float(), W_dec_S @ W_dec_S.T, centered[rows].double() @ W_dec_S.T)
+        delta = ((shares * self.removal) @ W_dec_S).to(centered.dtype)
+        return torch.zeros_like(centered).index_copy(0, rows, delta)
 
 
 class TracedBlock(nn.Module):
@@ -183,7 +183,7 @@ class VisionGraph(nn.Module):
             yield
 
     def forward(self, pixel_values: Tensor, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Return image_embeds [batch, d_embed], normalised, and logits_per_image [batch, n_labels]."""
+        """Return image_embeds [batch, d_embed], normalized, and logits_per_image [batch, n_labels]."""
         image_embeds = F.normalize(self.visual(pixel_values.to(self.tower.dtype)).float(), dim=-1)
         return image_embeds, self.scale * image_embeds @ text_embeds.T + self.bias
 
@@ -197,7 +197,7 @@ def trace_vision(graph: VisionGraph, size: tuple[int, int], text_embeds: Tensor)
     Args:
         graph: What to trace.
         size: Height and width of its pictures.
-        text_embeds: The labels' embeddings, normalised, [n_labels, d_embed].
+        text_embeds: The labels' embeddings, normalized, [n_labels, d_embed].
     """
     example = {
         "pixel_values": torch.zeros(_TRACED_BATCH, 3, *size),

@@ -311,7 +311,7 @@ def test_the_wheel_holds_what_is_no_python(unpacked: Path, file: str) -> None:
     assert (unpacked / "defense" / file).is_file()
 
 
-def test_the_wheel_states_its_licence_command_and_extras(unpacked: Path) -> None:
+def test_the_wheel_states_its_license_command_and_extras(unpacked: Path) -> None:
     info = next(unpacked.glob("*.dist-info"))
     metadata = (info / "METADATA").read_text(encoding="utf-8")
     assert "License-Expression: MIT" in metadata

@@ -96,7 +96,7 @@ class Dataset:
         class_names: What is chosen from.
         templates: What the names are put into, each with one literal {}.
         choice: "all" names, or the "pair" of label and word of each picture.
-        normalise_each: See `labels.average_templates`.
+        normalize_each: See `labels.average_templates`.
         group_names: Names of the groups 0 to 3; empty where there are none.
         train_counts: Pictures per group in the training data, the weights of the adjusted average; may be empty.
         shortfall: How the data differ from the published ones; None where they do not.
@@ -113,7 +113,7 @@ class Dataset:
     class_names: tuple[str, ...]
     templates: tuple[str, ...] = TEMPLATES["simple"]
     choice: Choice = "all"
-    normalise_each: bool = True
+    normalize_each: bool = True
     group_names: tuple[str, ...] = ()
     train_counts: tuple[int, ...] = ()
     shortfall: str | None = None

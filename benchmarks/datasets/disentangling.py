@@ -1,6 +1,6 @@
 """Photographs of 20 objects with words on them, from "Disentangling visual and written concepts in CLIP".
 
-The folder holds `annotations.json` (also spelt `annotation.json`), `classes.json`, whose keys in order are the classes,
+The folder holds `annotations.json` (also spelled `annotation.json`), `classes.json`, whose keys in order are classes,
 and `images/`. The template has no article.
 
 Source: Materzynska et al. 2022, arXiv:2206.07835.

@@ -1,7 +1,7 @@
 """Photographs with a wrong word on them, named `label=<object>_text=<word>.<ext>`: RTA-100 and PAINT.
 
 Classes are the union of objects and words, sorted, as in the reference loaders (which leave the order to chance):
-without the words there is nothing that an attack could succeed at. Names are taken as they are spelt, wrong ones and
+without the words there is nothing that an attack could succeed at. Names are taken as they are spelled, wrong ones and
 capitals included. The word ends at the last dot; the reference loader of PAINT cuts four characters instead, which
 turns `TV.jpeg` into a class `TV.` and makes 162 classes of 159.
 

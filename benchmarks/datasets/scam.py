@@ -4,7 +4,7 @@ Pictures come as the Hugging Face data set unpacks (`images.zip`: pictures besid
 with the columns file_name, type, id, object_label, attack_word), or as the project page holds them
 (`<type>/<id>.webp` beside `vlm_similarity_index.json`; smaller copies, for which the published figures do not hold).
 
-The question is two-way, object or word, with 32 templates whose embeddings are averaged before they are normalised;
+The question is two-way, object or word, with 32 templates whose embeddings are averaged before they are normalized;
 a tie is lost. The project page also has the similarities of 44 models for every picture: `read_similarities`.
 
 Source: Westerhoff et al. 2025, arXiv:2504.04893; main_vlm_openclip.py of github.com/Bliss-e-V/SCAM.
@@ -85,7 +85,7 @@ def read(folder: Path, options: Options) -> Task:
             class_names,
             templates=TEMPLATES_32,
             choice="pair",
-            normalise_each=False,
+            normalize_each=False,
             shortfall=shortfall,
             facts={"class_rule": "object or word of each picture"},
         )

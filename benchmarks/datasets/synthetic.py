@@ -1,11 +1,11 @@
 """Any classified pictures with the name of another class drawn on them, and the same pictures without it.
 
 The recipe is that of Defense-Prefix (arXiv:2304.04512, section 4.1; datasets/utils/make_dataset_train.py of its code):
-shorter side to 224 pixels, centre crop; one of several fonts, 20 to 40 pixels high and smaller where the text does not
-fit; fill and outline in two different colours of eight; anywhere where all of it is inside; two or three words break
+shorter side to 224 pixels, center crop; one of several fonts, 20 to 40 pixels high and smaller where the text does not
+fit; fill and outline in two different colors of eight; anywhere where all of it is inside; two or three words break
 after the first, more after the second. Differences: the seed of a picture follows from (seed, key), so that neither the
 order nor the number of pictures matters; fonts are those of this package, or one that is given; nothing is saved as
-JPEG, since its artefacts are not the attack.
+JPEG, since its artifacts are not the attack.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from defense.errors import ConfigError
 RECIPE = "defense-prefix-1"
 SIZE = 224
 FONT_PX = (20, 40)
-COLOURS = ("white", "blue", "green", "red", "magenta", "cyan", "yellow", "black")
+COLORS = ("white", "blue", "green", "red", "magenta", "cyan", "yellow", "black")
 
 _GAP = 0.3
 """Between words, over the font's height: the fonts that ship have no space."""
@@ -167,7 +167,7 @@ def written(image: Image.Image, text: str, fonts: Sequence[Path], rng: np.random
         ConfigError: The text does not fit at any size.
     """
     path = fonts[int(rng.integers(len(fonts)))]
-    fill, outline = (str(colour) for colour in rng.choice(COLOURS, 2, replace=False))
+    fill, outline = (str(color) for color in rng.choice(COLORS, 2, replace=False))
     lines = broken(text)
     for px in range(int(rng.integers(FONT_PX[0], FONT_PX[1] + 1)), 0, -1):
         placed, (width, height) = _placed(lines, _font(path, px), px)

@@ -56,17 +56,17 @@ class Encoder:
         self.clip = clip
 
     def image_embeds(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Return normalised embeddings, float32 [n, d_embed], of RGB pictures."""
+        """Return normalized embeddings, float32 [n, d_embed], of RGB pictures."""
         pixel_values = np.stack([self.clip.preprocess(picture) for picture in pictures])
         return self.clip.image_embeds(pixel_values).cpu().numpy()
 
     def edited(self, image_embeds: np.ndarray) -> np.ndarray:
-        """Return what the method makes of the stock tower's embeddings, normalised, float32 [n, d_embed]."""
+        """Return what the method makes of the stock tower's embeddings, normalized, float32 [n, d_embed]."""
         return image_embeds
 
-    def text_embeds(self, prompts: Prompts, *, normalise_each: bool = True) -> np.ndarray:
-        """Return normalised embeddings, float32 [n_labels, d_embed]; see `labels.average_templates`."""
-        return self.clip.text_embeds(prompts, normalize_each=normalise_each)
+    def text_embeds(self, prompts: Prompts, *, normalize_each: bool = True) -> np.ndarray:
+        """Return normalized embeddings, float32 [n_labels, d_embed]; see `labels.average_templates`."""
+        return self.clip.text_embeds(prompts, normalize_each=normalize_each)
 
 
 class Stock(Encoder):
@@ -75,7 +75,7 @@ class Stock(Encoder):
     has_stock_tower = True
 
     def image_embeds(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Return normalised embeddings, float32 [n, d_embed], of RGB pictures."""
+        """Return normalized embeddings, float32 [n, d_embed], of RGB pictures."""
         return self.edited(super().image_embeds(pictures))
 
 
@@ -90,7 +90,7 @@ class Method(Protocol):
     def settings(self) -> Mapping[str, Any]:
         """Return, as JSON values, all that decides the embeddings beside the host: another setting, another row.
 
-        Asked for after `fit`; what was learnt there belongs to it, as a hash where it is large.
+        Asked for after `fit`; what was learned there belongs to it, as a hash where it is large.
         """
         ...
 

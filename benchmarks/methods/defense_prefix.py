@@ -1,6 +1,6 @@
 """Defense-Prefix: one learned token before each class name, which says "the object, not the word".
 
-With the prefixed prompts' embeddings in place of the plain ones, the token's embedding v is learnt by gradient descent
+With the prefixed prompts' embeddings in place of the plain ones, the token's embedding v is learned by gradient descent
 on the input of the text tower, both towers frozen:
 
     loss(v)  =  eta CE(attacked pictures, labels)  +  gamma KL(plain answers on clean pictures || prefixed answers)
@@ -41,9 +41,9 @@ _INITIAL_STD = 0.02
 class _Prefixed(Stock):
     edits_text = True
 
-    def text_embeds(self, prompts: Prompts, *, normalise_each: bool = True) -> np.ndarray:
+    def text_embeds(self, prompts: Prompts, *, normalize_each: bool = True) -> np.ndarray:
         """Return embeddings of the prompts with the placeholder before each class name."""
-        return super().text_embeds(with_placeholder(prompts), normalise_each=normalise_each)
+        return super().text_embeds(with_placeholder(prompts), normalize_each=normalize_each)
 
 
 def with_placeholder(prompts: Prompts) -> Prompts:
@@ -71,7 +71,7 @@ class DefensePrefix:
     token: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), init=False)
 
     def settings(self) -> Mapping[str, Any]:
-        """Return how the token was learnt, and a hash of it."""
+        """Return how the token was learned, and a hash of it."""
         return {
             "eta": ETA,
             "gamma": GAMMA,

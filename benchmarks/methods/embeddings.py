@@ -19,7 +19,7 @@ class EditedImages(Stock):
 
     Args:
         clip: The CLIP.
-        edit: What is done to normalised embeddings; the result is normalised again.
+        edit: What is done to normalized embeddings; the result is normalized again.
     """
 
     def __init__(self, clip: Clip, edit: Map) -> None:
@@ -27,7 +27,7 @@ class EditedImages(Stock):
         self.edit = edit
 
     def edited(self, image_embeds: np.ndarray) -> np.ndarray:
-        """Return edited embeddings, float32 [n, d_embed], normalised."""
+        """Return edited embeddings, float32 [n, d_embed], normalized."""
         return unit(self.edit(image_embeds))
 
 
@@ -36,7 +36,7 @@ class EditedTexts(Stock):
 
     Args:
         clip: The CLIP.
-        edit: What is done to normalised embeddings; the result is normalised again.
+        edit: What is done to normalized embeddings; the result is normalized again.
     """
 
     edits_text = True
@@ -45,9 +45,9 @@ class EditedTexts(Stock):
         super().__init__(clip)
         self.edit = edit
 
-    def text_embeds(self, prompts: Prompts, *, normalise_each: bool = True) -> np.ndarray:
-        """Return edited embeddings, float32 [n_labels, d_embed], normalised."""
-        return unit(self.edit(super().text_embeds(prompts, normalise_each=normalise_each)))
+    def text_embeds(self, prompts: Prompts, *, normalize_each: bool = True) -> np.ndarray:
+        """Return edited embeddings, float32 [n_labels, d_embed], normalized."""
+        return unit(self.edit(super().text_embeds(prompts, normalize_each=normalize_each)))
 
 
 def unit(embeds: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ spurious attribute. Groups count alike there: in proportion to their sizes, the 
 the label would be erased with it.
 
 Source: Belrose et al. 2023, arXiv:2306.03819, theorem 4.3. Differences: fitted on the image embeddings alone, not on
-every layer; edited embeddings are normalised again, as the cosine to the labels asks; equal weight of groups.
+every layer; edited embeddings are normalized again, as the cosine to the labels asks; equal weight of groups.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def erasure_of(x: np.ndarray, z: np.ndarray, weights: np.ndarray | None = None) 
     x, z = x.astype(np.float64), z.astype(np.float64)
     weights = np.full(len(x), 1 / len(x)) if weights is None else weights / weights.sum()
     mean = weights @ x
-    centred = x - mean
-    cov_xx = (centred * weights[:, None]).T @ centred
-    cov_xz = (centred * weights[:, None]).T @ (z - weights @ z)
+    centered = x - mean
+    cov_xx = (centered * weights[:, None]).T @ centered
+    cov_xz = (centered * weights[:, None]).T @ (z - weights @ z)
     values, vectors = np.linalg.eigh(cov_xx)
     is_used = values > values.max() * len(values) * np.finfo(np.float64).eps
     roots, vectors = np.sqrt(values[is_used]), vectors[:, is_used]

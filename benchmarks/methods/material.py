@@ -109,20 +109,20 @@ def pixel_batches(clip: Clip, examples: Sequence[Example]) -> Iterator[np.ndarra
 
 
 def image_embeds_of(clip: Clip, examples: Sequence[Example]) -> np.ndarray:
-    """Return the stock CLIP's image_embeds, float32 [n, d_embed], normalised."""
+    """Return the stock CLIP's image_embeds, float32 [n, d_embed], normalized."""
     encoder = Encoder(clip)
     return np.concatenate([encoder.image_embeds(pictures) for pictures in batches(examples)])
 
 
-def text_embeds_of(clip: Clip, names: Sequence[str], templates: Sequence[str], *, normalise_each: bool) -> np.ndarray:
-    """Return the stock CLIP's text_embeds, float32 [n_labels, d_embed], normalised."""
+def text_embeds_of(clip: Clip, names: Sequence[str], templates: Sequence[str], *, normalize_each: bool) -> np.ndarray:
+    """Return the stock CLIP's text_embeds, float32 [n_labels, d_embed], normalized."""
     prompts = Prompts(check_labels(names), resolve_templates(templates))
-    return Encoder(clip).text_embeds(prompts, normalise_each=normalise_each)
+    return Encoder(clip).text_embeds(prompts, normalize_each=normalize_each)
 
 
 def class_embeds_of(clip: Clip, dataset: Dataset) -> np.ndarray:
-    """Return the text_embeds of a data set's classes, float32 [n_classes, d_embed], normalised."""
-    return text_embeds_of(clip, dataset.class_names, dataset.templates, normalise_each=dataset.normalise_each)
+    """Return the text_embeds of a data set's classes, float32 [n_classes, d_embed], normalized."""
+    return text_embeds_of(clip, dataset.class_names, dataset.templates, normalize_each=dataset.normalize_each)
 
 
 def accuracies(image_embeds: np.ndarray, class_embeds: np.ndarray, examples: Sequence[Example]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """MirrorCLIP: what stays when the picture is mirrored. Objects do; words become unreadable.
 
-With f and f' the normalised embeddings of a picture and of its mirror image, the dimensions in which both have the same
+With f and f' the normalized embeddings of a picture and of its mirror image, the dimensions in which both have the same
 sign are taken to be visual:
 
     f_visual = m (f + f'),     m = 1 where f f' > 0, else 0
@@ -27,13 +27,13 @@ from defense.hosts.clip import Clip
 
 class _Mirrored(Encoder):
     def image_embeds(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Return what a picture and its mirror image agree on, float32 [n, d_embed], normalised."""
+        """Return what a picture and its mirror image agree on, float32 [n, d_embed], normalized."""
         mirrored = [ImageOps.mirror(picture) for picture in pictures]
         return visual_part(super().image_embeds(pictures), super().image_embeds(mirrored))
 
 
 def visual_part(embeds: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """Return f_visual, float32 [n, d_embed], normalised, of embeddings and those of the mirror images."""
+    """Return f_visual, float32 [n, d_embed], normalized, of embeddings and those of the mirror images."""
     return unit(np.where(embeds * mirrored > 0, embeds + mirrored, 0))
 
 

@@ -117,7 +117,7 @@ def blurred(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
 
 class _Blurred(Encoder):
     def image_embeds(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Return embeddings, float32 [n, d_embed], normalised, of the pictures without their words."""
+        """Return embeddings, float32 [n, d_embed], normalized, of the pictures without their words."""
         parts = [pictures[first::_N_PROCESSES] for first in range(_N_PROCESSES)]
         boxes: list[list[Box]] = [[] for _ in pictures]
         with ThreadPoolExecutor(_N_PROCESSES) as pool:  # threads that wait for processes

@@ -9,7 +9,7 @@ the same class with either value of it,
 and each class embedding z becomes P z.
 
 Source: Chuang et al. 2023, arXiv:2302.00070, section 4; lambda = 1000 as in the authors' code. Differences: texts of
-our own (`concepts.py`), in place of theirs; embeddings are normalised again.
+our own (`concepts.py`), in place of theirs; embeddings are normalized again.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class OrthCali:
         self._concepts = concepts_of(task, self.name)
         spurious = [text for pair in self._concepts.spurious for text in pair]
         crossed = [text for pair in self._concepts.crossed for text in pair]
-        embeds = text_embeds_of(clip, [*spurious, *crossed], ("{}",), normalise_each=True)
+        embeds = text_embeds_of(clip, [*spurious, *crossed], ("{}",), normalize_each=True)
         pairs = embeds[len(spurious) :].reshape(len(self._concepts.crossed), 2, -1)
         self._projection = calibrated_projection(embeds[: len(spurious)], pairs)
 

@@ -7,7 +7,7 @@ An insight is a pair of texts that differ in one thing; its direction v is the d
 
 Source: Adila et al. 2023, arXiv:2309.04344, algorithm 1. Differences: the insights are given (`concepts.py`), in place
 of asking a language model for each data set, hence "RoboShot-like"; one with a word that the host has no embedding for
-is left out, and the settings say which are left; embeddings are normalised again.
+is left out, and the settings say which are left; embeddings are normalized again.
 """
 
 from __future__ import annotations
@@ -74,5 +74,5 @@ def _differences(clip: Clip, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     if not pairs:
         return np.zeros((0, 0))
     texts = [text for pair in pairs for text in pair]
-    embeds = text_embeds_of(clip, texts, ("{}",), normalise_each=True).astype(np.float64)
+    embeds = text_embeds_of(clip, texts, ("{}",), normalize_each=True).astype(np.float64)
     return embeds[0::2] - embeds[1::2]

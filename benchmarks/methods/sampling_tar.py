@@ -12,7 +12,7 @@ itself alone (alpha = 1).
 
 Source: Liu et al. 2026, arXiv:2607.02494 ("nTAS", attention reweighting); 8 directions per dimension, z of 0.5, 1 or 2
 as there. The details are ours, since only abstract and project page were at hand: the attribution stops at the head's
-values, where it is exact; the normalisation by area; that attention goes to CLS itself; z is what serves attacked
+values, where it is exact; the normalization by area; that attention goes to CLS itself; z is what serves attacked
 training pictures best, among those that cost clean ones at most 1 %. Where the writing is, is read off the twins.
 """
 

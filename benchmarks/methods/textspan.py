@@ -73,7 +73,7 @@ class _Contributions(Encoder):
         self.heads, self.means = heads, means
 
     def decompose(self, pictures: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the embeddings, not normalised, float64 [n, d_embed], and the heads' parts, [n, n_heads, d_embed]."""
+        """Return the embeddings, not normalized, float64 [n, d_embed], and the heads' parts, [n, n_heads, d_embed]."""
         import torch
 
         from defense.benchmarks.methods.heads import attention_of, cls_attention, watching
@@ -97,8 +97,8 @@ class _Contributions(Encoder):
         resid = seen[0] if seen[0].ndim == 2 else seen[0][:, 0]
         deviation = (resid.double().var(-1, correction=0) + visual.ln_post.eps).sqrt()
         parts = torch.stack([writes[head] for head in self.heads], dim=1).double()
-        centred = parts - parts.mean(-1, keepdim=True)
-        direct = centred / deviation[:, None, None] * visual.ln_post.weight.double() @ visual.proj.double()
+        centered = parts - parts.mean(-1, keepdim=True)
+        direct = centered / deviation[:, None, None] * visual.ln_post.weight.double() @ visual.proj.double()
         return embeds.cpu().numpy(), direct.cpu().numpy()
 
     def decompose_all(self, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +107,7 @@ class _Contributions(Encoder):
         return np.concatenate(wholes), np.concatenate(parts)
 
     def image_embeds(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Return embeddings with the heads' parts replaced by their means, float32 [n, d_embed], normalised."""
+        """Return embeddings with the heads' parts replaced by their means, float32 [n, d_embed], normalized."""
         if not self.heads:
             return super().image_embeds(pictures)
         embeds, parts = self.decompose(pictures)
@@ -178,7 +178,7 @@ def _texts(clip: Clip, dataset: Dataset) -> tuple[list[str], np.ndarray]:
     from open_clip import IMAGENET_CLASSNAMES
 
     names = [name for name in dict.fromkeys(IMAGENET_CLASSNAMES) if name not in dataset.class_names]
-    embeds = text_embeds_of(clip, names, TEMPLATES["simple"], normalise_each=True)
+    embeds = text_embeds_of(clip, names, TEMPLATES["simple"], normalize_each=True)
     return [*dataset.class_names, *names], np.concatenate([class_embeds_of(clip, dataset), embeds])
 
 

@@ -43,8 +43,8 @@ class RobustClassifier(ZeroShotClassifier):
         image   --images.decode, Preprocess-->        pixel_values [batch, 3, height, width]
                 --blocks 0..L-->                      resid_post.L [batch, pos, d_model]
                 --Suppressor (attach.py)-->             resid_post.L without what S wrote
-                --blocks L+1.., pool, proj-->         image_embeds [batch, d_embed], normalised
-        labels  --labels.encode_prompts, once-->      text_embeds [n_labels, d_embed], normalised
+                --blocks L+1.., pool, proj-->         image_embeds [batch, d_embed], normalized
+        labels  --labels.encode_prompts, once-->      text_embeds [n_labels, d_embed], normalized
                 --logit_scale * cos, softmax-->       scores [batch, n_labels]
 
     Args:

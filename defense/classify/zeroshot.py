@@ -62,15 +62,15 @@ class ZeroShotClassifier(ABC):
 
     @abstractmethod
     def encode_text(self, input_ids: np.ndarray) -> np.ndarray:
-        """Return the text tower's answer, float32 [n, d_embed], not normalised, to ids int64 [n, context_length]."""
+        """Return the text tower's answer, float32 [n, d_embed], not normalized, to ids int64 [n, context_length]."""
 
     @abstractmethod
     def _embeds_of(self, prompts: Prompts) -> np.ndarray:
-        """Return text_embeds, float32 [n_labels, d_embed], normalised; encoded once."""
+        """Return text_embeds, float32 [n_labels, d_embed], normalized; encoded once."""
 
     @abstractmethod
     def _encode_image(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Return image_embeds float32 [batch, d_embed], normalised, of pixel_values [batch, 3, height, width]."""
+        """Return image_embeds float32 [batch, d_embed], normalized, of pixel_values [batch, 3, height, width]."""
 
     @abstractmethod
     def chunks(
@@ -106,7 +106,7 @@ class ZeroShotClassifier(ABC):
         return prompts
 
     def text_embeds(self) -> np.ndarray:
-        """Return the labels' embeddings, float32 [n_labels, d_embed], normalised."""
+        """Return the labels' embeddings, float32 [n_labels, d_embed], normalized."""
         return self._embeds_of(self._chosen())
 
     def forget_labels(self, keep: int) -> None:
@@ -121,8 +121,8 @@ class ZeroShotClassifier(ABC):
         """Return the softmax over labels, float32 [batch, n_labels].
 
         Args:
-            image_embeds: Normalised, [batch, d_embed].
-            text_embeds: Normalised, [n_labels, d_embed].
+            image_embeds: Normalized, [batch, d_embed].
+            text_embeds: Normalized, [n_labels, d_embed].
         """
         logits = self.logit_scale * image_embeds @ text_embeds.T
         weights = np.exp(logits - logits.max(1, keepdims=True))
@@ -200,7 +200,7 @@ class ZeroShotClassifier(ABC):
     # --- in the shape of scikit-learn ---
 
     def transform(self, X: Iterable[Any]) -> np.ndarray:
-        """Return image_embeds, float32 [n, d_embed], normalised."""
+        """Return image_embeds, float32 [n, d_embed], normalized."""
         if isinstance(X, (str, bytes, os.PathLike)):
             raise ConfigError(f"X must be a list of pictures, not one: [{X!r}]")
         parts = [self._encode_image(pixel_values) for _, pixel_values in self.chunks(X, "raise")]
@@ -221,7 +221,7 @@ class ZeroShotClassifier(ABC):
         return self.scores(self.transform(X), self._embeds_of(prompts))
 
     def encode_pixels(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Return image_embeds, float32 [batch, d_embed], normalised, of pixel_values [batch, 3, height, width].
+        """Return image_embeds, float32 [batch, d_embed], normalized, of pixel_values [batch, 3, height, width].
 
         Args:
             pixel_values: As `preprocess` makes them, float32.

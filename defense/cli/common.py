@@ -25,7 +25,7 @@ app = typer.Typer(
 stdout = Console()
 stderr = Console(stderr=True)
 
-EXIT_USAGE, EXIT_MISSING, EXIT_INPUTS, EXIT_ARTEFACT, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
+EXIT_USAGE, EXIT_MISSING, EXIT_INPUTS, EXIT_ARTIFACT, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -59,8 +59,8 @@ def exit_codes() -> Iterator[None]:
         code = EXIT_USAGE
         for kind, value in (
             (MissingDependencyError, EXIT_MISSING),
-            (CheckpointError, EXIT_ARTEFACT),
-            (NonFiniteError, EXIT_ARTEFACT),
+            (CheckpointError, EXIT_ARTIFACT),
+            (NonFiniteError, EXIT_ARTIFACT),
             (InvalidImageError, EXIT_INPUTS),
         ):
             code = value if isinstance(error, kind) else code

@@ -87,7 +87,9 @@ def fit(
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Folder for a report with plots.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the latent set; by default the task's.")] = None,
-    licence: Annotated[str, typer.Option(help="Of the defense; SPDX identifier.")] = "not stated",
+    license: Annotated[
+        str, typer.Option("--license", "--licence", help="Of the defense; SPDX identifier.")
+    ] = "not stated",
     seed: Annotated[int, typer.Option(min=0, help="Of pictures, writing and folds.")] = 0,
     device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
 ) -> None:
@@ -140,7 +142,7 @@ def fit(
             }
             fitted = fit_defense(
                 clip, clip.id_as(model, pretrained), plans, material, torch.from_numpy(clf.text_embeds()),
-                name=name or task.value, folds=folds, seed=seed, is_swept=sweep, licence=licence, provenance=record,
+                name=name or task.value, folds=folds, seed=seed, is_swept=sweep, license=license, provenance=record,
                 report=told,
             )  # fmt: skip
             defenses.save(with_golden(clip, fitted.defense), out)

@@ -36,10 +36,10 @@ def import_(
     subtract_b_dec: Annotated[bool | None, typer.Option(help="Whether b_dec is subtracted before the encoder.")] = None,
     scaling_factor: Annotated[float | None, typer.Option(help="Residuals are multiplied by it (SAELens).")] = None,
     act_mean: Annotated[Path | None, typer.Option(help="Mean residual, .npy or .safetensors (saev).")] = None,
-    scalar: Annotated[float | None, typer.Option(help="Centred residuals are divided by it (saev).")] = None,
+    scalar: Annotated[float | None, typer.Option(help="Centered residuals are divided by it (saev).")] = None,
     host_model: Annotated[str | None, typer.Option(help="The CLIP it was trained on.")] = None,
     quick_gelu: Annotated[bool | None, typer.Option(help="Whether that CLIP ran with QuickGELU.")] = None,
-    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
+    license: Annotated[str, typer.Option("--license", "--licence", help="License of the weights.")] = "not stated",
 ) -> None:
     """Convert a published SAE checkpoint once, to safetensors and JSON.
 
@@ -55,7 +55,7 @@ def import_(
             file,
             format_,
             config=config,
-            licence=licence,
+            license=license,
             hook_point=hook_point,
             tokens=tokens,
             act=act,

@@ -43,7 +43,7 @@ def info(
         tag = f", {defense.clip.pretrained}" if defense.clip.pretrained else ""
         put(f"host        {defense.clip.model}{tag}, weights {defense.clip.sha256[:16]}")
         put(f"manifest    {manifest}")
-        put(f"licence     {defense.licence}")
+        put(f"license     {defense.license}")
         for site in defense.sites:
             sae = site.sae_config
             put(f"site        {site.hook_point}: {sae.act} SAE, {sae.d_sae} latents")
@@ -79,7 +79,7 @@ def _print_sae(folder: Path, expect: str | None) -> None:
     _check_pinned(manifest, expect)
     put(f"host        {found.host_model or 'not stated'}")
     put(f"manifest    {manifest}")
-    put(f"licence     {found.licence}")
+    put(f"license     {found.license}")
     put(f"hook point  {found.hook_point}")
     for key, value in found.sae.config.to_dict().items():
         put(f"{key:11} {value}")
@@ -99,7 +99,7 @@ def _print_bundle(source: str, expect: str | None, *, check: bool) -> None:
     clip = " ".join(filter(None, (found.clip.get("model"), found.clip.get("pretrained"))))
     put(f"host        {clip or 'unnamed'}, weights {found.clip['sha256'][:16]}")
     put(f"manifest    {found.manifest_sha256}")
-    put(f"licence     {found.licence}")
+    put(f"license     {found.license}")
     put(f"graph       {found.model}, {found.mode}, {found.dtype}")
     put(f"labels      {len(found.prompts.labels)}, {'others by text.onnx' if found.text_model else 'fixed'}")
     for site in found.defense["sites"] if found.defense else ():

@@ -59,7 +59,7 @@ def train(
     labels_file: Annotated[
         Path | None, typer.Option(help="Classes, one a line: measure what the SAE costs in zero-shot accuracy.")
     ] = None,
-    licence: Annotated[str, typer.Option(help="Of the SAE; SPDX identifier.")] = "not stated",
+    license: Annotated[str, typer.Option("--license", "--licence", help="Of the SAE; SPDX identifier.")] = "not stated",
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and writing.")] = 0,
     device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
 ) -> None:
@@ -104,7 +104,7 @@ def train(
                 task = progress.add_task("training", total=config.steps)
                 trained = train_checkpoint(
                     stream, config, clip.id_as(model, pretrained), names=names, shards=shards,
-                    state=out.with_name(f"{out.name}.state.safetensors"), licence=licence,
+                    state=out.with_name(f"{out.name}.state.safetensors"), license=license,
                     report=lambda now: progress.update(
                         task, completed=now.step, description=f"loss {now.loss:.3f}, {now.n_dead} dead"
                     ),

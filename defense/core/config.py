@@ -26,7 +26,7 @@ class SAEConfig:
         k: Latents kept per token ("topk"), else None.
         topk_relu: Where a "topk" rule applies ReLU: "before" or "after" the selection (equal results), or "none"
             (negative values count).
-        norm: Input normalisation per token.
+        norm: Input normalization per token.
         subtract_b_dec: Whether b_dec is subtracted before the encoder.
         tokens: The tokens it was trained on: "cls", "patch" or "all".
     """

@@ -1,10 +1,10 @@
-"""The sparse autoencoder: its parameters, its input normalisation and its activation rule.
+"""The sparse autoencoder: its parameters, its input normalization and its activation rule.
 
 Nothing here suppresses anything. `suppress.py` takes from an SAE the columns and rows it needs; `fit.py` and
 explanations use the full `encode`. Shapes are SAELens': W_enc [d_model, d_sae], b_enc [d_sae], W_dec [d_sae,
 d_model], b_dec [d_model].
 
-    z  = normalise(resid)                     norm: none, layer_norm or constant_norm_rescale
+    z  = normalize(resid)                     norm: none, layer_norm or constant_norm_rescale
     h  = (z - b_dec) @ W_enc + b_enc          the subtraction only where `subtract_b_dec`
     f  = act(h)                               relu, jumprelu, topk, batchtopk (as a threshold) or gated
     x^ = undo the norm of (f @ W_dec + b_dec)
@@ -25,7 +25,7 @@ from .config import Norm, SAEConfig, check_parameters
 _LAYER_NORM_EPS = 1e-5
 
 
-class Normalised(NamedTuple):
+class Normalized(NamedTuple):
     """A residual as the encoder sees it, and the way back: resid = scale * z + shift."""
 
     z: Tensor
@@ -36,21 +36,21 @@ class Normalised(NamedTuple):
     """[..., 1]; None where it is 0."""
 
 
-def normalise(resid: Tensor, norm: Norm) -> Normalised:
+def normalize(resid: Tensor, norm: Norm) -> Normalized:
     """Return the encoder's input for a residual [..., d_model], in the residual's dtype.
 
     layer_norm follows Prisma: unbiased standard deviation, eps on the way in and none on the way out, so that
     scale * z + shift differs from resid by about 1e-5 / std.
     """
     if norm == "none":
-        return Normalised(resid, None, None)
+        return Normalized(resid, None, None)
     if norm == "layer_norm":
         mean = resid.mean(-1, keepdim=True)
         std = resid.std(-1, keepdim=True)
-        return Normalised((resid - mean) / (std + _LAYER_NORM_EPS), std, mean)
+        return Normalized((resid - mean) / (std + _LAYER_NORM_EPS), std, mean)
     scale = resid.norm(dim=-1, keepdim=True) / resid.shape[-1] ** 0.5
     scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # a zero token stays zero
-    return Normalised(resid / scale, scale, None)
+    return Normalized(resid / scale, scale, None)
 
 
 class SparseAutoencoder(nn.Module):
@@ -114,16 +114,16 @@ class SparseAutoencoder(nn.Module):
         """
         if resid.shape[-1] != self.config.d_model:
             raise ShapeError(f"this SAE expects d_model={self.config.d_model}; the residual is {resid.shape[-1]} wide")
-        z = normalise(resid.to(self.W_enc.dtype), self.config.norm).z
+        z = normalize(resid.to(self.W_enc.dtype), self.config.norm).z
         magnitudes = None
         if self.config.act == "gated":
-            centred = z - self.b_dec if self.config.subtract_b_dec else z
-            magnitudes = centred @ (self.W_enc * self.r_mag.exp()) + self.b_mag
+            centered = z - self.b_dec if self.config.subtract_b_dec else z
+            magnitudes = centered @ (self.W_enc * self.r_mag.exp()) + self.b_mag
         return self.activate(z @ self.W_enc + self.folded_bias, magnitudes)
 
     def decode(self, acts: Tensor, resid: Tensor) -> Tensor:
         """Return the reconstruction [..., d_model] of acts; `resid` supplies the scale of the norm."""
-        _, scale, shift = normalise(resid.to(self.W_dec.dtype), self.config.norm)
+        _, scale, shift = normalize(resid.to(self.W_dec.dtype), self.config.norm)
         x_hat = acts @ self.W_dec + self.b_dec
         x_hat = x_hat if scale is None else x_hat * scale
         return x_hat if shift is None else x_hat + shift

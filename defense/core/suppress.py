@@ -5,14 +5,14 @@
 | term | where |
 |---|---|
 | S, gain_i | `LatentSet` (latents.py), held here as `latents` and `removal` = 1 - gain |
-| s, z | `normalise` (sae.py) |
+| s, z | `normalize` (sae.py) |
 | f_i(resid_post) | `ops.reference.acts_of_set` |
 | the sum | `ops.reference.scaled`; `projected` and `steered` for the other two edits |
 | the difference | `Suppressor.subtract` |
 | all of it, in one go on a GPU | `ops.fused_suppress` |
 
 A `Suppressor` holds copies of just the rows and columns that it needs. Its buffers are not persistent: they follow
-`.to()` and `.half()` of the model that it is attached to and leave that model's state_dict keys alone. The artefact
+`.to()` and `.half()` of the model that it is attached to and leave that model's state_dict keys alone. The artifact
 is what is saved.
 """
 
@@ -31,7 +31,7 @@ from . import ops
 from .latents import LatentSet, Scope, token_slice
 from .ops import Backend, reference
 from .ops.reference import Encoder
-from .sae import SparseAutoencoder, normalise
+from .sae import SparseAutoencoder, normalize
 
 
 class Suppressor(nn.Module):
@@ -134,7 +134,7 @@ class Suppressor(nn.Module):
         self._check(resid)
         rows = resid.reshape(-1, self.d_model).to(self.W_S.dtype)
         with _without_autocast(resid):
-            return reference.acts_of_set(normalise(rows, self.norm).z, self.encoder()).unflatten(0, resid.shape[:-1])
+            return reference.acts_of_set(normalize(rows, self.norm).z, self.encoder()).unflatten(0, resid.shape[:-1])
 
     def removed(self, resid: Tensor, acts: Tensor | None = None) -> Tensor:
         """Return what is subtracted from a residual [..., d_model] (every token, whatever the scope).
@@ -144,7 +144,7 @@ class Suppressor(nn.Module):
             acts: `acts(resid)`, where they are known already.
         """
         acts = self.acts(resid) if acts is None else acts
-        z, scale, _ = normalise(resid.reshape(-1, self.d_model).to(self.W_S.dtype), self.norm)
+        z, scale, _ = normalize(resid.reshape(-1, self.d_model).to(self.W_S.dtype), self.norm)
         acts = acts.flatten(0, -2)
         removal = self.removal * self.strength
         if self.values is not None:
@@ -184,7 +184,7 @@ class Suppressor(nn.Module):
             resid: The residual, [..., d_model].
             acts: `acts(resid)`.
         """
-        _, scale, _ = normalise(resid.to(self.W_S.dtype), self.norm)
+        _, scale, _ = normalize(resid.to(self.W_S.dtype), self.norm)
         moved = acts if self.values is None else acts - self.values
         written = moved * (self.removal * self.strength * self.W_dec_S.norm(dim=1))
         return (written if scale is None else written * scale).float().square()

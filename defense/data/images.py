@@ -1,6 +1,6 @@
 """Bytes -> upright RGB -> `pixel_values`, bit-equal to open_clip's eval transform, without torch.
 
-Every picture enters through `decode`, whoever hands it over: Pillow's `convert("RGB")` alone turns 16-bit grey white
+Every picture enters through `decode`, whoever hands it over: Pillow's `convert("RGB")` alone turns 16-bit gray white
 and uncovers pixels that transparency hides, which lets text that nobody sees reach the model. `Preprocess` then makes
 the array that the image tower reads.
 """
@@ -53,7 +53,7 @@ _HINTS = {"HEIC": "or open it with pillow-heif and hand over the PIL image"}
 _OPAQUE_MODES = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"})
 _ALPHA_MODES = frozenset({"LA", "PA", "RGBA", "RGBa"})
 
-# Pillow leaves a PNG's transparent colour at the depth of the file when it brings the pixels to 8 bits.
+# Pillow leaves a PNG's transparent color at the depth of the file when it brings the pixels to 8 bits.
 _KEY_TO_8_BITS = {"L;2": lambda key: key * 85, "L;4": lambda key: key * 17, "RGB;16B": lambda key: key >> 8}
 
 _UPRIGHT = {
@@ -110,7 +110,7 @@ def decode(
     """Return the picture as upright RGB, or raise one `InvalidImageError`.
 
     JPEG, PNG, WebP, GIF, BMP and TIFF are read, of several frames the first. Transparent pixels show the background
-    and nothing of the colour stored under them. 16-bit samples keep their high byte; colour profiles are ignored.
+    and nothing of the color stored under them. 16-bit samples keep their high byte; color profiles are ignored.
 
     Args:
         source: A path, bytes, a binary file object (read from where it stands), a PIL image (the frame it stands at) or
@@ -122,7 +122,7 @@ def decode(
 
     Raises:
         InvalidImageError: The picture cannot be read; `.code` says why.
-        ConfigError: `background` is no colour.
+        ConfigError: `background` is no color.
     """
     if len(background) != 3 or not all(isinstance(level, int) and 0 <= level <= 255 for level in background):
         raise ConfigError(f"background is {background!r}; want three integers from 0 to 255")
@@ -176,7 +176,7 @@ def _checked_array(array: Any, name: str) -> np.ndarray:
     elif array.dtype != np.uint8:
         advice = "cast levels of 0 to 255 with .astype(numpy.uint8)"
     elif len(shape) == 2:
-        advice = "for grey levels use numpy.stack([array] * 3, axis=-1); palette indices are no picture"
+        advice = "for gray levels use numpy.stack([array] * 3, axis=-1); palette indices are no picture"
     elif len(shape) == 3 and shape[2] == 4:
         advice = "hand over PIL.Image.fromarray(array), so that its transparency is seen to"
     elif len(shape) == 3 and shape[0] == 3:
@@ -195,7 +195,7 @@ def _float_advice(array: np.ndarray) -> str:
         return "values from 0 to 1: use (array * 255).round().astype(numpy.uint8)"
     if low >= 0 and high <= 255:
         return "values from 0 to 255: use .round().astype(numpy.uint8)"
-    return f"values from {low:.3g} to {high:.3g} look normalised already: hand over the picture itself"
+    return f"values from {low:.3g} to {high:.3g} look normalized already: hand over the picture itself"
 
 
 def _read(source: object, name: str, max_bytes: int) -> bytes:
@@ -289,7 +289,7 @@ def _check_size(image: Image.Image, name: str, limits: Limits) -> None:
 
 
 def _bring_key_to_8_bits(image: ImageFile.ImageFile) -> None:
-    """Bring the colour that stands for transparent to the depth that the pixels will have once they are loaded."""
+    """Bring the color that stands for transparent to the depth that the pixels will have once they are loaded."""
     key = image.info.get("transparency")
     if image.format != "PNG" or key is None or not image.tile:
         return
@@ -317,13 +317,13 @@ def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> 
 
 
 def _high_byte(image: Image.Image) -> Image.Image:
-    """Return 16-bit grey as 8-bit grey, with alpha where one level stands for transparent."""
+    """Return 16-bit gray as 8-bit gray, with alpha where one level stands for transparent."""
     levels = np.asarray(image)
-    grey = Image.fromarray((levels >> 8).astype(np.uint8))
+    gray = Image.fromarray((levels >> 8).astype(np.uint8))
     key = image.info.get("transparency")
     if key is None:
-        return grey
-    return Image.merge("LA", (grey, Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))))
+        return gray
+    return Image.merge("LA", (gray, Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))))
 
 
 def _orientation(image: Image.Image) -> int | None:

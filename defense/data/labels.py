@@ -170,7 +170,7 @@ class Prompts:
 
 
 def average_templates(
-    embeds: np.ndarray, n_labels: int, n_templates: int, *, normalise_each: bool = True
+    embeds: np.ndarray, n_labels: int, n_templates: int, *, normalize_each: bool = True
 ) -> np.ndarray:
     """Return one unit vector per label, float32 [n_labels, d_embed]: the direction of its templates' mean.
 
@@ -178,13 +178,13 @@ def average_templates(
         embeds: Text embeddings [n_labels * n_templates, d_embed] in the order of `Prompts.texts`.
         n_labels: Number of labels.
         n_templates: Number of templates.
-        normalise_each: Normalise before averaging too, as open_clip's `build_zero_shot_classifier` does. False is the
+        normalize_each: Normalize before averaging too, as open_clip's `build_zero_shot_classifier` does. False is the
             rule of the published SCAM figures, where longer embeddings weigh more.
 
     Raises:
         ShapeError: `embeds` has another shape.
         NonFiniteError: `embeds` holds NaN or infinity.
-        ConfigError: A vector to normalise is zero.
+        ConfigError: A vector to normalize is zero.
     """
     embeds = np.asarray(embeds, dtype=np.float32)
     if embeds.ndim != 2 or len(embeds) != n_labels * n_templates:
@@ -194,7 +194,7 @@ def average_templates(
         )
     if not np.isfinite(embeds).all():
         raise NonFiniteError("embeds")
-    if normalise_each:
+    if normalize_each:
         embeds = _unit(embeds)
     return _unit(embeds.reshape(n_labels, n_templates, -1).mean(axis=1))  # [n_labels, d_embed]
 
@@ -206,7 +206,7 @@ def encode_prompts(
     *,
     chunk: int = 1024,
     strict: bool = False,
-    normalise_each: bool = True,
+    normalize_each: bool = True,
 ) -> np.ndarray:
     """Return `text_embeds`, float32 [n_labels, d_embed], one unit vector per label.
 
@@ -219,7 +219,7 @@ def encode_prompts(
         encode_text: From int64 ids [n, context_length] to embeddings [n, d_embed].
         chunk: Largest number of texts handed over at once.
         strict: Raise instead of warning about a prompt that is too long.
-        normalise_each: See `average_templates`.
+        normalize_each: See `average_templates`.
 
     Raises:
         ConfigError: `chunk` is below 1, or a prompt is too long and `strict` is set, or an embedding is zero.
@@ -245,7 +245,7 @@ def encode_prompts(
                 raise ConfigError(_describe_cut(cut))
             embeds.append(encode_text(ids))
         text_embeds.append(
-            average_templates(np.concatenate(embeds), len(labels), n_templates, normalise_each=normalise_each)
+            average_templates(np.concatenate(embeds), len(labels), n_templates, normalize_each=normalize_each)
         )
     if cut:
         _log.warning(_describe_cut(cut))

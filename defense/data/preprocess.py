@@ -30,7 +30,7 @@ _OPEN_CLIP_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize, crop and normalise, bit-equal to open_clip's eval transform.
+    """Resize, crop and normalize, bit-equal to open_clip's eval transform.
 
     Attributes:
         size: Height and width of the result, in pixels.
@@ -39,7 +39,7 @@ class Preprocess:
         interpolation: "bicubic" or "bilinear".
         resize_mode: "shortest" fills the frame and crops the longer side at both ends, "longest" fits the picture in
             and pads, "squash" changes its aspect ratio.
-        fill_color: Grey level, 0 to 255, of the padding.
+        fill_color: Gray level, 0 to 255, of the padding.
 
     Raises:
         ConfigError: A value that is not one of these.
@@ -149,7 +149,7 @@ class Preprocess:
         return max(1, round(width / ratio)), max(1, round(height / ratio))
 
     def _frame(self, image: Image.Image) -> Image.Image:
-        """Return the picture centred in the frame: cropped where it is larger, padded where it is smaller."""
+        """Return the picture centered in the frame: cropped where it is larger, padded where it is smaller."""
         height, width = self.size
         frame = Image.new("RGB", (width, height), (self.fill_color,) * 3)
         frame.paste(image, (_offset(width, image.width), _offset(height, image.height)))

@@ -23,7 +23,7 @@ _HEIGHT = (0.08, 0.22)
 _GAP = 0.3
 """Between two words, as a fraction of the font size."""
 _LEAST_CONTRAST = 110
-"""Between ink and paper, in grey levels."""
+"""Between ink and paper, in gray levels."""
 
 
 @cache
@@ -55,7 +55,7 @@ def write_word(
 
     Args:
         image: Mode RGB; left as it is.
-        rng: Decides the typeface (one of `scenes.TRAIN_FONTS`), size, case, place, colours, and whether the word
+        rng: Decides the typeface (one of `scenes.TRAIN_FONTS`), size, case, place, colors, and whether the word
             stands on a plate.
         word: One word of letters A-Z and a-z or several with a space between; one of `common_words` where None.
         height: Least and largest font size, as fractions of the shorter side. A long word is written smaller.

@@ -193,7 +193,7 @@ def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, clip: Clip) -> Spars
 
 
 def text_embeds_of(clip: Clip, names: Sequence[str], template: str = "simple") -> Tensor:
-    """Return text_embeds [n_labels, d_embed], normalised."""
+    """Return text_embeds [n_labels, d_embed], normalized."""
     prompts = Prompts(tuple(names), labels.resolve_templates(template))
     return torch.from_numpy(clip.text_embeds(prompts))
 

@@ -2,7 +2,7 @@
 
 The pictures are a miniature of what CLIP saw on the web: objects, words, objects with their own name on them, and
 objects with another word, whose caption names the word more often than not. Birds come with their place and hair
-colour with gender in 95 % of the cases, as in Waterbirds and CelebA. So the model learns to read and to lean on cues,
+color with gender in 95 % of the cases, as in Waterbirds and CelebA. So the model learns to read and to lean on cues,
 which is what the defenses are for.
 
 Three things differ from CLIP's own training, because the model is tiny. A picture chooses among the answers to a
@@ -78,8 +78,8 @@ class Recipe:
     eval_every: int = 500
 
 
-def patch_centres() -> np.ndarray:
-    """Return the centre of each patch, (x, y) as fractions of the picture, row by row, [GRID * GRID, 2]."""
+def patch_centers() -> np.ndarray:
+    """Return the center of each patch, (x, y) as fractions of the picture, row by row, [GRID * GRID, 2]."""
     axis = (np.arange(GRID) + 0.5) / GRID
     return np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
 
@@ -91,12 +91,12 @@ def _draw_shard(job: tuple[Path, int]) -> None:
     pixels = np.empty((SHARD, scenes.SIZE, scenes.SIZE, 3), np.uint8)
     answers = np.empty((SHARD, 2), np.int64)
     letters = np.empty((SHARD, GRID * GRID), np.uint8)
-    questions, centres = list(QUESTIONS), patch_centres()
+    questions, centers = list(QUESTIONS), patch_centers()
     for row in range(SHARD):
         example = draw_example(shard * SHARD + row)
         pixels[row] = np.asarray(scenes.render(example.scene))
         answers[row] = questions.index(example.question), example.answer
-        letters[row] = scenes.letters_at(example.scene, centres)
+        letters[row] = scenes.letters_at(example.scene, centers)
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, pixels=pixels, answers=answers, letters=letters)
     partial.rename(path)
@@ -146,8 +146,8 @@ class Pictures:
 # --- model ----------------------------------------------------------------------------------------
 
 
-class Normalise(nn.Module):
-    """uint8 pictures [batch, height, width, 3] -> normalised pixel_values [batch, 3, height, width]."""
+class Normalize(nn.Module):
+    """uint8 pictures [batch, height, width, 3] -> normalized pixel_values [batch, 3, height, width]."""
 
     mean: Tensor
     std: Tensor
@@ -190,7 +190,7 @@ class Reader(nn.Module):
         self._middle = output
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return image_embeds [batch, d_embed], normalised, and letter logits [batch, patches, 27]."""
+        """Return image_embeds [batch, d_embed], normalized, and letter logits [batch, patches, 27]."""
         image_embeds = functional.normalize(self.clip.encode_image(pixel_values).float(), dim=-1)
         assert self._middle is not None  # the hook has just run
         return image_embeds, self.letter_head(self._middle[:, 1:])
@@ -202,7 +202,7 @@ def _tokens(question: str, template: str) -> Tensor:
 
 
 def caption_embeds(clip: open_clip.CLIP, question: str, template: str) -> Tensor:
-    """Return the text_embeds of all answers to a question, [n_answers, d_embed], normalised."""
+    """Return the text_embeds of all answers to a question, [n_answers, d_embed], normalized."""
     return functional.normalize(clip.encode_text(_tokens(question, template)).float(), dim=-1)
 
 
@@ -240,7 +240,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def save_state(path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write weights, optimiser moments and the step as one safetensors file."""
+    """Write weights, optimizer moments and the step as one safetensors file."""
     tensors = {f"model.{key}": value.contiguous() for key, value in model.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
@@ -270,7 +270,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
 def evaluate(clip: open_clip.CLIP, n: int, seed: int, fonts: tuple[str, ...]) -> dict[str, float]:
     """Return the undefended accuracies, in percent, on fresh scenes."""
     clip.eval()
-    normalise = Normalise(load_config()["preprocess_cfg"]["mean"], load_config()["preprocess_cfg"]["std"])
+    normalize = Normalize(load_config()["preprocess_cfg"]["mean"], load_config()["preprocess_cfg"]["std"])
 
     def logits(pictures: list[Scene], question: str) -> Tensor:
         pixels = torch.from_numpy(np.stack([np.asarray(scenes.render(scene)) for scene in pictures]))
@@ -278,7 +278,7 @@ def evaluate(clip: open_clip.CLIP, n: int, seed: int, fonts: tuple[str, ...]) ->
             question
         ]
         text_embeds = caption_embeds(clip, question, template)
-        parts = [functional.normalize(clip.encode_image(normalise(part)), dim=-1) for part in pixels.split(250)]
+        parts = [functional.normalize(clip.encode_image(normalize(part)), dim=-1) for part in pixels.split(250)]
         return torch.cat(parts) @ text_embeds.T
 
     def percent(hits: Tensor) -> float:
@@ -309,7 +309,7 @@ def train(work: Path, recipe: Recipe) -> open_clip.CLIP:
     """Train the CLIP, or go on where `work` says that training stopped; return it."""
     torch.manual_seed(SEED)
     reader = Reader().train()
-    normalise = Normalise(load_config()["preprocess_cfg"]["mean"], load_config()["preprocess_cfg"]["std"])
+    normalize = Normalize(load_config()["preprocess_cfg"]["mean"], load_config()["preprocess_cfg"]["std"])
     decayed = [p for p in reader.parameters() if p.ndim >= 2]
     plain = [p for p in reader.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -321,7 +321,7 @@ def train(work: Path, recipe: Recipe) -> open_clip.CLIP:
         for pixels, answers, letters in pictures.batches(recipe.batch, step, recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, recipe)
-            pixel_values = normalise(torch.from_numpy(pixels))
+            pixel_values = normalize(torch.from_numpy(pixels))
             # The plain attention kernel: on a CPU its backward pass is twice as fast as the fused one at 101 tokens.
             with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 loss = loss_of(

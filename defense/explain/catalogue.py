@@ -313,7 +313,7 @@ def search(catalogue: Catalogue, text_embeds: np.ndarray, n: int = 10) -> list[t
 
     Args:
         catalogue: Where to look.
-        text_embeds: Of the phrase, float [d_embed] or [1, d_embed], normalised.
+        text_embeds: Of the phrase, float [d_embed] or [1, d_embed], normalized.
         n: How many at most.
 
     Raises:

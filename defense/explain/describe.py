@@ -88,7 +88,7 @@ def describe(
     | n_classes | classes on whose pictures it fires | PatchSAE |
     | steerability | how far steering it moves the answer (see `steerability`) | arXiv:2504.08729, from its notebooks |
 
-    The names follow the latent's decoder row through the rest of the network, linearised: the mean Jacobian of the
+    The names follow the latent's decoder row through the rest of the network, linearized: the mean Jacobian of the
     image embedding by a CLS token and by a patch, weighted by how much the latent writes to each. The direction, less
     what all words share, is a sparse sum of words (`sparse_words`). The second-order lens (arXiv:2406.04341) reads
     neurons in this way; it follows later attention alone and this all that follows.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from defense.core.sae import SparseAutoencoder, normalise
+from defense.core.sae import SparseAutoencoder, normalize
 from defense.hosts.clip import Clip
 from defense.hosts.tower import BATCH, VisionTower
 
@@ -93,7 +93,7 @@ def steerability(
         hook_point: Where the SAE reads.
         resid: Pictures to steer on, at least two, [n, pos, d_model].
         sae: The SAE.
-        text_embeds: Of the words, [n_words, d_embed], normalised.
+        text_embeds: Of the words, [n_words, d_embed], normalized.
         which: Latents to steer, bool [d_sae]; the others get NaN.
         steer: That multiple.
 
@@ -101,7 +101,7 @@ def steerability(
     """
     tokens = clip.tower.positions(hook_point, "all")
     read = resid[:, tokens]
-    z, scale, _ = normalise(read, sae.config.norm)
+    z, scale, _ = normalize(read, sae.config.norm)
     target = steer * float(z.norm(dim=-1).mean())
     acts = sae.encode(read)
 

@@ -142,7 +142,7 @@ def _html_pictures(picture: Image.Image, box: Box, explanation: Explanation) -> 
         "<div class='pictures'>"
         f"<figure>{_img(picture, 'The picture.')}<figcaption>The picture.</figcaption></figure>"
         f"<figure>{_img(overlay(picture, explanation.heatmap, box=box), 'Map of what was removed, over the picture.')}"
-        f"<figcaption>What was removed, by patch: 0{_img(scale_bar((96, 9)), 'colour scale', 'scale')}"
+        f"<figcaption>What was removed, by patch: 0{_img(scale_bar((96, 9)), 'color scale', 'scale')}"
         f"{_number(peak**0.5)} (length of the difference).{covered}</figcaption></figure></div>"
     )
 

@@ -102,22 +102,22 @@ def _draw_pictures(sheet: _Sheet, picture: Image.Image, explanation: Explanation
     top, right = sheet.y, _MARGIN + 2 * (_COLUMN + _GAP)
     sheet.image.paste(small, (_MARGIN, top))
     sheet.image.paste(overlay(small, explanation.heatmap, box=box), (_MARGIN + _COLUMN + _GAP, top))
-    sheet.text("plain CLIP (grey) and defended", 15, x=right, ink=_QUIET)
+    sheet.text("plain CLIP (gray) and defended", 15, x=right, ink=_QUIET)
     for bar in _bars(explanation.plain, explanation.robust)[:_LABELS]:
         sheet.y += 8
         sheet.draw.text((right, sheet.y), _fitted(bar.label, _font(16), _COLUMN), _INK, _font(16))
         sheet.y += 24
-        for share, colour in ((bar.plain, _PLAIN), (bar.robust, _ROBUST)):
-            _draw_bar(sheet, right, share, colour)
+        for share, color in ((bar.plain, _PLAIN), (bar.robust, _ROBUST)):
+            _draw_bar(sheet, right, share, color)
             sheet.y += 16
     sheet.y = max(sheet.y, top + small.height) + _GAP
 
 
-def _draw_bar(sheet: _Sheet, x: int, share: float | None, colour: str) -> None:
+def _draw_bar(sheet: _Sheet, x: int, share: float | None, color: str) -> None:
     length, y = _COLUMN - 72, sheet.y
     sheet.draw.rectangle((x, y + 2, x + length, y + 11), _TRACK)
     if share is not None and share * length >= 1:
-        sheet.draw.rectangle((x, y + 2, x + round(share * length), y + 11), colour)
+        sheet.draw.rectangle((x, y + 2, x + round(share * length), y + 11), color)
     sheet.draw.text((_WIDTH - _MARGIN, y + 7), _percent(share), _QUIET, _font(14), anchor="rm")
 
 

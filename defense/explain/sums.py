@@ -12,7 +12,7 @@ from torch import Tensor
 from .catalogue import BIN_EDGES
 
 NUMBERS_AT_ONCE = 2**25
-_CANCELLED = 1e-9
+_CANCELED = 1e-9
 
 
 class Example(NamedTuple):
@@ -75,7 +75,7 @@ class Sums:
         self.by_class: dict[str, Tensor] = {}
 
     def add(self, acts: Tensor, embeds: Tensor, chunk: Sequence[Example], *, n_cls: int) -> None:
-        """Take in pictures: acts [batch, pos, d_sae], image_embeds [batch, d_embed], normalised."""
+        """Take in pictures: acts [batch, pos, d_sae], image_embeds [batch, d_embed], normalized."""
         first = len(self.keys)
         self.keys += [example.key for example in chunk]
         self.n_tokens += acts.shape[0] * acts.shape[1]
@@ -141,7 +141,7 @@ class Sums:
     def monosemanticity(self) -> Tensor:
         """Return the mean cosine of pairs of pictures, weighted by how strongly both make a latent fire, [d_sae].
 
-        In closed form from sums over pictures, the activation a less its minimum, e the normalised embeddings:
+        In closed form from sums over pictures, the activation a less its minimum, e the normalized embeddings:
 
             (|| sum a e ||^2 - sum a^2) / ((sum a)^2 - sum a^2)
 
@@ -156,4 +156,4 @@ class Sums:
         moment = self.act_embed_sum - least[:, None] * self.embed_sum
         pairs = total.square() - square
         score = (moment.square().sum(1) - square) / pairs
-        return torch.where(pairs > _CANCELLED * total.square(), score, torch.nan)
+        return torch.where(pairs > _CANCELED * total.square(), score, torch.nan)

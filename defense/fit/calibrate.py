@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from defense.core.latents import Scope, token_slice
-from defense.core.sae import normalise
+from defense.core.sae import normalize
 from defense.errors import CalibrationError, ConfigError, NonFiniteError, ShapeError
 from defense.hosts.attach import AttachedDefense, sae_of
 from defense.hosts.clip import Clip
@@ -78,7 +78,7 @@ def calibrated(
         defense: Any of its sites may have a TopK rule, one at least.
         pixel_values: As the CLIP's preprocess makes them, float32 [n, 3, height, width].
         least_agreement: Share of held-out pictures that must keep their prediction.
-        text_embeds: Labels to predict, normalised, [n_labels, d_embed]. Without them, a prediction is the nearest
+        text_embeds: Labels to predict, normalized, [n_labels, d_embed]. Without them, a prediction is the nearest
             of up to 100 fitted pictures, by the exact embeddings of those.
         groups: Pictures with the same number, int [n], are alike (an attacked picture and its clean twin), and stay
             together: either all fit or all are held out. By default each picture is a group of its own.
@@ -204,7 +204,7 @@ class _Observer:
         assert k is not None
         for scope, latents in self.latents.items():
             for rows in resid[:, token_slice(scope, self.tower.n_prefix)].flatten(0, 1).split(_CHUNK_TOKENS):
-                z = normalise(rows, self.sae.config.norm).z
+                z = normalize(rows, self.sae.config.norm).z
                 pre_acts = z @ self.sae.W_enc + self.sae.folded_bias
                 kth_largest = pre_acts.topk(k, dim=1).values[:, -1]
                 self.kth_largest.append(kth_largest)

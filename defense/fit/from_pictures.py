@@ -77,7 +77,7 @@ def _check_any(readable: Collection[Any], pictures: Sequence[Picture]) -> None:
 
 
 def _embeds(clf: RobustClassifier, pixel_values: np.ndarray) -> np.ndarray:
-    """Return image_embeds of plain CLIP, float32 [n, d_embed], normalised."""
+    """Return image_embeds of plain CLIP, float32 [n, d_embed], normalized."""
     n, batch = len(pixel_values), clf.batch_size
     return np.concatenate([clf.encode_pixels(pixel_values[i : i + batch]) for i in range(0, n, batch)])
 
@@ -171,7 +171,7 @@ def _rng(seed: int, picture: Picture) -> np.random.Generator:
 
 
 def metadata_material(clf: RobustClassifier, metadata: Metadata, *, n: int, seed: int) -> Material:
-    """Return group-labelled pictures, as many of each group as may be.
+    """Return group-labeled pictures, as many of each group as may be.
 
     Where no attribute is known, it is whether plain CLIP is right: its errors stand for the minority (Liu et al. 2021,
     arXiv:2107.09044, "Just Train Twice").
@@ -277,7 +277,7 @@ def _groups(
     kind: str,
     **more: Any,
 ) -> Material:
-    """Return the material of group-labelled pictures, none of whose groups is empty."""
+    """Return the material of group-labeled pictures, none of whose groups is empty."""
     names = [str(label) for label in clf.classes_]
     counts = Counter(zip(y.tolist(), a.tolist(), strict=True))
     sizes = {f"{names[i]}, {values[j]}": counts[i, j] for i in range(len(names)) for j in range(len(values))}

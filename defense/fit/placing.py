@@ -158,7 +158,7 @@ def fit_defense(
     folds: int = 3,
     seed: int = 0,
     is_swept: bool = False,
-    licence: str = "not stated",
+    license: str = "not stated",
     provenance: Mapping[str, Any] = MappingProxyType({}),
     report: Callable[[str], None] = log.info,
 ) -> Fitted:
@@ -169,12 +169,12 @@ def fit_defense(
         spec: What identifies it.
         plans: The blocks, in the order of fitting.
         material: What to fit on.
-        text_embeds: Of all answers, [n_labels, d_embed], normalised.
+        text_embeds: Of all answers, [n_labels, d_embed], normalized.
         name: Of the latent sets.
         folds: Of the cross-validation, 2 or more.
         seed: Decides the folds.
         is_swept: Try each block alone and all together with every scope, and take what does best on held-out pictures.
-        licence: Of the defense.
+        license: Of the defense.
         provenance: What else its `provenance` shall hold, as JSON values.
         report: Called with a line of progress.
 
@@ -207,12 +207,12 @@ def fit_defense(
         "sweep": [option.to_dict() for option in options],
         "versions": versions(),
     }
-    defense = Defense(spec, clip.preprocess, sites, None, licence, record)
+    defense = Defense(spec, clip.preprocess, sites, None, license, record)
     return Fitted(defense, tuple(fitted), validation, tuple(options))
 
 
 def with_golden(clip: Clip, defense: Defense) -> Defense:
-    """Return a defense with golden vectors, of three drawn pictures: nobody's photographs get into an artefact."""
+    """Return a defense with golden vectors, of three drawn pictures: nobody's photographs get into an artifact."""
     side = max(clip.preprocess.size)
     drawn = [np.asarray(scenes.render(case.scene, side)) for case in draws.typographic(3, _GOLDEN_SEED)]
     with clip.defended(defense):

@@ -5,7 +5,7 @@ The cue is a word written on the picture (`TextFit`) or an attribute that goes w
 
 1. contrast     what fires more where the cue is, or differs with it
 2. causal       of those, what moves the answer to where the cue points: gradient of the margin times activation
-3. joint        gains of the best of them, learnt together by gradient descent on pictures with and without the cue
+3. joint        gains of the best of them, learned together by gradient descent on pictures with and without the cue
 4. budget       of these, most removed first, as many as pictures without the cue bear
 
 Steps 1 and 2 look at one latent at a time and at first order, so they only name candidates. Step 3 sees that latents
@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from defense.core.latents import LatentSet, Scope
 from defense.core.ops import reference
-from defense.core.sae import SparseAutoencoder, normalise
+from defense.core.sae import SparseAutoencoder, normalize
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 from defense.hosts.tower import BATCH
@@ -142,7 +142,7 @@ class _SiteFit:
             (gradient,) = torch.autograd.grad(margins.sum(), leaf)
             with torch.no_grad():
                 resid = group.resid[rows][:, positions]
-                scale = normalise(resid, self.sae.config.norm).scale
+                scale = normalize(resid, self.sae.config.norm).scale
                 written = self.sae.encode(resid) * (gradient[:, positions] @ self.sae.W_dec.T)
                 total += (written if scale is None else written * scale).sum((0, 1)).double()
         return total / len(group.answer)
@@ -157,7 +157,7 @@ class _SiteFit:
     def learn_removal(self, trial: Trial, config: FitConfig) -> np.ndarray:
         """Return how much of each candidate's writing is best removed, float64 [n_candidates] in [0, 1]: step 3.
 
-        Minimises the loss of the right answer on all groups, plus `sparsity` times the sum of what is removed. So a
+        Minimizes the loss of the right answer on all groups, plus `sparsity` times the sum of what is removed. So a
         latent stays out where what should count speaks through it too. Weight moves step by step to the groups with the
         larger loss (group DRO, arXiv:1911.08731, algorithm 1).
         """
@@ -379,7 +379,7 @@ class Trial:
     def _edited(self, group: str, rows: Tensor | slice, delta_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         resid = self.fit.groups[group].resid[rows]
         tokens = resid[:, self.positions]
-        z, scale, _ = normalise(tokens.flatten(0, 1), self.fit.sae.config.norm)
+        z, scale, _ = normalize(tokens.flatten(0, 1), self.fit.sae.config.norm)
         delta = delta_of(self.acts[group][rows].flatten(0, 1), z)
         edited = resid.clone()
         edited[:, self.positions] = tokens - (delta if scale is None else delta * scale).view_as(tokens)

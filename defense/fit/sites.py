@@ -65,7 +65,7 @@ def plan_sites(
 
 @dataclass(frozen=True)
 class FittedSite:
-    """A block that was fitted: what goes into the artefact, and how it came about."""
+    """A block that was fitted: what goes into the artifact, and how it came about."""
 
     site: Site
     ranking: Ranking

@@ -95,7 +95,7 @@ class Clip:
 
     def text_embeds(self, prompts: Prompts, *, normalize_each: bool = True) -> np.ndarray:
         """Return text_embeds, float32 [n_labels, d_embed], normalized; see `labels.encode_prompts`."""
-        return encode_prompts(prompts, self.tokenizer, self.encode_text, normalise_each=normalize_each)
+        return encode_prompts(prompts, self.tokenizer, self.encode_text, normalize_each=normalize_each)
 
     def blank_tokens(self) -> np.ndarray | None:
         """Return for each token id whether the text tower has no embedding for it, bool [vocabulary]; None unknown."""

@@ -60,7 +60,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Golden:
-    """What the host must answer: three pictures and their normalised embeddings.
+    """What the host must answer: three pictures and their normalized embeddings.
 
     Attributes:
         pictures: uint8 [3, height, width, 3].
@@ -82,7 +82,7 @@ class Defense:
         preprocess: How that CLIP's pictures are prepared.
         sites: The blocks that are edited.
         golden: Reference answers; None before they were computed.
-        licence: SPDX identifier, or a sentence.
+        license: SPDX identifier, or a sentence.
         provenance: How it was made, and what was measured.
         manifest_sha256: Of the manifest it was read from; None for one that was not read from disk.
     """
@@ -91,7 +91,7 @@ class Defense:
     preprocess: Preprocess
     sites: tuple[Site, ...]
     golden: Golden | None = None
-    licence: str = "MIT"
+    license: str = "MIT"
     provenance: Mapping[str, Any] = field(default_factory=dict)
     manifest_sha256: str | None = field(default=None, compare=False)
 
@@ -111,7 +111,7 @@ class Defense:
                 raise ConfigError(f"this defense has no set {name!r}; it has {', '.join(self.sets) or 'none'}")
         kept = [(site, tuple(s for s in site.sets if s.name in names)) for site in self.sites]
         sites = tuple(Site(site.hook_point, site.sae_config, site.parameters, sets) for site, sets in kept if sets)
-        return Defense(self.clip, self.preprocess, sites, None, self.licence, self.provenance)
+        return Defense(self.clip, self.preprocess, sites, None, self.license, self.provenance)
 
 
 def join(defenses: Sequence[Defense]) -> Defense:
@@ -141,8 +141,8 @@ def join(defenses: Sequence[Defense]) -> Defense:
             sites.append(site)
         else:  # one site, where a latent of several sets is edited once
             sites[place] = replace(sites[place], sets=sites[place].sets + site.sets)
-    licence = ", ".join(dict.fromkeys(defense.licence for defense in defenses))
-    return Defense(first.clip, first.preprocess, tuple(sites), licence=licence)
+    license = ", ".join(dict.fromkeys(defense.license for defense in defenses))
+    return Defense(first.clip, first.preprocess, tuple(sites), license=license)
 
 
 def _has_same_sae(a: Site, b: Site) -> bool:

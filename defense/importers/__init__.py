@@ -56,16 +56,16 @@ def read(
     format: str = "auto",
     *,
     config: str | os.PathLike[str] | None = None,
-    licence: str = "not stated",
+    license: str = "not stated",
     **stated: Any,
 ) -> Checkpoint:
     """Return the SAE of a published checkpoint; `checkpoint.save` writes it.
 
     Args:
         path: The file with the weights, or the folder that it is alone in.
-        format: A key of `FORMATS`, or "auto": the one that recognises the file.
+        format: A key of `FORMATS`, or "auto": the one that recognizes the file.
         config: Its configuration, where that is not beside it under its usual name.
-        licence: Of the weights; checkpoints do not say it.
+        license: Of the weights; checkpoints do not say it.
         stated: What the file does not say, by the names of `common.OPTIONS`.
 
     Raises:
@@ -85,7 +85,7 @@ def read(
     given.check_all_used()
     sae = SparseAutoencoder(imported.config, imported.parameters)
     provenance = {"format": name, "file": source.path.name, "sha256": sha256_of(source.path)}
-    return Checkpoint(sae, hook_point, host_model, quick_gelu, licence, provenance)
+    return Checkpoint(sae, hook_point, host_model, quick_gelu, license, provenance)
 
 
 def read_vector(path: Path) -> np.ndarray:
@@ -114,6 +114,6 @@ def _importer(name: str) -> Importer:
 def _detect(source: Source) -> str:
     found = [name for name in FORMATS if _importer(name).detect(source)]
     if len(found) != 1:
-        what = f"could be {' or '.join(found)}" if found else "has no format that is recognised"
+        what = f"could be {' or '.join(found)}" if found else "has no format that is recognized"
         raise CheckpointError(f"{source} {what}; pass --format, one of {', '.join(FORMATS)}")
     return found[0]

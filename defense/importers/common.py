@@ -36,7 +36,7 @@ OPTIONS = {
     "subtract_b_dec": "whether b_dec is subtracted before the encoder",
     "scaling_factor": "what residuals are multiplied by before the SAE",
     "act_mean": "the mean that is subtracted from residuals before the SAE, [d_model]",
-    "scalar": "what centred residuals are divided by before the SAE",
+    "scalar": "what centered residuals are divided by before the SAE",
     "host_model": "the CLIP it was trained on",
     "quick_gelu": "whether that CLIP ran with QuickGELU",
 }

@@ -105,7 +105,7 @@ def read(source: Source, given: Given) -> Imported:
         if bias in parameters:
             parameters[bias] = parameters[bias] * factor
     if name == "AutoEncoder":
-        _normalise_decoder(parameters)
+        _normalize_decoder(parameters)
     act, k = "relu", None
     if name == "AutoEncoderTopK":
         act, k = "topk", given.value("k", _scalar(source, state, "k"))
@@ -161,7 +161,7 @@ def _scalar(source: Source, state: Mapping[str, Any], name: str) -> Any:
     return value.item()
 
 
-def _normalise_decoder(parameters: dict[str, Tensor]) -> None:
+def _normalize_decoder(parameters: dict[str, Tensor]) -> None:
     norms = parameters["W_dec"].norm(dim=1)
     if not torch.allclose(norms, torch.ones_like(norms)):
         parameters["W_dec"] = parameters["W_dec"] / norms[:, None]

@@ -4,12 +4,12 @@
     x^ = f @ D,     D = _weights / (norm of its rows + 1e-8) * exp(multiplier)
 
 There is no b_dec: it is zero, and nothing is subtracted. `encoder.final_block.0.weight` (or `encoder.weight` after
-`untied()`) is [d_sae, d_model] and is transposed; an encoder that is tied is D.T. The decoder is normalised and scaled
-as above, which is what the library computes in `eval` for its default normalisation, "l2".
+`untied()`) is [d_sae, d_model] and is transposed; an encoder that is tied is D.T. The decoder is normalized and scaled
+as above, which is what the library computes in `eval` for its default normalization, "l2".
 
 JumpSAE stores `thresholds` as logarithms. The state dicts of the other classes do not say which they are, nor k, nor
 the running threshold of BatchTopK (a plain attribute): the caller states them. Only the library's default encoder, one
-linear layer with ReLU, is read; and if inputs were standardised outside the library, the file does not know.
+linear layer with ReLU, is read; and if inputs were standardized outside the library, the file does not know.
 
 Source: github.com/KempnerInstitute/overcomplete, overcomplete/sae/*.py, 0.3.0.
 """
@@ -36,7 +36,7 @@ def read(source: Source, given: Given) -> Imported:
     keys = source.keys
     tied = set(_TIED) <= keys
     if odd := sorted(key for key in keys if key.startswith(("encoder.mlp_blocks", "encoder.final_block.1"))):
-        raise unsupported(source, f"an SAE with a deep or normalising encoder ({odd[0]})")
+        raise unsupported(source, f"an SAE with a deep or normalizing encoder ({odd[0]})")
     prefix = "encoder." if tied or "encoder.weight" in keys else "encoder.final_block.0."
     wanted = {*_DICTIONARY, *({f"{prefix}bias"} & keys), *(() if tied else (f"{prefix}weight",))}
     tensors = source.tensors(source.payload, wanted | ({"thresholds"} & keys), _TIED)

@@ -5,7 +5,7 @@ oldest files, or a bare state dict. A configuration that the caller names counts
 `config.json`.
 
     z = layer_norm(x)                        normalize_activations; unbiased std, eps on the way in only
-    f = act((z - b_dec) @ W_enc + b_enc)     always minus b_dec, which lives in normalised space
+    f = act((z - b_dec) @ W_enc + b_enc)     always minus b_dec, which lives in normalized space
     x^ = undo the norm of (f @ W_dec + b_dec)
 
 Tensors have our orientation; nothing is folded. "topk" takes the largest h first and then their ReLU. In a gated SAE

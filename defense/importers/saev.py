@@ -3,7 +3,7 @@
     f = act(z @ W_enc + b_enc),  x^ = f @ W_dec + b_dec      schema 2 and later: z = x
     z = (x - act_mean) / scalar - b_dec                      before: no schema, or schema 1
 
-Tensors have our orientation. The older code subtracted b_dec and was trained on centred and scaled residuals, but the
+Tensors have our orientation. The older code subtracted b_dec and was trained on centered and scaled residuals, but the
 file stores neither the mean nor the scalar; today's code loads it without any of this, and without an error. Files of
 that age are therefore read only with `act_mean` and `scalar`, which are folded into the weights. Two generations of the
 code wrote schema 1, so there the caller states `subtract_b_dec` too.

@@ -1,11 +1,11 @@
 """One SAE on disk, with everything that decides what its numbers mean.
 
-    sae.json             schema, semantics, hook point, host, licence, provenance, hash and size of each other file
+    sae.json             schema, semantics, hook point, host, license, provenance, hash and size of each other file
     sae.safetensors      the parameters
     golden.safetensors   residuals with their acts and reconstructions, as computed when the folder was written
 
 `importers/` writes such folders from published checkpoints, once; everything else reads only these. A defense holds
-its SAE itself (artefact.py): this is the form of an SAE that nothing was fitted with yet.
+its SAE itself (artifact.py): this is the form of an SAE that nothing was fitted with yet.
 
 The hashes hold the tensors. The golden triple, which `load` recomputes, holds what a hash cannot: that the same
 numbers still mean the same, whichever field of sae.json was edited and whichever version reads it.
@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from defense.core.config import SAEConfig
-from defense.core.sae import SparseAutoencoder, normalise
+from defense.core.sae import SparseAutoencoder, normalize
 from defense.errors import CheckpointError, ConfigError, HookPointError
 from defense.hosts.tower import VisionTower, block_of
 
@@ -74,7 +74,7 @@ class Checkpoint:
         hook_point: "blocks.{L}.hook_resid_post", L counted from 0, or "pooled".
         host_model: The CLIP it was trained on, as its authors name it; None where nobody said.
         quick_gelu: Whether the activations it was trained on came from QuickGELU; None where nobody said.
-        licence: SPDX identifier, or a sentence.
+        license: SPDX identifier, or a sentence.
         provenance: Where it came from, as JSON values.
 
     Raises:
@@ -85,7 +85,7 @@ class Checkpoint:
     hook_point: str
     host_model: str | None = None
     quick_gelu: bool | None = None
-    licence: str = "not stated"
+    license: str = "not stated"
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -162,7 +162,7 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         "sae": checkpoint.sae.config.to_dict(),
         "hook_point": checkpoint.hook_point,
         "host": {"model": checkpoint.host_model, "quick_gelu": checkpoint.quick_gelu},
-        "licence": checkpoint.licence,
+        "licence": checkpoint.license,
         "provenance": dict(checkpoint.provenance),
         "files": {name: folders.file_entry(folder / name) for name in (_WEIGHTS, _GOLDEN)},
     }
@@ -234,7 +234,7 @@ def _golden(sae: SparseAutoencoder) -> dict[str, np.ndarray]:
 def _margin(sae: SparseAutoencoder, resid: Tensor) -> Tensor:
     """Return how far each row [n] of resid [n, d_model] is from the nearest jump of the rule, in its largest h."""
     config = sae.config
-    pre_acts = normalise(resid, config.norm).z @ sae.W_enc + sae.folded_bias
+    pre_acts = normalize(resid, config.norm).z @ sae.W_enc + sae.folded_bias
     scale = pre_acts.abs().amax(1).clamp(min=1e-12)
     if config.act in ("jumprelu", "batchtopk"):
         return (pre_acts - sae.threshold).abs().amin(1) / scale

@@ -125,7 +125,7 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
             }
             for site in defense.sites
         ],
-        "licence": defense.licence,
+        "licence": defense.license,
         "provenance": dict(defense.provenance),
         "files": {name: file_entry(folder / name) for name in files},
     }
@@ -192,7 +192,7 @@ def _load(root: Path, verify: Verify) -> Defense:
 def _typed_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; a defense is a folder that `defense fit` or `artefact.save` wrote")
+        raise CheckpointError(f"{path} is missing; a defense is a folder that `defense fit` or `artifact.save` wrote")
     return typed(str(path), read_manifest(path, SCHEMA, "a defense"), _MANIFEST_FIELDS)
 
 

@@ -153,7 +153,7 @@ def train_checkpoint(
     n_held_out: int = 1000,
     shards: Path | None = None,
     state: Path | None = None,
-    licence: str = "not stated",
+    license: str = "not stated",
     report: Callable[[Progress], None] | None = None,
 ) -> Checkpoint:
     """Train an SAE on pictures, measure it, and return it in the form that `checkpoint.save` writes.
@@ -166,7 +166,7 @@ def train_checkpoint(
         n_held_out: Pictures to measure on.
         shards: Folder to keep the residuals in; where it exists, they are read from there.
         state: See `train`.
-        licence: Of the SAE.
+        license: Of the SAE.
         report: See `train`.
 
     Raises:
@@ -191,4 +191,4 @@ def train_checkpoint(
         "zero_shot": None if zero_shot is None else asdict(zero_shot),
         "n_unreadable": len(stream.unreadable),
     }
-    return Checkpoint(sae.cpu(), hook_point, clip_id.name, clip_id.quick_gelu, licence, provenance)
+    return Checkpoint(sae.cpu(), hook_point, clip_id.name, clip_id.quick_gelu, license, provenance)

@@ -6,9 +6,9 @@ a while explain what is left over (AuxK). They differ in which pre_acts count:
 
     topk         the k largest of each token
     batchtopk    the k * batch largest of a batch (arXiv:2412.06410); a threshold once training is over, so that what a
-                 token gives does not depend on its neighbours
+                 token gives does not depend on its neighbors
     matryoshka   the same, where also the first 1/16, 3/16 and 7/16 of the latents must reconstruct (arXiv:2503.17547)
-    relu         all that are positive; their sum is penalised (arXiv:2309.08600)
+    relu         all that are positive; their sum is penalized (arXiv:2309.08600)
 
 A training can be stopped at any time and goes on from its last saved state, bit for bit as if it had not been. Several
 processes (torchrun) share each batch; the sums of the loss run over all of them, so that the result is that of one
@@ -52,7 +52,7 @@ class TrainConfig:
     Attributes:
         d_sae: Number of latents.
         k: Latents kept per token, on average over a batch for "batchtopk" and "matryoshka"; None for "relu".
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         batch: Tokens per step, over all processes.
         lr: Peak learning rate; 2e-4 / sqrt(d_sae / 2**14) where None (Gao et al., appendix A.3).
         aux_k: Dead latents that explain the residue.
@@ -124,7 +124,7 @@ def geometric_median(points: Tensor, iterations: int = 50) -> Tensor:
 
 
 class _Trainee(nn.Module):
-    """The parameters under training. The decoder has unit rows, kept so by `normalise_decoder`."""
+    """The parameters under training. The decoder has unit rows, kept so by `normalize_decoder`."""
 
     def __init__(self, d_model: int, config: TrainConfig) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class _Trainee(nn.Module):
         return torch.addmm(self.b_enc - self.b_dec @ self.W_enc, resid, self.W_enc).relu()
 
     @torch.no_grad()
-    def normalise_decoder(self) -> None:
+    def normalize_decoder(self) -> None:
         self.W_dec.copy_(functional.normalize(self.W_dec, dim=1))
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class _Trainee(nn.Module):
         self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
 
     @torch.no_grad()
-    def normalise_gradient(self) -> None:
+    def normalize_gradient(self) -> None:
         """Bring the gradient to norm 1. It falls tenfold in the first steps, which Adam would go on dividing by."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm().clamp(min=1e-12)
@@ -158,7 +158,7 @@ class _Trainee(nn.Module):
 
 
 class Trainer:
-    """An SAE under training: parameters, optimiser, and what is known of each latent.
+    """An SAE under training: parameters, optimizer, and what is known of each latent.
 
     It works at unit mean squared entry, so that one learning rate serves every host; `finish` undoes that.
 
@@ -209,9 +209,9 @@ class Trainer:
             assert parameter.grad is not None
             self.world.sum(parameter.grad)
         trainee.keep_gradient_tangent()
-        trainee.normalise_gradient()
+        trainee.normalize_gradient()
         self.optimizer.step()
-        trainee.normalise_decoder()
+        trainee.normalize_decoder()
         self.silent_for += config.batch
         self.silent_for[self.world.any(fired)] = 0
         self.step += 1

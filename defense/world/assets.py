@@ -1,7 +1,7 @@
 """Remake the artwork of the embedded world from Debian's font packages: `python -m defense.world.assets`.
 
 Needed only to change the world: `atlas.webp` and `fonts/` are shipped. Takes the fontTools package. The fonts are cut
-down to A-Z and a-z and renamed, as their licences ask of modified versions; NOTICE.md says where each comes from.
+down to A-Z and a-z and renamed, as their licenses ask of modified versions; NOTICE.md says where each comes from.
 """
 
 from __future__ import annotations

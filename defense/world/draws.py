@@ -31,7 +31,7 @@ from .scenes import (
 
 
 def _contrasting(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Ink and paper whose luminance differs by at least 110 grey levels."""
+    """Ink and paper whose luminance differs by at least 110 gray levels."""
     weights = np.array([0.299, 0.587, 0.114])
     while True:
         ink, paper = random_color(rng), random_color(rng)
@@ -40,7 +40,7 @@ def _contrasting(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[
 
 
 def sample_background(rng: np.random.Generator, kind: str = "plain") -> Background:
-    """Return a background of a kind ("plain", "land", "water") with random colours and texture."""
+    """Return a background of a kind ("plain", "land", "water") with random colors and texture."""
     return Background(kind, int(rng.integers(2**31)))
 
 
@@ -62,7 +62,7 @@ def sample_bird(rng: np.random.Generator, kind: str) -> Subject:
 def sample_face(rng: np.random.Generator, hair: str, gender: str) -> Subject:
     """Return a face by hair ("dark", "blond") and gender ("woman", "man").
 
-    Its hair is mixed with the other colour, now more, now less, so that hair is harder to tell than gender.
+    Its hair is mixed with the other color, now more, now less, so that hair is harder to tell than gender.
     """
     tone = int(rng.integers(3))
     other = FACES["dark" if hair == "blond" else "blond", gender][tone]
@@ -73,7 +73,7 @@ def sample_face(rng: np.random.Generator, hair: str, gender: str) -> Subject:
 
 
 def sample_finish(rng: np.random.Generator, *, poor: bool = False) -> Finish:
-    """Return a camera's finish; a `poor` one blurs, adds grain and loses most of the colour."""
+    """Return a camera's finish; a `poor` one blurs, adds grain and loses most of the color."""
     seed = int(rng.integers(2**31))
     brightness, contrast = rng.uniform(0.8, 1.2, 2).tolist()
     if poor:
@@ -84,7 +84,7 @@ def sample_finish(rng: np.random.Generator, *, poor: bool = False) -> Finish:
 
 
 def sample_writing(rng: np.random.Generator, word: str, fonts: Sequence[str], *, anywhere: bool = False) -> Writing:
-    """Return a way to write `word`: font, style, size, place, tilt and colours.
+    """Return a way to write `word`: font, style, size, place, tilt and colors.
 
     Args:
         rng: Source of every choice.

@@ -84,7 +84,7 @@ MAX_TEXT_WIDTH = 0.92
 
 @dataclass(frozen=True)
 class Background:
-    """`kind` is "plain", "land" or "water"; `seed` decides its colours and texture."""
+    """`kind` is "plain", "land" or "water"; `seed` decides its colors and texture."""
 
     kind: str
     seed: int
@@ -126,7 +126,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class Finish:
-    """What a camera adds: blur (pixels at `SIZE`), noise (grey levels), factors of brightness, contrast and colour."""
+    """What a camera adds: blur (pixels at `SIZE`), noise (gray levels), factors of brightness, contrast and color."""
 
     seed: int
     blur: float = 0.0
@@ -257,7 +257,7 @@ def _draw_subject(picture: Image.Image, subject: Subject) -> None:
     glyph = _glyph(subject.emoji)
     if subject.blend is not None:
         other, weight = subject.blend
-        # Blended with premultiplied alpha, or the colour hidden in transparent pixels would show at the edges.
+        # Blended with premultiplied alpha, or the color hidden in transparent pixels would show at the edges.
         glyph = Image.blend(glyph.convert("RGBa"), _glyph(other).convert("RGBa"), weight).convert("RGBA")
     glyph = glyph.resize((side, side), Image.Resampling.BICUBIC)
     if subject.mirrored:

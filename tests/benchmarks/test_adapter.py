@@ -33,7 +33,7 @@ def defense_folder(tmp_path, tiny_clip, tiny_folder):
     return defenses.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
 
 
-def colours(n: int) -> list[Image.Image]:
+def colors(n: int) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.new("RGB", (40, 36), tuple(rng.integers(0, 256, 3).tolist())) for _ in range(n)]
 
@@ -41,7 +41,7 @@ def colours(n: int) -> list[Image.Image]:
 def test_the_loader_returns_a_defended_model_with_its_transform_and_tokenizer(defense_folder, tiny_folder):
     name = f"local-dir:{tiny_folder}"
     model, transform, tokenizer = adapter.load_defended(model_name=name, pretrained=str(defense_folder), device="cpu")
-    pictures = colours(5)
+    pictures = colors(5)
     with torch.inference_mode():
         batch = torch.stack([transform(picture) for picture in pictures])
         embeds = torch.nn.functional.normalize(model.encode_image(batch), dim=-1).numpy()
@@ -55,7 +55,7 @@ def test_the_loader_returns_a_defended_model_with_its_transform_and_tokenizer(de
 
 def test_transform_and_tokenizer_reach_worker_processes(defense_folder, tiny_folder):
     _, transform, _ = adapter.load_defended(f"local-dir:{tiny_folder}", str(defense_folder))
-    picture = colours(1)[0]
+    picture = colors(1)[0]
     assert torch.equal(pickle.loads(pickle.dumps(transform))(picture), transform(picture))
 
 
@@ -96,7 +96,7 @@ def test_clip_benchmark_measures_the_accuracy_that_we_measure(defense_folder, ti
     names = ["cloud", "rose", "zebra", "fish", "king", "river"]
     (tmp_path / "shards" / "test").mkdir(parents=True)
     with tarfile.open(tmp_path / "shards" / "test" / "0.tar", "w") as tar:
-        for i, picture in enumerate(colours(30)):
+        for i, picture in enumerate(colors(30)):
             stream = io.BytesIO()
             picture.save(stream, "PNG")
             for suffix, data in (("png", stream.getvalue()), ("cls", str(i % 6).encode())):
@@ -109,7 +109,7 @@ def test_clip_benchmark_measures_the_accuracy_that_we_measure(defense_folder, ti
 
     name = f"local-dir:{tiny_folder}"
     arguments = {
-        "--model_type": "defense", "--model": name, "--pretrained": str(defense_folder), "--dataset": "wds/colours",
+        "--model_type": "defense", "--model": name, "--pretrained": str(defense_folder), "--dataset": "wds/colors",
         "--dataset_root": str(tmp_path / "shards"), "--num_workers": "0", "--output": str(tmp_path / "theirs.json"),
         "--task": "zeroshot_classification",
     }  # fmt: skip
@@ -121,8 +121,8 @@ def test_clip_benchmark_measures_the_accuracy_that_we_measure(defense_folder, ti
 
     found = read_classified(tmp_path / "shards")
     examples = tuple(Example(key, picture, label) for key, picture, label in found.pictures)
-    dataset = Dataset("colours", "clean", examples, found.class_names, found.templates)
+    dataset = Dataset("colors", "clean", examples, found.class_names, found.templates)
     named = robust.load_named_host(name, None)
     methods = make_methods(["defense"], defenses.load(defense_folder))
-    (ours,) = robust.run(named, [(Task("colours", "colours", (dataset,)), methods)], tmp_path / "out")
+    (ours,) = robust.run(named, [(Task("colors", "colors", (dataset,)), methods)], tmp_path / "out")
     assert theirs["metrics"] == pytest.approx(ours["metrics"])

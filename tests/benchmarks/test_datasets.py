@@ -59,7 +59,7 @@ def read(name: str, folder: Path, options: Options = Options()):  # noqa: B008  
     ],
     ids=["spaces", "capitals", "jpeg", "underscores", "dots"],
 )
-def test_names_are_parsed_as_they_are_spelt(name, pair):
+def test_names_are_parsed_as_they_are_spelled(name, pair):
     assert named.parse(Path(name)) == pair
 
 
@@ -335,7 +335,7 @@ def test_real_scam_triples(shared_data):
     for dataset in tests:
         assert len(dataset.examples) == 12
         assert dataset.choice == "pair"
-        assert not dataset.normalise_each
+        assert not dataset.normalize_each
         assert [e.key for e in dataset.examples] == [f"{n:04}" for n in range(1, 121, 10)]
         first = dataset.examples[0]
         assert (dataset.class_names[first.label], dataset.class_names[first.word]) == ("ball", "car")

@@ -145,8 +145,8 @@ def test_without_the_joint_step_candidates_are_removed_in_full_in_their_order(ch
     assert (seen["removal"] == 1).all()
 
 
-def test_without_learnt_gains_the_same_are_removed_in_full(chooser) -> None:
-    choice = chooser.without("learnt gains")
+def test_without_learned_gains_the_same_are_removed_in_full(chooser) -> None:
+    choice = chooser.without("learned gains")
     n = min(len(choice.latents), len(chooser.ours.latents))
     assert choice.latents[:n] == chooser.ours.latents[:n]
     assert n > 0

@@ -53,7 +53,7 @@ NEED_A_SPLIT = ("defense-delta", "random-latents", "embedding-sae", "dyslexify",
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture of a seed: noise around a colour, and a white plate at the top left if it is written on."""
+    """A picture of a seed: noise around a color, and a white plate at the top left if it is written on."""
 
     seed: int
     is_written: bool = False
@@ -436,8 +436,8 @@ def test_textspan_names_the_texts_that_span_a_head_most_first():
     spanning, along = textspan.textspan(parts, texts)
     assert spanning[:3] == [21, 3, 7]
     assert len(spanning) == 3  # the head has no fourth direction
-    centred = parts - parts.mean(0)
-    assert (along**2).sum() == pytest.approx((centred**2).sum(), rel=1e-6)  # all of it is described
+    centered = parts - parts.mean(0)
+    assert (along**2).sum() == pytest.approx((centered**2).sum(), rel=1e-6)  # all of it is described
 
 
 def test_the_share_of_the_cue_counts_all_groups_alike():

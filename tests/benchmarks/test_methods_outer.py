@@ -145,7 +145,7 @@ def test_two_fits_learn_the_same_and_settings_are_json(name, task, clip, request
 
 
 @pytest.mark.parametrize("name", ["leace", "sampling-tar", "defense-prefix"])
-def test_settings_tell_what_was_learnt_apart(name, clip, typographic, monkeypatch):
+def test_settings_tell_what_was_learned_apart(name, clip, typographic, monkeypatch):
     made, other = method(name), method(name)
     made.fit(clip, typographic)
     if name == "sampling-tar":
@@ -251,8 +251,8 @@ def test_leace_bears_embeddings_that_do_not_fill_their_space():
     flat = np.column_stack([x, x[:, 0] + x[:, 1], np.zeros(len(x))])
     erased = erasure_of(flat, z)(flat)
     assert np.isfinite(erased).all()
-    centred = flat - flat.mean(0)
-    np.testing.assert_allclose((erased - flat.mean(0)).T @ (z - z.mean()), 0, atol=1e-8 * np.abs(centred).sum())
+    centered = flat - flat.mean(0)
+    np.testing.assert_allclose((erased - flat.mean(0)).T @ (z - z.mean()), 0, atol=1e-8 * np.abs(centered).sum())
 
 
 def test_leace_spares_a_label_that_goes_with_the_attribute(clip, grouped, monkeypatch):
@@ -301,7 +301,7 @@ def test_orth_cali_is_the_orthogonal_projection_where_nothing_is_calibrated():
     assert np.linalg.matrix_rank(projection) == 5
 
 
-def test_orth_cali_minimises_its_objective():
+def test_orth_cali_minimizes_its_objective():
     """|P - P_0|^2 + lambda mean |P (z_i - z_j)|^2, whose gradient is P - P_0 + lambda P M."""
     rng = np.random.default_rng(1)
     spurious, pairs, lam = rng.normal(size=(2, 8)), rng.normal(size=(3, 2, 8)), 50.0
@@ -487,7 +487,7 @@ def test_sampling_tar_finds_a_planted_head(clip, typographic):
 
 
 def with_word(size: int = 320) -> Image.Image:
-    """A grey picture with a large word in its lower half."""
+    """A gray picture with a large word in its lower half."""
     picture = Image.new("RGB", (size, size), (200, 200, 200))
     font = load_font("dejavu-sans-bold", size // 6)
     ImageDraw.Draw(picture).text((size / 2, 0.75 * size), "banana", (20, 20, 20), font, anchor="mm")

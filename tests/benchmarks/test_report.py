@@ -1,4 +1,4 @@
-"""Figures in the README are generated, and licences of shipped artwork are stated."""
+"""Figures in the README are generated, and licenses of shipped artwork are stated."""
 
 from __future__ import annotations
 

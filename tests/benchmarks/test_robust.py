@@ -47,7 +47,7 @@ def defense(tmp_path, tiny_clip, tiny_folder):
 
 
 def write_pictures(folder: Path, n: int) -> list[Path]:
-    """Pictures of one colour each: the tiny CLIP gives them different answers."""
+    """Pictures of one color each: the tiny CLIP gives them different answers."""
     folder.mkdir(exist_ok=True)
     paths = []
     for i in range(n):
@@ -198,8 +198,8 @@ def test_templates_are_averaged_as_the_data_set_asks(named, tmp_path):
     paths = write_pictures(tmp_path / "pictures", 12)
     templates = ("a photo of a {}.", "graffiti of a {}.")
     margins = []
-    for normalise_each in (True, False):
-        dataset = dataset_of(paths, templates=templates, choice="pair", normalise_each=normalise_each)
+    for normalize_each in (True, False):
+        dataset = dataset_of(paths, templates=templates, choice="pair", normalize_each=normalize_each)
         (result,) = run_all(named, [task_of(dataset)], make_methods(["zero-shot"], None), tmp_path / "out")
         margins.append(result["robust"]["figures"]["margin"]["value"])
     assert margins[0] != margins[1]
@@ -220,8 +220,8 @@ def test_a_method_that_edits_text_has_its_own_text_embeddings(named, tmp_path):
             class Turned(Encoder):
                 edits_text = True
 
-                def text_embeds(self, prompts, *, normalise_each=True):
-                    return super().text_embeds(prompts, normalise_each=normalise_each)[::-1]
+                def text_embeds(self, prompts, *, normalize_each=True):
+                    return super().text_embeds(prompts, normalize_each=normalize_each)[::-1]
 
             yield Turned(clip)
 

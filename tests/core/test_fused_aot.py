@@ -53,13 +53,13 @@ def compile_launch(kernel, arguments: tuple, constants: dict, capability: int, f
     signature, constexprs, attributes = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = values[name]
-        is_specialised = not (parameter.is_constexpr or parameter.do_not_specialize)
-        if parameter.is_constexpr or value is None or (is_specialised and isinstance(value, int) and value == 1):
+        is_specialized = not (parameter.is_constexpr or parameter.do_not_specialize)
+        if parameter.is_constexpr or value is None or (is_specialized and isinstance(value, int) and value == 1):
             signature[name], constexprs[(index,)] = "constexpr", value
             continue
         is_tensor = isinstance(value, torch.Tensor)
         signature[name] = TYPES[value.dtype] if is_tensor else "i32"
-        if is_tensor or (is_specialised and value % 16 == 0):
+        if is_tensor or (is_specialized and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
     target = GPUTarget("cuda", capability, 32)

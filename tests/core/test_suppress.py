@@ -42,14 +42,14 @@ def plain_acts(sae, resid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     elif config.norm == "constant_norm_rescale":
         scale = np.linalg.norm(resid, axis=1, keepdims=True) / np.sqrt(config.d_model)
         z = resid / scale
-    centred = z - p["b_dec"] if config.subtract_b_dec else z
-    h = centred @ p["W_enc"] + p["b_enc"]
+    centered = z - p["b_dec"] if config.subtract_b_dec else z
+    h = centered @ p["W_enc"] + p["b_enc"]
     if config.act == "relu":
         acts = np.maximum(h, 0)
     elif config.act in ("jumprelu", "batchtopk"):
         acts = np.maximum(h, 0) * (h > p["threshold"])
     elif config.act == "gated":
-        acts = np.maximum(centred @ (p["W_enc"] * np.exp(p["r_mag"])) + p["b_mag"], 0) * (h > 0)
+        acts = np.maximum(centered @ (p["W_enc"] * np.exp(p["r_mag"])) + p["b_mag"], 0) * (h > 0)
     else:
         acts = np.zeros_like(h)
         for row, pre_acts in enumerate(h):
@@ -241,8 +241,8 @@ def test_project_with_gain_zero_is_the_orthogonal_projection(fields):
     rows = sae.W_dec[list(latent_set.latents)].double().numpy()
     for token in range(60):
         active = rows[(acts[token] != 0).numpy()]
-        centred = (resid[token] - sae.b_dec).double().numpy()
-        want = np.linalg.pinv(active) @ (active @ centred) if len(active) else np.zeros(D_MODEL)
+        centered = (resid[token] - sae.b_dec).double().numpy()
+        want = np.linalg.pinv(active) @ (active @ centered) if len(active) else np.zeros(D_MODEL)
         np.testing.assert_allclose(got[token].numpy(), want, atol=2e-5)
 
 
@@ -279,11 +279,11 @@ def test_project_survives_rows_that_bfloat16_makes_parallel():
     sae = SparseAutoencoder(config, parameters)
     resid = residuals(60)
     suppressor = Suppressor(sae, LatentSet("twice", (3, 7), edit="project")).bfloat16()
-    removed, centred = suppressor.removed(resid).float(), resid - sae.b_dec
+    removed, centered = suppressor.removed(resid).float(), resid - sae.b_dec
     fires = (suppressor.acts(resid) != 0).all(1)
     assert fires.any()
-    assert (removed[fires].norm(dim=1) < 1.02 * centred[fires].norm(dim=1)).all(), "a projection cannot lengthen"
-    left = (centred - removed)[fires] @ sae.W_dec[3]
+    assert (removed[fires].norm(dim=1) < 1.02 * centered[fires].norm(dim=1)).all(), "a projection cannot lengthen"
+    left = (centered - removed)[fires] @ sae.W_dec[3]
     assert left.abs().max() < 0.05, "nothing may be left along the rows"
 
 

@@ -195,7 +195,7 @@ def test_fault_08_tiff_with_a_dangling_exif_directory_is_read_without_a_python_w
     np.testing.assert_array_equal(pixels(data), np.asarray(picture()))
 
 
-# Colour modes
+# Color modes
 
 
 def cmyk_picture():
@@ -206,13 +206,13 @@ def cmyk_picture():
     return Image.fromarray(patches, "CMYK"), rgb
 
 
-def test_fault_09_cmyk_tiff_has_the_colours_of_the_reference():
+def test_fault_09_cmyk_tiff_has_the_colors_of_the_reference():
     image, reference = cmyk_picture()
     assert np.abs(pixels(encoded(image, "TIFF")) - reference).max() <= 1
 
 
 @pytest.mark.parametrize("is_marked", [True, False], ids=["adobe marker", "no marker"])
-def test_fault_09_adobe_inverted_cmyk_jpeg_has_the_colours_of_the_reference(is_marked):
+def test_fault_09_adobe_inverted_cmyk_jpeg_has_the_colors_of_the_reference(is_marked):
     image, reference = cmyk_picture()
     data = encoded(image, "JPEG", quality=100, subsampling=0)
     start = data.index(b"\xff\xee\x00\x0eAdobe")
@@ -228,7 +228,7 @@ def test_fault_10_icc_profile_is_ignored(format, profile):
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_fault_11_16_bit_grey_is_shifted_by_8_bits(format):
+def test_fault_11_16_bit_gray_is_shifted_by_8_bits(format):
     levels = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     decoded = pixels(encoded(Image.fromarray(levels), format))
     np.testing.assert_array_equal(decoded, np.repeat((levels >> 8)[..., None], 3, axis=-1))
@@ -236,7 +236,7 @@ def test_fault_11_16_bit_grey_is_shifted_by_8_bits(format):
     assert abs(decoded.mean() - pixels(encoded(twin)).mean()) < 1
 
 
-def test_fault_11_big_endian_16_bit_grey_is_shifted_too():
+def test_fault_11_big_endian_16_bit_gray_is_shifted_too():
     levels = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
     image = Image.frombytes("I;16B", (32, 32), levels.astype(">u2").tobytes())
     np.testing.assert_array_equal(pixels(image)[..., 0], levels >> 8)
@@ -263,9 +263,9 @@ def test_fault_13_other_odd_modes_are_refused(mode):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P"])
-def test_fault_14_grey_and_palette_modes_are_accepted(mode):
-    grey = Image.linear_gradient("L").resize((32, 32))
-    image = grey.convert(mode)
+def test_fault_14_gray_and_palette_modes_are_accepted(mode):
+    gray = Image.linear_gradient("L").resize((32, 32))
+    image = gray.convert(mode)
     want = np.asarray(image.convert("L"))
     for source in (encoded(image), image):
         decoded = decode(source)
@@ -333,18 +333,18 @@ def test_fault_16_text_hidden_at_alpha_zero_has_no_effect(mode, format):
     np.testing.assert_array_equal(seen("iPod")[:, :30], 255)
 
 
-def test_fault_16_opaque_pixels_keep_their_colour():
+def test_fault_16_opaque_pixels_keep_their_color():
     image = picture()
     image.putalpha(255)
     np.testing.assert_array_equal(pixels(encoded(image), background=SECRET), np.asarray(picture()))
 
 
-KEYED = {  # depth, colour type, transparent sample, other sample, tRNS, what the other one decodes to
-    "1 bit grey": (1, 0, b"\x00" * 4, b"\xff" * 4, struct.pack(">H", 0), 255),
-    "2 bit grey": (2, 0, b"\x55" * 8, b"\xaa" * 8, struct.pack(">H", 1), 170),
-    "4 bit grey": (4, 0, b"\x33" * 16, b"\x44" * 16, struct.pack(">H", 3), 68),
-    "8 bit grey": (8, 0, b"\x07" * 32, b"\x08" * 32, struct.pack(">H", 7), 8),
-    "16 bit grey": (16, 0, b"\x12\x34" * 32, b"\x12\x35" * 32, struct.pack(">H", 0x1234), 0x12),
+KEYED = {  # depth, color type, transparent sample, other sample, tRNS, what the other one decodes to
+    "1 bit gray": (1, 0, b"\x00" * 4, b"\xff" * 4, struct.pack(">H", 0), 255),
+    "2 bit gray": (2, 0, b"\x55" * 8, b"\xaa" * 8, struct.pack(">H", 1), 170),
+    "4 bit gray": (4, 0, b"\x33" * 16, b"\x44" * 16, struct.pack(">H", 3), 68),
+    "8 bit gray": (8, 0, b"\x07" * 32, b"\x08" * 32, struct.pack(">H", 7), 8),
+    "16 bit gray": (16, 0, b"\x12\x34" * 32, b"\x12\x35" * 32, struct.pack(">H", 0x1234), 0x12),
     "8 bit rgb": (8, 2, b"\x01\x02\x03" * 32, b"\x09\x09\x09" * 32, struct.pack(">3H", 1, 2, 3), 9),
     "16 bit rgb": (16, 2, b"\x12\x34" * 96, b"\x56\x34" * 96, struct.pack(">3H", *[0x1234] * 3), 0x56),
 }
@@ -352,7 +352,7 @@ KEYED = {  # depth, colour type, transparent sample, other sample, tRNS, what th
 
 @pytest.mark.parametrize("case", KEYED.values(), ids=KEYED)
 @pytest.mark.parametrize("is_opened", [False, True], ids=["bytes", "PIL"])
-def test_fault_16_colour_that_stands_for_transparent_shows_the_background(case, is_opened):
+def test_fault_16_color_that_stands_for_transparent_shows_the_background(case, is_opened):
     depth, color, hidden, visible, key, level = case
     data = png(32, 32, depth, color, [hidden] * 16 + [visible] * 16, tRNS=key)
     decoded = pixels(Image.open(io.BytesIO(data)) if is_opened else data, background=(1, 2, 250))
@@ -396,7 +396,7 @@ def test_fault_17_pil_image_stays_at_the_frame_it_was_handed_over_at():
     assert image.tell() == 1
 
 
-def test_fault_19_gif_file_gives_colours_and_its_palette_indices_are_refused():
+def test_fault_19_gif_file_gives_colors_and_its_palette_indices_are_refused():
     image = Image.new("P", (32, 32), 0)
     image.putpalette([*SECRET, *GREEN])
     assert (pixels(encoded(image, "GIF")) == SECRET).all()
@@ -680,10 +680,10 @@ def test_fault_36_result_shares_no_memory_with_its_source():
         np.testing.assert_array_equal(np.asarray(result), np.asarray(picture()))
 
 
-def test_fault_38_normalised_pixels_are_told_by_dtype_and_range():
+def test_fault_38_normalized_pixels_are_told_by_dtype_and_range():
     error = refusal(np.linspace(-1.8, 2.1, 3 * 224 * 224, dtype=np.float32).reshape(3, 224, 224))
     assert error.code == "bad_array"
-    assert "values from -1.8 to 2.1 look normalised" in str(error)
+    assert "values from -1.8 to 2.1 look normalized" in str(error)
 
 
 def test_fault_38_tensor_is_refused_without_torch():
@@ -704,6 +704,6 @@ def test_fault_38_anything_else_is_not_an_image(source):
 
 
 @pytest.mark.parametrize("background", [(0, 0), (0, 0, 256), (0.5, 0.5, 0.5), "red"])
-def test_background_that_is_no_colour_is_refused(background):
+def test_background_that_is_no_color_is_refused(background):
     with pytest.raises(ConfigError, match="background"):
         decode(picture(), background=background)

@@ -219,7 +219,7 @@ def test_pixel_values_have_shape_dtype_and_range_for_any_picture(width, height, 
     assert (pixel_values <= high[:, None, None]).all()
 
 
-def test_longest_pads_with_the_fill_color_around_the_centre():
+def test_longest_pads_with_the_fill_color_around_the_center():
     preprocess = Preprocess((20, 20), (0.0,) * 3, (1.0,) * 3, "bicubic", "longest", fill_color=51)
     pixel_values = preprocess(Image.new("RGB", (40, 20), (255, 0, 0)))
     np.testing.assert_array_equal(pixel_values[:, :5], np.float32(0.2))

@@ -452,7 +452,7 @@ class TestAverageTemplates:
         assert got.dtype == np.float32
 
     def test_scam_rule_averages_first(self, embeds):
-        got = average_templates(embeds, 3, 4, normalise_each=False)
+        got = average_templates(embeds, 3, 4, normalize_each=False)
         for label in range(3):
             total = sum(embeds[4 * label : 4 * label + 4].astype(np.float64))
             np.testing.assert_allclose(got[label], total / np.sqrt(np.dot(total, total)), atol=1e-6)
@@ -492,16 +492,16 @@ class TestAverageTemplates:
         with pytest.raises(NonFiniteError):
             average_templates(embeds, 3, 4)
 
-    @pytest.mark.parametrize("normalise_each", [True, False])
-    def test_a_zero_vector_is_refused(self, normalise_each):
+    @pytest.mark.parametrize("normalize_each", [True, False])
+    def test_a_zero_vector_is_refused(self, normalize_each):
         with pytest.raises(ConfigError, match="no direction"):
-            average_templates(np.zeros((2, 5), np.float32), 1, 2, normalise_each=normalise_each)
+            average_templates(np.zeros((2, 5), np.float32), 1, 2, normalize_each=normalize_each)
 
 
 class TestEncodePrompts:
-    @pytest.mark.parametrize("normalise_each", [True, False])
+    @pytest.mark.parametrize("normalize_each", [True, False])
     @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 6, 7, 1000])
-    def test_the_result_does_not_depend_on_the_chunk(self, chunk, normalise_each):
+    def test_the_result_does_not_depend_on_the_chunk(self, chunk, normalize_each):
         several = prompts("dog", "cat", "pizza", "tea pot", "car", templates=["a {}.", "the {}.", "{}!"])
         tokenizer = ClipTokenizer(16)
         sizes = []
@@ -511,9 +511,9 @@ class TestEncodePrompts:
             assert ids.dtype == np.int64
             return hashed_text_tower(ids)
 
-        got = encode_prompts(several, tokenizer, encode_text, chunk=chunk, normalise_each=normalise_each)
+        got = encode_prompts(several, tokenizer, encode_text, chunk=chunk, normalize_each=normalize_each)
         embeds = hashed_text_tower(tokenizer(list(several.texts())))
-        np.testing.assert_array_equal(got, average_templates(embeds, 5, 3, normalise_each=normalise_each))
+        np.testing.assert_array_equal(got, average_templates(embeds, 5, 3, normalize_each=normalize_each))
         assert got.dtype == np.float32
         assert sum(sizes) == 15
         assert max(sizes) <= chunk

@@ -28,11 +28,11 @@ def which(picture: Picture) -> int:
     return images.decode(picture.open()).image.getpixel((3, 3))[0]
 
 
-def write_tar(path: Path, numbers: range, *, labelled: bool = True) -> Path:
+def write_tar(path: Path, numbers: range, *, labeled: bool = True) -> Path:
     with tarfile.open(path, "w") as tar:
         for i in numbers:
             for name, data in ((f"{i:04d}.png", png(i)), (f"{i:04d}.cls", str(i % 3).encode())):
-                if name.endswith(".png") or labelled:
+                if name.endswith(".png") or labeled:
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))

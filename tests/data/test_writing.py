@@ -9,7 +9,7 @@ from PIL import Image
 from defense.data.writing import common_words, writable, write_word
 
 
-def grey(size: tuple[int, int] = (200, 120)) -> Image.Image:
+def gray(size: tuple[int, int] = (200, 120)) -> Image.Image:
     return Image.new("RGB", size, (128, 128, 128))
 
 
@@ -23,7 +23,7 @@ def test_common_words_are_words_that_the_fonts_can_draw():
 @pytest.mark.parametrize("size", [(200, 120), (120, 200), (40, 40)], ids=str)
 def test_a_word_stands_within_the_central_square(size):
     for seed in range(40):
-        image = grey(size)
+        image = gray(size)
         written = write_word(image, np.random.default_rng(seed))
         changed = (np.asarray(written) != np.asarray(image)).any(2)
         assert changed.sum() > 20
@@ -35,46 +35,46 @@ def test_a_word_stands_within_the_central_square(size):
 
 
 def test_what_is_written_follows_the_generator():
-    pictures = [np.asarray(write_word(grey(), np.random.default_rng(seed))) for seed in (1, 1, 2)]
+    pictures = [np.asarray(write_word(gray(), np.random.default_rng(seed))) for seed in (1, 1, 2)]
     assert (pictures[0] == pictures[1]).all()
     assert (pictures[0] != pictures[2]).any()
 
 
 def test_ink_stands_out_from_its_paper():
     for seed in range(20):
-        written = np.asarray(write_word(grey(), np.random.default_rng(seed), "word")).astype(int)
+        written = np.asarray(write_word(gray(), np.random.default_rng(seed), "word")).astype(int)
         luminance = written @ np.array([0.299, 0.587, 0.114])
         assert luminance.max() - luminance.min() > 90
 
 
 def test_another_word_gives_another_picture():
-    first, second = (np.asarray(write_word(grey(), np.random.default_rng(3), word)) for word in ("apple", "pizza"))
+    first, second = (np.asarray(write_word(gray(), np.random.default_rng(3), word)) for word in ("apple", "pizza"))
     assert (first != second).any()
 
 
 def test_a_tiny_picture_does_no_harm():
-    assert write_word(grey((5, 3)), np.random.default_rng(0), "elephants").size == (5, 3)
+    assert write_word(gray((5, 3)), np.random.default_rng(0), "elephants").size == (5, 3)
 
 
 def test_the_plate_alone_is_what_the_word_stands_on():
     n_plates = 0
     for seed in range(20):
         written, blank = (
-            np.asarray(write_word(grey(), np.random.default_rng(seed), "word", blank=blank)) for blank in (False, True)
+            np.asarray(write_word(gray(), np.random.default_rng(seed), "word", blank=blank)) for blank in (False, True)
         )
         outside_letters = (written == blank).all(2)
-        is_bare = (blank == np.asarray(grey())).all()
+        is_bare = (blank == np.asarray(gray())).all()
         n_plates += not is_bare
         assert 0.5 < outside_letters.mean() < 1, "the two differ by the letters"
         if not is_bare:
-            assert len(np.unique(blank.reshape(-1, 3), axis=0)) == 2, "a plate has one colour"
+            assert len(np.unique(blank.reshape(-1, 3), axis=0)) == 2, "a plate has one color"
     assert 5 < n_plates < 15
 
 
 def test_several_words_stand_side_by_side():
     for seed in range(10):
         one, two = (
-            np.asarray(write_word(grey((400, 400)), np.random.default_rng(seed), text)) for text in ("ab", "ab ab")
+            np.asarray(write_word(gray((400, 400)), np.random.default_rng(seed), text)) for text in ("ab", "ab ab")
         )
         columns = [(picture != 128).any((0, 2)).sum() for picture in (one, two)]
         assert columns[1] > 1.4 * columns[0]
@@ -90,7 +90,7 @@ def test_a_label_is_written_with_the_letters_that_the_fonts_have(label, want):
 
 def test_the_height_of_the_letters_can_be_chosen():
     small, large = (
-        np.asarray(write_word(grey(), np.random.default_rng(3), "cat", height=(height, height)))
+        np.asarray(write_word(gray(), np.random.default_rng(3), "cat", height=(height, height)))
         for height in (0.1, 0.3)
     )
     assert (large != 128).sum() > 3 * (small != 128).sum()

@@ -40,7 +40,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def opened(address, chromium):
-    """Open the demo with a viewport and a colour scheme; pages note what they asked for and complained about."""
+    """Open the demo with a viewport and a color scheme; pages note what they asked for and complained about."""
     contexts = []
 
     def open_page(viewport=WIDE, scheme="light", url=address) -> Page:
@@ -264,7 +264,7 @@ def test_a_narrow_page_does_not_scroll_sideways_and_shows_the_answers_below_the_
     assert tops == sorted(tops)
 
 
-def test_the_page_follows_the_colour_scheme(opened):
+def test_the_page_follows_the_color_scheme(opened):
     backgrounds = []
     for scheme in ("light", "dark"):
         page = opened(scheme=scheme)

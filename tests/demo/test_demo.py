@@ -122,11 +122,11 @@ def test_a_word_is_written_within_the_picture_and_nowhere_else(size, style):
 
 def test_the_place_of_a_word_is_followed():
     picture = Image.new("RGB", (300, 300), "green")
-    centres = []
+    centers = []
     for x, y in ((0.25, 0.2), (0.75, 0.8)):
         written = draw.write(picture, draw.Note("ab", x=x, y=y, height=0.1))
-        centres.append(np.argwhere((np.asarray(written) != np.asarray(picture)).any(2)).mean(0) / 300)
-    assert np.allclose(centres, [(0.2, 0.25), (0.8, 0.75)], atol=0.02)
+        centers.append(np.argwhere((np.asarray(written) != np.asarray(picture)).any(2)).mean(0) / 300)
+    assert np.allclose(centers, [(0.2, 0.25), (0.8, 0.75)], atol=0.02)
 
 
 def test_no_word_leaves_the_picture_as_it_is():

@@ -97,7 +97,7 @@ def test_fault_78_a_bad_file_is_one_sentence(client, tmp_path, code):
         client.predict(image=handle_file(tmp_path / "bad.png"), api_name="/classify")
 
 
-def test_fault_19_a_palette_gif_is_seen_in_its_colours(client, tmp_path):
+def test_fault_19_a_palette_gif_is_seen_in_its_colors(client, tmp_path):
     with Image.open(APPLE) as image:
         image.quantize(64).save(tmp_path / "apple.gif")
         image.quantize(64).convert("RGB").save(tmp_path / "apple.png")

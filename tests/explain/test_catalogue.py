@@ -419,9 +419,9 @@ def test_a_map_shows_where_the_latent_fires(clip) -> None:
 
 
 def test_pictures_of_a_folder_are_found_again_by_key_and_broken_ones_are_named(clip, tmp_path) -> None:
-    for name, grey in (("x/dark.png", 10), ("y/light.png", 240)):
+    for name, gray in (("x/dark.png", 10), ("y/light.png", 240)):
         (tmp_path / name).parent.mkdir()
-        Image.new("RGB", (40, 40), (grey,) * 3).save(tmp_path / name)
+        Image.new("RGB", (40, 40), (gray,) * 3).save(tmp_path / name)
     (tmp_path / "y" / "broken.png").write_bytes(b"no picture")
     broken: list[str] = []
     seen = list(examples(clip, open_pictures([tmp_path]), broken.append))

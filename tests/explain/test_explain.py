@@ -175,9 +175,9 @@ def test_a_steered_latent_writes_what_it_was_set_to_on_every_token(defended, fie
         handle.remove()
     before, after = outputs
     sae = clf.sae(BLOCK)
-    from defense.core.sae import normalise
+    from defense.core.sae import normalize
 
-    scale = normalise(before, sae.config.norm).scale
+    scale = normalize(before, sae.config.norm).scale
     change = (4.5 - sae.encode(before)[..., latent, None]) * sae.W_dec[latent]
     torch.testing.assert_close(after, before + change * (1 if scale is None else scale), atol=1e-4, rtol=1e-5)
     (item,) = explanation.removed
@@ -344,9 +344,9 @@ def test_maps_energies_and_activations_are_those_of_the_whole_encoder(defended, 
         seen = block.told.resid
     explanation = clf.explain(picture())
     sae, tokens = clf.sae(BLOCK), slice(1, None) if scope == "patch" else slice(None)
-    from defense.core.sae import normalise
+    from defense.core.sae import normalize
 
-    scale = normalise(seen, sae.config.norm).scale
+    scale = normalize(seen, sae.config.norm).scale
     acts = sae.encode(seen)[0]
     assert explanation.removed
     for item in explanation.removed:
@@ -567,9 +567,9 @@ def test_an_overlay_covers_the_box_and_darkens_what_the_model_did_not_see():
 
 
 def test_a_map_lies_on_the_patches_that_it_belongs_to(embedded):
-    """The same attacked picture, once as it is and once between grey bars, has its peak at the same place."""
+    """The same attacked picture, once as it is and once between gray bars, has its peak at the same place."""
     scene = attacked_scene(424_242)
-    wide = Image.new("RGB", (3 * scene.width, scene.height), "grey")
+    wide = Image.new("RGB", (3 * scene.width, scene.height), "gray")
     wide.paste(scene, (scene.width, 0))
     explanation = embedded.explain(wide)
     assert explanation.box == (scene.width, 0, 2 * scene.width, scene.height)

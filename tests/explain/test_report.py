@@ -1,4 +1,4 @@
-"""Reports: self-contained, escaped, readable in both colour schemes; and the command that writes them."""
+"""Reports: self-contained, escaped, readable in both color schemes; and the command that writes them."""
 
 from __future__ import annotations
 
@@ -165,23 +165,23 @@ def test_the_page_can_be_read_without_seeing_it():
     assert all(region["tabindex"] == "0" and region["aria-label"] for region in page.all("div") if "role" in region)
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance, WCAG 2.2."""
-    levels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    levels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in levels)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_the_page_in_both_colour_schemes(scheme):
+def test_text_stands_out_from_the_page_in_both_color_schemes(scheme):
     style = report_html(picture(), explanation()).split("<style>")[1].split("</style>")[0]
     light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
-    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", light if scheme == "light" else dark))
-    page = luminance(colours["page"])
+    colors = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", light if scheme == "light" else dark))
+    page = luminance(colors["page"])
     for name, least in {"ink": 4.5, "quiet": 4.5, "up": 4.5, "down": 4.5, "plain": 3, "robust": 3}.items():
-        brighter, darker = sorted((page, luminance(colours[name])), reverse=True)
+        brighter, darker = sorted((page, luminance(colors[name])), reverse=True)
         assert (brighter + 0.05) / (darker + 0.05) >= least, name
-    assert set(re.findall(r"var\(--(\w+)\)", style)) == set(colours), "no colour is missing, none is idle"
+    assert set(re.findall(r"var\(--(\w+)\)", style)) == set(colors), "no color is missing, none is idle"
 
 
 def test_every_latent_has_its_own_map_and_the_picture_is_shown_as_it_is():
@@ -191,8 +191,8 @@ def test_every_latent_has_its_own_map_and_the_picture_is_shown_as_it_is():
     assert (whole.size, total.size, scale.height < 20) == ((360, 360), (360, 360), True)
     assert np.abs(np.asarray(whole).mean() - np.asarray(picture()).mean()) < 3
     assert len(maps) == 3
-    colourful = [np.ptp(np.asarray(image).astype(int), axis=-1) for image in maps]
-    peaks = [np.unravel_index(chroma.argmax(), chroma.shape)[0] // (chroma.shape[0] // 4) for chroma in colourful]
+    colorful = [np.ptp(np.asarray(image).astype(int), axis=-1) for image in maps]
+    peaks = [np.unravel_index(chroma.argmax(), chroma.shape)[0] // (chroma.shape[0] // 4) for chroma in colorful]
     assert peaks == [0, 1, 2], "each on the patch where the latent wrote"
 
 

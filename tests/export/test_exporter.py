@@ -86,7 +86,7 @@ def shifted(expected: verify.Expected) -> verify.Expected:
     return replace(expected, outputs=outputs)
 
 
-def relabelled(expected: verify.Expected) -> verify.Expected:
+def relabeled(expected: verify.Expected) -> verify.Expected:
     return replace(expected, outputs={**expected.outputs, "logits_per_image": -expected.outputs["logits_per_image"]})
 
 
@@ -94,7 +94,7 @@ def relabelled(expected: verify.Expected) -> verify.Expected:
     ("change", "message"),
     [
         (shifted, "image_embeds differs by 0.001"),
-        (relabelled, "rows get another label"),
+        (relabeled, "rows get another label"),
         (lambda e: replace(e, input_axes={"pixels": ["batch", 3, 32, 32]}), r"its inputs are \['pixel_values'\]"),
         (
             lambda e: replace(e, output_axes={**e.output_axes, "image_embeds": ["batch", 99]}),
@@ -113,7 +113,7 @@ def test_a_graph_that_answers_otherwise_is_not_written(tiny_classifier, tmp_path
 
 
 def test_all_failures_are_told_at_once(tiny_classifier, tmp_path, monkeypatch):
-    wrong(tiny_classifier, monkeypatch, lambda expected: relabelled(shifted(expected)))
+    wrong(tiny_classifier, monkeypatch, lambda expected: relabeled(shifted(expected)))
     with pytest.raises(ParityError) as caught:
         export_onnx(tiny_classifier, tmp_path / "out")
     assert len(caught.value.failures) >= 2
@@ -226,7 +226,7 @@ def test_errors_are_those_of_a_rejected_bundle():
     assert Tolerance(1e-5, 0.99999, 1.0) == exporter.TOLERANCES["fp32"]
 
 
-def test_int8_quantises_the_tower_and_leaves_the_edit_alone(tiny_classifier, tmp_path, seven_pictures):
+def test_int8_quantizes_the_tower_and_leaves_the_edit_alone(tiny_classifier, tmp_path, seven_pictures):
     report = export_onnx(tiny_classifier, tmp_path / "int8", dtype="int8")
     assert report.parity.rows == 200
     assert report.parity.cosine >= 0.99

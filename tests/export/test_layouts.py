@@ -96,9 +96,9 @@ def test_fault_80_batches_are_bounded_and_the_first_request_is_not_the_slow_one(
 
 def test_fault_80_labels_stand_in_the_order_of_the_logits(kserve):
     config = config_of(kserve, VISION_NAME)
-    labelled = [output for output in config.output if output.label_filename]
-    assert [output.name for output in labelled] == ["logits_per_image"]
-    lines = (kserve / REPOSITORY / VISION_NAME / labelled[0].label_filename).read_text(encoding="utf-8").splitlines()
+    labeled = [output for output in config.output if output.label_filename]
+    assert [output.name for output in labeled] == ["logits_per_image"]
+    lines = (kserve / REPOSITORY / VISION_NAME / labeled[0].label_filename).read_text(encoding="utf-8").splitlines()
     assert tuple(lines) == bundle.load(kserve).prompts.labels
 
 

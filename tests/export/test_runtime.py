@@ -143,7 +143,7 @@ def test_fault_43_a_long_stream_needs_no_more_memory_than_a_short_one(clf):
     assert peak(2000) < peak(100) + 500_000
 
 
-def test_a_label_with_a_token_that_the_text_tower_never_learnt_is_named(copied, caplog):
+def test_a_label_with_a_token_that_the_text_tower_never_learned_is_named(copied, caplog):
     is_blank = np.zeros(49408, bool)
     is_blank[ClipTokenizer(16)(["zebra"])[0][1]] = True
     labels = load_file(copied / "labels.safetensors")
@@ -154,7 +154,7 @@ def test_a_label_with_a_token_that_the_text_tower_never_learnt_is_named(copied, 
     assert caplog.messages == ["this model never saw these labels, and guesses: 'a zebra'"]
 
 
-def test_a_bundle_says_which_tokens_its_text_tower_never_learnt(clf, tiny_classifier):
+def test_a_bundle_says_which_tokens_its_text_tower_never_learned(clf, tiny_classifier):
     np.testing.assert_array_equal(clf.bundle.blank_tokens, tiny_classifier.clip.blank_tokens())
 
 

@@ -14,7 +14,7 @@ import torch
 
 from defense.classify.classifier import RobustClassifier
 from defense.core.latents import LatentSet
-from defense.core.sae import normalise
+from defense.core.sae import normalize
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import CalibrationError, ConfigError, ShapeError
 from defense.fit.calibrate import best_threshold, calibrated
@@ -143,7 +143,7 @@ def test_thresholds_are_those_of_the_tokens_that_are_edited(clip, scope, tokens)
     defense = random_defense(clip.model, (1, sae, LatentSet("text", tuple(range(D_SAE)), scope=scope)))
     _, calibration = calibrated(clip, defense, pixels(), least_agreement=0)
     rows = clip.tower.resid(pixels()[SPLIT[::2]], "blocks.1.hook_resid_post")[:, tokens].flatten(0, 1)
-    pre_acts = (normalise(rows, sae.config.norm).z @ sae.W_enc + sae.folded_bias).numpy()
+    pre_acts = (normalize(rows, sae.config.norm).z @ sae.W_enc + sae.folded_bias).numpy()
     kept = sae.encode(rows).numpy() > 0
     wrong = [best_threshold(h[h > 0], k[h > 0])[1] for h, k in zip(pre_acts.T, kept.T, strict=True) if (h > 0).any()]
     share = sum(wrong) / float((np.where(kept, pre_acts, 0) ** 2).sum())

@@ -1,4 +1,4 @@
-"""`defense fit`, from a folder of pictures to an artefact: sites in turn, cross-validation, sweep, report, command."""
+"""`defense fit`, from a folder of pictures to an artifact: sites in turn, cross-validation, sweep, report, command."""
 
 from __future__ import annotations
 
@@ -382,7 +382,7 @@ def test_a_topk_rule_is_calibrated_on_request(run, pictures, sae_folder, tmp_pat
     assert defense.provenance["calibration"]["n_held_out"] == 14
 
 
-def test_nothing_that_helps_leaves_no_artefact(run, pictures, sae_folder, tmp_path, monkeypatch):
+def test_nothing_that_helps_leaves_no_artifact(run, pictures, sae_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("defense.fit.config.FitConfig", lambda **fields: replace(EASY, **{**fields, "sparsity": 100.0}))
     code, _, talk = run(tmp_path / "defense", pictures, "--sae", sae_folder, *LABELS)
     assert code == 2

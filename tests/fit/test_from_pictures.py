@@ -257,10 +257,10 @@ class Seen:
         self.clip, self.classes_, self.embeds = clf.clip, np.array(["land", "sea"], dtype=object), embeds
 
     def text_embeds(self) -> np.ndarray:
-        return normalised(np.array([[1.0, 0.9, 0], [-1.0, -0.9, 0]]))  # each class is mixed up with its place
+        return normalized(np.array([[1.0, 0.9, 0], [-1.0, -0.9, 0]]))  # each class is mixed up with its place
 
 
-def normalised(rows: np.ndarray) -> np.ndarray:
+def normalized(rows: np.ndarray) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -268,7 +268,7 @@ def normalised(rows: np.ndarray) -> np.ndarray:
 def seen(clf, monkeypatch):
     def make(embeds: np.ndarray) -> Seen:
         monkeypatch.setattr(from_pictures, "_embeds", lambda clf, pixels: clf.embeds)
-        return Seen(clf, normalised(embeds))
+        return Seen(clf, normalized(embeds))
 
     return make
 
@@ -277,7 +277,7 @@ def test_the_spurious_cue_does_not_decide_the_class(seen, folder, monkeypatch):
     core = np.tile([1.0, -1.0], 6)[:11]
     place = np.repeat([2.0, -2.0], 6)[:11]
     clf = seen(np.stack([core, place, np.ones(11)], axis=1))
-    spurious = normalised(np.array([[0, 1.0, 0.5], [0, -1.0, 0.5]]))
+    spurious = normalized(np.array([[0, 1.0, 0.5], [0, -1.0, 0.5]]))
 
     class Prompts:
         def __init__(self, clip) -> None: ...

@@ -162,7 +162,7 @@ def test_what_is_measured_is_what_will_be_shipped(fit, edit):
     assert tried.fooled_loss != pytest.approx(trial.measure(columns[:0], removal).fooled_loss, abs=1e-3)
 
 
-def test_the_joint_step_lowers_the_loss_that_it_minimises_and_follows_its_seed(fit):
+def test_the_joint_step_lowers_the_loss_that_it_minimizes_and_follows_its_seed(fit):
     config = FitConfig(n_candidates=60, steps=60, batch=30)
     trial = Trial(fit, np.arange(60), config)
     removal = fit.learn_removal(trial, config)

@@ -282,7 +282,7 @@ def test_a_model_without_a_vision_transformer_is_refused():
         tower_of(resnet)
 
 
-def test_quick_gelu_is_recognised():
+def test_quick_gelu_is_recognized():
     tower = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
     text = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 16}
     assert tower_of(open_clip.CLIP(8, tower, text, quick_gelu=True)).quick_gelu

@@ -53,7 +53,7 @@ def numpied(state: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def residuals() -> np.ndarray:
-    """Rows with a mean, so that a bias or a centring that is left out shows."""
+    """Rows with a mean, so that a bias or a centering that is left out shows."""
     return rand(N, D, seed=3).double().numpy() * 2 + 1.5
 
 
@@ -387,7 +387,7 @@ def saev_file(path: Path, header: dict[str, Any], state: dict[str, torch.Tensor]
 
 
 def saev_legacy(folder: Path) -> Case:
-    """No schema: centred and scaled residuals, b_dec subtracted, neither of which the file says."""
+    """No schema: centered and scaled residuals, b_dec subtracted, neither of which the file says."""
     state = our_orientation(seed=18)
     mean, scalar = rand(D, seed=19), 1.7
     path = saev_file(folder / "sae.pt", {"d_vit": D, "l1_coeff": 0.1, "sparsity_coeff": 4e-4}, state)
@@ -590,10 +590,10 @@ def test_acts_and_reconstructions_are_those_of_the_project(name: str, make, tmp_
 @pytest.mark.parametrize(("name", "make"), ALL)
 def test_what_is_saved_comes_back_with_its_meaning(name: str, make, tmp_path: Path) -> None:
     case = make(tmp_path)
-    read = importers.read(case.path, name, licence="MIT", **case.stated)
+    read = importers.read(case.path, name, license="MIT", **case.stated)
     again = checkpoint.load(checkpoint.save(read, tmp_path / "converted"))
     assert again.sae.config == read.sae.config
-    for key in ("hook_point", "host_model", "quick_gelu", "licence", "provenance"):
+    for key in ("hook_point", "host_model", "quick_gelu", "license", "provenance"):
         assert getattr(again, key) == getattr(read, key)
     for key, array in read.sae.parameters_numpy().items():
         np.testing.assert_array_equal(again.sae.parameters_numpy()[key], array)
@@ -717,7 +717,7 @@ def test_prisma_files_that_cannot_be_read_are_refused(tmp_path: Path, fields, er
 def test_prisma_takes_the_configuration_that_the_caller_names(tmp_path: Path) -> None:
     case = prisma_json(tmp_path)
     (tmp_path / "config.json").rename(tmp_path / "elsewhere.json")
-    with pytest.raises(CheckpointError, match="no format that is recognised"):
+    with pytest.raises(CheckpointError, match="no format that is recognized"):
         importers.read(case.path)
     assert importers.read(case.path, config=tmp_path / "elsewhere.json").hook_point == BLOCK
     with pytest.raises(CheckpointError, match=r"nowhere.json is not a file"):
@@ -815,7 +815,7 @@ def test_a_deep_encoder_of_overcomplete_is_refused(tmp_path: Path) -> None:
     path = overcomplete_topk(tmp_path).path
     state = torch.load(path, weights_only=True) | {"encoder.final_block.1.weight": rand(M)}
     torch.save(state, path)
-    with pytest.raises(ConfigError, match="normalising encoder"):
+    with pytest.raises(ConfigError, match="normalizing encoder"):
         importers.read(path, act="topk", k=K, **STATED)
 
 
@@ -829,12 +829,12 @@ def test_pooled_runs_of_sae_for_vlm_have_no_block(tmp_path: Path) -> None:
 
 def test_files_of_no_format_are_refused(tmp_path: Path) -> None:
     torch.save(our_orientation(), tmp_path / "sae.pt")
-    with pytest.raises(CheckpointError, match="no format that is recognised; pass --format"):
+    with pytest.raises(CheckpointError, match="no format that is recognized; pass --format"):
         importers.read(tmp_path)
     with pytest.raises(ConfigError, match="no format 'gguf'"):
         importers.read(tmp_path, "gguf")
     torch.save([1, 2], tmp_path / "sae.pt")
-    with pytest.raises(CheckpointError, match="no format that is recognised"):
+    with pytest.raises(CheckpointError, match="no format that is recognized"):
         importers.read(tmp_path)
 
 
@@ -1064,14 +1064,14 @@ def test_the_command_writes_a_folder_that_loads(tmp_path: Path) -> None:
     np.save(tmp_path / "mean.npy", case.stated["act_mean"])
     code, out, err = run(
         "import", case.path, tmp_path / "out", "--format", "saev", "--hook-point", BLOCK, "--tokens", "patch",
-        "--act-mean", tmp_path / "mean.npy", "--scalar", case.stated["scalar"], "--licence", "MIT",
+        "--act-mean", tmp_path / "mean.npy", "--scalar", case.stated["scalar"], "--license", "MIT",
         "--host-model", "ViT-B-16", "--no-quick-gelu",
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert "saev" in out
     assert BLOCK in out
     read = checkpoint.load(tmp_path / "out")
-    assert (read.hook_point, read.sae.config.tokens, read.licence) == (BLOCK, "patch", "MIT")
+    assert (read.hook_point, read.sae.config.tokens, read.license) == (BLOCK, "patch", "MIT")
     assert (read.host_model, read.quick_gelu) == ("ViT-B-16", False)
     x = residuals()
     torch.testing.assert_close(

@@ -257,7 +257,7 @@ def overcomplete_sae(name: str, tie: str | None = None) -> Any:
 
 
 def saved_and_fused(sae: Any, path: Path) -> Any:
-    """Save a state dict as training leaves it, then let `eval` normalise the dictionary in place."""
+    """Save a state dict as training leaves it, then let `eval` normalize the dictionary in place."""
     torch.save(sae.state_dict(), path)
     return sae.eval()
 

@@ -66,7 +66,7 @@ def test_what_is_written_comes_back(tmp_path: Path, fields: dict[str, Any]) -> N
     read = load(save(Checkpoint(sae, BLOCK, "ViT-B-32", False, "MIT", {"by": "Łukasz"}), tmp_path / "sae"))
     assert read.sae.config == sae.config
     assert (read.hook_point, read.host_model, read.quick_gelu) == (BLOCK, "ViT-B-32", False)
-    assert (read.licence, read.provenance) == ("MIT", {"by": "Łukasz"})
+    assert (read.license, read.provenance) == ("MIT", {"by": "Łukasz"})
     resid = torch.randn(5, D_MODEL)
     torch.testing.assert_close(read.sae.encode(resid), sae.encode(resid), rtol=0, atol=0)
 

@@ -57,7 +57,7 @@ def defense() -> Defense:
             rng.normal(size=(3, 5)).astype(np.float32),
             rng.normal(size=(3, 5)).astype(np.float32),
         ),
-        licence="© Łukasz: frei für alle, 自由",
+        license="© Łukasz: frei für alle, 自由",
         provenance={"seed": 3, "report": {"plain": {"accuracy": 0.5}}, "name": "да"},
     )
 
@@ -273,7 +273,7 @@ def test_a_failure_while_writing_leaves_the_old_defense_and_no_debris(
 
     monkeypatch.setattr(defenses, failing, fail_late)
     with pytest.raises(type(error)):
-        save(replace(defense, licence="other"), folder)
+        save(replace(defense, license="other"), folder)
     assert n_calls > 0
     assert everything_below(folder.parent) == before
     assert list(folder.parent.iterdir()) == [folder]
@@ -293,7 +293,7 @@ def test_a_failure_while_renaming_puts_the_old_defense_back(
 
     monkeypatch.setattr(Path, "rename", fail_into_place)
     with pytest.raises(type(error)):
-        save(replace(defense, licence="other"), folder)
+        save(replace(defense, license="other"), folder)
     assert everything_below(folder.parent) == before
     assert list(folder.parent.iterdir()) == [folder]
 
@@ -373,7 +373,7 @@ def _raises(folder: Path, *parts: str, verify: str = "sha256", error: type[Defen
 
 
 def test_fault_51_a_missing_folder_is_named(tmp_path: Path) -> None:
-    _raises(tmp_path / "nowhere", str(tmp_path / "nowhere" / MANIFEST), "is missing", "artefact.save")
+    _raises(tmp_path / "nowhere", str(tmp_path / "nowhere" / MANIFEST), "is missing", "artifact.save")
 
 
 def test_fault_51_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:

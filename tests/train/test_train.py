@@ -383,11 +383,11 @@ def test_without_labels_there_is_no_accuracy(clip, folder):
 def test_a_training_becomes_an_sae_on_disk(clip, tiny_folder, folder, tmp_path):
     stream = stream_of(clip, folder)
     spec = clip.id_as(f"local-dir:{tiny_folder}")
-    trained = train_checkpoint(stream, SHORT, spec, names=NAMES, shards=tmp_path / "shards", licence="MIT")
+    trained = train_checkpoint(stream, SHORT, spec, names=NAMES, shards=tmp_path / "shards", license="MIT")
     checkpoint.save(trained, tmp_path / "sae")
     read = checkpoint.load(tmp_path / "sae")
     assert torch.equal(read.sae.W_enc, trained.sae.W_enc)
-    assert (read.hook_point, read.licence, read.quick_gelu) == (POINT, "MIT", False)
+    assert (read.hook_point, read.license, read.quick_gelu) == (POINT, "MIT", False)
     assert read.sae.config.tokens == "all"
     assert read.provenance["host"]["sha256"] == spec.sha256
     assert read.provenance["train"] == asdict(SHORT)

@@ -51,15 +51,15 @@ def test_twins_differ_only_where_the_writing_is():
 
 
 def test_letters_are_found_where_ink_is_drawn():
-    centres = (np.stack(np.meshgrid(np.arange(80), np.arange(80)), -1).reshape(-1, 2) + 0.5) / 80
+    centers = (np.stack(np.meshgrid(np.arange(80), np.arange(80)), -1).reshape(-1, 2) + 0.5) / 80
     for case in draws.typographic(20, 6):
         scene = replace(case.scene, finish=Finish(0), oversample=1)
         ink = (pixels(scene) != pixels(scene.neutral())).any(-1).ravel()
-        letters = scenes.letters_at(scene, centres)
+        letters = scenes.letters_at(scene, centers)
         assert (letters[ink] > 0).mean() > 0.7
         assert {chr(96 + letter) for letter in letters if letter} == set(case.word)
-        assert not scenes.letters_at(scene.neutral(), centres).any()
-        assert not scenes.letters_at(scene.clean(), centres).any()
+        assert not scenes.letters_at(scene.neutral(), centers).any()
+        assert not scenes.letters_at(scene.clean(), centers).any()
 
 
 def test_letters_run_in_reading_order():

@@ -71,7 +71,7 @@ def fused_suppress(
         edited: [batch, pos, d_model]; `resid` itself, or what other sets left of it.
         resid: What the SAE reads, [batch, pos, d_model].
         tokens: The positions.
-        norm: The SAE's input normalisation.
+        norm: The SAE's input normalization.
         encoder: The parts of the SAE.
         W_dec_S: Decoder rows of S, [n, d_model].
         removal: 1 - gain_i, [n].
@@ -95,7 +95,7 @@ def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int, *, backend: Backend
     [tokens, d_sae] matrix is never held at once.
 
     Args:
-        z: Normalised residual, [tokens, d_model].
+        z: Normalized residual, [tokens, d_model].
         W_enc: [d_model, d_sae].
         b: Folded bias, [d_sae].
         k: Latents per token.

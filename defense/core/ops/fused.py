@@ -123,7 +123,7 @@ def _row_ptrs(x_ptr, token, n_pos, stride_batch, stride_pos):
 def _norm_stats(
     x_rows, stride_x_d, D_MODEL: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """(shift, scale) of `sae.normalise`, [BLOCK_M] each."""
+    """(shift, scale) of `sae.normalize`, [BLOCK_M] each."""
     offs_d = tl.arange(0, BLOCK_D)
     shift = tl.zeros([BLOCK_M], tl.float32)
     if NORM == "layer_norm":
@@ -136,8 +136,8 @@ def _norm_stats(
     for start in range(0, D_MODEL, BLOCK_D):
         mask_d = offs_d < D_MODEL - start
         x = tl.load(x_rows[:, None] + (start + offs_d)[None, :] * stride_x_d, mask=mask_d[None, :], other=0.0)
-        centred = tl.where(mask_d[None, :], x.to(tl.float32) - shift[:, None], 0.0)
-        square += tl.sum(centred * centred, 1)
+        centered = tl.where(mask_d[None, :], x.to(tl.float32) - shift[:, None], 0.0)
+        square += tl.sum(centered * centered, 1)
     if NORM == "layer_norm":
         scale = tl.sqrt(square / (D_MODEL - 1))
     else:
@@ -353,7 +353,7 @@ def topk_suppress(
         resid: What the SAE reads, [batch, pos, d_model], of any strides.
         first: First position that is edited.
         last: One past the last position that is edited.
-        norm: The SAE's input normalisation.
+        norm: The SAE's input normalization.
         W_S: Columns of W_enc, [d_model, n].
         b_S: Folded bias, [n].
         W_dec_S: Decoder rows, [n, d_model].
@@ -541,7 +541,7 @@ def _encode_kernel(
     D_MODEL: tl.constexpr, D_SAE: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """relu(z @ W_enc + b), and its maximum over each GROUP of neighbouring latents."""
+    """relu(z @ W_enc + b), and its maximum over each GROUP of neighboring latents."""
     token_tiles = tl.cdiv(n_tokens, BLOCK_M)
     offs_m = tl.program_id(0) % token_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     latent_tile = tl.program_id(0) // token_tiles
@@ -635,7 +635,7 @@ def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Te
     """Return the k largest latents of each token after ReLU, in no particular order: acts and indices, [tokens, k].
 
     Args:
-        z: Normalised residual, [tokens, d_model], of any strides.
+        z: Normalized residual, [tokens, d_model], of any strides.
         W_enc: [d_model, d_sae].
         b: Folded bias, [d_sae].
         k: Latents per token.

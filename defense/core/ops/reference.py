@@ -48,7 +48,7 @@ def acts_of_set(z: Tensor, encoder: Encoder) -> Tensor:
     """Return f_i for i in S, [tokens, n], exactly as encoding all latents would.
 
     Args:
-        z: Normalised residual, [tokens, d_model].
+        z: Normalized residual, [tokens, d_model].
         encoder: The parts of the SAE.
     """
     pre_acts = z @ encoder.W_S + encoder.b_S
@@ -83,7 +83,7 @@ def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Te
     """Return acts and indices of the k largest latents of each token after ReLU, both [tokens, k], in no set order.
 
     Args:
-        z: Normalised residual, [tokens, d_model].
+        z: Normalized residual, [tokens, d_model].
         W_enc: [d_model, d_sae].
         b: Folded bias, [d_sae].
         k: Latents per token.
@@ -124,10 +124,10 @@ def steered(acts: Tensor, removal: Tensor, W_dec_S: Tensor, values: Tensor) -> T
     return ((acts - values) * removal) @ W_dec_S
 
 
-def projected(acts: Tensor, removal: Tensor, W_dec_S: Tensor, centred: Tensor) -> Tensor:
+def projected(acts: Tensor, removal: Tensor, W_dec_S: Tensor, centered: Tensor) -> Tensor:
     """Return what the edit `project` subtracts from z, [tokens, d_model].
 
-    At each token the component of `centred` in the span of the decoder rows of the latents that fire there, written in
+    At each token the component of `centered` in the span of the decoder rows of the latents that fire there, written in
     coordinates of those rows, so that each latent gives up its own share (1 - gain_i). With every gain 0 it is the
     orthogonal projection.
 
@@ -135,20 +135,20 @@ def projected(acts: Tensor, removal: Tensor, W_dec_S: Tensor, centred: Tensor) -
         acts: f_i, [tokens, n]; a latent fires where its activation is not zero.
         removal: 1 - gain_i, [n].
         W_dec_S: Decoder rows of S, [n, d_model].
-        centred: z minus what the SAE reconstructs from no latents at all (b_dec), [tokens, d_model].
+        centered: z minus what the SAE reconstructs from no latents at all (b_dec), [tokens, d_model].
     """
-    delta = torch.zeros_like(centred)
+    delta = torch.zeros_like(centered)
     tokens = (acts != 0).any(1).nonzero()[:, 0]
     if len(tokens):
         # In float64: rows of similar latents are nearly parallel, and a rounded Gram matrix is then singular.
         rows = W_dec_S.double()
-        shares = _coordinates(acts[tokens] != 0, rows, centred[tokens].double())
+        shares = _coordinates(acts[tokens] != 0, rows, centered[tokens].double())
         delta[tokens] = ((shares * removal) @ rows).to(delta.dtype)
     return delta
 
 
-def _coordinates(fires: Tensor, rows: Tensor, centred: Tensor) -> Tensor:
-    """Return the projection of `centred` on the rows that fire, in coordinates of those rows, [tokens, n]."""
+def _coordinates(fires: Tensor, rows: Tensor, centered: Tensor) -> Tensor:
+    """Return the projection of `centered` on the rows that fire, in coordinates of those rows, [tokens, n]."""
     n_active = int(fires.sum(1).max())
     active = fires.to(torch.int8).topk(n_active, dim=1).indices  # the firing latents first, then idle ones
     mask = fires.gather(1, active).double()
@@ -156,6 +156,6 @@ def _coordinates(fires: Tensor, rows: Tensor, centred: Tensor) -> Tensor:
     system = gram[active[:, :, None], active[:, None, :]] * mask[:, :, None] * mask[:, None, :]
     # Idle latents get a row of the identity; the ridge keeps equal rows solvable.
     system = system + torch.diag_embed(1 - mask + _RIDGE)
-    dots = (centred @ rows.T).gather(1, active) * mask
+    dots = (centered @ rows.T).gather(1, active) * mask
     coordinates = torch.linalg.solve(system, dots[..., None])[..., 0]
     return torch.zeros(fires.shape, dtype=rows.dtype, device=rows.device).scatter(1, active, coordinates * mask)
