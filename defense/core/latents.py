@@ -159,7 +159,7 @@ class LatentSet:
 
 
 def draw_alike(chosen: Sequence[int], activity: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Return for each chosen latent a random other of like activity: a control that edits as much of anything.
+    """Return for each chosen latent another, drawn at random among those of like activity: a control.
 
     Each is drawn from the 20 that are nearest in rank; none is drawn twice, none is chosen, and all of them fire.
 

@@ -123,7 +123,7 @@ class Suppressor(nn.Module):
         self.strength.fill_(strength)
 
     def encoder(self) -> Encoder:
-        """Return the encoder parts needed for the activations of the latents in S, as they are now; once a call."""
+        """Return the encoder parts needed for the activations of the latents in S; ask anew after `.to()`."""
         return Encoder(
             self.W_S, self.b_S, self.threshold_S, self.W_mag_S, self.b_mag_S,
             self.W_enc, self.b, self.latents, self.k, self.negative_counts,

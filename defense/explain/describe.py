@@ -56,6 +56,7 @@ def _label(picture: Picture) -> str | None:
     return None if picture.label is None else str(picture.label)
 
 
+# Longer than functions here are: half of it says what comes back.
 def describe(
     clip: Clip,
     hook_point: str,

@@ -24,7 +24,7 @@ from torch import Tensor
 from defense.core.latents import Scope
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
-from defense.hosts.defense import ClipId, Defense
+from defense.hosts.defense import ClipId, Defense, Site
 from defense.hosts.golden import make_golden
 from defense.hosts.tower import VisionTower, block_of
 from defense.store import folders
@@ -192,13 +192,6 @@ def fit_defense(
         validation = cross_validate(encoded, plans, material, text_embeds, folds=folds, seed=seed, report=report)
     report("all pictures")
     fitted = fit_sites(encoded, plans, text_embeds, name=name, report=report)
-    sites = tuple(each.site for each in fitted if each.selection.latents)
-    if not sites:
-        tried = ", ".join(f"{len(each.ranking.order())} candidates at {each.site.hook_point}" for each in fitted)
-        raise ConfigError(
-            f"nothing helps: no latent lowers the loss of the fooled pictures within the clean budget ({tried}), so "
-            "there is no defense. Give more pictures, an SAE of another block or with more latents, or a larger budget"
-        )
     record = {
         **provenance,
         "pictures": dict(material.provenance),
@@ -207,12 +200,24 @@ def fit_defense(
         "sweep": [option.to_dict() for option in options],
         "versions": versions(),
     }
-    defense = Defense(spec, clip.preprocess, sites, None, license, record)
+    defense = Defense(spec, clip.preprocess, _helping(fitted), None, license, record)
     return Fitted(defense, tuple(fitted), validation, tuple(options))
 
 
+def _helping(fitted: Sequence[FittedSite]) -> tuple[Site, ...]:
+    """Return the sites at which anything was chosen; refuse a defense without any."""
+    sites = tuple(each.site for each in fitted if each.selection.latents)
+    if not sites:
+        tried = ", ".join(f"{len(each.ranking.order())} candidates at {each.site.hook_point}" for each in fitted)
+        raise ConfigError(
+            f"nothing helps: no latent lowers the loss of the fooled pictures within the clean budget ({tried}), so "
+            "there is no defense. Give more pictures, an SAE of another block or with more latents, or a larger budget"
+        )
+    return sites
+
+
 def with_golden(clip: Clip, defense: Defense) -> Defense:
-    """Return a defense with golden vectors, of three drawn pictures: nobody's photographs get into an artifact."""
+    """Return a defense with golden vectors, of three drawn pictures, so that nobody's photographs get into it."""
     side = max(clip.preprocess.size)
     drawn = [np.asarray(scenes.render(case.scene, side)) for case in draws.typographic(3, _GOLDEN_SEED)]
     with clip.defended(defense):

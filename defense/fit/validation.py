@@ -44,7 +44,7 @@ def measure(clip: Clip, data: Pairs | Groups, text_embeds: Tensor) -> dict[str, 
 
 
 def accuracies(data: Pairs | Groups, image_embeds: Mapping[str, Tensor], text_embeds: Tensor) -> dict[str, float]:
-    """Return what `measure` does, of image_embeds [n, d_embed] by kind of picture."""
+    """Return what `measure` does, from image_embeds [n, d_embed] by kind of picture."""
     answers = {
         kind: (embeds @ text_embeds.to(embeds.device).T).argmax(1).cpu() for kind, embeds in image_embeds.items()
     }

@@ -22,7 +22,7 @@ class ClipId:
     Attributes:
         model: open_clip's name, e.g. "ViT-B-32", "hf-hub:..." or "embedded".
         pretrained: open_clip's tag; None where the name says it all.
-        sha256: Fingerprint of the vision tower's weights (`hosts.VisionTower.fingerprint`).
+        sha256: Fingerprint of the vision tower's weights (`VisionTower.fingerprint`).
         quick_gelu: Whether its MLPs use QuickGELU.
         d_model: Width of its residual stream.
         n_layers: Number of its blocks.
@@ -60,7 +60,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Golden:
-    """What the host must answer: three pictures and their normalized embeddings.
+    """What the CLIP must answer: three pictures and their normalized embeddings.
 
     Attributes:
         pictures: uint8 [3, height, width, 3].
@@ -115,7 +115,7 @@ class Defense:
 
 
 def join(defenses: Sequence[Defense]) -> Defense:
-    """Return one defense that does what several for the same host do; golden answers and provenance are left behind.
+    """Return one defense with the sites of several for the same CLIP, without their golden answers and provenance.
 
     Raises:
         ConfigError: There is none, or they are for different hosts or preparations of pictures, or two have a set of

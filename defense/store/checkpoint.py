@@ -5,7 +5,7 @@
     golden.safetensors   residuals with their acts and reconstructions, as computed when the folder was written
 
 `importers/` writes such folders from published checkpoints, once; everything else reads only these. A defense holds
-its SAE itself (artifact.py): this is the form of an SAE that nothing was fitted with yet.
+its SAE itself (defenses.py): this is the form of an SAE that nothing was fitted with yet.
 
 The hashes hold the tensors. The golden triple, which `load` recomputes, holds what a hash cannot: that the same
 numbers still mean the same, whichever field of sae.json was edited and whichever version reads it.

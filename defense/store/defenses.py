@@ -140,7 +140,7 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Defens
     """Read a defense that `save` wrote.
 
     A file may be a link within the folder, or from a snapshot in the Hugging Face hub's cache to a blob of that cache;
-    no other link is followed. What the SAE's numbers mean is checked where they are used (`sae.SparseAutoencoder`).
+    no other link is followed. What the SAE's numbers mean is checked where they are used (`SparseAutoencoder`).
 
     Args:
         folder: The folder.
@@ -192,7 +192,7 @@ def _load(root: Path, verify: Verify) -> Defense:
 def _typed_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; a defense is a folder that `defense fit` or `artifact.save` wrote")
+        raise CheckpointError(f"{path} is missing; a defense is a folder that `defense fit` or `defenses.save` wrote")
     return typed(str(path), read_manifest(path, SCHEMA, "a defense"), _MANIFEST_FIELDS)
 
 

@@ -65,7 +65,7 @@ class Source(Protocol):
     d_model: int
 
     def chunk(self, position: Position) -> Chunk:
-        """Return the chunk that starts at a position; the first starts at `pictures.START`."""
+        """Return the chunk that starts at a position; the first starts at `sources.START`."""
 
     def describe(self) -> dict[str, Any]:
         """Return what decides the numbers, as JSON values."""

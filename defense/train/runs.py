@@ -45,7 +45,7 @@ def train(
     """Return an SAE trained on a source of residuals.
 
     Args:
-        source: `activations.Stream` or `activations.Shards`.
+        source: `residuals.Stream` or `residuals.Shards`.
         config: How to train.
         tokens: Which tokens its residuals are; recorded in the SAE.
         device: Where to train.

@@ -112,7 +112,7 @@ class Progress:
 
 
 def geometric_median(points: Tensor, iterations: int = 50) -> Tensor:
-    """Return the point of least summed distance to points [n, d], by Weiszfeld's iteration."""
+    """Return the geometric median of points [n, d]: the point of least summed distance, by Weiszfeld's iteration."""
     median = points.mean(0)
     for _ in range(iterations):
         weights = 1 / (points - median).norm(dim=1).clamp(min=1e-6)
@@ -251,7 +251,7 @@ class Trainer:
 
     @torch.no_grad()
     def _cut(self, pre_acts: Tensor) -> float:
-        """Return what the k * batch largest pre_acts of the whole batch exceed; 0 if fewer are positive."""
+        """Return the batch-wide BatchTopK threshold; 0 if fewer than k * batch pre_acts are positive."""
         assert self.config.k is not None
         n_kept = self.config.k * self.config.batch
         for bound in (self._bound, 0.0):  # most are far below the last cut and need not be sorted
@@ -368,7 +368,7 @@ class SavedState:
 
 
 class BatchSource(Protocol):
-    """Where batches come from: `activations.Batches`, or residuals in memory."""
+    """Where batches come from: `residuals.Batches`, or residuals in memory."""
 
     def next(self) -> Tensor:
         """Return this process's rows of the next batch."""

@@ -292,7 +292,7 @@ _TASK_OF = {seed: task for task, seed in GROUP_SEEDS.items()}
 
 
 def scene_of(key: str) -> Scene:
-    """Return the scene of a key, "scene:<seed>:<index>": a picture of a task with groups, or of `build.web_scenes`.
+    """Return the scene of a key, "scene:<seed>:<index>": a picture of a task with groups, or of `web_scenes`.
 
     Raises:
         ConfigError: The key is none of this form.

@@ -13,6 +13,7 @@ from defense.benchmarks.kernel import exact_edit, n_unequal
 from defense.core import ops
 from defense.core.latents import LatentSet
 from defense.core.ops import fused, reference
+from defense.core.ops.fused import decode, encode, threshold, topk
 from defense.core.ops.reference import Encoder
 from defense.core.suppress import Suppressor, suppress
 from defense.errors import BackendError
@@ -58,7 +59,7 @@ TOPK_KERNELS = {"_candidates_kernel": 1, "_order_kernel": 1, "_count_kernel": 1,
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """Let `fused` allocate NaN and huge integers, so that an element that is read but never written shows."""
+    """Let the launchers allocate NaN and huge integers, so that an element that is read but never written shows."""
 
     def poisoned(allocate):
         def call(*args, **kwargs):
@@ -69,7 +70,8 @@ def _poisoned_memory(monkeypatch):
 
     names = {name: getattr(torch, name) for name in dir(torch)}
     names |= {name: poisoned(names[name]) for name in ("empty", "empty_like")}
-    monkeypatch.setattr(fused, "torch", SimpleNamespace(**names))
+    for module in (topk, threshold, encode, decode):
+        monkeypatch.setattr(module, "torch", SimpleNamespace(**names))
     fused.launches.clear()
 
 
@@ -336,7 +338,7 @@ def test_encode_topk_with_ties_keeps_exactly_k():
 
 def test_chunks_do_not_change_encode_topk(monkeypatch):
     sae = random_sae(act="topk", k=8)
-    monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", 3 * 160)
+    monkeypatch.setattr(encode, "_CHUNK_ELEMENTS", 3 * 160)
     strided = residuals(8, 1, 128)[:, 0, ::2]
     check_encode_topk(strided, sae.W_enc.to(DEVICE), sae.folded_bias.to(DEVICE), 8)
     assert fused.launches == {"_encode_kernel": 3, "_select_kernel": 6}

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from defense.benchmarks.kernel import CASES, TILES, Case
 from defense.core.ops import fused
-from defense.core.ops.fused import Tile
+from defense.core.ops.fused import Tile, encode, launching
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing; unset TRITON_INTERPRET"
@@ -80,9 +80,9 @@ def compile_all(monkeypatch, tmp_path):
     def call(case: Case, dtype: torch.dtype, norm: str, capability: int, n_set: int = 64) -> dict[str, Compiled]:
         launches = []
         monkeypatch.setattr(
-            fused, "_launch", lambda kernel, _, *args, **constants: launches.append((kernel, args, constants))
+            launching, "launch", lambda kernel, _, *args, **constants: launches.append((kernel, args, constants))
         )
-        monkeypatch.setattr(fused, "_capability", lambda _device: (capability // 10, capability % 10))
+        monkeypatch.setattr(launching, "capability", lambda _device: (capability // 10, capability % 10))
 
         def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -98,7 +98,7 @@ def compile_all(monkeypatch, tmp_path):
         rows, removal, indices = meta(n_set, case.d_model), meta(n_set), meta(n_set, dtype=torch.int64)
         fused.topk_suppress._init_fn(*of_set, rows, removal, W_enc, b, indices, case.k)
         fused.threshold_suppress._init_fn(*of_set, meta(n_set, dtype=torch.float32), rows, removal)
-        z = resid.flatten(0, 1)[: fused._CHUNK_ELEMENTS // case.d_sae]
+        z = resid.flatten(0, 1)[: encode._CHUNK_ELEMENTS // case.d_sae]
         acts, indices = fused.encode_topk._init_fn(z, W_enc, b, case.k)
         fused.sparse_decode._init_fn(acts, indices, W_dec, b_dec)
         found = [compile_launch(kernel, args, constants, capability, tmp_path) for kernel, args, constants in launches]
@@ -137,5 +137,5 @@ def test_every_shape_dtype_and_norm_compiles_and_fits(compile_all, case, dtype, 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", TILES, ids=str)
 def test_every_tile_that_the_benchmark_tries_compiles_and_fits(compile_all, monkeypatch, fields):
-    monkeypatch.setattr(fused, "stream_tile", lambda *_: Tile(*fields))
+    monkeypatch.setattr(launching, "stream_tile", lambda *_: Tile(*fields))
     check(compile_all(CASES[0], torch.bfloat16, "none", 90), 90, torch.bfloat16)

@@ -1,6 +1,6 @@
 """The numerical operations behind the Suppressor, and the choice between two implementations of them.
 
-`reference.py`, in plain PyTorch, defines what is correct and runs everywhere. `fused.py` holds the Triton kernels: they
+`reference.py`, in plain PyTorch, defines what is correct and runs everywhere. `fused/` holds the Triton kernels: they
 run on CUDA devices, for inference, and are imported on first use.
 
 | backend | runs |
@@ -35,7 +35,7 @@ _logged: set[str] = set()
 
 
 def check_backend(backend: str, encoder: Encoder, edit: str) -> None:
-    """Refuse what no device could run.
+    """Refuse a backend that does not exist, or that has no kernel for an SAE or edit.
 
     Raises:
         ConfigError: `backend` is not one of the three.
@@ -48,7 +48,7 @@ def check_backend(backend: str, encoder: Encoder, edit: str) -> None:
 
 
 def runs_fused(backend: Backend, resid: Tensor, encoder: Encoder, edit: str) -> bool:
-    """Return whether the kernels remove what S writes into `resid`, else the reference has to.
+    """Return whether the kernels (else the reference) will remove what S writes into `resid`.
 
     Raises:
         BackendError: `backend` is "fused" and they cannot.

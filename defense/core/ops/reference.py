@@ -20,7 +20,7 @@ _CHUNK_ELEMENTS = 2**24
 
 
 class Encoder(NamedTuple):
-    """What deciding about S takes. Shapes with n = |S|."""
+    """The encoder parts needed for the activations of the n latents in S."""
 
     W_S: Tensor
     """Columns of W_enc, [d_model, n]."""
