@@ -219,9 +219,9 @@ class RobustClassifier(ZeroShotClassifier):
         text_embeds = self._embeds_of(prompts)
         with self._lock, torch.inference_mode():
             plain, plain_ms = self._timed(pixel_values, plain=True)
-            with self._applied(controls) as attachment, attachment.recording():
+            with self._applied(controls) as attachment, attachment.recording() as told:
                 robust, robust_ms = self._timed(pixel_values)
-                removed, heatmap, fraction = account(attachment)
+            removed, heatmap, fraction = account(told, attachment.grid_size)
         return Explanation(
             plain=prediction_of(prompts.labels, self.scores(plain, text_embeds)[0], top_k),
             robust=prediction_of(prompts.labels, self.scores(robust, text_embeds)[0], top_k),
@@ -341,6 +341,6 @@ class Probe:
         Raises:
             ConfigError: There is no defense, or see `Controls.applied_to`.
         """
-        with self._clf._lock, self._clf._applied(controls) as attachment, attachment.recording():
+        with self._clf._lock, self._clf._applied(controls) as attachment, attachment.recording() as told:
             self._clf._encode_image(self._pixel_values)
-            return {block.hook_point: block.told for block in attachment.edited_blocks() if block.told is not None}
+        return told

@@ -9,6 +9,7 @@ of the whole; and the edit "project" removes more than the parts, namely everyth
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,7 @@ from defense.hosts.controls import Controls
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from defense.core.suppress import Suppressor
-    from defense.hosts.attach import AttachedDefense
+    from defense.core.suppress import Suppression, Suppressor
 
     from .zeroshot import Prediction
 
@@ -112,21 +112,25 @@ class Explanation:
         }
 
 
-def account(attachment: AttachedDefense) -> tuple[tuple[Removed, ...], np.ndarray, float]:
-    """Add up what a recorded pass over one picture removed: by latent, by patch, and over the residual's norm."""
+def account(told: Mapping[str, Suppression], grid: tuple[int, int]) -> tuple[tuple[Removed, ...], np.ndarray, float]:
+    """Add up what was removed from one picture: by latent, by patch, and over the residual's norm.
+
+    Args:
+        told: What `AttachedDefense.recording` yields, after a pass of one picture.
+        grid: Patches down and across.
+    """
     written: list[Removed] = []
-    heatmap = np.zeros(attachment.grid_size, np.float32)
+    heatmap = np.zeros(grid, np.float32)
     lost = held = 0.0
-    for block in attachment.edited_blocks():
-        told = block.told
-        assert told is not None
-        per_token = (told.resid.float() - told.edited.float())[0].square().sum(-1)
+    for hook_point, suppression in told.items():
+        resid = suppression.resid
+        per_token = (resid.float() - suppression.edited.float())[0].square().sum(-1)
+        n_prefix = len(per_token) - math.prod(grid)
         lost += float(per_token.sum())
-        held += float(told.resid.float().square().sum())
-        heatmap += per_token[block.n_prefix :].reshape(attachment.grid_size).cpu().numpy()
-        for part, acts in zip(told.suppressors, told.acts, strict=True):
-            tokens = token_slice(part.scope, block.n_prefix)
-            written += _written(block.hook_point, part, told.resid, acts, tokens, heatmap.shape)
+        held += float(resid.float().square().sum())
+        heatmap += per_token[n_prefix:].reshape(grid).cpu().numpy()
+        for part, acts in zip(suppression.suppressors, suppression.acts, strict=True):
+            written += _written(hook_point, part, resid, acts, token_slice(part.scope, n_prefix), grid)
     total = sum(item.energy for item in written)
     ranked = sorted((item for item in written if item.energy > 0), key=lambda item: -item.energy)
     removed = tuple(replace(item, share=item.energy / total) for item in ranked)

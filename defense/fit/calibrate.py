@@ -163,15 +163,12 @@ def _threshold_sites(
     observers = {
         index: _Observer(site, clip.tower) for index, site in enumerate(defense.sites) if site.sae_config.act == "topk"
     }
-    blocks = {block.hook_point: block for block in attachment.edited_blocks()}
     embeds = []
-    with attachment.recording():
+    with attachment.recording() as told:
         for part in pixel_values.split(_BATCH):
             embeds.append(_embeds(clip, part))
             for observer in observers.values():
-                told = blocks[observer.site.hook_point].told
-                assert told is not None
-                observer.see(told.resid.float().cpu())
+                observer.see(told[observer.site.hook_point].resid.float().cpu())
     sites = list(defense.sites)
     wrong_energy = {}
     for index, observer in observers.items():

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -32,12 +36,22 @@ ATTRIBUTE = "defense"
 """Name of the submodule that `wrap` adds to a model."""
 
 
-class EditedBlock(nn.Module):
-    """The suppressors of one block and the hook that runs them.
+@dataclass(frozen=True)
+class _Mode:
+    """How a defense acts for one caller: a thread or an asyncio task sees its own, and no other's."""
 
-    Attributes:
-        told: What they did last, while `AttachedDefense.recording` lasts; None where they did not run.
-    """
+    is_bypassed: bool = False
+    stand_ins: Mapping[str, Sequence[Suppressor]] | None = None
+    record: dict[str, Suppression] | None = None
+
+
+_AS_ATTACHED = _Mode()
+_modes: ContextVar[Mapping[int, _Mode]] = ContextVar("defense modes", default=MappingProxyType({}))
+"""By `id` of the `EditedBlock`; one that is not named acts as it was attached."""
+
+
+class EditedBlock(nn.Module):
+    """The suppressors of one block and the hook that runs them."""
 
     def __init__(self, hook_point: str, suppressors: list[Suppressor], tower: VisionTower) -> None:
         super().__init__()
@@ -45,35 +59,36 @@ class EditedBlock(nn.Module):
         self.suppressors = nn.ModuleList(suppressors)
         self.n_prefix = tower.n_prefix
         self.batch_first = tower.batch_first
-        self.is_bypassed = False
-        self.is_recording = False
-        self.told: Suppression | None = None
-        self.stand_ins: list[Suppressor] | None = None
         self._handle: RemovableHandle | None = None
 
     def hook_into(self, tower: VisionTower) -> None:
         """Put the hook on the block."""
+        # A bound method: a deep copy of the model gets hooks that are bound to its own blocks.
         self._handle = tower.block(self.hook_point).register_forward_hook(self.hook)
+
+    def mode(self) -> _Mode:
+        """Return how the caller, a thread or an asyncio task, wants the block to act now."""
+        if torch.compiler.is_compiling():  # compiled code cannot look into a context: strength switches it
+            return _AS_ATTACHED
+        return _modes.get().get(id(self), _AS_ATTACHED)
 
     def hook(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the edited output of the block, in the block's own layout."""
-        if self.is_bypassed:
+        mode = self.mode()
+        if mode.is_bypassed:
             return output
         resid = output if self.batch_first else output.transpose(0, 1)
-        if self.is_recording:
-            self.told = suppress_and_tell(resid, self.active(), self.n_prefix)
-            edited = self.told.edited
+        active = self.parts() if mode.stand_ins is None else mode.stand_ins.get(self.hook_point, ())
+        if mode.record is None:
+            edited = suppress(resid, active, self.n_prefix)
         else:
-            edited = suppress(resid, self.active(), self.n_prefix)
+            mode.record[self.hook_point] = suppress_and_tell(resid, active, self.n_prefix)
+            edited = mode.record[self.hook_point].edited
         return edited if self.batch_first else edited.transpose(0, 1)
 
     def parts(self) -> list[Suppressor]:
         """Return the suppressors, typed."""
         return [part for part in self.suppressors if isinstance(part, Suppressor)]
-
-    def active(self) -> list[Suppressor]:
-        """Return the suppressors that act now: what `adjusted` put in place of the block's own, or these."""
-        return self.parts() if self.stand_ins is None else self.stand_ins
 
     def remove(self) -> None:
         """Take the hook off the block."""
@@ -125,42 +140,38 @@ class AttachedDefense(nn.Module):
     @contextmanager
     def bypassed(self) -> Iterator[None]:
         """Let the block pass unedited, at no cost. Not for compiled models: use `set_strength(0)` there."""
-        with self._restored("is_bypassed") as blocks:
-            for block in blocks:
-                block.is_bypassed = True
+        with self._acting(is_bypassed=True):
             yield
 
     @contextmanager
-    def adjusted(self, suppressors: Mapping[str, list[Suppressor]]) -> Iterator[None]:
+    def adjusted(self, suppressors: Mapping[str, Sequence[Suppressor]]) -> Iterator[None]:
         """Let other suppressors act in place of the blocks' own.
 
         Args:
             suppressors: By hook point; a block that is not named passes unedited. On the model's device, in its dtype.
         """
-        with self._restored("stand_ins") as blocks:
-            for block in blocks:
-                block.stand_ins = suppressors.get(block.hook_point, [])
+        with self._acting(stand_ins=suppressors):
             yield
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep what the suppressors of each block did last, as `block.told`."""
-        with self._restored("is_recording", "told") as blocks:
-            for block in blocks:
-                block.is_recording = True
-            yield
+    def recording(self) -> Iterator[dict[str, Suppression]]:
+        """Yield what the suppressors of each block did last, by hook point: empty until the model has run."""
+        record: dict[str, Suppression] = {}
+        with self._acting(record=record):
+            yield record
 
     @contextmanager
-    def _restored(self, *names: str) -> Iterator[list[EditedBlock]]:
-        """Yield the edited blocks, and put these attributes of theirs back in the end: contexts nest."""
-        blocks = self.edited_blocks()
-        before = [{name: getattr(block, name) for name in names} for block in blocks]
+    def _acting(self, **changes: Any) -> Iterator[None]:
+        """Change the mode of this caller, a thread or an asyncio task, for as long as the context lasts.
+
+        Contexts nest, and those of several callers may overlap as they like: none undoes what another set.
+        """
+        modes = {id(block): replace(block.mode(), **changes) for block in self.edited_blocks()}
+        token = _modes.set({**_modes.get(), **modes})
         try:
-            yield blocks
+            yield
         finally:
-            for block, values in zip(blocks, before, strict=True):
-                for name, value in values.items():
-                    setattr(block, name, value)
+            _modes.reset(token)
 
 
 def sae_of(site: Site) -> SparseAutoencoder:

@@ -240,7 +240,7 @@ def test_an_error_in_between_leaves_the_defense_as_it_was(defended, monkeypatch)
     encode_image, calls = clf.clip.model.encode_image, []
 
     def fails_at_the_second(batch):
-        calls.append(block.stand_ins)
+        calls.append(block.mode().stand_ins)
         if len(calls) == 2:
             raise ZeroDivisionError
         return encode_image(batch)
@@ -251,7 +251,8 @@ def test_an_error_in_between_leaves_the_defense_as_it_was(defended, monkeypatch)
             clf.explain(picture(), controls=Controls(strength=0.5))
     assert calls[0] is None, "the plain pass"
     assert calls[1] is not None, "the defended one, with the controls in force"
-    assert (block.stand_ins, block.is_recording, block.is_bypassed, block.told) == (None, False, False, None)
+    mode = block.mode()
+    assert (mode.stand_ins, mode.record, mode.is_bypassed) == (None, None, False)
     assert clf(picture()) == want
 
 
@@ -338,10 +339,9 @@ def test_an_explanation_runs_each_encoder_once(tiny_clip, fields, monkeypatch):
 @pytest.mark.parametrize("scope", ["patch", "all"])
 def test_maps_energies_and_activations_are_those_of_the_whole_encoder(defended, fields, scope):
     clf = defended(a_set(gains=tuple(i / 40 for i in range(40)), scope=scope), **fields)
-    (block,) = attached(clf.clip.model).edited_blocks()
-    with clf._lock, attached(clf.clip.model).recording():
+    with attached(clf.clip.model).recording() as told:
         clf(picture())
-        seen = block.told.resid
+    seen = told[BLOCK].resid
     explanation = clf.explain(picture())
     sae, tokens = clf.sae(BLOCK), slice(1, None) if scope == "patch" else slice(None)
     from defense.core.sae import normalize
@@ -369,11 +369,11 @@ def test_maps_energies_and_activations_are_those_of_the_whole_encoder(defended, 
 def test_the_account_does_not_depend_on_the_callers_autocast(defended, fields):
     clf = defended(a_set(), **fields)
     defense = attached(clf.clip.model)
-    with defense.recording(), torch.inference_mode():
+    with defense.recording() as told, torch.inference_mode():
         clf(picture())
-        want, want_heatmap, want_fraction = account(defense)
+        want, want_heatmap, want_fraction = account(told, defense.grid_size)
         with torch.autocast("cpu", torch.bfloat16):
-            got, got_heatmap, got_fraction = account(defense)
+            got, got_heatmap, got_fraction = account(told, defense.grid_size)
     assert want
     assert got == want
     for one, other in zip(got, want, strict=True):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
+import threading
 from dataclasses import replace
 
 import pytest
@@ -84,9 +86,9 @@ def test_what_fires_does_not_depend_on_the_callers_autocast(tiny_clip, edit):
         lambda _m, _inputs, output: seen.update(output=output)
     )
     (block,) = attached(tiny_clip).edited_blocks()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), attached(tiny_clip).recording():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), attached(tiny_clip).recording() as told:
         tiny_clip.encode_image(batch)
-        before = block.told.resid
+        before = told[block.hook_point].resid
     (suppressor,) = block.parts()
     with torch.inference_mode():
         want = (before.float() - suppressor.removed(before)).to(before.dtype)
@@ -125,22 +127,73 @@ def test_contexts_nest(tiny_clip):
         stock = tiny_clip.encode_image(batch)
         wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(), a_set())))
         defense = attached(tiny_clip)
-        (block,) = defense.edited_blocks()
-        with defense.recording():
+        (point,) = (block.hook_point for block in defense.edited_blocks())
+        with defense.recording() as outer:
             with defense.bypassed():
                 with defense.bypassed(), defense.recording():
                     pass
                 assert torch.equal(tiny_clip.encode_image(batch), stock)
+            assert not outer, "nothing was edited yet"
             tiny_clip.encode_image(batch)
-            told = block.told
-            with defense.recording():
+            told = outer[point]
+            with defense.recording() as inner:
                 tiny_clip.encode_image(batch[:1])
-                assert len(block.told.resid) == 1
-            assert block.told is told
+                assert len(inner[point].resid) == 1
+            assert outer[point] is told
             tiny_clip.encode_image(batch[:2])
-            assert len(block.told.resid) == 2
+            assert len(outer[point].resid) == 2
         tiny_clip.encode_image(batch)
-        assert block.told is None
+        assert len(outer[point].resid) == 2, "recording is over"
+
+
+@pytest.mark.parametrize("kind", ["bypassed", "adjusted", "recording"])
+def test_fault_contexts_of_tasks_may_overlap_as_they_like(tiny_clip, kind):
+    """Two asyncio tasks whose contexts end in the order in which they began: the defense is on in between and after."""
+    batch = pictures(tiny_clip)
+    stock = tiny_clip.encode_image(batch)
+    wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(), a_set())))
+    defense, arguments = attached(tiny_clip), ({},) if kind == "adjusted" else ()
+    defended = tiny_clip.encode_image(batch)
+    assert not torch.equal(defended, stock)
+
+    async def inside(start: asyncio.Event, end: asyncio.Event, then: asyncio.Event) -> None:
+        await start.wait()
+        with getattr(defense, kind)(*arguments):
+            then.set()
+            await end.wait()
+            assert torch.equal(tiny_clip.encode_image(batch), defended if kind == "recording" else stock)
+        assert torch.equal(tiny_clip.encode_image(batch), defended)
+
+    async def overlapping() -> None:
+        begin, first_in, second_in = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(inside(begin, second_in, first_in))
+        second = asyncio.create_task(inside(first_in, first_in, second_in))
+        begin.set()
+        await first_in.wait()
+        assert torch.equal(tiny_clip.encode_image(batch), defended), "who is outside is defended"
+        await asyncio.gather(first, second)
+
+    asyncio.run(overlapping())
+    assert torch.equal(tiny_clip.encode_image(batch), defended)
+
+
+def test_fault_a_thread_inside_a_context_leaves_the_others_defended(tiny_clip):
+    batch = pictures(tiny_clip)
+    wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(), a_set())))
+    defended = tiny_clip.encode_image(batch)
+    inside, seen = threading.Event(), []
+
+    def other() -> None:
+        inside.wait(10)
+        seen.append(tiny_clip.encode_image(batch))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with attached(tiny_clip).bypassed():
+        inside.set()
+        thread.join()
+        assert not torch.equal(tiny_clip.encode_image(batch), defended)
+    assert torch.equal(seen[0], defended)
 
 
 def test_casts_and_moves_reach_the_suppressors(tiny_clip):

@@ -195,9 +195,9 @@ def test_registers_are_no_patches(with_registers):
 def test_an_edit_touches_the_tokens_of_its_scope_beside_registers(with_registers, scope, touched):
     clip = with_registers
     plain = clip.tower.resid(pixels(), POINT)
-    with clip.defended(a_defense(clip, scope=scope)) as attachment, attachment.recording():
+    with clip.defended(a_defense(clip, scope=scope)) as attachment, attachment.recording() as by_block:
         clip.image_embeds(pixels())
-        (told,) = (block.told for block in attachment.edited_blocks())
+    told = by_block[POINT]
     assert torch.equal(told.resid, plain)
     changed = (told.edited != plain).any(-1).all(0)
     assert changed.nonzero()[:, 0].tolist() == list(touched)
@@ -207,10 +207,10 @@ def test_the_account_of_a_picture_gives_registers_no_place_on_the_map(with_regis
     from defense.classify.explanation import account
 
     clip = with_registers
-    with clip.defended(a_defense(clip)) as attachment, attachment.recording():
+    with clip.defended(a_defense(clip)) as attachment, attachment.recording() as by_block:
         clip.image_embeds(pixels(1))
-        removed, heatmap, _ = account(attachment)
-        (told,) = (block.told for block in attachment.edited_blocks())
+    removed, heatmap, _ = account(by_block, clip.tower.grid_size)
+    told = by_block[POINT]
     difference = (told.resid - told.edited)[0]
     np.testing.assert_allclose(heatmap, difference[5:].square().sum(-1).reshape(4, 4), rtol=1e-4, atol=1e-6)
     assert {item.map.shape for item in removed} == {(4, 4)}
