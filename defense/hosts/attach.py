@@ -68,7 +68,7 @@ class EditedBlock(nn.Module):
 
     def mode(self) -> _Mode:
         """Return how the caller, a thread or an asyncio task, wants the block to act now."""
-        if torch.compiler.is_compiling():  # compiled code cannot look into a context: strength switches it
+        if torch.compiler.is_dynamo_compiling():  # compiled code cannot look into a context: strength switches it
             return _AS_ATTACHED
         return _modes.get().get(id(self), _AS_ATTACHED)
 

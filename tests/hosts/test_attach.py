@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from defense.core.latents import LatentSet
+from defense.core.suppress import Suppressor
 from defense.errors import ConfigError, HookPointError, ShapeError
 from defense.hosts.attach import attached, detach, wrap
 from defense.hosts.families import tower_of
@@ -247,6 +248,50 @@ def test_compiled_and_eager_agree(tiny_clip):
         eager = tiny_clip.encode_image(batch)
         compiled = torch.compile(tiny_clip.visual, backend="eager", fullgraph=True)(batch)
     torch.testing.assert_close(compiled, eager, atol=1e-6, rtol=0)
+
+
+RULES = {
+    "relu": {"act": "relu"},
+    "jumprelu": {"act": "jumprelu"},
+    "gated": {"act": "gated"},
+    "topk": TOPK,
+    "topk without relu": {**TOPK, "topk_relu": "none"},
+}
+
+
+@pytest.mark.parametrize("edit", ["scale", "project"])
+@pytest.mark.parametrize("fields", RULES.values(), ids=RULES)
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
+def test_fault_a_graph_traced_where_nothing_fires_still_defends(tiny_clip, fields, edit):
+    """Blank pictures fire less than noise; whatever is traced with must not decide what the graph does."""
+    torch._dynamo.reset()  # it compiles one function so many times and no more
+    batch = pictures(tiny_clip)
+    stock = tiny_clip.encode_image(batch)
+    wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(**fields), a_set(edit=edit))))
+    want = tiny_clip.encode_image(batch)
+    assert not torch.equal(want, stock)
+    visual, blank = tiny_clip.visual, torch.zeros_like(batch[:2])
+    traced = torch.jit.trace(visual, blank)
+    exported = torch.export.export(visual, (torch.zeros_like(batch),)).module()
+    compiled = torch.compile(visual, backend="eager", fullgraph=True)
+    for graph in (traced, exported, compiled):
+        torch.testing.assert_close(graph(batch), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("edit", ["scale", "project"])
+@pytest.mark.parametrize("fields", RULES.values(), ids=RULES)
+def test_gradients_through_compiled_code_are_those_of_eager_code(fields, edit):
+    torch._dynamo.reset()
+    suppressor = Suppressor(random_sae(**fields), a_set(edit=edit))
+    resid = torch.randn(2, 17, D_MODEL, generator=torch.Generator().manual_seed(3))
+
+    def gradient(function) -> torch.Tensor:
+        leaf = resid.clone().requires_grad_()
+        (found,) = torch.autograd.grad(function(leaf).square().sum(), leaf)
+        return found
+
+    compiled = torch.compile(suppressor, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradient(compiled), gradient(suppressor), atol=1e-4, rtol=1e-4)
 
 
 def test_a_compiled_model_is_refused(tiny_clip):

@@ -9,7 +9,7 @@ only for tokens on which a latent of S is positive: where none is, none can be a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,28 +53,31 @@ def acts_of_set(z: Tensor, encoder: Encoder) -> Tensor:
     """
     pre_acts = z @ encoder.W_S + encoder.b_S
     if encoder.W_enc is not None:
-        return _topk_acts(z, pre_acts, encoder)
+        assert encoder.b is not None
+        assert encoder.latents is not None
+        of_whole = encoder.W_enc, encoder.b, encoder.latents, encoder.k, encoder.negative_counts
+        return (_opaque_topk_acts if _is_traced() else _topk_acts)(z, pre_acts, *of_whole)
     if encoder.W_mag_S is not None and encoder.b_mag_S is not None:
         return (z @ encoder.W_mag_S + encoder.b_mag_S).relu() * (pre_acts > 0)
     acts = pre_acts.relu()
     return acts if encoder.threshold_S is None else acts * (pre_acts > encoder.threshold_S)
 
 
-def _topk_acts(z: Tensor, pre_acts: Tensor, encoder: Encoder) -> Tensor:
+def _topk_acts(
+    z: Tensor, pre_acts: Tensor, W_enc: Tensor, b: Tensor, latents: Tensor, k: int, negative_counts: bool
+) -> Tensor:
     """Keep pre_acts [tokens, n] of latents among the k largest of their token."""
-    assert encoder.W_enc is not None
-    assert encoder.b is not None
-    values = pre_acts if encoder.negative_counts else pre_acts.relu()
-    rows = torch.arange(len(z), device=z.device) if encoder.negative_counts else (values > 0).any(1).nonzero()[:, 0]
+    values = pre_acts if negative_counts else pre_acts.relu()
+    rows = torch.arange(len(z), device=z.device) if negative_counts else (values > 0).any(1).nonzero()[:, 0]
     acts = torch.zeros_like(values)
     if len(rows) == 0:
         return acts
-    for chunk in rows.split(max(1, _CHUNK_ELEMENTS // encoder.W_enc.shape[1])):
-        everything = torch.addmm(encoder.b, z[chunk], encoder.W_enc)
+    for chunk in rows.split(max(1, _CHUNK_ELEMENTS // W_enc.shape[1])):
+        everything = torch.addmm(b, z[chunk], W_enc)
         # i is among the k largest iff fewer than k are larger, which is iff it is not below the k-th largest.
-        kth_largest = everything.topk(encoder.k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        kth_largest = everything.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
         # Compared within one product: the same latent computed in `pre_acts` may differ in its last bit.
-        survives = everything[:, encoder.latents] >= kth_largest
+        survives = everything[:, latents] >= kth_largest
         acts[chunk] = values[chunk] * survives
     return acts
 
@@ -137,18 +140,22 @@ def projected(acts: Tensor, removal: Tensor, W_dec_S: Tensor, centered: Tensor) 
         W_dec_S: Decoder rows of S, [n, d_model].
         centered: z minus what the SAE reconstructs from no latents at all (b_dec), [tokens, d_model].
     """
+    return (_opaque_projected if _is_traced() else _projected)(acts, removal, W_dec_S, centered)
+
+
+def _projected(acts: Tensor, removal: Tensor, W_dec_S: Tensor, centered: Tensor) -> Tensor:
     delta = torch.zeros_like(centered)
     tokens = (acts != 0).any(1).nonzero()[:, 0]
     if len(tokens):
         # In float64: rows of similar latents are nearly parallel, and a rounded Gram matrix is then singular.
         rows = W_dec_S.double()
-        shares = _coordinates(acts[tokens] != 0, rows, centered[tokens].double())
+        shares = _solved(acts[tokens] != 0, rows, centered[tokens].double() @ rows.T)
         delta[tokens] = ((shares * removal) @ rows).to(delta.dtype)
     return delta
 
 
-def _coordinates(fires: Tensor, rows: Tensor, centered: Tensor) -> Tensor:
-    """Return the projection of `centered` on the rows that fire, in coordinates of those rows, [tokens, n]."""
+def _solved(fires: Tensor, rows: Tensor, dots: Tensor) -> Tensor:
+    """Return coordinates in the rows that fire, from products with these rows, both [tokens, n]; 0 for the others."""
     n_active = int(fires.sum(1).max())
     active = fires.to(torch.int8).topk(n_active, dim=1).indices  # the firing latents first, then idle ones
     mask = fires.gather(1, active).double()
@@ -156,6 +163,77 @@ def _coordinates(fires: Tensor, rows: Tensor, centered: Tensor) -> Tensor:
     system = gram[active[:, :, None], active[:, None, :]] * mask[:, :, None] * mask[:, None, :]
     # Idle latents get a row of the identity; the ridge keeps equal rows solvable.
     system = system + torch.diag_embed(1 - mask + _RIDGE)
-    dots = (centered @ rows.T).gather(1, active) * mask
-    coordinates = torch.linalg.solve(system, dots[..., None])[..., 0]
+    coordinates = torch.linalg.solve(system, (dots.gather(1, active) * mask)[..., None])[..., 0]
     return torch.zeros(fires.shape, dtype=rows.dtype, device=rows.device).scatter(1, active, coordinates * mask)
+
+
+# --- for torch.compile, torch.export and torch.jit.trace -------------------------------------------------------------
+#
+# Which tokens need the whole encoder depends on the data, and so would the graph: traced on pictures on which nothing
+# fires, it would be that of stock CLIP. As operators of their own, these functions stay whole in a graph.
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+@torch.library.custom_op("clip_defense::topk_acts", mutates_args=())
+def _opaque_topk_acts(
+    z: Tensor, pre_acts: Tensor, W_enc: Tensor, b: Tensor, latents: Tensor, k: int, negative_counts: bool
+) -> Tensor:
+    return _topk_acts(z, pre_acts, W_enc, b, latents, k, negative_counts)
+
+
+@_opaque_topk_acts.register_fake
+def _(z: Tensor, pre_acts: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(pre_acts)
+
+
+def _keep_acts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _grad_of_topk_acts(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (acts,) = ctx.saved_tensors
+    return None, grad * (acts != 0), None, None, None, None, None
+
+
+_opaque_topk_acts.register_autograd(_grad_of_topk_acts, setup_context=_keep_acts)
+
+
+@torch.library.custom_op("clip_defense::projected", mutates_args=())
+def _opaque_projected(acts: Tensor, removal: Tensor, W_dec_S: Tensor, centered: Tensor) -> Tensor:
+    return _projected(acts, removal, W_dec_S, centered)
+
+
+@_opaque_projected.register_fake
+def _(acts: Tensor, removal: Tensor, W_dec_S: Tensor, centered: Tensor) -> Tensor:
+    return torch.empty_like(centered)
+
+
+def _keep_all_but_centered(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+@torch.library.custom_op("clip_defense::projected_grad", mutates_args=())
+def _opaque_projected_grad(acts: Tensor, removal: Tensor, W_dec_S: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient of `_projected` by `centered`, in which it is linear: its adjoint, applied to `grad`."""
+    found = torch.zeros_like(grad)
+    tokens = (acts != 0).any(1).nonzero()[:, 0]
+    if len(tokens):
+        rows = W_dec_S.double()
+        shares = _solved(acts[tokens] != 0, rows, grad[tokens].double() @ rows.T * removal)
+        found[tokens] = (shares @ rows).to(found.dtype)
+    return found
+
+
+@_opaque_projected_grad.register_fake
+def _(acts: Tensor, removal: Tensor, W_dec_S: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(grad)
+
+
+def _grad_of_projected(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return None, None, None, _opaque_projected_grad(*ctx.saved_tensors, grad)
+
+
+_opaque_projected.register_autograd(_grad_of_projected, setup_context=_keep_all_but_centered)
