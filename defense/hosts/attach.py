@@ -29,6 +29,7 @@ from defense.errors import ConfigError
 from .defense import ClipId, Defense, Site
 from .families import tower_of
 from .tower import VisionTower
+from .weights import WeightGuard
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -108,6 +109,7 @@ class AttachedDefense(nn.Module):
     def __init__(self, tower: VisionTower, sites: Sequence[Site], backend: Backend = "auto") -> None:
         super().__init__()
         self.grid_size = tower.grid_size
+        self.guard: WeightGuard | None = None
         self.backend: Backend = backend
         per_block = suppressors_of(tower, [(site.hook_point, sae_of(site), site.sets) for site in sites], backend)
         for hook_point in per_block:
@@ -231,7 +233,8 @@ def check_clip(tower: VisionTower, spec: ClipId) -> None:
 def wrap(model: Model, defense: Defense, *, allow_mismatch: bool = False, backend: Backend = "auto") -> Model:
     """Put a defense into an open_clip model and return the same object.
 
-    Attach before torch.compile: a hook that comes later is ignored by compiled code.
+    Attach before torch.compile: a hook that comes later is ignored by compiled code. Until `detach`, loading a state
+    dict with other weights of the vision tower raises `ConfigError`, unless `allow_mismatch` was given.
 
     Args:
         model: A model of open_clip with a ViT, native or of timm.
@@ -256,6 +259,8 @@ def wrap(model: Model, defense: Defense, *, allow_mismatch: bool = False, backen
     if not allow_mismatch:
         check_clip(tower, defense.clip)
     attach(model, defense.sites, backend)
+    if not allow_mismatch:
+        attached(model).guard = WeightGuard(model, tower.visual)
     return model
 
 
@@ -289,8 +294,11 @@ def detach(model: Model) -> Model:
     """
     if is_compiled(model):
         raise ConfigError("this model is compiled with the defense inside; set its strength to 0 instead of detaching")
-    for block in attached(model).edited_blocks():
+    attachment = attached(model)
+    for block in attachment.edited_blocks():
         block.remove()
+    if attachment.guard is not None:
+        attachment.guard.remove()
     delattr(model, ATTRIBUTE)
     return model
 

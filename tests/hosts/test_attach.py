@@ -294,6 +294,31 @@ def test_gradients_through_compiled_code_are_those_of_eager_code(fields, edit):
     torch.testing.assert_close(gradient(compiled), gradient(suppressor), atol=1e-4, rtol=1e-4)
 
 
+def test_fault_a_defended_model_takes_no_other_weights(tiny_clip):
+    stock = copy.deepcopy(tiny_clip)
+    same = {name: tensor.half().float() for name, tensor in tiny_clip.state_dict().items()}
+    other = {name: tensor * 2 if name == "visual.proj" else tensor for name, tensor in same.items()}
+    wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(), a_set())))
+    tiny_clip.load_state_dict(same)
+    for module, prefix in (
+        (tiny_clip, ""),
+        (tiny_clip.visual, "visual."),
+        (torch.nn.ModuleDict({"clip": tiny_clip}), None),
+    ):
+        if prefix is None:
+            state = {f"clip.{name}": tensor for name, tensor in other.items()}
+        else:
+            state = {name.removeprefix(prefix): tensor for name, tensor in other.items() if name.startswith(prefix)}
+        with pytest.raises(ConfigError, match=r"proj of what is being loaded differs. Call detach"):
+            module.load_state_dict(state)
+    assert torch.equal(tiny_clip.visual.conv1.weight.half(), stock.visual.conv1.weight.half())
+    assert torch.equal(tiny_clip.visual.proj.half(), stock.visual.proj.half()), "nothing was copied"
+    detach(tiny_clip)
+    tiny_clip.load_state_dict(other)
+    wrap(tiny_clip, random_defense(stock, (1, random_sae(), a_set())), allow_mismatch=True)
+    tiny_clip.load_state_dict(same)
+
+
 def test_a_compiled_model_is_refused(tiny_clip):
     defense = random_defense(tiny_clip, (1, random_sae(), a_set()))
     compiled = torch.compile(tiny_clip, backend="eager")
