@@ -160,7 +160,6 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Defens
 
 def _load(root: Path, verify: Verify) -> Defense:
     manifest = _typed_manifest(root)
-    manifest_sha256 = sha256_of(root / MANIFEST)
     fields = [typed(f"site {index}", site, _SITE_FIELDS) for index, site in enumerate(manifest["sites"])]
     site_files = [_site_file(index) for index in range(len(fields))]
     if set(manifest["files"]) - {_GOLDEN} != set(site_files):
@@ -178,15 +177,17 @@ def _load(root: Path, verify: Verify) -> Defense:
         )
         for site, file in zip(fields, site_files, strict=True)
     )
-    return Defense(
+    defense = Defense(
         ClipId(**typed("host", manifest["host"], _HOST_FIELDS)),
         Preprocess.from_dict(manifest["preprocess"]),
         sites,
         Golden(**tensors[_GOLDEN]) if _GOLDEN in tensors else None,
         manifest["licence"],
         manifest["provenance"],
-        manifest_sha256,
     )
+    # No argument of `Defense`: `dataclasses.replace` would hand it on to a defense that this manifest is not of.
+    object.__setattr__(defense, "manifest_sha256", sha256_of(root / MANIFEST))
+    return defense
 
 
 def _typed_manifest(root: Path) -> dict[str, Any]:

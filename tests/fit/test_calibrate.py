@@ -137,6 +137,13 @@ def test_latents_outside_the_sets_share_one_threshold_and_those_inside_have_thei
     assert (threshold >= 0).all()
 
 
+def test_a_calibrated_defense_is_another_one_than_the_one_that_was_read(clip, tmp_path):
+    loaded = defenses.load(defenses.save(topk_defense(clip), tmp_path / "exact"))
+    assert loaded.manifest_sha256 is not None
+    result, _ = calibrated(clip, loaded, pixels(), least_agreement=0)
+    assert result.manifest_sha256 is None
+
+
 @pytest.mark.parametrize(("scope", "tokens"), [("cls", slice(0, 1)), ("patch", slice(1, None))])
 def test_thresholds_are_those_of_the_tokens_that_are_edited(clip, scope, tokens):
     sae = random_sae(act="topk", k=8)
