@@ -411,7 +411,7 @@ def _raises(folder: Path, *parts: str, verify: str = "sha256", error: type[Defen
 
 
 def test_fault_51_a_missing_folder_is_named(tmp_path: Path) -> None:
-    _raises(tmp_path / "nowhere", str(tmp_path / "nowhere" / MANIFEST), "is missing", "artifact.save")
+    _raises(tmp_path / "nowhere", str(tmp_path / "nowhere" / MANIFEST), "is missing", "defenses.save")
 
 
 def test_fault_51_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
