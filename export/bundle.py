@@ -23,11 +23,11 @@ import numpy as np
 
 from defense.data.labels import Prompts
 from defense.data.preprocess import Preprocess
-from defense.errors import CheckpointError, IntegrityError
+from defense.errors import CheckpointError
 from defense.hosts.defense import Defense
 from defense.store import folders
 from defense.store.defenses import MANIFEST
-from defense.store.folders import Verify, check_verify, read_tensors, reading, sha256_of
+from defense.store.folders import Verify, read_tensors
 
 SCHEMA = 1
 BLANK_TOKENS = "blank_tokens"
@@ -56,7 +56,6 @@ _FIELDS = {
     "licence": str,
     "files": dict,
 }
-_FILE_FIELDS = {"sha256": str, "size": int}
 _TOLERANCE_FIELDS = {"atol": float, "cosine": float, "agreement": float, "tie": float}
 
 
@@ -66,23 +65,23 @@ class Bundle:
 
     Attributes:
         folder: Where it is.
-        clip: Name, tag and hash of the CLIP.
-        defense: What is edited and where; None for a stock CLIP.
+        clip: Which CLIP it is: the fields of `ClipId`, or for a stock CLIP its "sha256" alone.
+        defense: What is edited and where, as `describe_defense` says; None for a stock CLIP.
         preprocess: How pictures are prepared.
         prompts: The labels that are baked in, and their templates.
         context_length: Ids per text of the text graph; None where the labels are fixed.
         logit_scale: Factor between cosines and logits.
         model: The vision graph, by its path in the folder.
         text_model: The text graph, or None.
-        mode: How the defense is written in the graph.
+        mode: How the defense is written in the graph; see the table in vision.py.
         dtype: "fp32", "fp16" or "int8".
-        tolerance: What the graph's answers may differ from torch's: atol, cosine, agreement, tie.
-        parity: By how much they did when it was made.
+        tolerance: How far the graph's answers may be from torch's: the fields of `verify.Tolerance`.
+        parity: How far they were when the bundle was made: the fields of `verify.Parity`.
         license: Of the defense.
         text_embeds: Of the labels, float32 [n_labels, d_embed].
         blank_tokens: For each token id whether the text tower has no embedding for it, bool; None where unknown.
         golden: Reference answers: pictures uint8 [n, height, width, 3], image_embeds [n, d_embed].
-        manifest_sha256: Names this bundle and no other.
+        manifest_sha256: Of the manifest, which lists the hash of every other file: it names this bundle and no other.
     """
 
     folder: Path
@@ -115,19 +114,18 @@ def is_bundle(folder: str | os.PathLike[str]) -> bool:
 
 
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Write the manifest of a folder in which everything else is in place."""
-    files = {
-        path.relative_to(folder).as_posix(): folders.file_entry(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    head = {"schema": SCHEMA, "kind": KIND, "package_version": folders.package_version()}
-    text = json.dumps({**head, **fields, "files": files}, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    """Write the manifest of a folder in which everything else is in place.
+
+    Args:
+        folder: The folder.
+        fields: What a manifest of this schema holds, but for schema, kind, version and files.
+    """
+    fields = {"kind": KIND, **fields, "files": folders.file_entries(folder)}
+    folders.write_manifest(folder / MANIFEST, SCHEMA, fields, "the bundle")
 
 
 def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Bundle:
-    """Read a bundle.
+    """Return a bundle, after checking that nothing in its folder is missing, changed or there besides.
 
     Args:
         folder: The folder; also a snapshot in the Hugging Face hub's cache.
@@ -139,15 +137,15 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Bundle
         NonFiniteError: An embedding is NaN or infinite.
         ConfigError: `verify` is neither of the two.
     """
-    check_verify(verify)
+    folders.check_verify(verify)
     root = Path(folder)
-    with reading(root / MANIFEST, SCHEMA):
+    with folders.reading(root / MANIFEST, SCHEMA):
         return _load(root, verify)
 
 
 def _load(root: Path, verify: Verify) -> Bundle:
     manifest = _read_manifest(root)
-    check_files(root, manifest["files"], verify)
+    folders.check_files(root / MANIFEST, manifest["files"], verify)
     for name in (manifest["model"], manifest["text_model"], LABELS, GOLDEN):
         if name is not None and name not in manifest["files"]:
             raise CheckpointError(f"{root / MANIFEST} names {name}, but does not list it among its files")
@@ -174,7 +172,7 @@ def _load(root: Path, verify: Verify) -> Bundle:
         text_embeds=text_embeds,
         blank_tokens=tensors.get(BLANK_TOKENS),
         golden=read_tensors(root / GOLDEN),
-        manifest_sha256=sha256_of(root / MANIFEST),
+        manifest_sha256=folders.sha256_of(root / MANIFEST),
     )
 
 
@@ -186,28 +184,6 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     if manifest.get("kind") != KIND:
         raise CheckpointError(f"{path} is not the manifest of a bundle; `defense export` writes one")
     return folders.typed(str(path), manifest, _FIELDS)
-
-
-def check_files(root: Path, entries: Mapping[str, Any], verify: Verify) -> None:
-    """Hold the files of a folder against the entries of its manifest.
-
-    Raises:
-        CheckpointError: A file is missing, unexpected, of another size, or a link that leads out of the folder.
-        IntegrityError: A file's bytes are not the ones that were written.
-    """
-    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()} - {MANIFEST}
-    for name in sorted(set(entries) | present):
-        if name not in present:
-            raise CheckpointError(f"{root / name} is missing, though the manifest lists it")
-        if name not in entries:
-            raise CheckpointError(f"{root / name} is not in the manifest; remove it")
-    for name, fields in entries.items():
-        path = folders.own_file(root, name)
-        entry = folders.typed(f"the manifest's entry for {name}", fields, _FILE_FIELDS)
-        if path.stat().st_size != entry["size"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}")
-        if verify == "sha256" and (got := sha256_of(path)) != entry["sha256"]:
-            raise IntegrityError(str(path), entry["sha256"], got)
 
 
 def describe_defense(defense: Defense) -> dict[str, Any]:

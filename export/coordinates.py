@@ -23,7 +23,9 @@ _DOUBLE = onnx.TensorProto.DOUBLE
 
 @torch.library.custom_op("clip_defense::coordinates", mutates_args=())
 def coordinates(fires: Tensor, gram: Tensor, dots: Tensor) -> Tensor:
-    """Solve gram[A, A] x = dots[A] at each token, where A are the latents that fire there; float64 [tokens, n].
+    """Return x of gram[A, A] x = dots[A] at each token, where A are the latents that fire there; float64 [tokens, n].
+
+    It is 0 for the latents that do not fire.
 
     Args:
         fires: 1 where a latent fires, else 0, float32 [tokens, n].
@@ -42,7 +44,7 @@ def _(fires: Tensor, gram: Tensor, dots: Tensor) -> Tensor:
 
 @onnxscript.script(default_opset=op)
 def onnx_coordinates(fires: FLOAT, gram: DOUBLE, dots: DOUBLE) -> DOUBLE:
-    """Gauss-Jordan elimination; the systems are positive definite, so any pivot will do."""
+    """Return the same by Gauss-Jordan elimination; the systems are positive definite, so any pivot will do."""
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     two = op.Constant(value_ints=[2])

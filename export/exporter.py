@@ -37,14 +37,14 @@ TOLERANCES: dict[str, Tolerance] = {
     "fp16": Tolerance(atol=0.02, cosine=0.999, agreement=0.95),
     "int8": Tolerance(atol=0.05, cosine=0.99, agreement=0.99, tie=0.01),
 }
-"""What a graph of each dtype is allowed.
+"""How far a graph of each dtype may be from torch.
 
-int8 has a tie: where a picture shows nothing of the labels, several are about as good, and rounding chooses.
+int8 has a tie: on a picture that shows none of the labels several of them score alike, and rounding decides which wins.
 """
 
 
 _N_DRAWN = 200
-"""Pictures for a dtype that rounds: one that gets another label is 0.5 %."""
+"""How many pictures a graph in fp16 or int8 is compared on; each of them is 0.5 % of the agreement."""
 _GOLDEN_PICTURES = 3
 
 
@@ -53,11 +53,11 @@ class ExportReport:
     """What was written.
 
     Attributes:
-        folder: The bundle.
-        manifest_sha256: Names it.
+        folder: The bundle, as it was asked for.
+        manifest_sha256: Of its manifest, which lists the hash of every other file: it names this bundle and no other.
         mode: How the defense is written in the graph.
         dtype: Of the vision graph.
-        model_bytes: Size of the vision graph with its weights.
+        model_bytes: Size of the vision graph, with weights that lie in a file beside it.
         parity: The vision graph's answers against torch's.
         text_parity: The text graph's; None without one.
     """
@@ -80,54 +80,69 @@ def export_onnx(
     text: bool = False,
     layout: Layout = "bundle",
 ) -> ExportReport:
-    """Write a classifier and its labels as a bundle.
+    """Write a classifier and its labels as a bundle, and return what was written and how it was verified.
 
     The folder appears under its name when everything in it was verified, and not at all otherwise.
 
     Args:
         clf: On the CPU, in float32, with labels set.
         folder: Where to; it must not exist, or be empty. Its parent must exist.
-        mode: How a TopK SAE is written; see `vision`.
-        dtype: "fp32"; "fp16", for CUDA; or "int8", for CPUs (see `int8`).
+        mode: How the rule of a TopK SAE is written; see the table in vision.py.
+        dtype: "fp32"; "fp16", for CUDA; or "int8", for CPUs (see int8.py).
         text: Add the text tower, so that labels can be chosen at run time.
-        layout: "bundle", or the files of a server around the same; see `layouts`.
+        layout: "bundle", or the files of a server around the same; see layouts.py.
 
     Raises:
         ConfigError: An argument that cannot work, no labels, or a folder with something in it.
         ParityError: The graph answers otherwise than torch.
         ExportError: ONNX Runtime refuses the graph, or dies of it.
     """
-    if dtype not in get_args(Dtype):
-        raise ConfigError(f"dtype={dtype!r}; it must be one of {', '.join(get_args(Dtype))}")
-    if layout not in get_args(Layout):
-        raise ConfigError(f"layout={layout!r}; it must be one of {', '.join(get_args(Layout))}")
+    target = _free_target(folder)
+    _check(clf, dtype, layout)
+    graph, text_graph = VisionGraph(_tower(clf, dtype), mode), TextGraph(clf) if text else None
+    with folders.publishing(target, read=bundle.load) as staging:
+        parity = _write_vision(staging, clf, graph, mode, dtype)
+        text_parity = None if text_graph is None else _write_text(staging, clf, text_graph)
+        save_file(_labels(clf, with_tokens=text), staging / bundle.LABELS)
+        save_file(_golden(clf), staging / bundle.GOLDEN)
+        fields = _fields(clf, mode, dtype, text_graph, parity)
+        fields |= arrange(staging, layout, fields)
+        (staging / bundle.README).write_text(readme.render(fields, layout, staging), encoding="utf-8")
+        (staging / bundle.LICENSES).write_text(readme.licenses(fields), encoding="utf-8")
+        bundle.write_manifest(staging, fields)
+    model = target / fields["model"]
+    return ExportReport(
+        folder=Path(folder),
+        manifest_sha256=folders.sha256_of(target / bundle.MANIFEST),
+        mode=mode,
+        dtype=dtype,
+        model_bytes=sum(path.stat().st_size for path in model.parent.glob(f"{MODEL}*")),
+        parity=parity,
+        text_parity=text_parity,
+    )
+
+
+def _free_target(folder: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a folder that is not there yet, or empty.
+
+    Raises:
+        ConfigError: There is something in it, or its parent is not there.
+    """
     target = Path(folder).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty folder; choose another, or remove it first")
     if not target.parent.is_dir():
         raise ConfigError(f"there is no folder {target.parent} to put {target.name} into; make it first")
+    return target
+
+
+def _check(clf: RobustClassifier, dtype: Dtype, layout: Layout) -> None:
+    """Raise `ConfigError` where a classifier cannot be exported, or not in this way."""
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"dtype={dtype!r}; it must be one of {', '.join(get_args(Dtype))}")
+    if layout not in get_args(Layout):
+        raise ConfigError(f"layout={layout!r}; it must be one of {', '.join(get_args(Layout))}")
     clf.text_embeds()  # raises where no labels are set
-    _check_host(clf)
-    graph, text_graph = VisionGraph(_tower(clf, dtype), mode), TextGraph(clf) if text else None
-    parities: list[Parity] = []
-    folders.publish(
-        target,
-        lambda staging: parities.extend(_fill(staging, clf, graph, text_graph, mode, dtype, layout)),
-        bundle.load,
-    )
-    made = bundle.load(target, verify="size")
-    return ExportReport(
-        folder=Path(folder),
-        manifest_sha256=made.manifest_sha256,
-        mode=mode,
-        dtype=dtype,
-        model_bytes=sum(path.stat().st_size for path in (target / made.model).parent.glob(f"{MODEL}*")),
-        parity=parities[0],
-        text_parity=parities[1] if text else None,
-    )
-
-
-def _check_host(clf: RobustClassifier) -> None:
     for parameter in clf.clip.model.parameters():
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             raise ConfigError(
@@ -144,44 +159,34 @@ def _tower(clf: RobustClassifier, dtype: Dtype) -> Any:
     return model
 
 
-def _fill(
-    folder: Path,
-    clf: RobustClassifier,
-    graph: VisionGraph,
-    text_graph: TextGraph | None,
-    mode: Mode,
-    dtype: Dtype,
-    layout: Layout,
-) -> list[Parity]:
-    """Write a bundle into an empty folder, and return how its graphs differ from torch."""
-    text_embeds = clf.text_embeds()
-    model = trace_vision(graph, clf.clip.preprocess.size, torch.from_numpy(text_embeds))
+def _write_vision(folder: Path, clf: RobustClassifier, graph: VisionGraph, mode: Mode, dtype: Dtype) -> Parity:
+    """Write the vision graph into a folder, and return how it differs from torch.
+
+    Raises:
+        ParityError, ExportError: See `verify`.
+    """
+    model = trace_vision(graph, clf.clip.preprocess.size, torch.from_numpy(clf.text_embeds()))
+    metadata = _metadata(clf, mode, dtype)
     if dtype == "int8":
         from defense.export.int8 import quantize
 
-        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            write(model, Path(aside) / MODEL, _metadata(clf, mode, dtype))
+        with tempfile.TemporaryDirectory(prefix="clip-defense-", dir=folder.parent) as aside:
+            write(model, Path(aside) / MODEL, metadata)
             quantize(Path(aside) / MODEL, folder / MODEL)
     else:
-        write(model, folder / MODEL, _metadata(clf, mode, dtype))
-    parities = [
-        verify(
-            folder / MODEL, _expected_of_vision(clf, dtype), TOLERANCES[dtype], HALF_OPTIONS if dtype == "fp16" else {}
-        )
-    ]
-    if text_graph is not None:
-        write(trace_text(text_graph), folder / TEXT_MODEL, {})
-        parities.append(verify(folder / TEXT_MODEL, _expected_of_text(clf, text_graph), TOLERANCES["fp32"]))
-    save_file(_labels(clf, with_tokens=text_graph is not None), folder / bundle.LABELS)
-    save_file(_golden(clf), folder / bundle.GOLDEN)
-    fields = _fields(clf, mode, dtype, text_graph, parities[0])
-    fields |= arrange(folder, layout, fields)
-    (folder / bundle.README).write_text(readme.render(fields, layout, folder), encoding="utf-8")
-    (folder / bundle.LICENSES).write_text(readme.licenses(fields), encoding="utf-8")
-    for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors gives only its owner leave to read
-    bundle.write_manifest(folder, fields)
-    return parities
+        write(model, folder / MODEL, metadata)
+    options = HALF_OPTIONS if dtype == "fp16" else {}
+    return verify(folder / MODEL, _expected_of_vision(clf, dtype), TOLERANCES[dtype], options)
+
+
+def _write_text(folder: Path, clf: RobustClassifier, graph: TextGraph) -> Parity:
+    """Write the text graph into a folder, and return how it differs from torch.
+
+    Raises:
+        ParityError, ExportError: See `verify`.
+    """
+    write(trace_text(graph), folder / TEXT_MODEL, {})
+    return verify(folder / TEXT_MODEL, _expected_of_text(clf, graph), TOLERANCES["fp32"])
 
 
 def _labels(clf: RobustClassifier, *, with_tokens: bool) -> dict[str, np.ndarray]:
@@ -192,7 +197,7 @@ def _labels(clf: RobustClassifier, *, with_tokens: bool) -> dict[str, np.ndarray
 
 
 def _metadata(clf: RobustClassifier, mode: Mode, dtype: Dtype) -> dict[str, str]:
-    """Return what the graph itself says, for whoever finds it without its bundle."""
+    """Return what is written into the graph's own file, for whoever finds it without its bundle."""
     assert clf.prompts is not None
     return {
         "labels": json.dumps(clf.prompts.labels, ensure_ascii=False),
@@ -207,7 +212,7 @@ def _metadata(clf: RobustClassifier, mode: Mode, dtype: Dtype) -> dict[str, str]
 def _fields(
     clf: RobustClassifier, mode: Mode, dtype: Dtype, text_graph: TextGraph | None, parity: Parity
 ) -> dict[str, Any]:
-    """Return what the manifest says beside the files."""
+    """Return what the manifest says, but for the hashes of the files; the graphs lie as in the layout "bundle"."""
     assert clf.prompts is not None
     defense = clf.defense
     return {
@@ -230,9 +235,10 @@ def _fields(
 
 
 def _pictures(clf: RobustClassifier, dtype: Dtype) -> np.ndarray:
-    """Return pixel_values of `N_ROWS` pictures, half of them real and half of them noise, by turns.
+    """Return pixel_values [n, 3, height, width] of the pictures that a graph of this dtype is compared on.
 
-    For a dtype that rounds, of drawn pictures alone: whose label noise gets is chance, and rounding may change it.
+    For fp32 `N_ROWS`, real pictures and noise by turns. fp16 and int8 round, which may change a label that is chance,
+    as that of noise: for them `_N_DRAWN` drawn pictures.
     """
     preprocess = clf.clip.preprocess
     if dtype != "fp32":
@@ -247,6 +253,7 @@ def _pictures(clf: RobustClassifier, dtype: Dtype) -> np.ndarray:
 
 
 def _expected_of_vision(clf: RobustClassifier, dtype: Dtype) -> Expected:
+    """Return what the vision graph must answer: pictures with torch's embeddings and logits."""
     pixel_values = _pictures(clf, dtype)
     text_embeds = clf.text_embeds()
     image_embeds = np.concatenate([clf.encode_pixels(rows) for rows in np.array_split(pixel_values, 5)])
@@ -267,6 +274,7 @@ def _expected_of_vision(clf: RobustClassifier, dtype: Dtype) -> Expected:
 
 
 def _expected_of_text(clf: RobustClassifier, graph: TextGraph) -> Expected:
+    """Return what the text graph must answer: `N_ROWS` texts, made of the labels, with torch's embeddings."""
     assert clf.prompts is not None
     texts = [f"{label} {i}" for i in range(math.ceil(N_ROWS / len(clf.prompts.labels))) for label in clf.prompts.labels]
     input_ids = np.asarray(clf.clip.tokenizer(texts[:N_ROWS]))
@@ -281,7 +289,7 @@ def _expected_of_text(clf: RobustClassifier, graph: TextGraph) -> Expected:
 
 
 def _golden(clf: RobustClassifier) -> dict[str, np.ndarray]:
-    """Return pictures with torch's answers, for whoever wants to know whether a bundle still works."""
+    """Return pictures uint8 [n, height, width, 3] with torch's image_embeds, by which a bundle is checked later."""
     from PIL import Image
 
     if clf.defense is not None and clf.defense.golden is not None:

@@ -27,15 +27,15 @@ _INSTANCE_KIND = {"fp32": "KIND_AUTO", "fp16": "KIND_GPU", "int8": "KIND_CPU"}
 
 
 def arrange(folder: Path, layout: Layout, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring a folder with model.onnx, and perhaps text.onnx, into a layout.
+    """Bring a folder with model.onnx, and perhaps text.onnx, into a layout, and return where the graphs are now.
 
     Args:
         folder: Of the bundle.
         layout: See the module.
-        fields: Of its manifest.
+        fields: What its manifest would say before.
 
     Returns:
-        The fields that change: where the graphs are now.
+        The fields of the manifest that change: none, or "model" and "text_model" as paths in the folder.
     """
     if layout == "bundle":
         (folder / "Dockerfile").write_text(_dockerfile(), encoding="utf-8")

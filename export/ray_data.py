@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from defense.export.batch import BatchPredictor
+from defense.store.folders import replacing
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-_UNFINISHED = ".unfinished-"
 
 
 def list_shards(source: Path, rows: int) -> list[dict[str, Any]]:
@@ -79,28 +78,28 @@ class ShardWorker:
         self.source, self.out, self.predictor, self.batch = source, out, predictor, batch
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        """Write the result of a shard and return its name and counts."""
-        n_rows = n_errors = 0
-        handle, temporary = tempfile.mkstemp(prefix=_UNFINISHED, dir=self.out)
-        os.close(handle)
-        try:
-            writer = None
-            for columns in self._batches(shard):
-                answer = self.predictor(columns)
-                answer["embedding"] = list(answer["embedding"])
-                table = pa.table({name: pa.array(values) for name, values in answer.items()})
-                writer = writer or pq.ParquetWriter(temporary, table.schema)
+        """Write the result of a shard, if it has a row, and return its name and counts."""
+        done = {"name": shard["name"], "rows": 0, "errors": 0}
+        tables = self._answers(shard)
+        first = next(tables, None)
+        if first is None:
+            return done
+        with replacing(self.out / shard["name"]) as partial, pq.ParquetWriter(partial, first.schema) as writer:
+            for table in itertools.chain([first], tables):
                 writer.write_table(table)
-                n_rows += len(table)
-                n_errors += sum(error != "" for error in answer["error"])
-            if writer is not None:
-                writer.close()
-                os.replace(temporary, self.out / shard["name"])
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        return {"name": shard["name"], "rows": n_rows, "errors": n_errors}
+                done["rows"] += len(table)
+                done["errors"] += sum(error != "" for error in table["error"].to_pylist())
+        return done
+
+    def _answers(self, shard: dict[str, Any]) -> Iterator[pa.Table]:
+        """Yield the predictor's answers to the batches of a shard."""
+        for columns in self._batches(shard):
+            answer = self.predictor(columns)
+            answer["embedding"] = list(answer["embedding"])
+            yield pa.table({name: pa.array(values) for name, values in answer.items()})
 
     def _batches(self, shard: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the columns of at most `batch` rows of a shard at a time."""
         if not shard["parquet"]:
             for start in range(0, len(shard["files"]), self.batch):
                 files = list(shard["files"][start : start + self.batch])
@@ -124,7 +123,7 @@ def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, row
     import ray
 
     out.mkdir(parents=True, exist_ok=True)
-    for left_behind in out.glob(f"{_UNFINISHED}*"):
+    for left_behind in out.glob(".*.partial"):  # by a worker that was killed
         left_behind.unlink()
     shards = list_shards(source, rows)
     todo = pending(shards, out)

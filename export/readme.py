@@ -12,15 +12,14 @@ _SHOWN_LABELS = 10
 
 
 def render(fields: Mapping[str, Any], layout: Layout, folder: Path) -> str:
-    """Return a README whose code runs in the bundle's folder.
+    """Return the text of README.md, whose code runs in the bundle's folder.
 
     Args:
-        fields: Of the manifest.
+        fields: What the bundle's manifest says, but for the hashes of its files.
         layout: See `layouts`.
-        folder: The bundle, for its size.
+        folder: The bundle, in which the graphs are in place: their size is stated.
     """
-    preprocess, parity, labels = fields["preprocess"], fields["parity"], fields["labels"]
-    height, width = preprocess["size"]
+    parity, labels = fields["parity"], fields["labels"]
     size = sum(path.stat().st_size for path in folder.rglob("*.onnx*")) / 2**20
     shown = ", ".join(labels[:_SHOWN_LABELS]) + (", ..." if len(labels) > _SHOWN_LABELS else "")
     return f"""# {_title(fields)}
@@ -50,7 +49,15 @@ print(clf("picture.jpg", top_k=3))
 {_open_vocabulary(fields)}
 `defense info .` checks every byte of this folder and that the graph still answers as it did.
 
-## With ONNX Runtime alone
+{_with_onnxruntime(fields)}
+{_server(fields, layout)}"""
+
+
+def _with_onnxruntime(fields: Mapping[str, Any]) -> str:
+    """Return the section for whoever has no clip-defense installed."""
+    preprocess = fields["preprocess"]
+    height, width = preprocess["size"]
+    return f"""## With ONNX Runtime alone
 
 `pixel_values` is float32 [batch, 3, {height}, {width}]: an upright RGB picture, {_resize(preprocess)}, divided by 255,
 minus the mean, over the standard deviation. `logits_per_image` is [batch, n_labels].
@@ -71,11 +78,11 @@ print(manifest["labels"][int(logits[0].argmax())])
 ```
 
 This shortens the preparation to a plain resize; `OnnxClassifier` does all of it. Other labels: feed their normalized
-embeddings as `text_embeds` [n_labels, {fields["d_embed"]}].
-{_server(fields, layout)}"""
+embeddings as `text_embeds` [n_labels, {fields["d_embed"]}]."""
 
 
 def _server(fields: Mapping[str, Any], layout: Layout) -> str:
+    """Return the section on the files that a layout adds."""
     if layout == "bundle":
         return """
 ## In a container
@@ -110,6 +117,7 @@ print(here.prompts.labels[int(answer.as_numpy("logits_per_image")[0].argmax())])
 
 
 def _eight_bits(fields: Mapping[str, Any]) -> str:
+    """Return what to know of int8; nothing for another dtype."""
     if fields["dtype"] != "int8":
         return ""
     return """
@@ -129,6 +137,7 @@ def _host(fields: Mapping[str, Any]) -> str:
 
 
 def _what_is_removed(fields: Mapping[str, Any]) -> str:
+    """Return one sentence on the defense inside."""
     if not fields["defense"]:
         return "There is no defense inside."
     parts = [
@@ -141,6 +150,7 @@ def _what_is_removed(fields: Mapping[str, Any]) -> str:
 
 
 def _open_vocabulary(fields: Mapping[str, Any]) -> str:
+    """Return how other labels are chosen than those that are baked in."""
     if fields["text_model"] is None:
         return "Embeddings of other labels, from the same CLIP, go to `clf.set_label_embeds(labels, text_embeds)`.\n"
     return "Other labels: `clf.set_labels([...])`, or `clf(picture, candidate_labels=[...])`.\n"
@@ -151,12 +161,13 @@ def _filter(preprocess: Mapping[str, Any]) -> str:
 
 
 def _resize(preprocess: Mapping[str, Any]) -> str:
+    """Return in words how a picture is brought to the frame's size."""
     how = {"shortest": "cropped at its longer side", "longest": "padded at its shorter side", "squash": "stretched"}
     return f"resized ({preprocess['interpolation']}) and {how[preprocess['resize_mode']]} to the frame"
 
 
 def licenses(fields: Mapping[str, Any]) -> str:
-    """Return what is known of the licenses."""
+    """Return the text of LICENCES.md: what is known of the license of each part."""
     return f"""# Licenses
 
 - clip-defense, whose formula is in the graph: MIT.

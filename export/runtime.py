@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from defense.export.sessions import CPU, CUDA, HALF_OPTIONS, decoding_threads, o
 log = logging.getLogger(__name__)
 
 _left_behind: list[Any] = []
+"""Sessions and thread pools of a parent process, kept so that they are never ended here: see `_start`."""
 
 
 class OnnxClassifier(ZeroShotClassifier):
@@ -221,28 +222,19 @@ class OnnxClassifier(ZeroShotClassifier):
             pool = self._pool
         iterator = iter(inputs)
 
-        def start() -> list[Any]:
+        def start() -> list[Future[np.ndarray]]:
             return [pool.submit(self._prepare, image) for image in itertools.islice(iterator, self.batch_size)]
 
-        height, width = self.bundle.preprocess.size
         ahead = start()
         while ahead:
             current, ahead = ahead, start()
-            errors: list[DefenseError | None] = []
-            prepared = []
-            for future in current:
-                try:
-                    prepared.append(future.result())
-                    errors.append(None)
-                except DefenseError as error:
-                    if on_error == "raise":
-                        for waiting in (*current, *ahead):
-                            waiting.cancel()
-                        raise
-                    if on_error == "skip":
-                        log.warning("skipped a picture: %s", error)
-                    errors.append(error)
-            yield errors, np.stack(prepared) if prepared else np.empty((0, 3, height, width), np.float32)
+            try:
+                chunk = self._chunk([future.result for future in current], on_error)
+            except DefenseError:
+                for waiting in (*current, *ahead):
+                    waiting.cancel()
+                raise
+            yield chunk
 
     def _encode_image(self, pixel_values: np.ndarray) -> np.ndarray:
         """Return image_embeds; a batch that does not fit into the accelerator's memory is halved until it does."""

@@ -62,13 +62,16 @@ def usable_cores() -> int:
 
 
 def decoding_threads() -> int:
-    """Return how many pictures to decode at once: at most a quarter of the memory, were each as large as allowed."""
+    """Return how many pictures to decode at once, 1 to 8: as many as there are cores to use.
+
+    Fewer where so many pictures, each as large as `images.Limits` allows, would take more than a quarter of the memory.
+    """
     per_picture = 8 * Limits().max_pixels  # RGB, and RGBA beside it while transparency is seen to
     return max(1, min(_MAX_DECODING_THREADS, usable_cores(), _memory_limit() // (4 * per_picture)))
 
 
 def _memory_limit() -> int:
-    """Return the bytes that this process may use: the machine's, or fewer where a container or ulimit says so."""
+    """Return the bytes of memory that this process may use: the machine's, or fewer by a container's or ulimit's."""
     if sys.platform == "win32":
         return 8 * 2**30  # it does not tell
     import resource

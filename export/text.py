@@ -43,6 +43,6 @@ class TextGraph(nn.Module):
 
 
 def trace_text(graph: TextGraph) -> ir.Model:
-    """Return the graph in ONNX."""
+    """Return the graph in ONNX, from input_ids to text_embeds for any number of texts."""
     input_ids = torch.from_numpy(ClipTokenizer(graph.context_length)(["a", "b", "c"][:_TRACED_TEXTS]))
     return trace(graph, {"input_ids": input_ids}, {"input_ids": "n_texts"}, ("text_embeds",))

@@ -1,7 +1,7 @@
 """A graph's answers against torch's, before the graph gets its name.
 
 Compared in this order: names, axes, shapes, values, labels. All that differs is told at once. The graph runs in a
-process of its own (probe.py): one that ends its process must not take the caller along.
+process of its own (probe.py): a graph can kill the process that runs it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from safetensors.numpy import load_file, save_file
 from defense.errors import CheckpointError
 
 BATCHES = (1, 2, 5, 32)
-"""Sizes that a graph is run with; none is that of the trace."""
+"""Batch sizes that a graph is run with; the one that it was traced with is not among them."""
 N_ROWS = sum(BATCHES)
+"""How many rows it takes to fill a batch of each size."""
 
 _TIE = 1e-3
-"""Logits closer than this count as equal for every dtype: which of two such labels wins is rounding."""
+"""Logits closer than this count as equal for every dtype: rounding decides which of two such labels wins."""
 _TIMEOUT_S = 1800
 
 
@@ -54,12 +55,12 @@ class ParityError(ExportError):
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a graph is allowed.
+    """How far a graph's answers may be from torch's.
 
     Attributes:
         atol: Largest difference of an embedding's entry.
         cosine: Smallest cosine of an embedding with torch's.
-        agreement: Share of pictures whose best label must be torch's.
+        agreement: Share of pictures, in [0, 1], whose best label must be torch's.
         tie: Two labels whose cosines with a picture are closer than this count as equally good.
     """
 
@@ -97,10 +98,10 @@ class Expected:
     Attributes:
         inputs: Name -> rows, as many for each, and `N_ROWS` at least.
         input_axes: Name -> names and sizes of its axes.
-        outputs: Name -> as many rows, embeddings first.
+        outputs: Name -> as many rows; the first output are embeddings, float32 [n, d_embed], normalized.
         output_axes: Name -> names and sizes of its axes.
-        logits: Name of the output that holds logits, if one does.
-        logit_scale: Logits over cosines.
+        logits: Name of the output that holds logits, [n, n_labels]; None where none does.
+        logit_scale: Factor between cosines and logits.
     """
 
     inputs: Mapping[str, np.ndarray]
@@ -117,9 +118,10 @@ class Expected:
 
 
 def batches(n_rows: int) -> Iterator[tuple[int, int]]:
-    """Yield first and last row of each batch: every row once, and then those of the batch of 5 again, one by one.
+    """Yield each batch as (first row, row after the last).
 
-    Rows beyond `N_ROWS` come in further batches of 32.
+    Every row comes once: in batches of 1, 2, 5 and 32, and beyond `N_ROWS` in further ones of at most 32. The rows of
+    the batch of 5 then come again, one by one.
     """
     start = 0
     for size in BATCHES:
@@ -155,6 +157,17 @@ def verify(model: Path, expected: Expected, tolerance: Tolerance, options: Mappi
 def _run(
     folder: Path, model: Path, expected: Expected, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return what the graph says of its inputs and outputs, and its answers; both as `probe` writes them.
+
+    Args:
+        folder: For the files of that process.
+        model: See `verify`.
+        expected: See `verify`.
+        options: See `verify`.
+
+    Raises:
+        ExportError: ONNX Runtime refuses the graph, dies of it, or takes longer than half an hour.
+    """
     from defense.export.probe import INPUTS, JOB, OUTPUTS, SIGNATURE
 
     job = {"model": str(model.resolve()), "batches": list(batches(expected.n_rows)), "options": dict(options)}
@@ -176,6 +189,7 @@ def _run(
 
 
 def _compare_signature(signature: dict[str, Any], expected: Expected) -> list[str]:
+    """Return what inputs and outputs have another name, place or axis than is expected."""
     failures = []
     for kind, want in (("inputs", expected.input_axes), ("outputs", expected.output_axes)):
         got = signature[kind]
@@ -191,37 +205,67 @@ def _compare_signature(signature: dict[str, Any], expected: Expected) -> list[st
 
 
 def _compare_values(answers: Mapping[str, np.ndarray], expected: Expected, tolerance: Tolerance) -> Parity:
-    failures: list[str] = []
-    embeds_name = next(iter(expected.outputs))
-    together: dict[str, np.ndarray] = {}
+    """Return how far a graph's answers are from what is expected.
+
+    Args:
+        answers: "<output>.<first row>.<last row>" -> rows, for each output and each of `batches`.
+        expected: What torch says.
+        tolerance: What is allowed.
+
+    Raises:
+        ParityError: They have another shape, are not finite, or are too far.
+    """
+    embeds = next(iter(expected.outputs))
+    if failures := _malformed(answers, expected):
+        raise ParityError(tuple(failures), float("nan"), tolerance.atol, embeds)
+    parity = _measured(answers, expected, max(_TIE, tolerance.tie * expected.logit_scale))
+    if failures := _excesses(parity, tolerance, embeds):
+        raise ParityError(tuple(failures), parity.max_abs_diff, tolerance.atol, embeds)
+    return parity
+
+
+def _malformed(answers: Mapping[str, np.ndarray], expected: Expected) -> list[str]:
+    """Return what is wrong with the answers whatever their values should be: shapes, and numbers that are none."""
+    failures: dict[str, None] = {}  # in order, and each once: several batches have one row
+    for name, rows in expected.outputs.items():
+        for start, stop in batches(expected.n_rows):
+            part, shape = answers[f"{name}.{start}.{stop}"], rows[start:stop].shape
+            if part.shape != shape:
+                failures[f"{name} is {list(part.shape)} at batch {stop - start}, want {list(shape)}"] = None
+            elif not np.isfinite(part).all():
+                failures[f"{name} holds NaN or infinity at batch {stop - start}"] = None
+    return list(failures)
+
+
+def _measured(answers: Mapping[str, np.ndarray], expected: Expected, tie: float) -> Parity:
+    """Return how far well-formed answers are from what is expected; for `tie` see `_agreement`."""
     every = list(batches(expected.n_rows))
     ranges, singles = every[: -BATCHES[2]], every[-BATCHES[2] :]
-    for name, rows in expected.outputs.items():
-        parts = [answers[f"{name}.{start}.{stop}"] for start, stop in ranges]
-        for (start, stop), part in zip(ranges, parts, strict=True):
-            if part.shape != (shape := rows[start:stop].shape):
-                failures.append(f"{name} is {list(part.shape)} at batch {stop - start}, want {list(shape)}")
-            elif not np.isfinite(part).all():
-                failures.append(f"{name} holds NaN or infinity at batch {stop - start}")
-        together[name] = np.concatenate(parts)
-    if failures:
-        raise ParityError(tuple(failures), float("nan"), tolerance.atol, embeds_name)
 
-    got, want = together[embeds_name], expected.outputs[embeds_name]
-    alone = np.concatenate([answers[f"{embeds_name}.{start}.{stop}"] for start, stop in singles])
+    def rows_of(name: str, parts: list[tuple[int, int]]) -> np.ndarray:
+        return np.concatenate([answers[f"{name}.{start}.{stop}"] for start, stop in parts])
+
+    together = {name: rows_of(name, ranges) for name in expected.outputs}
+    embeds = next(iter(expected.outputs))
+    got, want, alone = together[embeds], expected.outputs[embeds], rows_of(embeds, singles)
     first = singles[0][0]
-    parity = Parity(
+    return Parity(
         rows=expected.n_rows,
         batches=BATCHES,
         max_abs_diff=float(np.abs(got - want).max()),
         cosine=float((got * want).sum(1).min()),
-        agreement=_agreement(together, expected, max(_TIE, tolerance.tie * expected.logit_scale)),
+        agreement=_agreement(together, expected, tie),
         batch_diff=float(np.abs(alone - got[first : first + len(alone)]).max()),
     )
+
+
+def _excesses(parity: Parity, tolerance: Tolerance, embeds: str) -> list[str]:
+    """Return in what a graph is farther from torch than is allowed; `embeds` is the name of its embeddings."""
+    failures = []
     if parity.max_abs_diff > tolerance.atol:
-        failures.append(f"{embeds_name} differs by {parity.max_abs_diff:.2g}, allowed are {tolerance.atol:.2g}")
+        failures.append(f"{embeds} differs by {parity.max_abs_diff:.2g}, allowed are {tolerance.atol:.2g}")
     if parity.cosine < tolerance.cosine:
-        failures.append(f"{embeds_name} has a cosine of {parity.cosine:.6f} with torch's, want {tolerance.cosine}")
+        failures.append(f"{embeds} has a cosine of {parity.cosine:.6f} with torch's, want {tolerance.cosine}")
     if parity.agreement < tolerance.agreement:
         flips = round((1 - parity.agreement) * parity.rows)
         failures.append(f"{flips} of {parity.rows} rows get another label; {tolerance.agreement:.1%} must be the same")
@@ -229,9 +273,7 @@ def _compare_values(answers: Mapping[str, np.ndarray], expected: Expected, toler
         failures.append(
             f"a row alone and in a batch differ by {parity.batch_diff:.2g}, allowed are {tolerance.atol:.2g}"
         )
-    if failures:
-        raise ParityError(tuple(failures), parity.max_abs_diff, tolerance.atol, embeds_name)
-    return parity
+    return failures
 
 
 def _agreement(got: Mapping[str, np.ndarray], expected: Expected, tie: float) -> float:

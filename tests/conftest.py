@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,15 +149,35 @@ def tiny_classifier(tiny_folder):
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_classifier, tmp_path_factory) -> Path:
-    """The bundle of that classifier, with its text tower. Not to be changed: see `copied`."""
+def tiny_export(tiny_classifier, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """The bundle of that classifier, with its text tower, and what `trace_vision` and `trace_text` gave for it."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    from defense.export.exporter import export_onnx
+    from defense.export import exporter
 
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_onnx(tiny_classifier, folder, text=True)
-    return folder
+    graphs: dict[str, Any] = {}
+
+    def kept(name: str, trace: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: graphs.setdefault(name, trace(*arguments))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("trace_vision", "trace_text"):
+            patch.setattr(exporter, name, kept(name, getattr(exporter, name)))
+        exporter.export_onnx(tiny_classifier, folder, text=True)
+    return folder, graphs
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_export) -> Path:
+    """That bundle. Not to be changed: see `copied`."""
+    return tiny_export[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_graphs(tiny_export) -> dict[str, Any]:
+    """Its graphs, for tests that export the same classifier again: to trace it takes seconds."""
+    return tiny_export[1]
 
 
 @pytest.fixture

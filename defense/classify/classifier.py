@@ -5,11 +5,11 @@ The data flow is in the docstring of `RobustClassifier`; each step is one functi
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from defense.core.sae import SparseAutoencoder
     from defense.core.suppress import Suppression
     from defense.hosts.attach import AttachedDefense
-
-
-log = logging.getLogger(__name__)
 
 
 class RobustClassifier(ZeroShotClassifier):
@@ -169,21 +166,9 @@ class RobustClassifier(ZeroShotClassifier):
     def chunks(
         self, inputs: Iterable[Any], on_error: OnError = "raise"
     ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
-        """Yield `batch_size` pictures at a time: for each None or its error, and pixel_values of the good ones."""
+        """Yield as the base class says, pictures being decoded one after the other."""
         for chunk in batched(inputs, self.batch_size):
-            errors: list[DefenseError | None] = []
-            prepared = []
-            for image in chunk:
-                try:
-                    prepared.append(self._prepare(image))
-                    errors.append(None)
-                except DefenseError as error:
-                    if on_error == "raise":
-                        raise
-                    log.warning("skipped a picture: %s", error)
-                    errors.append(error)
-            height, width = self.clip.preprocess.size
-            yield errors, np.stack(prepared) if prepared else np.empty((0, 3, height, width), np.float32)
+            yield self._chunk((partial(self._prepare, image) for image in chunk), on_error)
 
     def encode_pixels(self, pixel_values: np.ndarray, *, plain: bool = False) -> np.ndarray:
         """Return image_embeds, float32 [batch, d_embed], of prepared pixel_values [batch, 3, height, width].

@@ -76,7 +76,12 @@ class ZeroShotClassifier(ABC):
     def chunks(
         self, inputs: Iterable[Any], on_error: OnError = "raise"
     ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
-        """Yield `batch_size` pictures at a time: for each None or its error, and pixel_values of the good ones."""
+        """Yield `batch_size` pictures at a time: for each None or its error, and pixel_values of the good ones.
+
+        Args:
+            inputs: Pictures of any kind that `images.decode` takes.
+            on_error: "raise" the first error; "skip" and "return" yield it, and "skip" logs it.
+        """
 
     # --- labels ---
 
@@ -99,7 +104,13 @@ class ZeroShotClassifier(ABC):
         return np.array(self._chosen().labels, dtype=object)
 
     def _chosen(self) -> Prompts:
-        """Return labels and templates as one, to be asked for once a call: another thread may set others meanwhile."""
+        """Return labels and templates as one immutable snapshot.
+
+        Ask for it once a call: another thread may set other labels meanwhile.
+
+        Raises:
+            ConfigError: No labels are set.
+        """
         prompts = self.prompts
         if prompts is None:
             raise ConfigError("no labels are set; call set_labels([...]), or pass candidate_labels=[...]")
@@ -129,7 +140,31 @@ class ZeroShotClassifier(ABC):
         return weights / weights.sum(1, keepdims=True)
 
     def _prepare(self, image: Any) -> np.ndarray:
+        """Return pixel_values [3, height, width] of one picture."""
         return self.preprocess(images.decode(image).image)
+
+    def _chunk(
+        self, pictures: Iterable[Callable[[], np.ndarray]], on_error: OnError
+    ) -> tuple[list[DefenseError | None], np.ndarray]:
+        """Return one chunk of `chunks`.
+
+        Args:
+            pictures: Each returns its pixel_values [3, height, width], or raises its error.
+            on_error: See `chunks`.
+        """
+        errors: list[DefenseError | None] = []
+        prepared = []
+        for picture in pictures:
+            try:
+                prepared.append(picture())
+                errors.append(None)
+            except DefenseError as error:
+                if on_error == "raise":
+                    raise
+                if on_error == "skip":
+                    log.warning("skipped a picture: %s", error)
+                errors.append(error)
+        return errors, np.stack(prepared) if prepared else np.empty((0, 3, *self.preprocess.size), np.float32)
 
     def stream(self, inputs: Iterable[Any], *, on_error: OnError = "raise", top_k: int | None = None) -> Iterator[Any]:
         """Yield a `Prediction` for each picture, or its error object (`on_error="return"`); memory stays flat.

@@ -1,4 +1,4 @@
-"""What is known of each latent of an SAE: a table, names, the pictures on which it fires most. Mostly without torch.
+"""What is known of each latent of an SAE: a table, names, the pictures on which it fires most. Needs no torch.
 
     catalogue.json       schema, and per site: hook point, columns, words, picture keys, bin edges, provenance
     site-0.safetensors   the numbers of the first site; site-1 and so on for more
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST = "catalogue.json"
 BIN_EDGES = tuple(2.0**power for power in range(-6, 11))
-"""Of the histogram of activations: octaves. What lies beyond them counts in the outermost bins."""
+"""Edges of the bins of the histogram of activations, each twice the one before; the outermost bins take what is
+beyond."""
 
 _MANIFEST_FIELDS = {"schema": int, "package_version": str, "sites": list, "files": dict}
 _SITE_FIELDS = {
@@ -46,22 +47,22 @@ _TENSORS = {"columns", "is_defined", "name", "name_score", "direction", "top", "
 _SCENE = "scene:"
 _INT8 = 127
 _EVEN, _FEWEST_CLASSES = 0.97, 20
-"""A latent whose entropy of classes is this share of the largest possible names no class: of the embedded text defense,
-45 of 51 are above it, and of the 81 of its SAEs with one object on most of their top pictures, one. Where classes are
-few, firing on all of them says little."""
+"""A latent names no class if its entropy over the classes is at least this share of the largest possible one, and there
+are at least so many classes: among few, to fire on all of them says little. In the embedded model 45 of the 51 latents
+of the text defense are such, but only 1 of the 81 latents that have one object on most of their top pictures."""
 
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
-    """What is known of the latents of one SAE, a row each.
+    """What is known of the latents of one SAE; every part has a row for each latent.
 
     Attributes:
         hook_point: Where the SAE reads.
         columns: Name -> float32 [d_sae]; NaN where a number means nothing, as for a latent that never fired.
             `describe.describe` says what each column is.
         names: Per latent, words that say what it writes, best first, each with its weight.
-        directions: Where in the space of image and text embeddings a latent pushes, float16 [d_sae, d_embed], of
-            length 1, less what all words share; zero for a latent that never fired.
+        directions: Where in the space of image and text embeddings a latent pushes, without what all words have in
+            common, float16 [d_sae, d_embed], of length 1; zero for a latent that never fired.
         top: Indices into `pictures` by falling activation, int32 [d_sae, n_top]; -1 where there are fewer.
         top_activation: The largest activation over tokens there, float32 [d_sae, n_top]; 0 where there is none.
         histogram: Tokens by activation, in the bins of `BIN_EDGES`, int32 [d_sae, n_bins].
@@ -95,10 +96,10 @@ class Catalogue:
         return len(self.names)
 
     def names_of(self, latent: int) -> tuple[tuple[str, float], ...]:
-        """Return what `names` has for a latent; nothing where it fires alike on pictures of all classes.
+        """Return the names of a latent, best first; none if it fires alike on pictures of all classes.
 
-        Such a latent tells none of them apart, as one that reads letters wherever they stand: a word is near it by
-        chance. This shows only where the pictures had classes, at least 20.
+        Such a latent tells no class from another (one that reads letters, say), so a word is near it by chance. Where
+        the pictures had no classes, or fewer than 20, this cannot be seen, and the names are returned.
         """
         entropy, n_classes = self.columns.get("class_entropy"), self.columns.get("n_classes")
         if entropy is None or n_classes is None:
@@ -108,7 +109,7 @@ class Catalogue:
         return () if is_even else self.names[latent]
 
     def is_of(self, site: Site) -> bool:
-        """Return whether this is the SAE of a defense's site; thresholds that `calibrate` gave it count for nothing."""
+        """Return whether this was made of the SAE at a defense's site, also after `calibrate` gave that thresholds."""
         without = {name: tensor for name, tensor in site.parameters.items() if name != "threshold"}
         hashes = [fingerprint(parameters) for parameters in (site.parameters, without)]
         return self.hook_point == site.hook_point and self.provenance.get("sae") in hashes
@@ -142,7 +143,8 @@ def save(catalogues: Sequence[Catalogue], folder: str | os.PathLike[str]) -> Pat
     """
     if len({each.hook_point for each in catalogues}) != len(catalogues):
         raise ConfigError(f"one catalogue per hook point, please; got {[each.hook_point for each in catalogues]}")
-    folders.publish(check_target(folder), lambda staging: _write(catalogues, staging), load)
+    with folders.publishing(check_target(folder), read=load) as staging:
+        _write(catalogues, staging)
     return Path(folder)
 
 
@@ -156,11 +158,10 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
 
 
 def _write(catalogues: Sequence[Catalogue], folder: Path) -> None:
-    sites, files = [], {}
+    sites = []
     for index, each in enumerate(catalogues):
         words = sorted({word for names in each.names for word, _ in names})
         save_file(_tensors_of(each, words), folder / _site_file(index))
-        files[_site_file(index)] = folders.file_entry(folder / _site_file(index))
         sites.append(
             {
                 "hook_point": each.hook_point,
@@ -171,8 +172,8 @@ def _write(catalogues: Sequence[Catalogue], folder: Path) -> None:
                 "provenance": dict(each.provenance),
             }
         )
-    manifest = {"schema": SCHEMA, "package_version": folders.package_version(), "sites": sites, "files": files}
-    folders.write_manifest(folder / MANIFEST, manifest, "the catalogue")
+    fields = {"sites": sites, "files": folders.file_entries(folder)}
+    folders.write_manifest(folder / MANIFEST, SCHEMA, fields, "the catalogue")
 
 
 def _tensors_of(catalogue: Catalogue, words: Sequence[str]) -> dict[str, np.ndarray]:
@@ -197,7 +198,7 @@ def _tensors_of(catalogue: Catalogue, words: Sequence[str]) -> dict[str, np.ndar
 
 
 def _integers(largest: int) -> type[np.signedinteger[Any]]:
-    """Return the smaller type that holds -1 and the given number."""
+    """Return int16 if it holds the given number, else int32; both hold -1."""
     return np.int16 if largest <= np.iinfo(np.int16).max else np.int32
 
 

@@ -55,7 +55,11 @@ def check_target(folder: Path) -> None:
 
 
 def _own_plots(folder: Path) -> list[str]:
-    """Return the plots of a report that is there."""
+    """Return the names of the plots of a report that is there.
+
+    Raises:
+        CheckpointError: The folder holds no report.
+    """
     if not (folder / REPORT).is_file():
         raise CheckpointError(f"{folder} holds no {REPORT}")
     return [path.name for pattern in _PLOTS for path in folder.glob(pattern)]
@@ -68,7 +72,8 @@ def write(fitted: Fitted, folder: Path) -> Path:
         MissingDependencyError, ConfigError: See `check_target`.
     """
     check_target(folder)
-    folders.publish(folder.resolve(), lambda staging: _write(fitted, staging), lambda staging: None)
+    with folders.publishing(folder.resolve(), read=_own_plots) as staging:
+        _write(fitted, staging)
     return folder
 
 

@@ -84,7 +84,8 @@ class Defense:
         golden: Reference answers; None before they were computed.
         license: SPDX identifier, or a sentence.
         provenance: How it was made, and what was measured.
-        manifest_sha256: Of the manifest it was read from; None for one that was not read from disk.
+        manifest_sha256: Of the manifest that it was read from, which names it. None for one made in memory: also for
+            what `only`, `join` or `dataclasses.replace` make of one that was read.
     """
 
     clip: ClipId
@@ -93,7 +94,7 @@ class Defense:
     golden: Golden | None = None
     license: str = "MIT"
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    manifest_sha256: str | None = field(default=None, compare=False)
+    manifest_sha256: str | None = field(default=None, init=False, compare=False)
 
     @property
     def sets(self) -> tuple[str, ...]:

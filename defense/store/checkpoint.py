@@ -7,7 +7,7 @@
 `importers/` writes such folders from published checkpoints, once; everything else reads only these. A defense holds
 its SAE itself (defenses.py): this is the form of an SAE that nothing was fitted with yet.
 
-The hashes hold the tensors. The golden triple, which `load` recomputes, holds what a hash cannot: that the same
+The hashes guard the tensors. The golden triple, which `load` recomputes, guards what a hash cannot: that the same
 numbers still mean the same, whichever field of sae.json was edited and whichever version reads it.
 """
 
@@ -62,7 +62,8 @@ _HOST_FIELDS = {"model": str | None, "quick_gelu": bool | None}
 _N_GOLDEN = 10
 _N_CANDIDATES = 16
 _GOLDEN_TOLERANCE = 1e-4
-"""Of a row's largest entry. Sums in another order differ by 1e-6; a wrong rule or bias by far more."""
+"""Largest difference that passes, as a share of the row's largest entry. Summing in another order makes one of 1e-6, a
+wrong rule or bias one far beyond."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +94,7 @@ class Checkpoint:
             block_of(self.hook_point)
 
     def check_clip(self, tower: VisionTower, *, allow_mismatch: bool = False) -> None:
-        """Hold this SAE against the vision tower that it is to go into.
+        """Raise where this SAE does not fit the vision tower that it is to go into.
 
         Args:
             tower: The tower.
@@ -139,8 +140,8 @@ def save(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> Path:
         ConfigError: `folder` is there and holds something else than an SAE, or the provenance is not JSON.
         CheckpointError: No latent fires on any of the golden residuals: the SAE is dead.
     """
-    target = check_target(folder)
-    folders.publish(target, lambda staging: _write(checkpoint, staging), load)
+    with folders.publishing(check_target(folder), read=load) as staging:
+        _write(checkpoint, staging)
     return Path(folder)
 
 
@@ -156,17 +157,15 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
 def _write(checkpoint: Checkpoint, folder: Path) -> None:
     save_file(checkpoint.sae.parameters_numpy(), folder / _WEIGHTS)
     save_file(_golden(checkpoint.sae), folder / _GOLDEN)
-    manifest = {
-        "schema": SCHEMA,
-        "package_version": folders.package_version(),
+    fields = {
         "sae": checkpoint.sae.config.to_dict(),
         "hook_point": checkpoint.hook_point,
         "host": {"model": checkpoint.host_model, "quick_gelu": checkpoint.quick_gelu},
         "licence": checkpoint.license,
         "provenance": dict(checkpoint.provenance),
-        "files": {name: folders.file_entry(folder / name) for name in (_WEIGHTS, _GOLDEN)},
+        "files": folders.file_entries(folder),
     }
-    folders.write_manifest(folder / MANIFEST, manifest, "the SAE")
+    folders.write_manifest(folder / MANIFEST, SCHEMA, fields, "the SAE")
 
 
 def load(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -232,7 +231,11 @@ def _golden(sae: SparseAutoencoder) -> dict[str, np.ndarray]:
 
 
 def _margin(sae: SparseAutoencoder, resid: Tensor) -> Tensor:
-    """Return how far each row [n] of resid [n, d_model] is from the nearest jump of the rule, in its largest h."""
+    """Return how far each row of resid [n, d_model] is from where the activation rule jumps, float [n].
+
+    That is the smallest distance of a pre-activation from the edge at which a latent goes on or off, over the largest
+    pre-activation of the row; 0 for rules without jumps.
+    """
     config = sae.config
     pre_acts = normalize(resid, config.norm).z @ sae.W_enc + sae.folded_bias
     scale = pre_acts.abs().amax(1).clamp(min=1e-12)

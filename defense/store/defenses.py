@@ -4,7 +4,7 @@
     site-0.safetensors   the SAE at the first site; site-1 and so on for more
     golden.safetensors   three pictures with their plain and defended embeddings, as computed when the defense was made
 
-Nothing here imports torch. Files are written to a temporary folder, read back, and only then given their name.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -24,25 +24,8 @@ from defense.errors import CheckpointError
 from defense.hosts.clip import EMBEDDED, embedded_folder
 from defense.hosts.defense import ClipId, Defense, Golden, Site
 
-from . import defenses
-from .folders import (
-    Verify,
-    check_verify,
-    file_entry,
-    package_version,
-    publish,
-    read_files,
-    read_manifest,
-    reading,
-    sha256_of,
-    typed,
-    writable_target,
-    write_manifest,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from . import folders
+from .folders import Verify, typed
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -86,8 +69,8 @@ def save(defense: Defense, folder: str | os.PathLike[str], *, dtype: type[np.flo
             written as JSON.
         NonFiniteError: A weight is NaN or infinite, or becomes so in `dtype`.
     """
-    target = check_target(folder)
-    publish(target, lambda staging: _write(defense, staging, dtype), load)
+    with folders.publishing(check_target(folder), read=load) as staging:
+        _write(defense, staging, dtype)
     return Path(folder)
 
 
@@ -97,7 +80,7 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: It is there and holds something else than a defense, or its parent is not there.
     """
-    return writable_target(folder, "defense", MANIFEST, lambda target: _typed_manifest(target)["files"])
+    return folders.writable_target(folder, "defense", MANIFEST, lambda target: _read_manifest(target)["files"])
 
 
 def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
@@ -112,9 +95,7 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
         files[_GOLDEN] = {name: np.ascontiguousarray(array) for name, array in vars(defense.golden).items()}
     for name, tensors in files.items():
         save_file(tensors, folder / name)
-    manifest = {
-        "schema": SCHEMA,
-        "package_version": package_version(),
+    fields = {
         "host": asdict(defense.clip),
         "preprocess": defense.preprocess.to_dict(),
         "sites": [
@@ -127,9 +108,9 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
         ],
         "licence": defense.license,
         "provenance": dict(defense.provenance),
-        "files": {name: file_entry(folder / name) for name in files},
+        "files": folders.file_entries(folder),
     }
-    write_manifest(folder / MANIFEST, manifest, "the defense")
+    folders.write_manifest(folder / MANIFEST, SCHEMA, fields, "the defense")
 
 
 def _site_file(index: int) -> str:
@@ -152,15 +133,14 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Defens
         NonFiniteError: A weight is NaN or infinite.
         ConfigError: `verify` is neither of the two.
     """
-    check_verify(verify)
+    folders.check_verify(verify)
     root = Path(folder)
-    with reading(root / MANIFEST, SCHEMA):
+    with folders.reading(root / MANIFEST, SCHEMA):
         return _load(root, verify)
 
 
 def _load(root: Path, verify: Verify) -> Defense:
-    manifest = _typed_manifest(root)
-    manifest_sha256 = sha256_of(root / MANIFEST)
+    manifest = _read_manifest(root)
     fields = [typed(f"site {index}", site, _SITE_FIELDS) for index, site in enumerate(manifest["sites"])]
     site_files = [_site_file(index) for index in range(len(fields))]
     if set(manifest["files"]) - {_GOLDEN} != set(site_files):
@@ -168,7 +148,7 @@ def _load(root: Path, verify: Verify) -> Defense:
             f"{root / MANIFEST} lists the files {sorted(manifest['files'])}, but its sites have {site_files}; "
             f"beside them only {_GOLDEN} may be there"
         )
-    tensors = read_files(root / MANIFEST, manifest["files"], verify)
+    tensors = folders.read_files(root / MANIFEST, manifest["files"], verify)
     sites = tuple(
         Site(
             site["hook_point"],
@@ -178,27 +158,29 @@ def _load(root: Path, verify: Verify) -> Defense:
         )
         for site, file in zip(fields, site_files, strict=True)
     )
-    return Defense(
+    defense = Defense(
         ClipId(**typed("host", manifest["host"], _HOST_FIELDS)),
         Preprocess.from_dict(manifest["preprocess"]),
         sites,
         Golden(**tensors[_GOLDEN]) if _GOLDEN in tensors else None,
         manifest["licence"],
         manifest["provenance"],
-        manifest_sha256,
     )
+    # No argument of `Defense`: `dataclasses.replace` would hand it on to a defense that this manifest is not of.
+    object.__setattr__(defense, "manifest_sha256", folders.sha256_of(root / MANIFEST))
+    return defense
 
 
-def _typed_manifest(root: Path) -> dict[str, Any]:
+def _read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a defense is a folder that `defense fit` or `defenses.save` wrote")
-    return typed(str(path), read_manifest(path, SCHEMA, "a defense"), _MANIFEST_FIELDS)
+    return typed(str(path), folders.read_manifest(path, SCHEMA, "a defense"), _MANIFEST_FIELDS)
 
 
 def embedded_defenses() -> tuple[str, ...]:
     """Return the names of the embedded model's defenses: "text" is "embedded", the others are "embedded:NAME"."""
-    return tuple(sorted(path.parent.name for path in embedded_folder(".").glob("*/" + defenses.MANIFEST)))
+    return tuple(sorted(path.parent.name for path in embedded_folder(".").glob(f"*/{MANIFEST}")))
 
 
 def find_defense(
@@ -220,10 +202,10 @@ def find_defense(
             raise CheckpointError(
                 f"the embedded model has no defense {name!r}; it has {', '.join(embedded_defenses())}"
             )
-        return defenses.load(embedded_folder(name))
+        return load(embedded_folder(name))
     path = Path(source)
     if path.exists():
-        return defenses.load(path)
+        return load(path)
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise CheckpointError(
             f"no defense at {source}: it is neither a folder, nor a hub id ('org/repo'), nor 'embedded'"
@@ -238,4 +220,4 @@ def find_defense(
         )  # fmt: skip
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(f"no folder {source}, and the hub did not give {source!r}: {error}") from error
-    return defenses.load(folder)
+    return load(folder)

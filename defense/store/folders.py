@@ -1,7 +1,8 @@
-"""Folders of safetensors and JSON, written whole or not at all, and read with every byte checked.
+"""Folders and files that are written whole or not at all, and folders whose every byte is checked when they are read.
 
-A folder has a manifest (JSON) with schema, hash and size of each other file. It is written beside its final place, read
-back, and only then given its name.
+Such a folder has a manifest: a JSON file with a schema, what the folder holds, and under "files" the hash and the size
+of each other file. Every kind of folder (a defense, an SAE, a catalogue, residuals, a bundle) names its manifest and
+its schema itself, and reads what is its own; what they have in common is here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,8 +36,14 @@ def sha256_of(path: Path) -> str:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """Return what a manifest says of a file: its hash and size."""
+    """Return what a manifest says of a file: its hash and its size in bytes."""
     return {"sha256": sha256_of(path), "size": path.stat().st_size}
+
+
+def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what a manifest says of every file in a folder, at any depth, by its path from there with "/"."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_entry(path) for path in files}
 
 
 def package_version() -> str:
@@ -51,11 +59,13 @@ def writable_target(
 ) -> Path:
     """Return the absolute path of a folder that may be written, or replaced as a whole.
 
+    It may if it is not there, is empty, or holds what such a folder holds and nothing else.
+
     Args:
         folder: Where to.
         what: What may be replaced there, for the message.
         manifest: The file that such a thing is known by.
-        files: Names of the other files of one that is there.
+        files: Names of the other files of one that is there; raises `CheckpointError` where it is none.
 
     Raises:
         ConfigError: It is there and holds something else, or its parent is not there.
@@ -68,21 +78,40 @@ def writable_target(
     return target
 
 
-def publish(target: Path, write: Callable[[Path], None], read: Callable[[Path], object]) -> None:
-    """Write a folder beside its final place, read it back, and only then give it its name.
+def _is_replaceable(target: Path, manifest: str, files: Callable[[Path], Iterable[str]]) -> bool:
+    """Return whether a path is free, an empty folder, or one with just a manifest and files that the manifest lists.
 
-    A failure leaves what was there before.
+    The files may be damaged, or some of them missing.
+    """
+    if not target.exists():
+        return True
+    if not target.is_dir():
+        return False
+    present = {path.name for path in target.iterdir()}
+    if not present:
+        return True
+    try:
+        return present <= {manifest, *files(target)}
+    except CheckpointError:
+        return False
+
+
+@contextmanager
+def publishing(target: Path, *, read: Callable[[Path], object]) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the context ends it is read back and takes the place of `target`.
+
+    It lies beside `target`, so that giving it its name is one rename. Where the body or `read` raises, what was at
+    `target` stays, and nothing else is left.
 
     Args:
-        target: The folder's final place; what is there is replaced as a whole.
-        write: Fills an empty folder.
-        read: Reads the folder; raises where it is not what it should be.
+        target: The folder's final place; what is there is replaced as a whole. Its parent must exist.
+        read: Reads the filled folder; raises where it is not what it should be.
     """
     workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     staging, retired = workshop / "new", workshop.with_name(f"{workshop.name}.old")
     try:
         staging.mkdir()  # not `workshop` itself: only its owner may read that
-        write(staging)
+        yield staging
         read(staging)
         try:
             if target.exists():
@@ -98,34 +127,50 @@ def publish(target: Path, write: Callable[[Path], None], read: Callable[[Path], 
         shutil.rmtree(retired)
 
 
-def _is_replaceable(target: Path, manifest: str, files: Callable[[Path], Iterable[str]]) -> bool:
-    """Whether a path is free, an empty folder, or holds just a manifest (damaged or not) and the files it lists."""
-    if not target.exists():
-        return True
-    if not target.is_dir():
-        return False
-    present = {path.name for path in target.iterdir()}
-    if not present:
-        return True
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a file to write, empty and beside `path`; when the context ends it takes the place of `path`.
+
+    Where the body raises, what was at `path` stays, and nothing else is left. Who may read the file follows the umask,
+    whatever the writer did. Of a link, the file that it leads to is replaced. Several processes may replace one file at
+    the same time: the last one stays.
+
+    Args:
+        path: The file's final place; its folder must exist. The name that is written under ends in ".partial", so a
+            writer that goes by the suffix has to be told its format, or given an open file.
+    """
+    target = path.resolve()
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    partial.touch(exist_ok=False)
+    mode = partial.stat().st_mode
     try:
-        return present <= {manifest, *files(target)}
-    except CheckpointError:
-        return False
+        yield partial
+        partial.chmod(mode)  # safetensors gives only its owner leave to read
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def write_manifest(path: Path, manifest: Mapping[str, Any], what: str) -> None:
+def write_manifest(path: Path, schema: int, fields: Mapping[str, Any], what: str) -> None:
     """Write a folder's JSON, last of its files, and let who may read it read the others too.
 
+    Args:
+        path: Where to.
+        schema: Of the manifest; it and the version of this package come first in it.
+        fields: What the manifest says beside these; under "files" the entries of the other files.
+        what: What the folder is, for the message.
+
     Raises:
-        ConfigError: A value has no JSON form; the message calls its owner `what`.
+        ConfigError: A value has no JSON form.
     """
+    manifest = {"schema": schema, "package_version": package_version(), **fields}
     try:
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{what} cannot be written as JSON: {error}") from error
     path.write_text(text + "\n", encoding="utf-8")
-    for name in manifest["files"]:
-        shutil.copymode(path, path.with_name(name))  # safetensors gives only its owner leave to read
+    for name in fields["files"]:
+        shutil.copymode(path, path.parent / name)  # safetensors gives only its owner leave to read
 
 
 def check_verify(verify: str) -> None:
@@ -136,7 +181,14 @@ def check_verify(verify: str) -> None:
 
 @contextmanager
 def reading(manifest: Path, schema: int) -> Iterator[None]:
-    """Turn whatever reading a folder by its manifest can raise into `CheckpointError`, with the file's name."""
+    """Turn whatever reading a folder can raise in this context into `CheckpointError`.
+
+    Other errors of this package than `ConfigError` pass as they are: they name the file themselves.
+
+    Args:
+        manifest: The manifest's path, for the message.
+        schema: Of the manifest, for the message.
+    """
     try:
         yield
     except ConfigError as error:
@@ -150,10 +202,15 @@ def reading(manifest: Path, schema: int) -> Iterator[None]:
 
 
 def typed(what: str, value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON object that has exactly the given keys, with values of the given types.
+    """Return a value read from JSON, which is an object with exactly the given keys and values of the given types.
+
+    Args:
+        what: What it is, for the message.
+        value: What was read.
+        fields: Key -> type of its value, or a union of types. A bool is no int here.
 
     Raises:
-        CheckpointError: It has not.
+        CheckpointError: It is something else.
     """
     if not isinstance(value, dict) or value.keys() != fields.keys():
         got = sorted(value) if isinstance(value, dict) else value
@@ -165,10 +222,15 @@ def typed(what: str, value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(path: Path, schema: int, what: str) -> dict[str, Any]:
-    """Read a folder's JSON, up to a schema.
+    """Return a folder's JSON; of its keys only "schema" is checked.
+
+    Args:
+        path: The manifest's path.
+        schema: The newest that can be read.
+        what: What it would be the manifest of, for the message.
 
     Raises:
-        CheckpointError: It is no JSON, states no schema, or a newer one; `what` says what it would be the manifest of.
+        CheckpointError: It is no JSON, has a key twice, states no schema, or a newer one.
     """
     try:
         text = own_file(path.parent, path.name).read_text(encoding="utf-8")
@@ -197,7 +259,12 @@ def _no_constant(text: str) -> None:
 
 
 def own_file(root: Path, name: str) -> Path:
-    """Return the path of a regular file that belongs to the folder."""
+    """Return the path of a file in a folder.
+
+    Raises:
+        CheckpointError: It is not there, is no regular file, or is a link that leads out of the folder; from a snapshot
+            in the Hugging Face hub's cache it may lead to a blob of that cache.
+    """
     path, home = root / name, root.resolve()
     homes = [home]
     if home.parent.name == "snapshots":
@@ -210,22 +277,25 @@ def own_file(root: Path, name: str) -> Path:
     return path
 
 
-def read_files(manifest: Path, entries: dict[str, Any], verify: Verify) -> dict[str, dict[str, np.ndarray]]:
-    """Read the safetensors files that a manifest lists: name -> tensors.
+def check_files(manifest: Path, entries: Mapping[str, Any], verify: Verify) -> None:
+    """Hold the files of a folder, at any depth, against the entries of its manifest.
+
+    Args:
+        manifest: The manifest's path.
+        entries: What it has under "files".
+        verify: "sha256" checks every byte of every file; "size" only the sizes.
 
     Raises:
-        CheckpointError: One is missing, damaged or of another size, or there is one that the manifest does not list.
-        IntegrityError: Its bytes are not those that were written (only with "sha256").
-        NonFiniteError: A number is NaN or infinite.
+        CheckpointError: A file is missing, of another size, no file or a link that leads out of the folder; or there is
+            something in the folder that the manifest does not list.
+        IntegrityError: A file's bytes are not the ones that were written (only with "sha256").
     """
     root = manifest.parent
-    present = {path.name for path in root.iterdir()} - {manifest.name}
-    for name in sorted(set(entries) | present):
-        if name not in present:
-            raise CheckpointError(f"{root / name} is missing, though the manifest lists it")
-        if name not in entries:
-            raise CheckpointError(f"{root / name} is not in the manifest; remove it")
-    tensors = {}
+    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if _is_leaf(path)} - {manifest.name}
+    for name in sorted(entries.keys() - present):
+        raise CheckpointError(f"{root / name} is missing, though the manifest lists it")
+    for name in sorted(present - entries.keys()):
+        raise CheckpointError(f"{root / name} is not in the manifest; remove it")
     for name, fields in entries.items():
         path = own_file(root, name)
         entry = typed(f"the manifest's entry for {name}", fields, _FILE_FIELDS)
@@ -233,12 +303,31 @@ def read_files(manifest: Path, entries: dict[str, Any], verify: Verify) -> dict[
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}")
         if verify == "sha256" and (got := sha256_of(path)) != entry["sha256"]:
             raise IntegrityError(str(path), entry["sha256"], got)
-        tensors[name] = read_tensors(path)
-    return tensors
+
+
+def _is_leaf(path: Path) -> bool:
+    """Return whether nothing lies below a path: it is a file, a link or an empty folder."""
+    return path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+
+
+def read_files(manifest: Path, entries: Mapping[str, Any], verify: Verify) -> dict[str, dict[str, np.ndarray]]:
+    """Return the tensors of a folder whose files are all safetensors, by the file's name and the tensor's.
+
+    Args:
+        manifest: See `check_files`.
+        entries: See `check_files`.
+        verify: See `check_files`.
+
+    Raises:
+        CheckpointError, IntegrityError: See `check_files`; or a file is no safetensors file, or a damaged one.
+        NonFiniteError: A number is NaN or infinite.
+    """
+    check_files(manifest, entries, verify)
+    return {name: read_tensors(manifest.parent / name) for name in entries}
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Read a safetensors file whose numbers are all finite.
+    """Return the tensors of a safetensors file, by name; all their numbers are finite.
 
     Raises:
         CheckpointError: It is no safetensors file, or a damaged one.

@@ -270,29 +270,27 @@ def write_shards(stream: Stream, folder: str | os.PathLike[str], n_tokens: int) 
     if target.exists() or stream.world.size > 1:
         raise ConfigError(f"shards are written by one process, into a folder that is not there yet; got {folder}")
 
-    def write(staging: Path) -> None:
-        position, n_written = START, 0
-        files: dict[str, dict[str, Any]] = {}
-        while n_written < n_tokens:
-            chunk = stream.chunk(position)
-            name = f"resid-{len(files):05d}.safetensors"
-            save_file({"resid": chunk.resid.cpu()}, staging / name)
-            files[name] = folders.file_entry(staging / name)
-            n_written += chunk.n
-            if chunk.next == position or chunk.next.epoch > 0:
-                break
-            position = chunk.next
-        manifest = {
-            "schema": SCHEMA,
-            "package_version": folders.package_version(),
-            "source": stream.describe(),
-            "d_model": stream.d_model,
-            "files": files,
-        }
-        folders.write_manifest(staging / MANIFEST, manifest, "the activations")
-
-    folders.publish(target, write, _read_manifest)
+    with folders.publishing(target, read=_read_manifest) as staging:
+        files = _write_chunks(stream, staging, n_tokens)
+        fields = {"source": stream.describe(), "d_model": stream.d_model, "files": files}
+        folders.write_manifest(staging / MANIFEST, SCHEMA, fields, "the activations")
     return Path(folder)
+
+
+def _write_chunks(stream: Stream, folder: Path, n_tokens: int) -> dict[str, dict[str, Any]]:
+    """Write chunks, a file each, up to `n_tokens` tokens or the end of the first epoch; return their entries."""
+    position, n_written = START, 0
+    files: dict[str, dict[str, Any]] = {}
+    while n_written < n_tokens:
+        chunk = stream.chunk(position)
+        name = f"resid-{len(files):05d}.safetensors"
+        save_file({"resid": chunk.resid.cpu()}, folder / name)
+        files[name] = folders.file_entry(folder / name)  # now, while the file is in memory: there may be many
+        n_written += chunk.n
+        if chunk.next == position or chunk.next.epoch > 0:
+            break
+        position = chunk.next
+    return files
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -222,14 +222,16 @@ def test_names_come_from_the_catalogue_where_there_is_one():
     assert "latent 0" in page.text
 
 
-def test_the_page_says_which_defense_it_was(tiny_clip):
+def test_the_page_says_which_defense_it_was(tiny_clip, tmp_path):
     from defense.core.latents import LatentSet
+    from defense.store import defenses
 
     from ..conftest import random_defense, random_sae
 
     made = random_defense(tiny_clip, (1, random_sae(), LatentSet("text", (1,))))
-    page = Page(report_html(picture(), explanation(), defense=replace(made, manifest_sha256="ab" * 32)))
-    for expected in ("ab" * 32, made.clip.sha256, "tiny", "clip-defense", "torch"):
+    loaded = defenses.load(defenses.save(made, tmp_path / "defense"))
+    page = Page(report_html(picture(), explanation(), defense=loaded))
+    for expected in (loaded.manifest_sha256, made.clip.sha256, "tiny", "clip-defense", "torch"):
         assert expected in page.text
     assert "not read from disk" in Page(report_html(picture(), explanation(), defense=made)).text
 

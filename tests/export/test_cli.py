@@ -111,10 +111,11 @@ def test_usage_errors_exit_with_2(defense_folder, tmp_path, arguments, message):
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_parity_failure_exits_with_5_and_leaves_nothing(defense_folder, tmp_path, monkeypatch):
+def test_a_parity_failure_exits_with_5_and_leaves_nothing(defense_folder, tiny_graphs, tmp_path, monkeypatch):
     def fails(*_arguments):
         raise ParityError(("image_embeds differs by 1",), 1.0, 1e-5, "image_embeds")
 
+    monkeypatch.setattr(exporter, "trace_vision", lambda *_arguments: tiny_graphs["trace_vision"])
     monkeypatch.setattr(exporter, "verify", fails)
     code, _, err = run("export", tmp_path / "bundle", "--labels", "dog,cat", "--defense", defense_folder)
     assert code == 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import subprocess
 import sys
@@ -25,26 +24,18 @@ from defense.export import bundle, exporter, verify
 from defense.export.exporter import export_onnx
 from defense.export.runtime import OnnxClassifier
 from defense.export.verify import ExportError, ParityError, Tolerance
-from defense.export.vision import VisionGraph, trace_vision
+from defense.export.vision import trace_vision
 
 from ..conftest import restated
 
 
-@pytest.fixture(scope="module")
-def traced(tiny_classifier):
-    """The vision graph, traced once for all tests here."""
-    return trace_vision(
-        VisionGraph(tiny_classifier.clip.model), (32, 32), torch.from_numpy(tiny_classifier.text_embeds())
-    )
-
-
 @pytest.fixture(autouse=True)
-def _traced_once(traced, monkeypatch):
-    monkeypatch.setattr(
-        exporter,
-        "trace_vision",
-        lambda graph, *arguments: traced if graph.tower.dtype == torch.float32 else trace_vision(graph, *arguments),
-    )
+def _traced_once(tiny_graphs, monkeypatch):
+    def traced(graph, *arguments):
+        is_tiny = graph.tower.dtype == torch.float32
+        return tiny_graphs["trace_vision"] if is_tiny else trace_vision(graph, *arguments)
+
+    monkeypatch.setattr(exporter, "trace_vision", traced)
 
 
 def test_report_says_what_was_measured(tiny_classifier, tmp_path, monkeypatch):
@@ -86,46 +77,19 @@ def shifted(expected: verify.Expected) -> verify.Expected:
     return replace(expected, outputs=outputs)
 
 
-def relabeled(expected: verify.Expected) -> verify.Expected:
-    return replace(expected, outputs={**expected.outputs, "logits_per_image": -expected.outputs["logits_per_image"]})
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (shifted, "image_embeds differs by 0.001"),
-        (relabeled, "rows get another label"),
         (lambda e: replace(e, input_axes={"pixels": ["batch", 3, 32, 32]}), r"its inputs are \['pixel_values'\]"),
-        (
-            lambda e: replace(e, output_axes={**e.output_axes, "image_embeds": ["batch", 99]}),
-            r"image_embeds has the axes \['batch', 32\], want \['batch', 99\]",
-        ),
     ],
-    ids=["values", "labels", "names", "axes"],
+    ids=["values", "names"],
 )
 def test_a_graph_that_answers_otherwise_is_not_written(tiny_classifier, tmp_path, monkeypatch, change, message):
     wrong(tiny_classifier, monkeypatch, change)
-    with pytest.raises(ParityError, match=message) as caught:
+    with pytest.raises(ParityError, match=message):
         export_onnx(tiny_classifier, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-    error = pickle.loads(pickle.dumps(caught.value))
-    assert (str(error), error.failures) == (str(caught.value), caught.value.failures)
-
-
-def test_all_failures_are_told_at_once(tiny_classifier, tmp_path, monkeypatch):
-    wrong(tiny_classifier, monkeypatch, lambda expected: relabeled(shifted(expected)))
-    with pytest.raises(ParityError) as caught:
-        export_onnx(tiny_classifier, tmp_path / "out")
-    assert len(caught.value.failures) >= 2
-    assert caught.value.max_abs_diff == pytest.approx(1e-3, rel=0.01)
-    assert caught.value.output == "image_embeds"
-
-
-@pytest.mark.parametrize("n_rows", [verify.N_ROWS, 41, 200])
-def test_every_row_is_compared_once_and_five_of_them_alone(n_rows):
-    ranges = list(verify.batches(n_rows))
-    assert [row for start, stop in ranges[:-5] for row in range(start, stop)] == list(range(n_rows))
-    assert ranges[-5:] == [(row, row + 1) for row in range(3, 8)]
 
 
 def test_int8_that_changes_labels_is_not_written(tiny_classifier, tmp_path, monkeypatch):
@@ -138,15 +102,6 @@ def test_int8_that_changes_labels_is_not_written(tiny_classifier, tmp_path, monk
     with pytest.raises(ParityError, match=r"of 200 rows get another label; 99.0% must be the same"):
         export_onnx(tiny_classifier, tmp_path / "out", dtype="int8")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_rows_that_tie_are_no_flips():
-    logits = np.array([[1.0, 1.0005, 0.0], [1.0, 2.0, 0.0]], np.float32)
-    swapped = logits[:, [1, 0, 2]]
-    expected = verify.Expected({}, {}, {"logits": logits}, {}, "logits")
-    assert verify._agreement({"logits": swapped}, expected, 1e-3) == 0.5
-    assert verify._agreement({"logits": swapped}, expected, 1e-4) == 0.0
-    assert verify._agreement({"logits": swapped}, expected, 2.0) == 1.0
 
 
 @pytest.mark.parametrize("broken", ["segfault", "refused"])

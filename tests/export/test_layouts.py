@@ -12,7 +12,6 @@ pytest.importorskip("open_clip")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-import torch
 from typer.testing import CliRunner
 
 from defense.cli import app
@@ -20,24 +19,18 @@ from defense.export import bundle, exporter, verify
 from defense.export.exporter import export_onnx
 from defense.export.layouts import REPOSITORY, TEXT_NAME, VISION_NAME
 from defense.export.runtime import OnnxClassifier
-from defense.export.vision import VisionGraph, trace_vision
 
 PARITY = verify.Parity(40, (1, 2, 5, 32), 1e-7, 1.0, 1.0, 0.0)
 
 
 @pytest.fixture(scope="module")
-def traced(tiny_classifier):
-    graph = VisionGraph(tiny_classifier.clip.model)
-    return trace_vision(graph, (32, 32), torch.from_numpy(tiny_classifier.text_embeds()))
-
-
-@pytest.fixture(scope="module")
-def export_as(tiny_classifier, traced, tmp_path_factory):
-    """Export in a layout; the graphs were verified elsewhere."""
+def export_as(tiny_classifier, tiny_graphs, tmp_path_factory):
+    """Export in a layout; the graphs were traced and verified elsewhere."""
 
     def export(layout: str, **options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(exporter, "trace_vision", lambda *_arguments: traced)
+            patch.setattr(exporter, "trace_vision", lambda *_arguments: tiny_graphs["trace_vision"])
+            patch.setattr(exporter, "trace_text", lambda *_arguments: tiny_graphs["trace_text"])
             patch.setattr(exporter, "verify", lambda *_arguments: PARITY)
             folder = tmp_path_factory.mktemp(layout) / "out"
             export_onnx(tiny_classifier, folder, layout=layout, **options)

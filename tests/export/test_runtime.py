@@ -128,6 +128,23 @@ def test_fault_42_errors_stand_where_their_pictures_stood(clf, seven_pictures):
         list(clf.stream(mixed))
 
 
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
+def test_a_picture_that_is_skipped_is_logged_and_one_whose_error_is_returned_is_not(
+    clf, tiny_classifier, seven_pictures, caplog, runtime
+):
+    made = clf if runtime == "onnx" else tiny_classifier
+    pictures = [seven_pictures[0], b"<html>"]
+    with caplog.at_level(logging.WARNING):
+        made(pictures, on_error="return")
+        with pytest.raises(InvalidImageError):
+            made(pictures)
+        assert caplog.messages == []
+        made(pictures, on_error="skip")
+    (message,) = caplog.messages
+    assert message.startswith("skipped a picture: ")
+    assert message.endswith("(not_an_image)")
+
+
 def test_fault_43_a_long_stream_needs_no_more_memory_than_a_short_one(clf):
     pixels = np.zeros((16, 16, 3), np.uint8)
 

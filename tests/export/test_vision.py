@@ -108,24 +108,28 @@ def test_strength_is_baked_in(tiny_clip):
     np.testing.assert_allclose(got.numpy(), clf.encode_pixels(pixels(2)), atol=2e-6)
 
 
-def exported(clf: RobustClassifier, mode: str, folder) -> ort.InferenceSession:
+def traced(clf: RobustClassifier, mode: str):
     graph = vision.VisionGraph(clf.clip.model, mode)
-    model = vision.trace_vision(graph, (32, 32), torch.from_numpy(clf.text_embeds()))
-    vision.write(model, folder / "model.onnx", {"note": "kept"})
-    onnx.checker.check_model(folder / "model.onnx", full_check=True)
+    return vision.trace_vision(graph, (32, 32), torch.from_numpy(clf.text_embeds()))
+
+
+def session_of(path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    return ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def written(model, folder) -> ort.InferenceSession:
+    """The session of a traced graph that was written and passes onnx's own check."""
+    vision.write(model, folder / "model.onnx", {"note": "kept"})
+    onnx.checker.check_model(folder / "model.onnx", full_check=True)
+    return session_of(folder / "model.onnx")
 
 
 @pytest.fixture(scope="module")
-def topk(tiny_folder, tmp_path_factory):
-    """A classifier with a TopK defense, and its graph."""
-    import open_clip
-
-    model = open_clip.create_model(f"local-dir:{tiny_folder}").eval().requires_grad_(False)
-    clf = classifier(model, RULES["topk, project"][1])
-    return clf, exported(clf, "exact", tmp_path_factory.mktemp("graph"))
+def topk(tiny_classifier, tiny_graphs, tmp_path_factory):
+    """A classifier with a TopK defense that projects, and its graph."""
+    return tiny_classifier, written(tiny_graphs["trace_vision"], tmp_path_factory.mktemp("graph"))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 32])
@@ -168,7 +172,7 @@ def test_labels_are_baked_in_and_replaced_by_what_is_fed(topk):
 def test_every_rule_goes_through_onnx_with_plain_operators(tiny_clip, tmp_path, name):
     mode, sites = RULES[name]
     clf = classifier(tiny_clip, sites)
-    session = exported(clf, mode, tmp_path)
+    session = written(traced(clf, mode), tmp_path)
     for batch in (1, 2, 5):
         got = session.run(None, {"pixel_values": pixels(batch)})
         np.testing.assert_allclose(got[0], expected(clf, pixels(batch))[0], atol=1e-5)
@@ -244,15 +248,11 @@ def test_a_stock_clip_exports_too(tiny_clip):
     np.testing.assert_allclose(got.numpy(), clf.encode_pixels(pixels(2)), atol=2e-6)
 
 
-def test_weights_beyond_the_limit_go_to_a_file_beside_the_graph(topk, tmp_path, monkeypatch):
-    clf, session = topk
+def test_weights_beyond_the_limit_go_to_a_file_beside_the_graph(topk, tiny_graphs, tmp_path, monkeypatch):
+    _, session = topk
     monkeypatch.setattr(vision, "ONE_FILE_BYTES", 1000)
-    graph = vision.VisionGraph(clf.clip.model, "exact")
-    model = vision.trace_vision(graph, (32, 32), torch.from_numpy(clf.text_embeds()))
-    vision.write(model, tmp_path / "model.onnx", {})
+    vision.write(tiny_graphs["trace_vision"], tmp_path / "model.onnx", {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    beside = ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    beside = session_of(tmp_path / "model.onnx")
     feed = {"pixel_values": pixels(2)}
     np.testing.assert_array_equal(beside.run(None, feed)[0], session.run(None, feed)[0])

@@ -137,6 +137,20 @@ def test_latents_outside_the_sets_share_one_threshold_and_those_inside_have_thei
     assert (threshold >= 0).all()
 
 
+def test_a_threshold_is_never_negative_where_the_rule_keeps_more_than_is_positive(clip):
+    """The k-th largest pre-activation of most tokens is negative then; a threshold below 0 would let those count."""
+    result, _ = calibrated(clip, topk_defense(clip, k=D_SAE), pixels(), least_agreement=0)
+    outside = np.setdiff1d(np.arange(D_SAE), S)
+    assert (result.sites[0].parameters["threshold"][outside] == 0).all()
+
+
+def test_a_calibrated_defense_is_another_one_than_the_one_that_was_read(clip, tmp_path):
+    loaded = defenses.load(defenses.save(topk_defense(clip), tmp_path / "exact"))
+    assert loaded.manifest_sha256 is not None
+    result, _ = calibrated(clip, loaded, pixels(), least_agreement=0)
+    assert result.manifest_sha256 is None
+
+
 @pytest.mark.parametrize(("scope", "tokens"), [("cls", slice(0, 1)), ("patch", slice(1, None))])
 def test_thresholds_are_those_of_the_tokens_that_are_edited(clip, scope, tokens):
     sae = random_sae(act="topk", k=8)

@@ -52,7 +52,7 @@ def test_training_is_reproducible():
 
 def test_quality_of_an_sae_that_explains_nothing_is_not_positive():
     sae = random_sae(d_model=24, d_sae=64, act="topk", k=4)
-    assert measure(sae, planted(2_000)).explained_variance < 0.5
+    assert measure(sae, planted(2_000)).explained_variance <= 0
 
 
 def test_bad_material_for_training_is_refused():

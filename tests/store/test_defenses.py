@@ -208,6 +208,44 @@ def test_loading_imports_no_torch(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", code, folder], check=True, cwd=Path(__file__).parents[2])
 
 
+# --- the manifest's hash belongs to what was read ---------------------------------------------------------------------
+
+
+def test_a_defense_that_was_read_has_the_hash_of_its_manifest(defense: Defense, folder: Path) -> None:
+    assert defense.manifest_sha256 is None
+    before = load(folder).manifest_sha256
+    assert before == sha256_of(folder / MANIFEST)
+    edit_manifest(folder, lambda manifest: manifest.update(licence="another"))
+    assert load(folder).manifest_sha256 == sha256_of(folder / MANIFEST) != before
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda loaded: replace(loaded),
+        lambda loaded: replace(loaded, golden=None),
+        lambda loaded: loaded.only("text"),
+        lambda loaded: loaded.only(*loaded.sets),
+        lambda loaded: join([loaded]),
+    ],
+    ids=["replace nothing", "replace", "only one", "only all", "join"],
+)
+def test_what_is_derived_from_it_has_none(folder: Path, derive: Callable[[Defense], Defense]) -> None:
+    loaded = load(folder)
+    assert derive(loaded).manifest_sha256 is None
+    assert loaded.manifest_sha256 is not None
+
+
+def test_a_copy_of_it_keeps_the_hash(folder: Path) -> None:
+    loaded = load(folder)
+    assert pickle.loads(pickle.dumps(loaded)).manifest_sha256 == loaded.manifest_sha256
+
+
+def test_nobody_hands_a_hash_in(defense: Defense) -> None:
+    with pytest.raises((TypeError, ValueError), match="manifest_sha256"):
+        replace(defense, manifest_sha256="ab" * 32)
+
+
 # --- writing is all or nothing ----------------------------------------------------------------------------------------
 
 
@@ -373,7 +411,7 @@ def _raises(folder: Path, *parts: str, verify: str = "sha256", error: type[Defen
 
 
 def test_fault_51_a_missing_folder_is_named(tmp_path: Path) -> None:
-    _raises(tmp_path / "nowhere", str(tmp_path / "nowhere" / MANIFEST), "is missing", "artifact.save")
+    _raises(tmp_path / "nowhere", str(tmp_path / "nowhere" / MANIFEST), "is missing", "defenses.save")
 
 
 def test_fault_51_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
