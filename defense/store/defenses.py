@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -39,10 +39,6 @@ from .folders import (
     writable_target,
     write_manifest,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
