@@ -156,8 +156,8 @@ class LatentSet:
             raise CheckpointError(f"a latent set has the keys {got!r}; this version has {sorted(names)}")
         if fields.get("unsafe", False) is not False:
             raise ConfigError(
-                f"a latent set has unsafe={fields['unsafe']!r}, which let gains lie outside [0, 1]; no set may have such "
-                "gains any more: bring them into [0, 1] and take the key out"
+                f"a latent set has unsafe={fields['unsafe']!r}, which let gains lie outside [0, 1]; no set may have "
+                "such gains any more: bring them into [0, 1] and take the key out"
             )
         return cls(**{name: fields[name] for name in names})
 

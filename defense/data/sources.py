@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 HELD_OUT_EVERY = 50
 """Of how many pictures in a row one is kept from training, to measure on."""
 
@@ -197,7 +197,7 @@ class _Tar:
                     yield Picture(f"{self.path.name}:{found[0]}", ordinal, found[1], label)
                     ordinal += 1
                 sample, found, label = key, None, None
-            if f".{suffix.lower()}" in SUFFIXES:
+            if f".{suffix.lower()}" in PICTURE_SUFFIXES:
                 found = member.name, place
             elif f".{suffix.lower()}" == _LABEL_SUFFIX:
                 label = place
@@ -285,7 +285,9 @@ def _files_of(path: Path) -> list[Path]:
     ]
     kinds = sorted({str(_kind(file)) for file in files})
     if not files:
-        raise ConfigError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))}), no .tar and no .parquet file")
+        raise ConfigError(
+            f"{path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}), no .tar and no .parquet file"
+        )
     if len(kinds) > 1:
         raise ConfigError(f"{path} holds {' and '.join(kinds)} files; give those of one kind")
     return files
@@ -293,7 +295,7 @@ def _files_of(path: Path) -> list[Path]:
 
 def _kind(file: Path) -> str | None:
     suffix = file.suffix.lower()
-    return "pictures" if suffix in SUFFIXES else {".tar": "tar", ".parquet": "parquet"}.get(suffix)
+    return "pictures" if suffix in PICTURE_SUFFIXES else {".tar": "tar", ".parquet": "parquet"}.get(suffix)
 
 
 def _name(file: Path, root: Path) -> str:
