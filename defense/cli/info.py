@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from defense.cli.common import app, exit_codes, put, say, shown
+from defense.cli.common import app, check_pretrained, exit_codes, put, say, shown
 from defense.errors import CheckpointError, MissingDependencyError
 from defense.hosts.defense import Defense
 from defense.store import folders
@@ -37,6 +37,7 @@ def info(
             _refuse_host(model, pretrained)
             _print_bundle(source, expect, check=check)
             return
+        check_pretrained(model, pretrained)
         defense = find_defense(source)
         manifest = defense.manifest_sha256
         _check_pinned(manifest, expect)
