@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from defense.core.latents import LatentSet
     from defense.explain.catalogue import Catalogue
     from defense.explain.counterfactual import Counterfactual
+    from defense.export.runtime import OnnxClassifier
     from defense.hosts.controls import Controls
 
 _MAX_VOCABULARIES = 32
@@ -81,13 +82,13 @@ class Engine:
     """A classifier for many visitors at once.
 
     Args:
-        clf: With a defense, or from a bundle.
+        clf: A CLIP with its defense, or a bundle's defended tower.
         tasks: What may be removed, at least one.
         catalogues: What is known of the latents, by hook point.
         title: What the page calls the model.
     """
 
-    clf: RobustClassifier
+    clf: RobustClassifier | OnnxClassifier
     tasks: tuple[Task, ...]
     catalogues: Mapping[str, Catalogue] = field(default_factory=dict)
     title: str = EMBEDDED
@@ -99,12 +100,12 @@ class Engine:
     @property
     def can_explain(self) -> bool:
         """Whether plain answers and what was removed are known: a bundle holds the defended tower alone."""
-        return self.clf.__class__ is RobustClassifier
+        return isinstance(self.clf, RobustClassifier)
 
     @property
     def can_relabel(self) -> bool:
         """Whether labels may be chosen: a bundle may hold some and no text tower."""
-        return self.can_explain or getattr(self.clf, "bundle").text_model is not None  # noqa: B009 - of a subclass
+        return isinstance(self.clf, RobustClassifier) or self.clf.bundle.text_model is not None
 
     def question(self, text: str, template: str, controls: Controls | None = None, task: int = 0) -> Question:
         """Return a visitor's question, checked.
@@ -132,7 +133,7 @@ class Engine:
 
     def classify(self, image: Any, question: Question, top_k: int | None = None) -> Prediction:
         """Return the defended answer."""
-        if not self.can_explain:
+        if not isinstance(self.clf, RobustClassifier):
             with self._encoding(question):
                 return self.clf(
                     image, candidate_labels=question.labels, hypothesis_template=question.template, top_k=top_k
@@ -157,12 +158,10 @@ class Engine:
         """Return the image embedding, float32 [d_embed], normalized."""
         if not plain:
             return self.clf.transform([image])[0]
-        if not self.can_explain:
-            raise ConfigError("a bundle holds the defended tower alone, so there is no plain embedding")
         from defense.data.images import decode
 
-        pixel_values = self.clf.clip.preprocess(decode(image).image)[None]
-        return self.clf.encode_pixels(pixel_values, plain=True)[0]
+        clf = self._explaining()
+        return clf.encode_pixels(clf.preprocess(decode(image).image)[None], plain=True)[0]
 
     def phrase(self, text: str, template: str) -> np.ndarray:
         """Return the embedding of a phrase, float32 [d_embed], normalized."""
@@ -170,16 +169,16 @@ class Engine:
 
     def activation_map(self, image: Image.Image, hook_point: str, latent: int) -> np.ndarray:
         """Return a latent's activation at each patch in the plain network, float32 [rows, columns]."""
-        return self.clf.latent_map(image, hook_point, latent)
+        return self._explaining().latent_map(image, hook_point, latent)
 
     def seen_box(self, image: Image.Image) -> tuple[int, int, int, int]:
         """Return the part of a picture that the model sees."""
-        return self.clf.clip.preprocess.seen_box(*image.size)
+        return self.clf.preprocess.seen_box(*image.size)
 
     def set_of(self, hook_point: str, latent: int) -> LatentSet | None:
         """Return the latent set that names a latent, or None: the defense leaves it alone."""
-        sites = self.clf.defense.sites if self.can_explain and self.clf.defense is not None else ()
-        for site in sites:
+        defense = self.clf.defense if isinstance(self.clf, RobustClassifier) else None
+        for site in () if defense is None else defense.sites:
             for latent_set in site.sets:
                 if site.hook_point == hook_point and latent in latent_set.latents:
                     return latent_set
@@ -191,10 +190,20 @@ class Engine:
         names = catalogue.names_of(latent) if catalogue is not None else ()
         return names[0][0] if names else ""
 
+    def _explaining(self) -> RobustClassifier:
+        """Return the classifier, which knows the plain answer too.
+
+        Raises:
+            ConfigError: It is a bundle's.
+        """
+        if isinstance(self.clf, RobustClassifier):
+            return self.clf
+        raise ConfigError("a bundle holds the defended tower alone: it has no plain answer, embedding or latents")
+
     def _asked(self, question: Question) -> RobustClassifier:
         """Return the same model with a visitor's labels; other visitors' stay as they are."""
         with self._encoding(question):
-            asked = copy.copy(self.clf).set_labels(question.labels, [question.template])
+            asked = copy.copy(self._explaining()).set_labels(question.labels, [question.template])
             asked.text_embeds()
         return asked
 

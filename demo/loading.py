@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from defense.classify.classifier import RobustClassifier
+from defense.classify.classifier import RobustClassifier, check_named
 from defense.demo.engine import EMBEDDED_TASKS, Engine, Task, tasks_of
 from defense.explain import catalogue
 from defense.explain.catalogue import Catalogue
@@ -33,7 +33,11 @@ def defended(
         model: See `RobustClassifier.from_pretrained`.
         pretrained: As above.
         device: As above.
+
+    Raises:
+        ConfigError, CheckpointError: See `RobustClassifier.from_pretrained`.
     """
+    check_named(model, pretrained)
     sources = _embedded_sources() if source == EMBEDDED else [source]
     defense = join([find_defense(each) for each in sources]) if len(sources) > 1 else find_defense(sources[0])
     if model is None:

@@ -104,8 +104,8 @@ class RobustClassifier(ZeroShotClassifier):
 
         Args:
             source: "embedded" (offline, nothing is downloaded), a folder, or a hub id.
-            model: In place of the CLIP that the defense names; its weights must be the same.
-            pretrained: open_clip's tag, with `model`.
+            model: open_clip's name of a CLIP, in place of the one that the defense names; its weights must be the same.
+            pretrained: open_clip's tag of the weights of `model`.
             sets: The latent sets to use, by name; all by default.
             revision: Commit of the hub repository.
             cache_dir: Where hub files are kept.
@@ -115,7 +115,13 @@ class RobustClassifier(ZeroShotClassifier):
             allow_mismatch: See `wrap`.
             batch_size: Pictures decoded and encoded at once.
             backend: See `wrap`.
+
+        Raises:
+            ConfigError: `pretrained` without `model`, a set that the defense does not have, or see `load_clip`.
+            CheckpointError: There is no such defense, or it cannot be used.
+            ShapeError, HookPointError, BackendError: See `wrap`.
         """
+        check_named(model, pretrained)
         defense = find_defense(
             source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
@@ -311,6 +317,15 @@ class RobustClassifier(ZeroShotClassifier):
             if id(site) not in self._saes:  # a classifier's sites live as long as it does
                 self._saes[id(site)] = sae_of(site).to(self.clip.device)
             return self._saes[id(site)]
+
+
+def check_named(model: str | None, pretrained: str | None) -> None:
+    """Raise `ConfigError` where weights are given and no model that they are of."""
+    if model is None and pretrained is not None:
+        raise ConfigError(
+            f"pretrained={pretrained!r} says which weights a model has, and there is no model=; give both, e.g. "
+            "model='ViT-B-32', or neither for the CLIP that the defense names"
+        )
 
 
 class Probe:

@@ -239,6 +239,11 @@ def test_from_pretrained_reads_a_folder_and_its_host(tmp_path, tiny_defense, clf
         RobustClassifier.from_pretrained(tmp_path / "defense", sets=["birds"])
 
 
+def test_weights_of_no_model_are_refused_before_anything_is_looked_for(tmp_path):
+    with pytest.raises(ConfigError, match=r"pretrained='openai' .* there is no model=; give both"):
+        RobustClassifier.from_pretrained(tmp_path / "nowhere", pretrained="openai")
+
+
 def test_golden_vectors_are_reproduced_and_notice_another_host(tmp_path, tiny_defense, clf):
     pictures = np.stack([picture(i, (32, 32)) for i in range(3)])
     defense = replace(tiny_defense, golden=make_golden(clf.clip, pictures))
