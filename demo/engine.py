@@ -1,6 +1,6 @@
 """The model behind the page: one for all visitors, each of whom brings labels and controls of their own.
 
-A `Task` is something that may be removed, with the labels and the pictures that show it. The tasks of the embedded
+A `DemoTask` is something that may be removed, with the labels and the pictures that show it. The tasks of the embedded
 model stand here; any other defense is one task, with the labels that the command line gave.
 """
 
@@ -39,7 +39,7 @@ _MAX_VOCABULARIES = 32
 
 
 @dataclass(frozen=True)
-class Task:
+class DemoTask:
     """Something that may be removed.
 
     Attributes:
@@ -56,9 +56,9 @@ class Task:
 
 
 EMBEDDED_TASKS = (
-    Task("text", "text in the picture", tuple(OBJECTS)),
-    Task("waterbirds", "background behind birds", ("landbird", "waterbird")),
-    Task("celeba", "gender behind hair color", ("dark hair", "blond hair"), "a photo of a person with {}."),
+    DemoTask("text", "text in the picture", tuple(OBJECTS)),
+    DemoTask("waterbirds", "background behind birds", ("landbird", "waterbird")),
+    DemoTask("celeba", "gender behind hair color", ("dark hair", "blond hair"), "a photo of a person with {}."),
 )
 
 
@@ -89,7 +89,7 @@ class Engine:
     """
 
     clf: RobustClassifier | OnnxClassifier
-    tasks: tuple[Task, ...]
+    tasks: tuple[DemoTask, ...]
     catalogues: Mapping[str, Catalogue] = field(default_factory=dict)
     title: str = EMBEDDED
 
@@ -246,7 +246,7 @@ def _said() -> Iterator[list[str]]:
         logger.removeHandler(collector)
 
 
-def tasks_of(names: Sequence[str], default: Sequence[str] | None, template: str | None) -> tuple[Task, ...]:
+def tasks_of(names: Sequence[str], default: Sequence[str] | None, template: str | None) -> tuple[DemoTask, ...]:
     """Return the tasks for the latent sets of a defense.
 
     Args:
@@ -257,4 +257,4 @@ def tasks_of(names: Sequence[str], default: Sequence[str] | None, template: str 
     own = {task.name: task for task in EMBEDDED_TASKS} if default is None else {}
     chosen = tuple(default or OBJECTS)
     fallback = template or EMBEDDED_TASKS[0].template
-    return tuple(own.get(name) or Task(name, name, chosen, fallback) for name in names)
+    return tuple(own.get(name) or DemoTask(name, name, chosen, fallback) for name in names)

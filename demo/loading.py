@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from defense.classify.classifier import RobustClassifier, check_named
-from defense.demo.engine import EMBEDDED_TASKS, Engine, Task, tasks_of
+from defense.demo.engine import EMBEDDED_TASKS, DemoTask, Engine, tasks_of
 from defense.explain import catalogue
 from defense.explain.catalogue import Catalogue
 from defense.hosts.clip import EMBEDDED, load_clip
@@ -74,5 +74,5 @@ def bundled(folder: str | os.PathLike[str], labels: Sequence[str] | None = None,
         clf.set_labels(labels, template or "simple")
     assert clf.prompts is not None  # a bundle has labels
     asked = clf.prompts.labels, template or clf.prompts.templates[0]
-    task = next((task for task in EMBEDDED_TASKS if (task.labels, task.template) == asked), Task("", "", *asked))
+    task = next((task for task in EMBEDDED_TASKS if (task.labels, task.template) == asked), DemoTask("", "", *asked))
     return Engine(clf, (task,), title=f"bundle {Path(folder).name}, {clf.running_on}")

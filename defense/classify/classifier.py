@@ -24,8 +24,16 @@ from defense.hosts.defense import Defense, Site
 from defense.store.defenses import find_defense
 
 from .explanation import Explanation, account
-from .zeroshot import OnError, ZeroShotClassifier, batched, check_top_k, finite, prediction_of, warn_of_unknown_words
-from .zeroshot import Prediction as Prediction
+from .zeroshot import (
+    OnError,
+    Prediction,
+    ZeroShotClassifier,
+    batched,
+    check_top_k,
+    finite,
+    prediction_of,
+    warn_of_unknown_words,
+)
 
 if TYPE_CHECKING:
     from defense.core.ops import Backend
