@@ -69,7 +69,7 @@ class Question:
     Attributes:
         labels: What to classify into, as `limits.check_labels` gives them.
         template: The prompt, with a literal {}.
-        controls: What of the defense is in force; None for all of it.
+        controls: What of the defense is active; None for all of it.
     """
 
     labels: tuple[str, ...]
@@ -113,7 +113,7 @@ class Engine:
         Args:
             text: Labels; where there are none, those of the task.
             template: The prompt; where it is blank, that of the task.
-            controls: What of the defense is in force.
+            controls: What of the defense is active; None for all of it.
             task: Which of `tasks`.
 
         Raises:
@@ -128,7 +128,7 @@ class Engine:
         return Question(chosen, prompt, controls)
 
     def notes(self, question: Question) -> tuple[str, ...]:
-        """Return what the model had to say about labels when it first met them."""
+        """Return what was logged when a question's labels were first encoded, e.g. which the model never saw."""
         return self._notes.get((question.labels, question.template), ())
 
     def classify(self, image: Any, question: Question, top_k: int | None = None) -> Prediction:
@@ -209,7 +209,7 @@ class Engine:
 
     @contextmanager
     def _encoding(self, question: Question) -> Iterator[None]:
-        """Keep what is said of labels while they are encoded, and the embeddings of the last few sets of labels."""
+        """Keep as notes what is logged in this context, and drop notes and embeddings of all but the latest labels."""
         key = (question.labels, question.template)
         with _said() as said:
             yield

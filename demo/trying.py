@@ -43,7 +43,7 @@ class Form:
         labels, template: See `Engine.question`.
         strength: Factor on what is removed, in [0, 1].
         edit: One of `EDITS`.
-        tasks: Names of the tasks in force.
+        tasks: Names of the tasks whose latents are removed.
     """
 
     loaded: limits.Loaded | None
@@ -163,7 +163,7 @@ class Trying:
         return form.off, key, card, *self.show(form)
 
     def counterfactual(self, form: Form) -> str:
-        """Return what the smallest set of latents is that changes the answer."""
+        """Return a sentence, as HTML, that names a few latents whose removal is enough to change the answer."""
         picture = form.picture
         if picture is None:
             return ""

@@ -1,6 +1,6 @@
-"""Images and labels in, predictions out.
+"""`RobustClassifier`: pictures and labels in, predictions out, computed with torch.
 
-The data flow is in the docstring of `RobustClassifier`; each step is one function of the module named beside it.
+The data flow is in its docstring; each step is one function of the module named beside it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class RobustClassifier(ZeroShotClassifier):
-    """A zero-shot classifier that does not read what it should look at.
+    """A CLIP with a defense in it, or without one, as a zero-shot classifier.
 
         image   --images.decode, Preprocess-->        pixel_values [batch, 3, height, width]
                 --blocks 0..L-->                      resid_post.L [batch, pos, d_model]
@@ -161,7 +161,7 @@ class RobustClassifier(ZeroShotClassifier):
             return self._text_embeds[key]
 
     def encode_text(self, input_ids: np.ndarray) -> np.ndarray:
-        """Return the text tower's answer, float32 [n, d_embed], not normalized, to ids int64 [n, context_length]."""
+        """Return text embeddings, float32 [n, d_embed], not normalized, of ids int64 [n, context_length]."""
         return self.clip.encode_text(input_ids)
 
     # --- images ---
@@ -169,7 +169,13 @@ class RobustClassifier(ZeroShotClassifier):
     def _encode_image(
         self, pixel_values: np.ndarray, *, plain: bool = False, controls: Controls | None = None
     ) -> np.ndarray:
-        """Return image_embeds float32 [batch, d_embed], normalized, of pixel_values [batch, 3, height, width]."""
+        """Return image_embeds float32 [batch, d_embed], normalized, of pixel_values [batch, 3, height, width].
+
+        Args:
+            pixel_values: Float32.
+            plain: Without the defense; not together with `controls`.
+            controls: What of the defense is active; all of it where None.
+        """
         import torch
 
         with self._lock, torch.inference_mode():
@@ -183,7 +189,7 @@ class RobustClassifier(ZeroShotClassifier):
     def chunks(
         self, inputs: Iterable[Any], on_error: OnError = "raise"
     ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
-        """Yield `batch_size` pictures at a time: for each None or its error, and pixel_values of the good ones."""
+        """Yield (errors, pixel_values) of up to `batch_size` pictures at a time; see the base class."""
         for chunk in batched(inputs, self.batch_size):
             errors: list[DefenseError | None] = []
             prepared = []
@@ -194,7 +200,8 @@ class RobustClassifier(ZeroShotClassifier):
                 except DefenseError as error:
                     if on_error == "raise":
                         raise
-                    log.warning("skipped a picture: %s", error)
+                    if on_error == "skip":
+                        log.warning("skipped a picture: %s", error)
                     errors.append(error)
             height, width = self.clip.preprocess.size
             yield errors, np.stack(prepared) if prepared else np.empty((0, 3, height, width), np.float32)
@@ -214,7 +221,7 @@ class RobustClassifier(ZeroShotClassifier):
     # --- explanations ---
 
     def explain(self, image: Any, *, top_k: int | None = None, controls: Controls | None = None) -> Explanation:
-        """Return the plain and the robust answer for one picture and what made the difference.
+        """Return the plain and the robust answer for one picture, and what the defense removed from it.
 
         Args:
             image: See `images.decode`.
@@ -262,7 +269,7 @@ class RobustClassifier(ZeroShotClassifier):
         return image_embeds, 1000 * (time.perf_counter() - start)
 
     def classify_with(self, image: Any, controls: Controls, *, top_k: int | None = None) -> Prediction:
-        """Return the answer for one picture with the defense adjusted, without accounting for what it removed.
+        """Return the answer for one picture under some `Controls`; cheaper than `explain`, and without an account.
 
         Args:
             image: See `images.decode`.
@@ -277,7 +284,7 @@ class RobustClassifier(ZeroShotClassifier):
         return prediction_of(probe.labels, probe.scores(controls), top_k)
 
     def probe(self, image: Any) -> Probe:
-        """Return one picture, prepared once, to be answered under many `Controls`.
+        """Return a picture that is decoded, resized and normalized, to be classified under many `Controls`.
 
         Args:
             image: See `images.decode`.
@@ -337,10 +344,10 @@ def check_named(model: str | None, pretrained: str | None) -> None:
 
 
 class Probe:
-    """One picture before a classifier, prepared once.
+    """A prepared picture and the labels that were set at that time: what `RobustClassifier.probe` returns.
 
     Attributes:
-        labels: What it is classified into.
+        labels: What the picture is classified into, in the order of the scores.
     """
 
     def __init__(

@@ -179,7 +179,7 @@ def _classify_with_bundle(
 
 
 def _json_of(explanation: Explanation) -> dict[str, Any]:
-    """Return an explanation less its maps, which would drown the rest of a line."""
+    """Return an explanation as JSON values without its maps, which are longer than all the rest."""
     fields = explanation.to_dict()
     del fields["heatmap"]
     for item in fields["removed"]:

@@ -39,12 +39,12 @@ Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')]
 
 
 def say(text: str, style: str | None = None) -> None:
-    """Print a line of talk on stderr, as it is."""
+    """Print a line for people on stderr; nothing in it is taken for markup."""
     stderr.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def put(text: str, style: str | None = None) -> None:
-    """Print a line of data on stdout, as it is."""
+    """Print a line of the result on stdout; nothing in it is taken for markup."""
     stdout.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -87,7 +87,7 @@ def chosen_labels(labels: str | None, labels_file: Path | None, uses_embedded: b
 
 
 def check_pretrained(model: str | None, pretrained: str | None) -> None:
-    """Refuse a tag of weights where no model is named that could have them; the embedded one has its own."""
+    """Refuse --pretrained without a --model that could have such weights; the embedded model has its own."""
     if pretrained is not None and model in (None, "embedded"):
         raise typer.BadParameter(
             f"--pretrained {pretrained} says which weights a --model has, and there is none; give both, e.g. --model "

@@ -22,7 +22,7 @@ Edit = Literal[Removal, "set"]
 Scope = Literal["cls", "patch", "all"]
 
 _N_NEAR = 20
-"""Among how many latents of the nearest activity one is drawn."""
+"""How many latents of the nearest activity a control is drawn from."""
 
 
 def token_slice(scope: Scope, n_prefix: int) -> slice:
@@ -107,7 +107,7 @@ class LatentSet:
         raise ConfigError(f"set {self.name!r} has {name} {column!r}; want finite numbers, of type {kind.__name__}")
 
     def _columns(self, rows: list[int]) -> dict[str, Any]:
-        """The per-latent fields, restricted to some rows."""
+        """Return the per-latent fields, restricted to some rows."""
 
         def pick(column: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(column[row] for row in rows) if column else ()
@@ -163,7 +163,7 @@ class LatentSet:
 
 
 def draw_alike(chosen: Sequence[int], activity: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Return for each chosen latent a random other of like activity: a control that edits as much of anything.
+    """Return for each chosen latent a random other of like activity: a control that edits about as much.
 
     Each is drawn from the 20 that are nearest in rank; none is drawn twice, none is chosen, and all of them fire.
 

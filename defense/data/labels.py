@@ -237,7 +237,7 @@ def encode_prompts(
             average_templates(np.concatenate(embeds), len(labels), n_templates, normalize_each=normalize_each)
         )
     if cut:
-        _log.warning(_describe_cut(cut))
+        _log.warning(_cut_message(cut))
     return np.concatenate(text_embeds)
 
 
@@ -274,8 +274,8 @@ def _find_cut(tokenizer: object, texts: list[str], ids: np.ndarray) -> Iterator[
             yield int(row), kept
 
 
-def _describe_cut(cut: Mapping[str, str]) -> str:
-    """Return the message about labels whose text is too long, with what is left of the first few."""
+def _cut_message(cut: Mapping[str, str]) -> str:
+    """Return the message about labels whose text is too long: how many, and how the first few are read."""
     shown = "; ".join(f"{label!r:.80} is read as {kept!r}" for label, kept in islice(cut.items(), _N_CUT_SHOWN))
     return f"{len(cut)} label(s) do not fit into the text tower's context, shorten them: {shown}"
 

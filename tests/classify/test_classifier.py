@@ -89,7 +89,9 @@ def test_fault_41_any_batch_equals_picture_by_picture(clf):
 def test_fault_42_good_and_bad_pictures_mixed(clf, caplog):
     batch = [picture(0), b"", picture(1), b"<html>", picture(2)]
     want = [clf(batch[0]), clf(batch[2]), clf(batch[4])]
-    returned = clf(batch, on_error="return")
+    with caplog.at_level(logging.WARNING):
+        returned = clf(batch, on_error="return")
+    assert not caplog.text, "nothing was skipped"
     assert [type(item) for item in returned] == [list, InvalidImageError, list, InvalidImageError, list]
     assert returned[1].code == "empty"
     assert [returned[i][0]["label"] for i in (0, 2, 4)] == [answer[0]["label"] for answer in want]
