@@ -173,7 +173,7 @@ def top_keys(catalogue: Catalogue, latent: int, n: int) -> list[tuple[str, float
 
 
 class Gallery:
-    """The pictures of the catalogues, drawn once: they are nobody's, so what is drawn is kept for all visitors."""
+    """The catalogues' pictures as data URIs, cached for all visitors: none of the pictures is a visitor's."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

@@ -1,6 +1,6 @@
 """The model behind the page: one for all visitors, each of whom brings labels and controls of their own.
 
-A `Task` is something that may be removed, with the labels and the pictures that show it. The tasks of the embedded
+A `DemoTask` is something that may be removed, with the labels and the pictures that show it. The tasks of the embedded
 model stand here; any other defense is one task, with the labels that the command line gave.
 """
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from defense.core.latents import LatentSet
     from defense.explain.catalogue import Catalogue
     from defense.explain.counterfactual import Counterfactual
+    from defense.export.runtime import OnnxClassifier
     from defense.hosts.controls import Controls
 
 _MAX_VOCABULARIES = 32
@@ -38,7 +39,7 @@ _MAX_VOCABULARIES = 32
 
 
 @dataclass(frozen=True)
-class Task:
+class DemoTask:
     """Something that may be removed.
 
     Attributes:
@@ -55,9 +56,9 @@ class Task:
 
 
 EMBEDDED_TASKS = (
-    Task("text", "text in the picture", tuple(OBJECTS)),
-    Task("waterbirds", "background behind birds", ("landbird", "waterbird")),
-    Task("celeba", "gender behind hair color", ("dark hair", "blond hair"), "a photo of a person with {}."),
+    DemoTask("text", "text in the picture", tuple(OBJECTS)),
+    DemoTask("waterbirds", "background behind birds", ("landbird", "waterbird")),
+    DemoTask("celeba", "gender behind hair color", ("dark hair", "blond hair"), "a photo of a person with {}."),
 )
 
 
@@ -68,7 +69,7 @@ class Question:
     Attributes:
         labels: What to classify into, as `limits.check_labels` gives them.
         template: The prompt, with a literal {}.
-        controls: What of the defense is in force; None for all of it.
+        controls: What of the defense is active; None for all of it.
     """
 
     labels: tuple[str, ...]
@@ -81,14 +82,14 @@ class Engine:
     """A classifier for many visitors at once.
 
     Args:
-        clf: With a defense, or from a bundle.
+        clf: A CLIP with its defense, or a bundle's defended tower.
         tasks: What may be removed, at least one.
         catalogues: What is known of the latents, by hook point.
         title: What the page calls the model.
     """
 
-    clf: RobustClassifier
-    tasks: tuple[Task, ...]
+    clf: RobustClassifier | OnnxClassifier
+    tasks: tuple[DemoTask, ...]
     catalogues: Mapping[str, Catalogue] = field(default_factory=dict)
     title: str = EMBEDDED
 
@@ -99,12 +100,12 @@ class Engine:
     @property
     def can_explain(self) -> bool:
         """Whether plain answers and what was removed are known: a bundle holds the defended tower alone."""
-        return self.clf.__class__ is RobustClassifier
+        return isinstance(self.clf, RobustClassifier)
 
     @property
     def can_relabel(self) -> bool:
         """Whether labels may be chosen: a bundle may hold some and no text tower."""
-        return self.can_explain or getattr(self.clf, "bundle").text_model is not None  # noqa: B009 - of a subclass
+        return isinstance(self.clf, RobustClassifier) or self.clf.bundle.text_model is not None
 
     def question(self, text: str, template: str, controls: Controls | None = None, task: int = 0) -> Question:
         """Return a visitor's question, checked.
@@ -112,7 +113,7 @@ class Engine:
         Args:
             text: Labels; where there are none, those of the task.
             template: The prompt; where it is blank, that of the task.
-            controls: What of the defense is in force.
+            controls: What of the defense is active; None for all of it.
             task: Which of `tasks`.
 
         Raises:
@@ -127,12 +128,12 @@ class Engine:
         return Question(chosen, prompt, controls)
 
     def notes(self, question: Question) -> tuple[str, ...]:
-        """Return what the model had to say about labels when it first met them."""
+        """Return what was logged when a question's labels were first encoded, e.g. which the model never saw."""
         return self._notes.get((question.labels, question.template), ())
 
     def classify(self, image: Any, question: Question, top_k: int | None = None) -> Prediction:
         """Return the defended answer."""
-        if not self.can_explain:
+        if not isinstance(self.clf, RobustClassifier):
             with self._encoding(question):
                 return self.clf(
                     image, candidate_labels=question.labels, hypothesis_template=question.template, top_k=top_k
@@ -157,12 +158,10 @@ class Engine:
         """Return the image embedding, float32 [d_embed], normalized."""
         if not plain:
             return self.clf.transform([image])[0]
-        if not self.can_explain:
-            raise ConfigError("a bundle holds the defended tower alone, so there is no plain embedding")
         from defense.data.images import decode
 
-        pixel_values = self.clf.clip.preprocess(decode(image).image)[None]
-        return self.clf.encode_pixels(pixel_values, plain=True)[0]
+        clf = self._explaining()
+        return clf.encode_pixels(clf.preprocess(decode(image).image)[None], plain=True)[0]
 
     def phrase(self, text: str, template: str) -> np.ndarray:
         """Return the embedding of a phrase, float32 [d_embed], normalized."""
@@ -170,16 +169,16 @@ class Engine:
 
     def activation_map(self, image: Image.Image, hook_point: str, latent: int) -> np.ndarray:
         """Return a latent's activation at each patch in the plain network, float32 [rows, columns]."""
-        return self.clf.latent_map(image, hook_point, latent)
+        return self._explaining().latent_map(image, hook_point, latent)
 
     def seen_box(self, image: Image.Image) -> tuple[int, int, int, int]:
         """Return the part of a picture that the model sees."""
-        return self.clf.clip.preprocess.seen_box(*image.size)
+        return self.clf.preprocess.seen_box(*image.size)
 
     def set_of(self, hook_point: str, latent: int) -> LatentSet | None:
         """Return the latent set that names a latent, or None: the defense leaves it alone."""
-        sites = self.clf.defense.sites if self.can_explain and self.clf.defense is not None else ()
-        for site in sites:
+        defense = self.clf.defense if isinstance(self.clf, RobustClassifier) else None
+        for site in () if defense is None else defense.sites:
             for latent_set in site.sets:
                 if site.hook_point == hook_point and latent in latent_set.latents:
                     return latent_set
@@ -191,16 +190,26 @@ class Engine:
         names = catalogue.names_of(latent) if catalogue is not None else ()
         return names[0][0] if names else ""
 
+    def _explaining(self) -> RobustClassifier:
+        """Return the classifier, which knows the plain answer too.
+
+        Raises:
+            ConfigError: It is a bundle's.
+        """
+        if isinstance(self.clf, RobustClassifier):
+            return self.clf
+        raise ConfigError("a bundle holds the defended tower alone: it has no plain answer, embedding or latents")
+
     def _asked(self, question: Question) -> RobustClassifier:
         """Return the same model with a visitor's labels; other visitors' stay as they are."""
         with self._encoding(question):
-            asked = copy.copy(self.clf).set_labels(question.labels, [question.template])
+            asked = copy.copy(self._explaining()).set_labels(question.labels, [question.template])
             asked.text_embeds()
         return asked
 
     @contextmanager
     def _encoding(self, question: Question) -> Iterator[None]:
-        """Keep what is said of labels while they are encoded, and the embeddings of the last few sets of labels."""
+        """Keep as notes what is logged in this context, and drop notes and embeddings of all but the latest labels."""
         key = (question.labels, question.template)
         with _said() as said:
             yield
@@ -237,7 +246,7 @@ def _said() -> Iterator[list[str]]:
         logger.removeHandler(collector)
 
 
-def tasks_of(names: Sequence[str], default: Sequence[str] | None, template: str | None) -> tuple[Task, ...]:
+def tasks_of(names: Sequence[str], default: Sequence[str] | None, template: str | None) -> tuple[DemoTask, ...]:
     """Return the tasks for the latent sets of a defense.
 
     Args:
@@ -248,4 +257,4 @@ def tasks_of(names: Sequence[str], default: Sequence[str] | None, template: str 
     own = {task.name: task for task in EMBEDDED_TASKS} if default is None else {}
     chosen = tuple(default or OBJECTS)
     fallback = template or EMBEDDED_TASKS[0].template
-    return tuple(own.get(name) or Task(name, name, chosen, fallback) for name in names)
+    return tuple(own.get(name) or DemoTask(name, name, chosen, fallback) for name in names)

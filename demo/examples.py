@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from defense.demo.engine import EMBEDDED_TASKS, Task
+from defense.demo.engine import EMBEDDED_TASKS, DemoTask
 from defense.world import draws, scenes
 from defense.world.draws import Grouped
 from defense.world.scenes import Scene
@@ -19,7 +19,7 @@ _SIZE = 320
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleScene:
     """A picture, and what to do with it.
 
     Attributes:
@@ -45,13 +45,13 @@ def _drawn(scene: Scene) -> Image.Image:
     return scenes.render(scene, _SIZE)
 
 
-def examples(tasks: Sequence[Task]) -> tuple[Example, ...]:
+def examples(tasks: Sequence[DemoTask]) -> tuple[ExampleScene, ...]:
     """Return the pictures for those of the tasks that are the embedded model's."""
     names = {task.name for task in tasks if task in EMBEDDED_TASKS}
-    found: list[Example] = []
+    found: list[ExampleScene] = []
     if "text" in names:
         found += [_object(*row) for row in _OBJECTS]
-    found += [Example(title, _nth(draw, index), task) for title, task, draw, index in _GROUPS if task in names]
+    found += [ExampleScene(title, _nth(draw, index), task) for title, task, draw, index in _GROUPS if task in names]
     return tuple(found)
 
 
@@ -66,10 +66,10 @@ _OBJECTS = (
 """An object, the word that is written on it at first, and a seed. Chosen among 24 seeds because the word works."""
 
 
-def _object(name: str, word: str, seed: int) -> Example:
+def _object(name: str, word: str, seed: int) -> ExampleScene:
     rng = np.random.default_rng(seed)
     scene = draws.sample_scene(rng, draws.sample_object(rng, name), None)
-    return Example(name, replace(scene, oversample=1), "text", word)
+    return ExampleScene(name, replace(scene, oversample=1), "text", word)
 
 
 _SEED = 3

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from defense.classify.classifier import RobustClassifier
-from defense.demo.engine import EMBEDDED_TASKS, Engine, Task, tasks_of
+from defense.classify.classifier import RobustClassifier, check_named
+from defense.demo.engine import EMBEDDED_TASKS, DemoTask, Engine, tasks_of
 from defense.explain import catalogue
 from defense.explain.catalogue import Catalogue
 from defense.hosts.clip import EMBEDDED, load_clip
@@ -33,7 +33,11 @@ def defended(
         model: See `RobustClassifier.from_pretrained`.
         pretrained: As above.
         device: As above.
+
+    Raises:
+        ConfigError, CheckpointError: See `RobustClassifier.from_pretrained`.
     """
+    check_named(model, pretrained)
     sources = _embedded_sources() if source == EMBEDDED else [source]
     defense = join([find_defense(each) for each in sources]) if len(sources) > 1 else find_defense(sources[0])
     if model is None:
@@ -70,5 +74,5 @@ def bundled(folder: str | os.PathLike[str], labels: Sequence[str] | None = None,
         clf.set_labels(labels, template or "simple")
     assert clf.prompts is not None  # a bundle has labels
     asked = clf.prompts.labels, template or clf.prompts.templates[0]
-    task = next((task for task in EMBEDDED_TASKS if (task.labels, task.template) == asked), Task("", "", *asked))
+    task = next((task for task in EMBEDDED_TASKS if (task.labels, task.template) == asked), DemoTask("", "", *asked))
     return Engine(clf, (task,), title=f"bundle {Path(folder).name}, {clf.running_on}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from defense.demo import cards, draw, limits, views
 from defense.demo.engine import Engine, Question
-from defense.demo.examples import Example, examples
+from defense.demo.examples import ExampleScene, examples
 from defense.demo.uploads import untouched
 from defense.errors import DefenseError
 
@@ -43,7 +43,7 @@ class Form:
         labels, template: See `Engine.question`.
         strength: Factor on what is removed, in [0, 1].
         edit: One of `EDITS`.
-        tasks: Names of the tasks in force.
+        tasks: Names of the tasks whose latents are removed.
     """
 
     loaded: limits.Loaded | None
@@ -163,7 +163,7 @@ class Trying:
         return form.off, key, card, *self.show(form)
 
     def counterfactual(self, form: Form) -> str:
-        """Return what the smallest set of latents is that changes the answer."""
+        """Return a sentence, as HTML, that names a few latents whose removal is enough to change the answer."""
         picture = form.picture
         if picture is None:
             return ""
@@ -189,72 +189,121 @@ def friendly(handler: Handler, n_outputs: int) -> Handler:
 
 
 def build(engine: Engine, gallery: cards.Gallery) -> list[Any]:
-    """Put the tab together; return the components that hold the form, in its order."""
+    """Put the tab together; return the components that hold the form, in the order of `Form`."""
     trying = Trying(engine, gallery)
     first = _first_form(trying)
-    shown = trying.show(first)
+    stage, answers, removed, message = trying.show(first)
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=5, min_width=280, elem_classes="left"):
-            message = gr.HTML(shown[3], elem_id="message")
-            stage = gr.HTML(shown[0], elem_id="stage", js_on_load=LISTEN)
-            with gr.Row(elem_id="source"):
-                button = untouched(
-                    gr.UploadButton("Choose a picture", size="sm", elem_id="upload", scale=0, min_width=130)
-                )
-                gr.HTML(_HINT)
-            chooser = gr.HTML(_strip(trying.examples), elem_id="examples", js_on_load=LISTEN)
-            with gr.Group(elem_id="note"):
-                word = gr.Textbox(
-                    first.word, label="Write on it", placeholder="a word, e.g. pizza",
-                    max_length=limits.MAX_WORD_LENGTH, elem_id="word",
-                )  # fmt: skip
-                with gr.Row():
-                    height = _slider(*_HEIGHTS, first.height, "size")
-                    x = _slider(0, 1, first.x, "across")
-                    y = _slider(0, 1, first.y, "down")
-                with gr.Row():
-                    font = gr.Dropdown(
-                        list(draw.FONTS), value=first.font, label="typeface", elem_id="font", min_width=120
-                    )
-                    style = gr.Radio(
-                        list(draw.STYLES), value=first.style, label="on a", elem_id="style", scale=2, min_width=190
-                    )
-            with gr.Accordion("Labels", open=False, elem_id="vocabulary"):
-                labels = gr.Textbox(
-                    "", lines=3, max_lines=6, label="What it may be: one a line, or separated by commas",
-                    placeholder=_some(engine.tasks[0].labels), max_length=limits.MAX_LABELS_TEXT, elem_id="labels",
-                    interactive=engine.can_relabel,
-                )  # fmt: skip
-                template = gr.Textbox(
-                    first.template, label="prompt", max_length=limits.MAX_LABEL_LENGTH, elem_id="template",
-                    interactive=engine.can_relabel,
-                )  # fmt: skip
+            shown = {"message": gr.HTML(message, elem_id="message")}
+            shown["stage"] = gr.HTML(stage, elem_id="stage", js_on_load=LISTEN)
+            upload, chooser = _source(trying)
+            inputs = {**_note_inputs(first), **_label_inputs(engine, first)}
         with gr.Column(scale=7, min_width=280, elem_classes="right"):
-            answers = gr.HTML(shown[1], elem_id="answers")
-            with gr.Group(elem_id="defense", visible=engine.can_explain):
-                with gr.Row():
-                    strength = _slider(0, 1, 1.0, "strength", label="strength of the defense")
-                    edit = gr.Radio(list(EDITS), value=first.edit, label="edit", elem_id="edit", min_width=260)
-                tasks = gr.CheckboxGroup(
-                    [(task.title, task.name) for task in engine.tasks], value=list(first.tasks), label="remove",
-                    visible=len(engine.tasks) > 1, elem_id="tasks",
-                )  # fmt: skip
-            removed = gr.HTML(shown[2], elem_id="removed", js_on_load=LISTEN, visible=engine.can_explain)
-            with gr.Row(visible=engine.can_explain, elem_id="enough"):
-                why = gr.Button(
-                    "Which few latents are enough?", size="sm", elem_id="counterfactual", scale=0, min_width=210
-                )
-                because = gr.HTML("", elem_id="because")
-            card = gr.HTML("", elem_id="card")
+            shown["answers"] = gr.HTML(answers, elem_id="answers")
+            inputs |= _defense_inputs(engine, first)
+            shown["removed"] = gr.HTML(removed, elem_id="removed", js_on_load=LISTEN, visible=engine.can_explain)
+            why, shown["because"] = _counterfactual(engine)
+            shown["card"] = gr.HTML("", elem_id="card")
             if not engine.can_explain:
                 gr.HTML(_NO_EXPLANATIONS, elem_id="no-explanations")
-    loaded = gr.State(first.loaded, time_to_live=limits.MAX_IDLE_S)
-    off, focus = gr.State(()), gr.State("")
-    form = [loaded, off, focus, word, font, style, height, x, y, labels, template, strength, edit, tasks]
-    views_ = [stage, answers, removed, message]
+    inputs["loaded"] = gr.State(first.loaded, time_to_live=limits.MAX_IDLE_S)
+    inputs |= {"off": gr.State(()), "focus": gr.State("")}
+    _connect(trying, inputs, shown, upload=upload, chooser=chooser, why=why)
+    return _in_order(inputs)
 
-    def on(trigger: Any, handler: Handler, outputs: list[Any], inputs: Sequence[Any] = ()) -> None:
-        trigger(friendly(handler, len(outputs)), [*inputs, *form], outputs, **PRIVATE)
+
+# --- the components of the tab, by their names in `Form` --------------------------------------------------------------
+
+
+def _in_order(inputs: Mapping[str, Any]) -> list[Any]:
+    return [inputs[field.name] for field in fields(Form)]
+
+
+def _source(trying: Trying) -> tuple[Any, Any]:
+    """Return what a picture comes from: the button for an upload, and the row of examples."""
+    with gr.Row(elem_id="source"):
+        upload = untouched(gr.UploadButton("Choose a picture", size="sm", elem_id="upload", scale=0, min_width=130))
+        gr.HTML(_HINT)
+    return upload, gr.HTML(_strip(trying.examples), elem_id="examples", js_on_load=LISTEN)
+
+
+def _note_inputs(first: Form) -> dict[str, Any]:
+    """Return what says which word is written, and how."""
+    inputs: dict[str, Any] = {}
+    with gr.Group(elem_id="note"):
+        inputs["word"] = gr.Textbox(
+            first.word, label="Write on it", placeholder="a word, e.g. pizza",
+            max_length=limits.MAX_WORD_LENGTH, elem_id="word",
+        )  # fmt: skip
+        with gr.Row():
+            inputs["height"] = _slider(*_HEIGHTS, first.height, "size")
+            inputs["x"] = _slider(0, 1, first.x, "across")
+            inputs["y"] = _slider(0, 1, first.y, "down")
+        with gr.Row():
+            inputs["font"] = gr.Dropdown(
+                list(draw.FONTS), value=first.font, label="typeface", elem_id="font", min_width=120
+            )
+            inputs["style"] = gr.Radio(
+                list(draw.STYLES), value=first.style, label="on a", elem_id="style", scale=2, min_width=190
+            )
+    return inputs
+
+
+def _label_inputs(engine: Engine, first: Form) -> dict[str, Any]:
+    """Return what says what the picture may be."""
+    with gr.Accordion("Labels", open=False, elem_id="vocabulary"):
+        labels = gr.Textbox(
+            "", lines=3, max_lines=6, label="What it may be: one a line, or separated by commas",
+            placeholder=_some(engine.tasks[0].labels), max_length=limits.MAX_LABELS_TEXT, elem_id="labels",
+            interactive=engine.can_relabel,
+        )  # fmt: skip
+        template = gr.Textbox(
+            first.template, label="prompt", max_length=limits.MAX_LABEL_LENGTH, elem_id="template",
+            interactive=engine.can_relabel,
+        )  # fmt: skip
+    return {"labels": labels, "template": template}
+
+
+def _defense_inputs(engine: Engine, first: Form) -> dict[str, Any]:
+    """Return what says how much of the defense acts."""
+    with gr.Group(elem_id="defense", visible=engine.can_explain):
+        with gr.Row():
+            strength = _slider(0, 1, 1.0, "strength", label="strength of the defense")
+            edit = gr.Radio(list(EDITS), value=first.edit, label="edit", elem_id="edit", min_width=260)
+        tasks = gr.CheckboxGroup(
+            [(task.title, task.name) for task in engine.tasks], value=list(first.tasks), label="remove",
+            visible=len(engine.tasks) > 1, elem_id="tasks",
+        )  # fmt: skip
+    return {"strength": strength, "edit": edit, "tasks": tasks}
+
+
+def _counterfactual(engine: Engine) -> tuple[Any, Any]:
+    """Return the button that asks which latents are enough, and where the answer goes."""
+    with gr.Row(visible=engine.can_explain, elem_id="enough"):
+        why = gr.Button("Which few latents are enough?", size="sm", elem_id="counterfactual", scale=0, min_width=210)
+        return why, gr.HTML("", elem_id="because")
+
+
+def _connect(
+    trying: Trying, inputs: Mapping[str, Any], shown: Mapping[str, Any], *, upload: Any, chooser: Any, why: Any
+) -> None:
+    """Tie events to handlers.
+
+    Args:
+        trying: The handlers.
+        inputs: The components that hold the form, by their names in `Form`.
+        shown: Those that show something, by their names.
+        upload: The button for an upload.
+        chooser: The row of examples.
+        why: The button that asks which latents are enough.
+    """
+    components = {**inputs, **shown}
+    answered = ("stage", "answers", "removed", "message")  # what `Trying.show` returns
+
+    def on(trigger: Any, handler: Handler, *outputs: str, first: Sequence[Any] = ()) -> None:
+        guarded = friendly(handler, len(outputs))
+        trigger(guarded, [*first, *_in_order(inputs)], [components[name] for name in outputs], **PRIVATE)
 
     def press(event: gr.EventData, *values: Any) -> tuple[Any, ...]:
         return trying.latent(event.event, event.place, bool(getattr(event, "on", "")), Form(*values))
@@ -266,19 +315,18 @@ def build(engine: Engine, gallery: cards.Gallery) -> list[Any]:
         return trying.choose(int(event.index), Form(*values))
 
     # Gradio's "input" misses what is deleted from a box, or pasted into it.
-    live = [box.change for box in (word, labels, template)]
-    live += [control.input for control in (font, style, height, x, y, strength, edit, tasks)]
-    on(functools.partial(gr.on, live), lambda *values: trying.show(Form(*values)), views_)
+    live = [inputs[name].change for name in ("word", "labels", "template")]
+    live += [inputs[name].input for name in ("font", "style", "height", "x", "y", "strength", "edit", "tasks")]
+    on(functools.partial(gr.on, live), lambda *values: trying.show(Form(*values)), *answered)
     on(
-        button.upload, lambda data, *values: trying.upload(data, Form(*values)),
-        [loaded, off, focus, card, word, *views_], [button],
+        upload.upload, lambda data, *values: trying.upload(data, Form(*values)),
+        "loaded", "off", "focus", "card", "word", *answered, first=[upload],
     )  # fmt: skip
-    on(chooser.select, choose, [loaded, off, focus, card, tasks, labels, template, word, *views_])
-    on(stage.select, put, [x, y, *views_])
-    if engine.can_explain:
-        on(removed.select, press, [off, focus, card, *views_])
-        on(why.click, lambda *values: (trying.counterfactual(Form(*values)),), [because])
-    return form
+    on(chooser.select, choose, "loaded", "off", "focus", "card", "tasks", "labels", "template", "word", *answered)
+    on(shown["stage"].select, put, "x", "y", *answered)
+    if trying.engine.can_explain:
+        on(shown["removed"].select, press, "off", "focus", "card", *answered)
+        on(why.click, lambda *values: (trying.counterfactual(Form(*values)),), "because")
 
 
 _HINT = (
@@ -309,7 +357,7 @@ def _first_form(trying: Trying) -> Form:
     )  # fmt: skip
 
 
-def _strip(shown: Sequence[Example]) -> str:
+def _strip(shown: Sequence[ExampleScene]) -> str:
     """Return the examples as a row of buttons."""
     tiles = "".join(
         f'<button type="button" data-event="choose" data-index="{index}" data-key="example-{index}">'

@@ -1,7 +1,7 @@
 """Files from visitors: their untouched bytes reach our decoder, and nothing of them stays on disk.
 
-Gradio's own image component opens a file before we do, and fetches one whose "path" is an address. What `untouched`
-makes of a component does neither. What was uploaded lies in a private folder (see `app.serving`) until it is read
+Gradio's own image component opens a file before we do, and fetches one whose "path" is an address. A component that
+went through `untouched` does neither. What was uploaded lies in a private folder (see `app.serving`) until it is read
 here, once.
 """
 

@@ -43,7 +43,7 @@ def data_uri(image: Image.Image, side: int) -> str:
 
 
 def place_key(place: Place) -> str:
-    """Return how a latent is named in the page."""
+    """Return a latent's key in the page: "blocks.2.hook_resid_post:17"."""
     return f"{place[0]}:{place[1]}"
 
 

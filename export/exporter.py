@@ -9,7 +9,7 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -19,17 +19,15 @@ from defense.classify.classifier import RobustClassifier
 from defense.data import images
 from defense.errors import ConfigError
 from defense.export import bundle, readme
-from defense.export.layouts import Layout, arrange
+from defense.export.layouts import Dtype, Layout, Mode, arrange
 from defense.export.sessions import HALF_OPTIONS
 from defense.export.text import TextGraph, trace_text
 from defense.export.verify import N_ROWS, Expected, Parity, Tolerance, verify
-from defense.export.vision import Mode, VisionGraph, trace_vision, write
+from defense.export.vision import VisionGraph, trace_vision, write
 from defense.hosts.clip import embedded_folder
 from defense.store import folders
 from defense.world.draws import typographic
 from defense.world.scenes import render
-
-Dtype = Literal["fp32", "fp16", "int8"]
 
 MODEL, TEXT_MODEL = "model.onnx", "text.onnx"
 TOLERANCES: dict[str, Tolerance] = {

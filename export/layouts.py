@@ -1,4 +1,4 @@
-"""Where a bundle's graphs lie, and the files that a server wants beside them.
+"""Where a bundle's graphs lie, and the files that a server wants beside them; the kinds of graph there are.
 
 | layout | for | adds |
 |---|---|---|
@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 Layout = Literal["bundle", "triton", "kserve"]
+Mode = Literal["delta", "exact", "static"]
+"""How a defense is written in a graph (vision.py)."""
+Dtype = Literal["fp32", "fp16", "int8"]
+"""Numbers of a graph."""
 
 REPOSITORY = "model_repository"
 VISION_NAME, TEXT_NAME = "clip_defense", "clip_defense_text"

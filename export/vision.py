@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import onnx_ir as ir
 import torch
@@ -33,11 +33,10 @@ from defense.core.sae import normalize
 from defense.core.suppress import Suppressor
 from defense.errors import ConfigError
 from defense.export.coordinates import TRANSLATION, coordinates
+from defense.export.layouts import Mode
 from defense.export.operators import rewritten
 from defense.hosts.attach import EditedBlock, attached, is_wrapped
 from defense.hosts.families import tower_of
-
-Mode = Literal["delta", "exact", "static"]
 
 OPSET = 18
 _TRACED_BATCH = 3  # traced with 1, the exporter fixes the batch at 1 whatever it is told

@@ -5,6 +5,7 @@ import copy
 import importlib
 import operator
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -338,8 +339,52 @@ def test_what_the_wheel_installs_can_be_imported_and_finds_its_data(unpacked: Pa
     assert Path(where) == unpacked / "defense" / "__init__.py"
 
 
+# --- its extras -------------------------------------------------------------------------------------------------------
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def _advised_extras(tree: ast.AST) -> set[str]:
+    """Extras that a file's errors and texts tell the user to install; "?" for one that is no literal."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "MissingDependencyError":
+            extra = node.args[1] if len(node.args) > 1 else None
+            found.add(str(extra.value) if isinstance(extra, ast.Constant) else "?")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for extras in re.findall(r"clip-defense\[([\w,-]+)\]", node.value):
+                found |= set(extras.split(","))
+    return found
+
+
+def test_every_extra_that_is_advised_exists() -> None:
+    sources = [path for path in _python_files() if path.relative_to(ROOT).parts[0] != "tests"]
+    advised = {
+        (str(path.relative_to(ROOT)), extra)
+        for path in sources
+        for extra in _advised_extras(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert len({extra for _, extra in advised}) > 5
+    assert not {each for each in advised if each[1] not in PYPROJECT["project"]["optional-dependencies"]}
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ('raise MissingDependencyError("pyarrow", "train")', {"train"}),
+        ('raise MissingDependencyError("pyarrow", extra)', {"?"}),
+        ("def f():\n    print('pip install \"clip-defense[torch,demo]\"')", {"torch", "demo"}),
+    ],
+)
+def test_advised_extras_are_found(code: str, found: set[str]) -> None:
+    assert _advised_extras(ast.parse(code)) == found
+
+
+# --- its packages -----------------------------------------------------------------------------------------------------
+
+
 def test_every_package_on_disk_is_listed_in_pyproject() -> None:
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    setuptools = PYPROJECT["tool"]["setuptools"]
     inner = {path.parent for name in ("defense", *MAPPED) for path in (ROOT / name).rglob("__init__.py")}
     names = {".".join(path.relative_to(ROOT).parts) for path in inner}
     assert set(setuptools["packages"]) == {

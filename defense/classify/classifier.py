@@ -1,6 +1,6 @@
-"""Images and labels in, predictions out.
+"""`RobustClassifier`: pictures and labels in, predictions out, computed with torch.
 
-The data flow is in the docstring of `RobustClassifier`; each step is one function of the module named beside it.
+The data flow is in its docstring; each step is one function of the module named beside it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,16 @@ from defense.hosts.defense import Defense, Site
 from defense.store.defenses import find_defense
 
 from .explanation import Explanation, account
-from .zeroshot import OnError, ZeroShotClassifier, batched, check_top_k, finite, prediction_of, warn_of_unknown_words
-from .zeroshot import Prediction as Prediction
+from .zeroshot import (
+    OnError,
+    Prediction,
+    ZeroShotClassifier,
+    batched,
+    check_top_k,
+    finite,
+    prediction_of,
+    warn_of_unknown_words,
+)
 
 if TYPE_CHECKING:
     from defense.core.ops import Backend
@@ -35,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class RobustClassifier(ZeroShotClassifier):
-    """A zero-shot classifier that does not read what it should look at.
+    """A CLIP with a defense in it, or without one, as a zero-shot classifier.
 
         image   --images.decode, Preprocess-->        pixel_values [batch, 3, height, width]
                 --blocks 0..L-->                      resid_post.L [batch, pos, d_model]
@@ -101,8 +109,8 @@ class RobustClassifier(ZeroShotClassifier):
 
         Args:
             source: "embedded" (offline, nothing is downloaded), a folder, or a hub id.
-            model: In place of the CLIP that the defense names; its weights must be the same.
-            pretrained: open_clip's tag, with `model`.
+            model: open_clip's name of a CLIP, in place of the one that the defense names; its weights must be the same.
+            pretrained: open_clip's tag of the weights of `model`.
             sets: The latent sets to use, by name; all by default.
             revision: Commit of the hub repository.
             cache_dir: Where hub files are kept.
@@ -112,7 +120,13 @@ class RobustClassifier(ZeroShotClassifier):
             allow_mismatch: See `wrap`.
             batch_size: Pictures decoded and encoded at once.
             backend: See `wrap`.
+
+        Raises:
+            ConfigError: `pretrained` without `model`, a set that the defense does not have, or see `load_clip`.
+            CheckpointError: There is no such defense, or it cannot be used.
+            ShapeError, HookPointError, BackendError: See `wrap`.
         """
+        check_named(model, pretrained)
         defense = find_defense(
             source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
@@ -144,7 +158,7 @@ class RobustClassifier(ZeroShotClassifier):
             return self._text_embeds[key]
 
     def encode_text(self, input_ids: np.ndarray) -> np.ndarray:
-        """Return the text tower's answer, float32 [n, d_embed], not normalized, to ids int64 [n, context_length]."""
+        """Return text embeddings, float32 [n, d_embed], not normalized, of ids int64 [n, context_length]."""
         return self.clip.encode_text(input_ids)
 
     # --- images ---
@@ -152,7 +166,13 @@ class RobustClassifier(ZeroShotClassifier):
     def _encode_image(
         self, pixel_values: np.ndarray, *, plain: bool = False, controls: Controls | None = None
     ) -> np.ndarray:
-        """Return image_embeds float32 [batch, d_embed], normalized, of pixel_values [batch, 3, height, width]."""
+        """Return image_embeds float32 [batch, d_embed], normalized, of pixel_values [batch, 3, height, width].
+
+        Args:
+            pixel_values: Float32.
+            plain: Without the defense; not together with `controls`.
+            controls: What of the defense is active; all of it where None.
+        """
         import torch
 
         with self._lock, torch.inference_mode():
@@ -166,7 +186,7 @@ class RobustClassifier(ZeroShotClassifier):
     def chunks(
         self, inputs: Iterable[Any], on_error: OnError = "raise"
     ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
-        """Yield as the base class says, pictures being decoded one after the other."""
+        """Yield (errors, pixel_values) of up to `batch_size` pictures at a time; see the base class."""
         for chunk in batched(inputs, self.batch_size):
             yield self._chunk((partial(self._prepare, image) for image in chunk), on_error)
 
@@ -185,7 +205,7 @@ class RobustClassifier(ZeroShotClassifier):
     # --- explanations ---
 
     def explain(self, image: Any, *, top_k: int | None = None, controls: Controls | None = None) -> Explanation:
-        """Return the plain and the robust answer for one picture and what made the difference.
+        """Return the plain and the robust answer for one picture, and what the defense removed from it.
 
         Args:
             image: See `images.decode`.
@@ -233,7 +253,7 @@ class RobustClassifier(ZeroShotClassifier):
         return image_embeds, 1000 * (time.perf_counter() - start)
 
     def classify_with(self, image: Any, controls: Controls, *, top_k: int | None = None) -> Prediction:
-        """Return the answer for one picture with the defense adjusted, without accounting for what it removed.
+        """Return the answer for one picture under some `Controls`; cheaper than `explain`, and without an account.
 
         Args:
             image: See `images.decode`.
@@ -248,7 +268,7 @@ class RobustClassifier(ZeroShotClassifier):
         return prediction_of(probe.labels, probe.scores(controls), top_k)
 
     def probe(self, image: Any) -> Probe:
-        """Return one picture, prepared once, to be answered under many `Controls`.
+        """Return a picture that is decoded, resized and normalized, to be classified under many `Controls`.
 
         Args:
             image: See `images.decode`.
@@ -298,11 +318,20 @@ class RobustClassifier(ZeroShotClassifier):
             return self._saes[id(site)]
 
 
+def check_named(model: str | None, pretrained: str | None) -> None:
+    """Raise `ConfigError` where weights are given and no model that they are of."""
+    if model is None and pretrained is not None:
+        raise ConfigError(
+            f"pretrained={pretrained!r} says which weights a model has, and there is no model=; give both, e.g. "
+            "model='ViT-B-32', or neither for the CLIP that the defense names"
+        )
+
+
 class Probe:
-    """One picture before a classifier, prepared once.
+    """A prepared picture and the labels that were set at that time: what `RobustClassifier.probe` returns.
 
     Attributes:
-        labels: What it is classified into.
+        labels: What the picture is classified into, in the order of the scores.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ class Removed:
     map: np.ndarray = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return the attributes as JSON values."""
         return {**vars(self), "map": self.map.tolist()}
 
 
@@ -96,7 +96,7 @@ class Explanation:
         return bool(self.plain[0]["label"] != self.robust[0]["label"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return the attributes, and `changed`, as JSON values."""
         return {
             "plain": self.plain,
             "robust": self.robust,
@@ -113,7 +113,7 @@ class Explanation:
 
 
 def account(told: Mapping[str, Suppression], grid: tuple[int, int]) -> tuple[tuple[Removed, ...], np.ndarray, float]:
-    """Add up what was removed from one picture: by latent, by patch, and over the residual's norm.
+    """Return what was removed from one picture: `removed`, `heatmap` and `fraction` of `Explanation`.
 
     Args:
         told: What `AttachedDefense.recording` yields, after a pass of one picture.
@@ -143,10 +143,10 @@ def _written(
     """Return what each latent of one suppressor wrote into a residual [1, pos, d_model]; shares are not known yet.
 
     Args:
-        hook_point: Where.
-        part: The suppressor.
-        resid: The residual.
-        acts: Its activations at `tokens`, [1, n_tokens, n].
+        hook_point: Of the residual.
+        part: The suppressor, of n latents.
+        resid: The residual, before the edit.
+        acts: Activations of the n latents at `tokens`, [1, n_tokens, n].
         tokens: The positions that are edited.
         grid: Patches down and across.
     """

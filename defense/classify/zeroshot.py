@@ -25,12 +25,14 @@ from defense.errors import ConfigError, DefenseError, NonFiniteError
 log = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip", "return"]
+"""What becomes of a picture that cannot be read: its error is raised; or logged, and the picture left out; or returned
+in its place."""
 Prediction = list[dict[str, Any]]
 """[{"label": str, "score": float}, ...], best first; scores are a softmax over the given labels."""
 
 
 class ZeroShotClassifier(ABC):
-    """From pictures and labels to predictions; a subclass says how either is embedded.
+    """A zero-shot classifier without its towers: a subclass says how pictures and texts are embedded.
 
     Args:
         batch_size: Pictures decoded and encoded at once.
@@ -62,11 +64,11 @@ class ZeroShotClassifier(ABC):
 
     @abstractmethod
     def encode_text(self, input_ids: np.ndarray) -> np.ndarray:
-        """Return the text tower's answer, float32 [n, d_embed], not normalized, to ids int64 [n, context_length]."""
+        """Return text embeddings, float32 [n, d_embed], not normalized, of ids int64 [n, context_length]."""
 
     @abstractmethod
     def _embeds_of(self, prompts: Prompts) -> np.ndarray:
-        """Return text_embeds, float32 [n_labels, d_embed], normalized; encoded once."""
+        """Return text_embeds, float32 [n_labels, d_embed], normalized; encoded on the first call, then cached."""
 
     @abstractmethod
     def _encode_image(self, pixel_values: np.ndarray) -> np.ndarray:
@@ -76,11 +78,15 @@ class ZeroShotClassifier(ABC):
     def chunks(
         self, inputs: Iterable[Any], on_error: OnError = "raise"
     ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
-        """Yield `batch_size` pictures at a time: for each None or its error, and pixel_values of the good ones.
+        """Yield (errors, pixel_values) of up to `batch_size` pictures at a time.
 
         Args:
             inputs: Pictures of any kind that `images.decode` takes.
-            on_error: "raise" the first error; "skip" and "return" yield it, and "skip" logs it.
+            on_error: "raise" the first error; "skip" logs each, "return" does not, and both yield it.
+
+        Yields:
+            For each picture None or its error; and the pixel_values of those without one, float32
+            [n_readable, 3, height, width], in order.
         """
 
     # --- labels ---
@@ -104,9 +110,7 @@ class ZeroShotClassifier(ABC):
         return np.array(self._chosen().labels, dtype=object)
 
     def _chosen(self) -> Prompts:
-        """Return labels and templates as one immutable snapshot.
-
-        Ask for it once a call: another thread may set other labels meanwhile.
+        """Return an immutable snapshot; read it once per request, since another thread may set labels.
 
         Raises:
             ConfigError: No labels are set.
@@ -167,13 +171,14 @@ class ZeroShotClassifier(ABC):
         return errors, np.stack(prepared) if prepared else np.empty((0, 3, *self.preprocess.size), np.float32)
 
     def stream(self, inputs: Iterable[Any], *, on_error: OnError = "raise", top_k: int | None = None) -> Iterator[Any]:
-        """Yield a `Prediction` for each picture, or its error object (`on_error="return"`); memory stays flat.
+        """Yield a `Prediction` for each picture, or its error where `on_error` is "return".
 
-        The labels are those set when this is called, whatever is set while the stream runs.
+        One batch is in memory at a time. The labels are those that are set when this is called, whatever is set while
+        the stream runs.
 
         Args:
             inputs: Pictures of any kind that `images.decode` takes.
-            on_error: "raise" the first error, "skip" bad pictures with a log line, or "return" the error in its place.
+            on_error: See `OnError`.
             top_k: Only the best so many labels.
         """
         return self._stream(inputs, self._chosen(), on_error, top_k)
@@ -205,13 +210,13 @@ class ZeroShotClassifier(ABC):
         on_error: OnError = "raise",
         top_k: int | None = None,
     ) -> Any:
-        """Classify, in the shape of the zero-shot-image-classification pipeline.
+        """Return predictions; called as Hugging Face's pipeline "zero-shot-image-classification" is.
 
         Args:
             images: One picture (path, bytes, file object, PIL image, HWC uint8 array), a list of them, or an iterator.
             candidate_labels: What to classify into, for this call; by default what `set_labels` chose.
             hypothesis_template: A template with a literal {}, for this call; by default the one chosen before.
-            on_error: See `stream`. A single picture always raises.
+            on_error: See `OnError`. A single picture always raises.
             top_k: Only the best so many labels.
 
         Returns:
@@ -235,7 +240,12 @@ class ZeroShotClassifier(ABC):
     # --- in the shape of scikit-learn ---
 
     def transform(self, X: Iterable[Any]) -> np.ndarray:
-        """Return image_embeds, float32 [n, d_embed], normalized."""
+        """Return image_embeds, float32 [n, d_embed], normalized.
+
+        Raises:
+            ConfigError: `X` is one picture, not several.
+            InvalidImageError: A picture cannot be read.
+        """
         if isinstance(X, (str, bytes, os.PathLike)):
             raise ConfigError(f"X must be a list of pictures, not one: [{X!r}]")
         parts = [self._encode_image(pixel_values) for _, pixel_values in self.chunks(X, "raise")]
@@ -296,7 +306,7 @@ def warn_of_unknown_words(
 
 
 def batched(inputs: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
-    """Yield `size` items at a time."""
+    """Yield tuples of `size` items; the last one may be shorter."""
     iterator = iter(inputs)
     while chunk := tuple(itertools.islice(iterator, size)):
         yield chunk

@@ -5,18 +5,32 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import Progress
 
-from defense.cli.common import EXIT_INPUTS, app, exit_codes, put, say, stderr
+from defense.cli.common import (
+    EXIT_INPUTS,
+    Device,
+    OtherModel,
+    app,
+    check_pretrained,
+    exit_codes,
+    put,
+    say,
+    stderr,
+)
 
 if TYPE_CHECKING:
-    from defense.benchmarks.datasets import Task
+    from defense.benchmarks.datasets import Options, Task
+    from defense.benchmarks.methods import Method
     from defense.hosts.defense import Defense
+
+_WITHOUT_DATA = {"speed": {"model", "out"}, "latents": {"out"}}
+"""Suites that measure no data set, and the options that each of them takes."""
 
 
 @app.command()
@@ -32,7 +46,7 @@ def bench(
     data: Annotated[
         Path | None, typer.Option(help='The folder that holds the data sets\' folders; by default "data".')
     ] = None,
-    model: Annotated[str | None, typer.Option(help="open_clip model; by default the one the defense names.")] = None,
+    model: OtherModel = None,
     pretrained: Annotated[str | None, typer.Option(help='open_clip\'s tag of its weights, or "random".')] = None,
     defense: Annotated[
         str | None,
@@ -45,52 +59,69 @@ def bench(
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Take data that are not all there.")] = False,
     font: Annotated[Path | None, typer.Option(help="Font file for drawn words.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn, and of intervals.")] = 0,
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Measure methods on data sets that attack CLIP with words or spurious cues."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes():
-        if suite == "speed":
-            _refuse_options(ctx, suite, {"model", "out"})
-            raise typer.Exit(_speed(model, out))
-        if suite == "latents":
-            _refuse_options(ctx, suite, {"out"})
-            raise typer.Exit(_latents(out))
+        if suite in _WITHOUT_DATA:
+            _refuse_options(ctx, suite, _WITHOUT_DATA[suite])
+            raise typer.Exit(_speed(model, out) if suite == "speed" else _latents(out))
         from defense.benchmarks import datasets, robust, tables
-        from defense.benchmarks.methods import FACTORIES, make_methods
-        from defense.hosts.clip import EMBEDDED
         from defense.store.defenses import find_defense
 
-        options = datasets.Options(allow_partial, font, seed)
-        tasks, missing = datasets.read_tasks(suite, data, options)
-        if missing:
-            say(f"not in {data or datasets.DATA}, left out: {', '.join(missing)}")
+        check_pretrained(model, pretrained)
         found = None if defense is None else find_defense(defense)
-        if model is None:
-            if found is not None:
-                model, pretrained = found.clip.model, found.clip.pretrained
-            elif all(task.name in datasets.mini.DEFENSES for task in tasks):
-                model = EMBEDDED
-            else:
-                raise typer.BadParameter("--model is missing, e.g. --model ViT-B-32 --pretrained openai")
-        typed = [name.strip() for name in methods.split(",")]
-        names = [each for name in typed for each in (FACTORIES if name == "all" else [name])]
-        defenses = {task.name: found for task in tasks} if found or model != EMBEDDED else _shipped(tasks)
-        jobs = [(task, make_methods(names, defenses[task.name])) for task in tasks]
+        tasks = _tasks(suite, data, datasets.Options(allow_partial, font, seed))
+        model, pretrained = (model, pretrained) if model is not None else _named_by(found, tasks)
+        jobs = _jobs(tasks, methods, found, model)
         clip = robust.load_named_host(model, pretrained, device=device)
         with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
-
-            def track(chunks: Sequence[Any], what: str) -> Iterable[Any]:
-                return progress.track(chunks, description=what)
-
-            command = shlex.join(["defense", *sys.argv[1:]])
-            results = robust.run(clip, jobs, out, seed=seed, command=command, track=track)
+            results = robust.run(
+                clip, jobs, out, seed=seed, command=_command(),
+                track=lambda chunks, what: progress.track(chunks, description=what),
+            )  # fmt: skip
         put(tables.markdown(results))
         robust.report(out)
-        n_unreadable = sum(result["robust"]["n_unreadable"] for result in results)
-        if n_unreadable:
+        if any(result["robust"]["n_unreadable"] for result in results):
             say("some pictures could not be read; the results name them", "red")
             raise typer.Exit(EXIT_INPUTS)
+
+
+def _tasks(suite: str, data: Path | None, options: Options) -> list[Task]:
+    """Return the data sets of a suite that are there; say which are not."""
+    from defense.benchmarks import datasets
+
+    tasks, missing = datasets.read_tasks(suite, data, options)
+    if missing:
+        say(f"not in {data or datasets.DATA}, left out: {', '.join(missing)}")
+    return tasks
+
+
+def _named_by(defense: Defense | None, tasks: Sequence[Task]) -> tuple[str, str | None]:
+    """Return model and weights where none are given: those of the defense, or the embedded ones for what is drawn."""
+    from defense.benchmarks.datasets import mini
+    from defense.hosts.clip import EMBEDDED
+
+    if defense is not None:
+        return defense.clip.model, defense.clip.pretrained
+    if all(task.name in mini.DEFENSES for task in tasks):
+        return EMBEDDED, None
+    raise typer.BadParameter("--model is missing, e.g. --model ViT-B-32 --pretrained openai")
+
+
+def _jobs(
+    tasks: Sequence[Task], methods: str, defense: Defense | None, model: str
+) -> list[tuple[Task, Sequence[Method]]]:
+    """Return each data set with the methods to measure on it, and the defense that is given or ships for it."""
+    from defense.benchmarks.methods import FACTORIES, make_methods
+    from defense.hosts.clip import EMBEDDED
+
+    typed = [name.strip() for name in methods.split(",")]
+    names = [each for name in typed for each in (FACTORIES if name == "all" else [name])]
+    is_shipped = defense is None and model == EMBEDDED
+    defenses = _shipped(tasks) if is_shipped else {task.name: defense for task in tasks}
+    return [(task, make_methods(names, defenses[task.name])) for task in tasks]
 
 
 def _shipped(tasks: Sequence[Task]) -> dict[str, Defense | None]:
@@ -124,6 +155,10 @@ def _speed(model: str | None, out: Path) -> int:
 def _latents(out: Path) -> int:
     from defense.benchmarks import latents
 
-    command = shlex.join(["defense", *sys.argv[1:]])
-    put(latents.table(latents.run(out / latents.FILE, command=command, report=say)))
+    put(latents.table(latents.run(out / latents.FILE, command=_command(), report=say)))
     return 0
+
+
+def _command() -> str:
+    """Return the command line as it was typed, for the record of a result."""
+    return shlex.join(["defense", *sys.argv[1:]])

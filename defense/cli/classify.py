@@ -11,10 +11,17 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
+from defense.classify.zeroshot import OnError
 from defense.cli.common import (
     EXIT_INPUTS,
-    OnError,
+    Device,
+    Labels,
+    LabelsFile,
+    OtherModel,
+    Pretrained,
+    Template,
     app,
+    check_pretrained,
     chosen_labels,
     exit_codes,
     expand,
@@ -41,17 +48,17 @@ def classify(
     pictures: Annotated[
         list[Path] | None, typer.Argument(help="Files or folders. By default the pictures that ship with the package.")
     ] = None,
-    labels: Annotated[str | None, typer.Option(help='What to choose from, e.g. "dog,cat".')] = None,
-    labels_file: Annotated[Path | None, typer.Option(help="The same, one label a line.")] = None,
-    template: Annotated[str, typer.Option(help='"simple", "hf", "openai", or a template with {}.')] = "simple",
+    labels: Labels = None,
+    labels_file: LabelsFile = None,
+    template: Template = "simple",
     defense: Annotated[str, typer.Option(help='"embedded", a folder, a hub id, or an exported bundle.')] = "embedded",
-    model: Annotated[str | None, typer.Option(help="open_clip model; by default the one the defense names.")] = None,
-    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
+    model: OtherModel = None,
+    pretrained: Pretrained = None,
     plain: Annotated[bool, typer.Option("--plain", help="Stock CLIP only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
-    on_error: Annotated[OnError, typer.Option(help="What becomes of a picture that cannot be read.")] = OnError.skip,
+    on_error: Annotated[OnError, typer.Option(help="What becomes of a picture that cannot be read.")] = "skip",
     top_k: Annotated[int, typer.Option(min=1, help="How many labels to print.")] = 3,
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Classify pictures with plain and with defended CLIP, side by side."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -60,6 +67,7 @@ def classify(
         from defense.export import bundle
         from defense.hosts.clip import EMBEDDED
 
+        check_pretrained(model, pretrained)
         paths = _example_pictures() if not pictures else list(expand(pictures))
         if not paths:
             raise typer.BadParameter(f"no pictures in {', '.join(map(str, pictures or []))}")
@@ -109,11 +117,11 @@ def _classify_all(clf: RobustClassifier, paths: Sequence[Path], *, as_json: bool
             try:
                 _classify_one(clf, path, as_json=as_json, top_k=top_k)
             except InvalidImageError as error:
-                if on_error is OnError.raise_:
+                if on_error == "raise":
                     raise
                 n_failed += 1
                 say(f"{shown(path)}: {error}", "red")
-                if on_error is OnError.return_:
+                if on_error == "return":
                     print_json({"file": shown(path), "error": {"code": error.code, "message": error.message}})
     return n_failed
 
@@ -152,12 +160,12 @@ def _classify_with_bundle(
     if chosen is not None:
         clf.set_labels(chosen, template)
     n_failed = 0
-    answers = clf.stream(paths, on_error="raise" if on_error is OnError.raise_ else "return", top_k=top_k)
+    answers = clf.stream(paths, on_error="raise" if on_error == "raise" else "return", top_k=top_k)
     for path, answer in zip(paths, answers, strict=True):
         if isinstance(answer, InvalidImageError):
             n_failed += 1
             say(f"{shown(path)}: {answer}", "red")
-            if on_error is OnError.return_:
+            if on_error == "return":
                 print_json({"file": shown(path), "error": {"code": answer.code, "message": answer.message}})
         elif as_json:
             print_json({"file": shown(path), "robust": answer})
@@ -171,7 +179,7 @@ def _classify_with_bundle(
 
 
 def _json_of(explanation: Explanation) -> dict[str, Any]:
-    """Return an explanation less its maps, which would drown the rest of a line."""
+    """Return an explanation as JSON values without its maps, which are longer than all the rest."""
     fields = explanation.to_dict()
     del fields["heatmap"]
     for item in fields["removed"]:

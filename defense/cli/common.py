@@ -1,4 +1,4 @@
-"""What the commands share: where text goes, exit codes, labels and paths."""
+"""What the commands share: options, where text goes, exit codes, labels and paths."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from defense.data.sources import PICTURE_SUFFIXES
 from defense.errors import CheckpointError, DefenseError, InvalidImageError, MissingDependencyError, NonFiniteError
 
 app = typer.Typer(
@@ -26,24 +26,25 @@ stdout = Console()
 stderr = Console(stderr=True)
 
 EXIT_USAGE, EXIT_MISSING, EXIT_INPUTS, EXIT_ARTIFACT, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
-
-class OnError(StrEnum):
-    """What becomes of a picture that cannot be read."""
-
-    skip = "skip"
-    raise_ = "raise"
-    return_ = "return"
+# Options that several commands have.
+Labels = Annotated[str | None, typer.Option(help='What to choose from, e.g. "dog,cat".')]
+LabelsFile = Annotated[Path | None, typer.Option(help="The same, one label a line.")]
+Template = Annotated[str, typer.Option(help='"simple", "hf", "openai", or a template with {}.')]
+DefenseSource = Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')]
+Model = Annotated[str, typer.Option(help="open_clip model.")]
+OtherModel = Annotated[str | None, typer.Option(help="open_clip model; by default the one the defense names.")]
+Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")]
+Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')]
 
 
 def say(text: str, style: str | None = None) -> None:
-    """Print a line of talk on stderr, as it is."""
+    """Print a line for people on stderr; nothing in it is taken for markup."""
     stderr.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def put(text: str, style: str | None = None) -> None:
-    """Print a line of data on stdout, as it is."""
+    """Print a line of the result on stdout; nothing in it is taken for markup."""
     stdout.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -83,6 +84,15 @@ def chosen_labels(labels: str | None, labels_file: Path | None, uses_embedded: b
     from defense.world.scenes import OBJECTS
 
     return list(OBJECTS)
+
+
+def check_pretrained(model: str | None, pretrained: str | None) -> None:
+    """Refuse --pretrained without a --model that could have such weights; the embedded model has its own."""
+    if pretrained is not None and model in (None, "embedded"):
+        raise typer.BadParameter(
+            f"--pretrained {pretrained} says which weights a --model has, and there is none; give both, e.g. --model "
+            "ViT-B-32 --pretrained openai, or neither"
+        )
 
 
 def expand(pictures: Sequence[Path]) -> Iterator[Path]:

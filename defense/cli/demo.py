@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from defense.cli.common import app, chosen_labels, exit_codes, say
+from defense.cli.common import (
+    DefenseSource,
+    Device,
+    LabelsFile,
+    OtherModel,
+    Pretrained,
+    app,
+    check_pretrained,
+    chosen_labels,
+    exit_codes,
+    say,
+)
 from defense.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -20,16 +31,16 @@ if TYPE_CHECKING:
 
 @app.command()
 def demo(
-    defense: Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')] = "embedded",
-    model: Annotated[str | None, typer.Option(help="open_clip model; by default the one the defense names.")] = None,
-    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
+    defense: DefenseSource = "embedded",
+    model: OtherModel = None,
+    pretrained: Pretrained = None,
     bundle: Annotated[Path | None, typer.Option(help="An exported bundle in place of all this; without torch.")] = None,
     labels: Annotated[str | None, typer.Option(help='Labels to begin with, e.g. "dog,cat".')] = None,
-    labels_file: Annotated[Path | None, typer.Option(help="The same, one label a line.")] = None,
+    labels_file: LabelsFile = None,
     template: Annotated[str | None, typer.Option(help='A prompt with {}; "a photo of a {}." by default.')] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free from 7860 on.")] = None,
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Open the demo: write a word on a picture, and see what falls, what stands, and what was removed."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -47,6 +58,7 @@ def demo(
             given = None if labels is None and labels_file is None else chosen_labels(labels, labels_file, False)
             engine = bundled(bundle, given, template)
         else:
+            check_pretrained(model, pretrained)
             uses_embedded = defense.partition(":")[0] == "embedded" and model in (None, "embedded")
             is_given = labels is not None or labels_file is not None or not uses_embedded
             given = chosen_labels(labels, labels_file, uses_embedded) if is_given else None

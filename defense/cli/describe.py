@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from defense.cli.common import EXIT_INPUTS, app, exit_codes, put, say, stderr
+from defense.cli.common import (
+    EXIT_INPUTS,
+    Device,
+    Model,
+    Pretrained,
+    app,
+    check_pretrained,
+    exit_codes,
+    put,
+    say,
+    stderr,
+)
 
 
 @app.command()
@@ -20,15 +31,15 @@ def describe(
     ],
     words: Annotated[Path, typer.Option(help="Candidates for names, one a line.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for it; <defense>.catalogue is found by itself.")],
-    model: Annotated[str, typer.Option(help="open_clip model.")] = "embedded",
-    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
+    model: Model = "embedded",
+    pretrained: Pretrained = None,
     n_top: Annotated[int, typer.Option(min=1, help="Pictures to keep per latent.")] = 8,
     n_names: Annotated[int, typer.Option(min=1, help="Words to keep per latent.")] = 3,
     n_steered: Annotated[
         int, typer.Option(min=2, help="Pictures to steer each latent on; takes most of the time.")
     ] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of the pictures drawn for names and steering.")] = 0,
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Say of each latent when it fires, what it does to the answer, and which words name it."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -39,6 +50,7 @@ def describe(
         from defense.hosts.clip import load_clip
         from defense.store import checkpoint
 
+        check_pretrained(model, pretrained)
         catalogue.check_target(out)
         names, source = read_labels(words), open_pictures(pictures)
         found = [checkpoint.load(folder) for folder in sae]

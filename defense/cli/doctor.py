@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
 import typer
 
 from defense.cli.common import EXIT_MISSING, app, put, say
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

@@ -7,7 +7,6 @@ import os
 import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,23 @@ import typer
 from PIL import Image
 
 from defense.cli.classify import print_explanation
-from defense.cli.common import app, chosen_labels, exit_codes, say, shown, stderr
+from defense.cli.common import (
+    DefenseSource,
+    Device,
+    Labels,
+    LabelsFile,
+    OtherModel,
+    Pretrained,
+    Template,
+    app,
+    check_pretrained,
+    chosen_labels,
+    exit_codes,
+    say,
+    shown,
+    stderr,
+)
+from defense.core.latents import Removal
 
 if TYPE_CHECKING:
     from defense.classify.classifier import RobustClassifier
@@ -25,26 +40,19 @@ _SUFFIXES = (".html", ".png")
 _TOP_K = 3
 
 
-class Edit(StrEnum):
-    """What becomes of the latents of a set."""
-
-    scale = "scale"
-    project = "project"
-
-
 @app.command()
 def explain(
     picture: Annotated[Path, typer.Argument(help="The file.")],
     out: Annotated[Path, typer.Option(help="What to write: a .html or a .png file. One that is there is replaced.")],
-    labels: Annotated[str | None, typer.Option(help='What to choose from, e.g. "dog,cat".')] = None,
-    labels_file: Annotated[Path | None, typer.Option(help="The same, one label a line.")] = None,
-    template: Annotated[str, typer.Option(help='"simple", "hf", "openai", or a template with {}.')] = "simple",
-    defense: Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')] = "embedded",
-    model: Annotated[str | None, typer.Option(help="open_clip model; by default the one the defense names.")] = None,
-    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
+    labels: Labels = None,
+    labels_file: LabelsFile = None,
+    template: Template = "simple",
+    defense: DefenseSource = "embedded",
+    model: OtherModel = None,
+    pretrained: Pretrained = None,
     strength: Annotated[float, typer.Option(min=0, max=1, help="Factor on what is removed; 0 is stock CLIP.")] = 1.0,
-    edit: Annotated[Edit | None, typer.Option(help="In place of each latent set's own.")] = None,
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
+    edit: Annotated[Removal | None, typer.Option(help="In place of each latent set's own.")] = None,
+    device: Device = "auto",
 ) -> None:
     """Write what the defense removed from a picture, and where, to one HTML file or PNG that needs nothing else."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -58,6 +66,7 @@ def explain(
         from defense.hosts.clip import EMBEDDED
         from defense.hosts.controls import Controls
 
+        check_pretrained(model, pretrained)
         _check_target(out, picture)
         if bundle.is_bundle(defense):
             raise typer.BadParameter("a bundle cannot explain itself; give the defense that it was exported from")
@@ -66,12 +75,12 @@ def explain(
         clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device=device)
         clf.set_labels(chosen, template)
         catalogues = _catalogues_of(clf, defense)
-        controls = Controls(strength=strength, edit=None if edit is None else edit.value)
+        controls = Controls(strength=strength, edit=edit)
         with stderr.status("looking for what mattered") if stderr.is_terminal else nullcontext():
             explanation = replace(clf.explain(decoded.image, controls=controls), warnings=decoded.warnings)
             enough = counterfactual(clf, decoded.image, controls=controls) if explanation.changed else None
-        report = report_png if out.suffix.lower() == ".png" else report_html
-        page = report(
+        draw = report_png if out.suffix.lower() == ".png" else report_html
+        page = draw(
             decoded.image,
             explanation,
             name=shown(Path(picture.name)),

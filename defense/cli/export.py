@@ -4,56 +4,46 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from defense.cli.common import app, chosen_labels, exit_codes, put, say, shown, stderr
+from defense.cli.common import (
+    DefenseSource,
+    LabelsFile,
+    OtherModel,
+    Pretrained,
+    Template,
+    app,
+    check_pretrained,
+    chosen_labels,
+    exit_codes,
+    put,
+    say,
+    shown,
+    stderr,
+)
 from defense.errors import MissingDependencyError
+from defense.export.layouts import Dtype, Layout, Mode  # the one module on top that a command needs for its options
 
 if TYPE_CHECKING:
     from defense.export.exporter import ExportReport
-
-
-class Mode(StrEnum):
-    """How a TopK SAE is written in an exported graph."""
-
-    exact = "exact"
-    static = "static"
-    delta = "delta"
-
-
-class Dtype(StrEnum):
-    """Numbers of an exported graph."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    int8 = "int8"
-
-
-class Layout(StrEnum):
-    """Whose files stand around an exported graph."""
-
-    bundle = "bundle"
-    triton = "triton"
-    kserve = "kserve"
 
 
 @app.command()
 def export(
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist, or be empty.")],
     labels: Annotated[str | None, typer.Option(help='Labels to bake in, e.g. "dog,cat".')] = None,
-    labels_file: Annotated[Path | None, typer.Option(help="The same, one label a line.")] = None,
-    template: Annotated[str, typer.Option(help='"simple", "hf", "openai", or a template with {}.')] = "simple",
-    defense: Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')] = "embedded",
-    model: Annotated[str | None, typer.Option(help="open_clip model; by default the one the defense names.")] = None,
-    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
-    mode: Annotated[Mode, typer.Option(help="How a TopK SAE is written.")] = Mode.exact,
-    dtype: Annotated[Dtype, typer.Option(help="fp16 is for CUDA, int8 for CPUs.")] = Dtype.fp32,
+    labels_file: LabelsFile = None,
+    template: Template = "simple",
+    defense: DefenseSource = "embedded",
+    model: OtherModel = None,
+    pretrained: Pretrained = None,
+    mode: Annotated[Mode, typer.Option(help="How a TopK SAE is written.")] = "exact",
+    dtype: Annotated[Dtype, typer.Option(help="fp16 is for CUDA, int8 for CPUs.")] = "fp32",
     text: Annotated[bool, typer.Option("--text", help="Add the text tower, for labels chosen at run time.")] = False,
-    layout: Annotated[Layout, typer.Option(help="A server's files around the same bundle.")] = Layout.bundle,
+    layout: Annotated[Layout, typer.Option(help="A server's files around the same bundle.")] = "bundle",
 ) -> None:
     """Write a defended CLIP as ONNX, checked against PyTorch, with all that it takes to run it without."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -66,11 +56,12 @@ def export(
         except ModuleNotFoundError as error:
             raise MissingDependencyError(error.name or "onnxscript", "export") from error
 
+        check_pretrained(model, pretrained)
         chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED))
         clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device="cpu")
         clf.set_labels(chosen, template)
         with stderr.status("tracing and checking") if stderr.is_terminal else nullcontext():
-            report = export_onnx(clf, out, mode=mode.value, dtype=dtype.value, text=text, layout=layout.value)
+            report = export_onnx(clf, out, mode=mode, dtype=dtype, text=text, layout=layout)
         _print_report(report)
 
 

@@ -3,44 +3,66 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from defense.cli.common import EXIT_INPUTS, app, chosen_labels, exit_codes, put, say, shown, stderr
+from defense.cli.common import (
+    EXIT_INPUTS,
+    Device,
+    LabelsFile,
+    Model,
+    Pretrained,
+    Template,
+    app,
+    check_pretrained,
+    chosen_labels,
+    exit_codes,
+    put,
+    say,
+    shown,
+    stderr,
+)
+from defense.core.latents import Removal, Scope
 
 if TYPE_CHECKING:
     from defense.classify.classifier import RobustClassifier
+    from defense.data.sources import Pictures
     from defense.fit.material import Material
+    from defense.fit.metadata import Metadata
     from defense.fit.placing import Fitted
-    from defense.hosts.defense import Defense
+    from defense.store.checkpoint import Checkpoint
+
+FitTask = Literal["text", "group"]
+"""What a defense is against: words in the picture, or what goes with a class."""
 
 
-class Task(StrEnum):
-    """What a defense is against."""
+@dataclass(frozen=True)
+class _Source:
+    """The pictures to fit on, as they were asked for.
 
-    text = "text"
-    group = "group"
+    Attributes:
+        task: What the defense is against.
+        pictures: Folders and files; with `metadata` at most the one folder that its paths start from.
+        metadata: A csv file with a row per picture, or None.
+        path_column: Its column of paths.
+        label_column: Its column of classes.
+        attribute_column: Its column of what should not count, or None.
+        spurious: Prompts for what should not count, separated by commas, or None.
+    """
 
-
-class Edit(StrEnum):
-    """What becomes of the latents."""
-
-    scale = "scale"
-    project = "project"
-
-
-class Scope(StrEnum):
-    """Which tokens are edited."""
-
-    cls = "cls"
-    patch = "patch"
-    all = "all"
+    task: FitTask
+    pictures: Sequence[Path]
+    metadata: Path | None
+    path_column: str
+    label_column: str
+    attribute_column: str | None
+    spurious: str | None
 
 
 @app.command()
@@ -54,9 +76,9 @@ def fit(
         list[Path] | None,
         typer.Option(help="SAE that `defense train` or `import` wrote; again for more blocks, fitted in this order."),
     ] = None,
-    task: Annotated[Task, typer.Option(help="Against words in the picture, or what goes with a class.")] = Task.text,
+    task: Annotated[FitTask, typer.Option(help="Against words in the picture, or what goes with a class.")] = "text",
     labels: Annotated[str | None, typer.Option(help="Text: what to choose from; by default 102 things.")] = None,
-    labels_file: Annotated[Path | None, typer.Option(help="The same, one label a line.")] = None,
+    labels_file: LabelsFile = None,
     classes: Annotated[str | None, typer.Option(help='Group: e.g. "landbird,waterbird".')] = None,
     metadata: Annotated[Path | None, typer.Option(help="Group: csv file, a row per picture; no test split.")] = None,
     path_column: Annotated[str, typer.Option(help="Its column of paths.")] = "path",
@@ -67,12 +89,12 @@ def fit(
     spurious: Annotated[
         str | None, typer.Option(help='Group, without labels: e.g. "water background,land background".')
     ] = None,
-    template: Annotated[str, typer.Option(help='"simple", "hf", "openai", or a template with {}.')] = "simple",
-    model: Annotated[str, typer.Option(help="open_clip model.")] = "embedded",
-    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
+    template: Template = "simple",
+    model: Model = "embedded",
+    pretrained: Pretrained = None,
     edit: Annotated[
-        Edit, typer.Option(help="Take away what latents write, or the span of those that fire.")
-    ] = Edit.scale,
+        Removal, typer.Option(help="Take away what latents write, or the span of those that fire.")
+    ] = "scale",
     scope: Annotated[Scope | None, typer.Option(help="Which tokens; by default those the SAE was trained on.")] = None,
     clean_budget: Annotated[
         float, typer.Option(min=0, max=1, help="Accuracy that may be lost where nothing is wrong, over all blocks.")
@@ -91,164 +113,207 @@ def fit(
         str, typer.Option("--license", "--licence", help="Of the defense; SPDX identifier.")
     ] = "not stated",
     seed: Annotated[int, typer.Option(min=0, help="Of pictures, writing and folds.")] = 0,
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Choose the latents of SAEs that a cue speaks through, and save them as a defense.
 
     Words in the picture need no labels: plain CLIP's answer is right, until another label is written on the picture.
     """
+    # Longer than 60 lines by the list of options.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes():
         import torch
 
         from defense.classify.classifier import RobustClassifier
-        from defense.errors import CalibrationError
-        from defense.fit import report as report_page
         from defense.fit.config import FitConfig
-        from defense.fit.placing import fit_defense, with_golden
+        from defense.fit.placing import fit_defense
         from defense.fit.sites import plan_sites
         from defense.hosts.clip import load_clip, resolve_device
-        from defense.store import checkpoint, defenses
 
-        if not sae:
-            raise typer.BadParameter("--sae is missing: a folder that `defense train` or `defense import` wrote")
-        chosen = _choices(task, labels, labels_file, classes)
-        _check_sources(task, pictures, metadata, attribute_column, spurious)
-        if sweep and scope is not None:
-            raise typer.BadParameter("--sweep tries every scope; leave out --scope")
-        defenses.check_target(out)
-        if report is not None:
-            if report.resolve().is_relative_to(out.resolve()):
-                raise typer.BadParameter(f"--report {report} lies in the defense's folder, which holds nothing else")
-            report_page.check_target(report)
-        checkpoints = [checkpoint.load(folder) for folder in sae]
-        if calibrate and not any(each.sae.config.act == "topk" for each in checkpoints):
-            raise typer.BadParameter("--calibrate is for SAEs with a topk rule, and there is none; leave it out")
+        source = _Source(task, pictures or [], metadata, path_column, label_column, attribute_column, spurious)
+        answers = _answers(task, labels, labels_file, classes, template)
+        _check_options(source, sae or [], scope=scope, is_swept=sweep)
+        check_pretrained(model, pretrained)
+        _check_targets(out, report)
+        checkpoints = _read_saes(sae or [], calibrate=calibrate)
+        opened = _opened(source, answers)
         clip = load_clip(model, pretrained, device=resolve_device(device))
-        config = FitConfig(clean_budget=clean_budget / len(sae), edit=edit.value, seed=seed)
-        plans = plan_sites(clip, checkpoints, config, None if scope is None else scope.value)
-        clf = RobustClassifier(clip).set_labels(chosen, template)
+        config = FitConfig(clean_budget=clean_budget / len(checkpoints), edit=edit, seed=seed)
+        plans = plan_sites(clip, checkpoints, config, scope)
+        clf = RobustClassifier(clip).set_labels(answers, template)
         with _progress() as told:
             told("reading pictures")
-            material = _material(
-                clf, pictures or [], metadata, (path_column, label_column, attribute_column), spurious,
-                task=task, n=n_pictures, seed=seed,
-            )  # fmt: skip
-            record: dict[str, Any] = {
-                "task": task.value,
-                "labels": list(chosen),
-                "template": template,
-                "saes": [{"hook_point": each.hook_point, **dict(each.provenance)} for each in checkpoints],
-            }
+            material = _material(clf, source, opened, n=n_pictures, seed=seed)
             fitted = fit_defense(
                 clip, clip.id_as(model, pretrained), plans, material, torch.from_numpy(clf.text_embeds()),
-                name=name or task.value, folds=folds, seed=seed, is_swept=sweep, license=license, provenance=record,
-                report=told,
+                name=name or task, folds=folds, seed=seed, is_swept=sweep, license=license,
+                provenance=_record(task, answers, template, checkpoints), report=told,
             )  # fmt: skip
-            defenses.save(with_golden(clip, fitted.defense), out)
-            if report is not None:
-                report_page.write(fitted, report)
+            _write(clf, fitted, out, report)
             if calibrate:
                 told("calibrating")
-                try:
-                    defense = _calibrated(clf, fitted.defense, material)
-                except CalibrationError:
-                    say(f"{shown(out)} holds the defense with its exact rule, which is not lost:")
-                    raise
-                defenses.save(with_golden(clip, defense), out)
+                _calibrate(clf, fitted, material, out)
         _print_fit(fitted)
         put(f"written     {shown(out)}")
         say(f"Try it: defense classify PICTURE --labels ... --defense {shown(out)}")
         if material.unreadable:
-            say(f"{len(material.unreadable)} pictures could not be read and were left out:")
-            for picture in material.unreadable:
-                say(f"  {picture}")
+            _print_unreadable(material.unreadable)
             raise typer.Exit(EXIT_INPUTS)
 
 
-def _choices(task: Task, labels: str | None, labels_file: Path | None, classes: str | None) -> tuple[str, ...]:
-    """Return what to choose from."""
-    from defense.data.labels import check_labels
+# --- what is refused, before anything long starts ---
 
-    if task is Task.group:
+
+def _check_options(source: _Source, saes: Sequence[Path], *, scope: Scope | None, is_swept: bool) -> None:
+    """Refuse options that contradict each other or the task, or that are missing."""
+    if not saes:
+        raise typer.BadParameter("--sae is missing: a folder that `defense train` or `defense import` wrote")
+    if source.task == "text" and (source.metadata is not None or source.spurious is not None):
+        raise typer.BadParameter("--metadata and --spurious go with --task group")
+    if source.task == "group" and (source.metadata is None) == (source.spurious is None):
+        raise typer.BadParameter(
+            "--task group needs either --metadata, which names the groups, or --spurious, which does without"
+        )
+    if source.spurious is not None and len(_split(source.spurious)) < 2:
+        raise typer.BadParameter(f"--spurious {source.spurious} is one prompt; give two or more, separated by commas")
+    if source.attribute_column is not None and source.metadata is None:
+        raise typer.BadParameter("--attribute-column names a column of --metadata; give that too")
+    if source.metadata is None and not source.pictures:
+        raise typer.BadParameter("no pictures: give a folder, or --metadata FILE")
+    if source.metadata is not None and len(source.pictures) > 1:
+        raise typer.BadParameter("with --metadata there is one folder of pictures, which its paths start from")
+    if is_swept and scope is not None:
+        raise typer.BadParameter("--sweep tries every scope; leave out --scope")
+
+
+def _check_targets(out: Path, report: Path | None) -> None:
+    """Refuse folders that could not be written."""
+    from defense.fit import report as report_page
+    from defense.store import defenses
+
+    defenses.check_target(out)
+    if report is None:
+        return
+    if report.resolve().is_relative_to(out.resolve()):
+        raise typer.BadParameter(f"--report {report} lies in the defense's folder, which holds nothing else")
+    report_page.check_target(report)
+
+
+def _answers(
+    task: FitTask, labels: str | None, labels_file: Path | None, classes: str | None, template: str
+) -> tuple[str, ...]:
+    """Return what to choose from, checked; the template, which it goes into, is checked too."""
+    from defense.data.labels import check_labels, resolve_templates
+
+    resolve_templates(template)
+    if task == "group":
         if classes is None or labels is not None or labels_file is not None:
             raise typer.BadParameter('--task group takes its labels from --classes, e.g. "landbird,waterbird"')
-        return check_labels(_split(classes))
-    if classes is not None:
+        answers = check_labels(_split(classes))
+    elif classes is not None:
         raise typer.BadParameter("--classes goes with --task group; --task text has --labels")
-    return check_labels(chosen_labels(labels, labels_file, labels is None and labels_file is None))
+    else:
+        answers = check_labels(chosen_labels(labels, labels_file, labels is None and labels_file is None))
+    if len(answers) < 2:
+        raise typer.BadParameter(f"{answers[0]!r} is all there is to choose from; give two or more")
+    return answers
 
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-def _check_sources(
-    task: Task, pictures: list[Path] | None, metadata: Path | None, attribute_column: str | None, spurious: str | None
-) -> None:
-    """Refuse sources that contradict each other or the task."""
-    if task is Task.text and (metadata is not None or spurious is not None):
-        raise typer.BadParameter("--metadata and --spurious go with --task group")
-    if task is Task.group and (metadata is None) == (spurious is None):
-        raise typer.BadParameter(
-            "--task group needs either --metadata, which names the groups, or --spurious, which does without"
-        )
-    if attribute_column is not None and metadata is None:
-        raise typer.BadParameter("--attribute-column names a column of --metadata; give that too")
-    if metadata is None and not pictures:
-        raise typer.BadParameter("no pictures: give a folder, or --metadata FILE")
-    if metadata is not None and len(pictures or []) > 1:
-        raise typer.BadParameter("with --metadata there is one folder of pictures, which its paths start from")
+def _read_saes(folders: Sequence[Path], *, calibrate: bool) -> list[Checkpoint]:
+    """Return the SAEs, each of another block; where thresholds are asked for, one of them at least has a topk rule."""
+    from defense.store import checkpoint
+
+    found = [checkpoint.load(folder) for folder in folders]
+    points = [each.hook_point for each in found]
+    if len(set(points)) < len(points):
+        raise typer.BadParameter(f"the SAEs are at {', '.join(points)}; give one SAE per block")
+    if calibrate and not any(each.sae.config.act == "topk" for each in found):
+        raise typer.BadParameter("--calibrate is for SAEs with a topk rule, and there is none; leave it out")
+    return found
 
 
-def _material(
-    clf: RobustClassifier,
-    pictures: list[Path],
-    metadata: Path | None,
-    columns: tuple[str, str, str | None],
-    spurious: str | None,
-    *,
-    task: Task,
-    n: int,
-    seed: int,
-) -> Material:
-    """Read what to fit on."""
+def _opened(source: _Source, classes: Sequence[str]) -> Metadata | Pictures:
+    """Return the rows of the csv file, or the pictures of the folders; none of them is read yet."""
     from defense.data.sources import open_pictures
-    from defense.fit import from_pictures
     from defense.fit.metadata import read_metadata
 
-    if metadata is not None:
-        path_column, label_column, attribute_column = columns
-        rows = read_metadata(
-            metadata, [str(label) for label in clf.classes_], path_column=path_column, label_column=label_column,
-            attribute_column=attribute_column, root=pictures[0] if pictures else None,
-        )  # fmt: skip
-        if rows.n_test:
-            say(f"{rows.n_test} rows of the test split were left out")
-        if not rows.has_split:
-            say(f"{shown(metadata)} has no column 'split': if it lists test pictures, they are fitted on too")
-        return from_pictures.metadata_material(clf, rows, n=n, seed=seed)
-    source = open_pictures(pictures)
-    if task is Task.text:
-        return from_pictures.text_material(clf, source, n=n, seed=seed)
-    assert spurious is not None, "checked before"
-    return from_pictures.spurious_material(clf, source, _split(spurious), n=n, seed=seed)
+    if source.metadata is None:
+        return open_pictures(source.pictures)
+    rows = read_metadata(
+        source.metadata, classes, path_column=source.path_column, label_column=source.label_column,
+        attribute_column=source.attribute_column, root=source.pictures[0] if source.pictures else None,
+    )  # fmt: skip
+    if rows.n_test:
+        say(f"{rows.n_test} rows of the test split were left out")
+    if not rows.has_split:
+        say(f"{shown(source.metadata)} has no column 'split': if it lists test pictures, they are fitted on too")
+    return rows
 
 
-def _calibrated(clf: RobustClassifier, defense: Defense, material: Material) -> Defense:
-    """Replace TopK rules by thresholds, and print how well those stand in for them."""
+# --- the work ---
+
+
+def _material(clf: RobustClassifier, source: _Source, opened: Metadata | Pictures, *, n: int, seed: int) -> Material:
+    """Read up to `n` of the pictures, and say of each what is right and what is wrong with it."""
+    from defense.data.sources import Pictures
+    from defense.fit import from_pictures
+
+    if not isinstance(opened, Pictures):
+        return from_pictures.metadata_material(clf, opened, n=n, seed=seed)
+    if source.spurious is None:
+        return from_pictures.text_material(clf, opened, n=n, seed=seed)
+    return from_pictures.spurious_material(clf, opened, _split(source.spurious), n=n, seed=seed)
+
+
+def _record(task: FitTask, answers: Sequence[str], template: str, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Return what was asked for, for the defense's provenance."""
+    return {
+        "task": task,
+        "labels": list(answers),
+        "template": template,
+        "saes": [{"hook_point": each.hook_point, **dict(each.provenance)} for each in checkpoints],
+    }
+
+
+def _write(clf: RobustClassifier, fitted: Fitted, out: Path, report: Path | None) -> None:
+    """Write the defense, and a report on it where that is asked for."""
+    from defense.fit import report as report_page
+    from defense.fit.placing import with_golden
+    from defense.store import defenses
+
+    defenses.save(with_golden(clf.clip, fitted.defense), out)
+    if report is not None:
+        report_page.write(fitted, report)
+
+
+def _calibrate(clf: RobustClassifier, fitted: Fitted, material: Material, out: Path) -> None:
+    """Replace TopK rules by thresholds in the defense that was written; print how well those stand in for them."""
     import numpy as np
 
+    from defense.errors import CalibrationError
     from defense.fit.calibrate import calibrated
+    from defense.fit.placing import with_golden
+    from defense.store import defenses
 
     pixel_values = material.data.all_pixel_values()
     twins = np.arange(len(pixel_values)) % len(material.strata)
-    result, calibration = calibrated(clf.clip, defense, pixel_values, text_embeds=clf.text_embeds(), groups=twins)
+    try:
+        defense, found = calibrated(clf.clip, fitted.defense, pixel_values, text_embeds=clf.text_embeds(), groups=twins)
+    except CalibrationError:
+        say(f"{shown(out)} holds the defense with its exact rule, which is not lost:")
+        raise
     put(
-        f"calibrated  {100 * calibration.agreement:.1f} % of {calibration.n_held_out} held-out pictures get the same "
-        f"label, cosine {calibration.cosine_mean:.4f} on average, {calibration.cosine_worst:.4f} at worst"
+        f"calibrated  {100 * found.agreement:.1f} % of {found.n_held_out} held-out pictures get the same label, cosine "
+        f"{found.cosine_mean:.4f} on average, {found.cosine_worst:.4f} at worst"
     )
-    return result
+    defenses.save(with_golden(clf.clip, defense), out)
+
+
+# --- what is printed ---
 
 
 @contextmanager
@@ -259,8 +324,8 @@ def _progress() -> Iterator[Callable[[str], None]]:
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda line: progress.update(task, description=line)
+        bar = progress.add_task("", total=None)
+        yield lambda line: progress.update(bar, description=line)
 
 
 def _print_fit(fitted: Fitted) -> None:
@@ -283,3 +348,9 @@ def _print_fit(fitted: Fitted) -> None:
             f"  {key:16} {100 * row['plain']:5.1f} without, {100 * row['defended']:5.1f} with the defense "
             f"(spread {100 * row['spread']:.1f})"
         )
+
+
+def _print_unreadable(names: Sequence[str]) -> None:
+    say(f"{len(names)} pictures could not be read and were left out:")
+    for name in names:
+        say(f"  {name}")

@@ -11,7 +11,7 @@ from defense.cli.common import app, exit_codes, put, shown
 from defense.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    pass
+    from defense.store.checkpoint import Checkpoint
 
 
 @app.command("import")
@@ -51,29 +51,23 @@ def import_(
             from defense.store import checkpoint
         except ModuleNotFoundError as error:
             raise MissingDependencyError(error.name or "torch", "torch") from error
-        converted = importers.read(
-            file,
-            format_,
-            config=config,
-            license=license,
-            hook_point=hook_point,
-            tokens=tokens,
-            act=act,
-            k=k,
-            threshold=threshold,
-            norm=norm,
-            subtract_b_dec=subtract_b_dec,
-            scaling_factor=scaling_factor,
-            act_mean=None if act_mean is None else importers.read_vector(act_mean),
-            scalar=scalar,
-            host_model=host_model,
-            quick_gelu=quick_gelu,
-        )
+        checkpoint.check_target(out)
+        stated = {
+            "hook_point": hook_point, "tokens": tokens, "act": act, "k": k, "threshold": threshold, "norm": norm,
+            "subtract_b_dec": subtract_b_dec, "scaling_factor": scaling_factor, "scalar": scalar,
+            "act_mean": None if act_mean is None else importers.read_vector(act_mean),
+            "host_model": host_model, "quick_gelu": quick_gelu,
+        }  # fmt: skip
+        converted = importers.read(file, format_, config=config, license=license, **stated)
         checkpoint.save(converted, out)
-        put(f"written     {shown(out)}")
-        put(f"format      {converted.provenance['format']}")
-        for key, value in converted.sae.config.to_dict().items():
-            put(f"{key:11} {value}")
-        put(f"hook point  {converted.hook_point}")
-        put(f"host        {converted.host_model or 'not stated'}")
-        put("golden      residuals, acts and reconstructions stored, and reproduced from the files")
+        _print_import(converted, out)
+
+
+def _print_import(converted: Checkpoint, out: Path) -> None:
+    put(f"written     {shown(out)}")
+    put(f"format      {converted.provenance['format']}")
+    for key, value in converted.sae.config.to_dict().items():
+        put(f"{key:11} {value}")
+    put(f"hook point  {converted.hook_point}")
+    put(f"host        {converted.host_model or 'not stated'}")
+    put("golden      residuals, acts and reconstructions stored, and reproduced from the files")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from defense.cli.common import app, exit_codes, put, say, shown
+from defense.cli.common import app, check_pretrained, exit_codes, put, say, shown
 from defense.errors import CheckpointError, MissingDependencyError
 from defense.hosts.defense import Defense
 from defense.store import folders
@@ -37,6 +37,7 @@ def info(
             _refuse_host(model, pretrained)
             _print_bundle(source, expect, check=check)
             return
+        check_pretrained(model, pretrained)
         defense = find_defense(source)
         manifest = defense.manifest_sha256
         _check_pinned(manifest, expect)
@@ -69,7 +70,7 @@ def _refuse_host(model: str | None, pretrained: str | None) -> None:
 
 
 def _print_sae(folder: Path, expect: str | None) -> None:
-    """Check every byte of an SAE, and that its numbers still mean what they did."""
+    """Print what an SAE is, after checking every byte of it, and that it still gives the golden activations."""
     try:
         from defense.store import checkpoint
     except ModuleNotFoundError as error:
@@ -90,7 +91,13 @@ def _print_sae(folder: Path, expect: str | None) -> None:
 
 
 def _print_bundle(source: str, expect: str | None, *, check: bool) -> None:
-    """Check every byte of a bundle, then that its graph still answers as it did; `check`: it is an error not to."""
+    """Print what a bundle is, after checking every byte of it, and that its graph still gives the golden embeddings.
+
+    Args:
+        source: The bundle.
+        expect: sha256 that its manifest must have, or None.
+        check: Raise where the graph cannot be run here; else that is said, and no error.
+    """
     from defense.export import bundle
     from defense.export.runtime import OnnxClassifier
 

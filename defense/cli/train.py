@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from enum import StrEnum
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress
 
-from defense.cli.common import EXIT_INPUTS, app, exit_codes, put, say, stderr
+from defense.cli.common import (
+    EXIT_INPUTS,
+    Device,
+    Model,
+    Pretrained,
+    app,
+    check_pretrained,
+    exit_codes,
+    put,
+    say,
+    stderr,
+)
+from defense.core.config import Variant
+from defense.core.latents import Scope
 
 if TYPE_CHECKING:
-    pass
+    from defense.data.sources import Pictures
+    from defense.train import trainer
 
-
-class Variant(StrEnum):
-    """Which latents of an SAE count (train.py)."""
-
-    topk = "topk"
-    batchtopk = "batchtopk"
-    matryoshka = "matryoshka"
-    relu = "relu"
-
-
-class Tokens(StrEnum):
-    """Which tokens of a picture an SAE is trained on."""
-
-    cls = "cls"
-    patch = "patch"
-    all = "all"
+_N_HELD_OUT = 1000
+"""Pictures that are kept from training, to measure on."""
 
 
 @app.command()
@@ -41,13 +41,13 @@ def train(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the SAE.")],
     block: Annotated[int, typer.Option(min=0, help="Block after which residuals are taken, counted from 0.")],
-    model: Annotated[str, typer.Option(help="open_clip model.")] = "embedded",
-    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
-    variant: Annotated[Variant, typer.Option(help="Which latents count.")] = Variant.batchtopk,
+    model: Model = "embedded",
+    pretrained: Pretrained = None,
+    variant: Annotated[Variant, typer.Option(help="Which latents count.")] = "batchtopk",
     d_sae: Annotated[int | None, typer.Option(help="Latents; by default 16 times the width of the residual.")] = None,
     k: Annotated[int, typer.Option(help="Latents kept per token. Not for relu.")] = 32,
     l1: Annotated[float, typer.Option(help="Weight of the penalty. For relu.")] = 0.01,
-    tokens: Annotated[Tokens, typer.Option(help="Which tokens.")] = Tokens.all,
+    tokens: Annotated[Scope, typer.Option(help="Which tokens.")] = "all",
     n_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens to train on; pictures come again as needed.")
     ] = 10_000_000,
@@ -61,15 +61,15 @@ def train(
     ] = None,
     license: Annotated[str, typer.Option("--license", "--licence", help="Of the SAE; SPDX identifier.")] = "not stated",
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and writing.")] = 0,
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train an SAE on a CLIP's residuals. Run again after an interruption, it goes on where it was saved last.
 
     On several GPUs or machines: torchrun --nproc-per-node 8 --no-python defense train ...
     """
+    # Longer than 60 lines by the list of options.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes():
-        from defense.data.labels import read_labels
         from defense.data.sources import open_pictures
         from defense.hosts.clip import load_clip, resolve_device
         from defense.store import checkpoint
@@ -78,36 +78,25 @@ def train(
         from defense.train.runs import train_checkpoint
         from defense.train.trainer import TrainConfig
 
+        check_pretrained(model, pretrained)
         checkpoint.check_target(out)
-        names = () if labels_file is None else read_labels(labels_file)
         source = open_pictures(pictures)
+        names = _class_names(labels_file, source)
         place = parallel.local_device(resolve_device(device))
         with parallel.joined(place) as world:
             clip = load_clip(model, pretrained, device=place)
             stream = Stream(
-                clip, f"blocks.{block}.hook_resid_post", source, tokens=tokens.value,
-                buffer=buffer, text_rate=text_rate, seed=seed, world=world,
+                clip, f"blocks.{block}.hook_resid_post", source, tokens=tokens, buffer=buffer, text_rate=text_rate,
+                seed=seed, world=world,
             )  # fmt: skip
             config = TrainConfig(
-                d_sae=d_sae or 16 * stream.d_model,
-                k=None if variant is Variant.relu else k,
-                steps=-(-n_tokens // batch),
-                batch=batch,
-                lr=lr,
-                seed=seed,
-                variant=variant.value,
-                l1=l1,
-            )
-            with Progress(
-                console=stderr, disable=not (world.is_first and stderr.is_terminal), transient=True
-            ) as progress:
-                task = progress.add_task("training", total=config.steps)
+                d_sae=d_sae or 16 * stream.d_model, k=None if variant == "relu" else k, steps=-(-n_tokens // batch),
+                batch=batch, lr=lr, seed=seed, variant=variant, l1=l1,
+            )  # fmt: skip
+            with _progress(config.steps, is_shown=world.is_first) as report:
                 trained = train_checkpoint(
-                    stream, config, clip.id_as(model, pretrained), names=names, shards=shards,
-                    state=out.with_name(f"{out.name}.state.safetensors"), license=license,
-                    report=lambda now: progress.update(
-                        task, completed=now.step, description=f"loss {now.loss:.3f}, {now.n_dead} dead"
-                    ),
+                    stream, config, clip.id_as(model, pretrained), names=names, n_held_out=_N_HELD_OUT, shards=shards,
+                    state=out.with_name(f"{out.name}.state.safetensors"), license=license, report=report,
                 )  # fmt: skip
             if world.is_first:
                 checkpoint.save(trained, out)
@@ -115,6 +104,28 @@ def train(
         if stream.unreadable and world.is_first:  # torchrun ends the others as soon as one gives an error code
             say(f"{len(stream.unreadable)} pictures could not be read and were left out")
             raise typer.Exit(EXIT_INPUTS)
+
+
+def _class_names(labels_file: Path | None, source: Pictures) -> Sequence[str]:
+    """Return the classes to measure zero-shot accuracy with, after holding the pictures' labels against them."""
+    if labels_file is None:
+        return ()
+    from defense.data.labels import read_labels
+
+    names = read_labels(labels_file)
+    for picture in source.held_out(_N_HELD_OUT):
+        source.class_of(picture, names)
+    return names
+
+
+@contextmanager
+def _progress(n_steps: int, *, is_shown: bool) -> Iterator[Callable[[trainer.Progress], None]]:
+    """Yield what moves a bar on stderr, which is there on a terminal only."""
+    with Progress(console=stderr, disable=not (is_shown and stderr.is_terminal), transient=True) as progress:
+        bar = progress.add_task("training", total=n_steps)
+        yield lambda now: progress.update(
+            bar, completed=now.step, description=f"loss {now.loss:.3f}, {now.n_dead} dead"
+        )
 
 
 def _print_training(provenance: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ Act = Literal["relu", "jumprelu", "topk", "batchtopk", "gated"]
 Norm = Literal["none", "layer_norm", "constant_norm_rescale"]
 ReluAt = Literal["before", "after", "none"]
 Tokens = Literal["cls", "patch", "all"]
+Variant = Literal["topk", "batchtopk", "matryoshka", "relu"]
+"""Which latents count while an SAE is trained (train/trainer.py)."""
 
 
 @dataclass(frozen=True)

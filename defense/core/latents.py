@@ -16,11 +16,13 @@ import numpy as np
 
 from defense.errors import CheckpointError, ConfigError, HookPointError
 
-Edit = Literal["scale", "project", "set"]
+Removal = Literal["scale", "project"]
+"""The edits that take something away. A defense is fitted with them; "set" is for steering."""
+Edit = Literal[Removal, "set"]
 Scope = Literal["cls", "patch", "all"]
 
 _N_NEAR = 20
-"""Among how many latents of the nearest activity one is drawn."""
+"""How many latents of the nearest activity a control is drawn from."""
 
 
 def token_slice(scope: Scope, n_prefix: int) -> slice:
@@ -42,7 +44,6 @@ class LatentSet:
         values: Target activations for "set", one per latent; empty otherwise.
         scores: Column name -> one number per latent: why each was chosen.
         provenance: Where all this came from (data, seeds, version).
-        unsafe: Allow gains outside [0, 1], for experiments.
 
     Numbers may come as any sequence, of numpy's kinds too; they are held as tuples of int and float.
 
@@ -59,14 +60,13 @@ class LatentSet:
     values: tuple[float, ...] = ()
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    unsafe: bool = False
 
     def __post_init__(self) -> None:
         if self.edit not in get_args(Edit):
             raise ConfigError(f"edit={self.edit!r}; it must be one of {', '.join(get_args(Edit))}")
         if self.scope not in get_args(Scope):
             raise HookPointError(f"scope={self.scope!r}; it must be one of {', '.join(get_args(Scope))}")
-        for name, kind in (("name", str), ("provenance", Mapping), ("scores", Mapping), ("unsafe", bool)):
+        for name, kind in (("name", str), ("provenance", Mapping), ("scores", Mapping)):
             if not isinstance(value := getattr(self, name), kind):
                 raise ConfigError(f"a latent set's {name} is {value!r}; want {kind.__name__}")
         object.__setattr__(self, "latents", self._numbers("latents", self.latents, int))
@@ -86,8 +86,8 @@ class LatentSet:
             if len(column) != n:
                 raise ConfigError(f"set {self.name!r} has {n} latents but {len(column)} {name}; give one per latent")
         for latent, gain in zip(self.latents, self.gains, strict=True):
-            if not self.unsafe and not 0 <= gain <= 1:
-                raise ConfigError(f"latent {latent} has gain {gain}; it must lie in [0, 1] (unsafe=True lifts this)")
+            if not 0 <= gain <= 1:
+                raise ConfigError(f"latent {latent} has gain {gain}; it must lie in [0, 1]: 0 removes it, 1 keeps it")
         if len(set(self.latents)) != n:
             first = [self.latents.index(latent) for latent in dict.fromkeys(self.latents)]
             for name, column in self._columns(first).items():
@@ -107,7 +107,7 @@ class LatentSet:
         raise ConfigError(f"set {self.name!r} has {name} {column!r}; want finite numbers, of type {kind.__name__}")
 
     def _columns(self, rows: list[int]) -> dict[str, Any]:
-        """The per-latent fields, restricted to some rows."""
+        """Return the per-latent fields, restricted to some rows."""
 
         def pick(column: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(column[row] for row in rows) if column else ()
@@ -140,22 +140,26 @@ class LatentSet:
             "values": list(self.values),
             "scores": {key: list(column) for key, column in self.scores.items()},
             "provenance": dict(self.provenance),
-            "unsafe": self.unsafe,
         }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LatentSet:
-        """Read `to_dict`'s form.
+        """Return the set that `to_dict` describes; also as older versions wrote it, with a key "unsafe".
 
         Raises:
             CheckpointError: A field is missing or unknown.
-            ConfigError, HookPointError: See the class.
+            ConfigError, HookPointError: See the class; or "unsafe" is not false.
         """
         names = {each.name for each in dataclass_fields(cls)}
-        if not isinstance(fields, dict) or fields.keys() | {"unsafe"} != names:
+        if not isinstance(fields, dict) or fields.keys() - {"unsafe"} != names:
             got = sorted(fields) if isinstance(fields, dict) else fields
             raise CheckpointError(f"a latent set has the keys {got!r}; this version has {sorted(names)}")
-        return cls(**fields)
+        if fields.get("unsafe", False) is not False:
+            raise ConfigError(
+                f"a latent set has unsafe={fields['unsafe']!r}, which let gains lie outside [0, 1]; no set may have "
+                "such gains any more: bring them into [0, 1] and take the key out"
+            )
+        return cls(**{name: fields[name] for name in names})
 
 
 def draw_alike(chosen: Sequence[int], activity: np.ndarray, rng: np.random.Generator) -> list[int]:

@@ -126,7 +126,7 @@ def decode(
     """
     if len(background) != 3 or not all(isinstance(level, int) and 0 <= level <= 255 for level in background):
         raise ConfigError(f"background is {background!r}; want three integers from 0 to 255")
-    name = _describe(source)
+    name = _name_of(source)
     data, notes = b"", []
     if isinstance(source, np.ndarray) or (hasattr(source, "shape") and hasattr(source, "dtype")):
         source = Image.fromarray(_checked_array(source, name))
@@ -156,7 +156,7 @@ def decode(
     return Decoded(rgb, tuple(notes))
 
 
-def _describe(source: object) -> str:
+def _name_of(source: object) -> str:
     """Return what error messages call the source."""
     if isinstance(source, (str, os.PathLike)):
         text = os.fsdecode(source)

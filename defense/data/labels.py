@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -28,16 +27,11 @@ from defense.errors import ConfigError, NonFiniteError, ShapeError
 
 from .tokenizer import _DATA, _unescape
 
-if TYPE_CHECKING:
-    pass
-
-
 __all__ = [
     "TEMPLATES",
     "Prompts",
     "average_templates",
     "check_labels",
-    "csv_safe",
     "encode_prompts",
     "fill",
     "read_labels",
@@ -54,7 +48,6 @@ _CONTROL_CHARACTER = re.compile(
 # Hugging Face spells them the first way, open_clip the second.
 _CONTROL_TOKEN = re.compile(r"<\|(?:start|end)oftext\|>|<(?:start|end)_of_text>")
 
-_FORMULA_START = ("=", "+", "-", "@", "\t", "\r", "\n")
 _N_CUT_SHOWN = 3
 
 TEMPLATES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -205,7 +198,6 @@ def encode_prompts(
     encode_text: Callable[[np.ndarray], np.ndarray],
     *,
     chunk: int = 1024,
-    strict: bool = False,
     normalize_each: bool = True,
 ) -> np.ndarray:
     """Return `text_embeds`, float32 [n_labels, d_embed], one unit vector per label.
@@ -218,11 +210,10 @@ def encode_prompts(
         tokenizer: From a list of texts to integer ids [n, context_length]; an array or a CPU tensor.
         encode_text: From int64 ids [n, context_length] to embeddings [n, d_embed].
         chunk: Largest number of texts handed over at once.
-        strict: Raise instead of warning about a prompt that is too long.
         normalize_each: See `average_templates`.
 
     Raises:
-        ConfigError: `chunk` is below 1, or a prompt is too long and `strict` is set, or an embedding is zero.
+        ConfigError: `chunk` is below 1, or an embedding is zero.
         ShapeError: The text tower returned another number of rows than it got.
         NonFiniteError: The text tower returned NaN or infinity.
     """
@@ -241,23 +232,13 @@ def encode_prompts(
             ids = np.asarray(tokenizer(batch), dtype=np.int64)
             for row, kept in _find_cut(tokenizer, batch, ids):
                 cut.setdefault(labels[(start + row) // n_templates], kept)
-            if cut and strict:
-                raise ConfigError(_describe_cut(cut))
             embeds.append(encode_text(ids))
         text_embeds.append(
             average_templates(np.concatenate(embeds), len(labels), n_templates, normalize_each=normalize_each)
         )
     if cut:
-        _log.warning(_describe_cut(cut))
+        _log.warning(_cut_message(cut))
     return np.concatenate(text_embeds)
-
-
-def csv_safe(value: str) -> str:
-    """Return a text cell that no spreadsheet takes for a formula: it gets a quote before a leading = + - @.
-
-    The same goes for a leading tab or line break. For labels and other text; a negative number would become text.
-    """
-    return f"'{value}" if value.startswith(_FORMULA_START) else value
 
 
 def _checked_text(text: object, name: str) -> str:
@@ -293,8 +274,8 @@ def _find_cut(tokenizer: object, texts: list[str], ids: np.ndarray) -> Iterator[
             yield int(row), kept
 
 
-def _describe_cut(cut: Mapping[str, str]) -> str:
-    """Return the message about labels whose text is too long, with what is left of the first few."""
+def _cut_message(cut: Mapping[str, str]) -> str:
+    """Return the message about labels whose text is too long: how many, and how the first few are read."""
     shown = "; ".join(f"{label!r:.80} is read as {kept!r}" for label, kept in islice(cut.items(), _N_CUT_SHOWN))
     return f"{len(cut)} label(s) do not fit into the text tower's context, shorten them: {shown}"
 

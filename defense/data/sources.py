@@ -1,4 +1,4 @@
-"""Pictures by the million, wherever they lie: folders, WebDataset tars, Parquet files. Without torch.
+"""Sources of pictures, too many to hold: folders, WebDataset tars, Parquet files. Without torch.
 
 A source is a list of shards: things that are read from front to back. A picture file is a shard of its own, a tar file
 is one, and so is each row group of a Parquet file. Shards are visited in random order, so that memory does not grow
@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 HELD_OUT_EVERY = 50
-"""Of how many pictures in a row one is kept from training, to measure on."""
+"""One picture in so many is kept from training, to measure on."""
 
 _LABEL_SUFFIX = ".cls"
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes")
@@ -94,7 +94,7 @@ class Shard(Protocol):
 
 
 class Position(NamedTuple):
-    """A place in the endless stream of training pictures."""
+    """How far the endless stream of training pictures has been read."""
 
     epoch: int = 0
     shard: int = 0
@@ -104,7 +104,7 @@ class Position(NamedTuple):
 
 
 START = Position()
-"""Of the stream."""
+"""Nothing of the stream has been read."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Pictures:
     folders: tuple[str, ...] = ()
 
     def epoch(self, seed: int, position: Position = START) -> Iterator[tuple[Picture, Position]]:
-        """Yield the pictures for training from a position to the end of its epoch, each with the position behind it.
+        """Yield the pictures for training from a position to the end of its epoch, each with the position after it.
 
         Args:
             seed: Decides the order of the shards, anew in each epoch.
@@ -140,7 +140,7 @@ class Pictures:
             first_picture = 0
 
     def held_out(self, n: int) -> Iterator[Picture]:
-        """Yield up to `n` of the pictures that `epoch` leaves out, as evenly over the shards as may be."""
+        """Yield up to `n` of the pictures that `epoch` leaves out, spread over the shards as evenly as possible."""
         kept = [shard for shard in self.shards if not isinstance(shard, _File) or shard.picture.is_held_out]
         chosen = [kept[i * len(kept) // n] for i in range(n)] if len(kept) > n else kept
         per_shard = -(-n // max(1, len(chosen)))
@@ -154,7 +154,7 @@ class Pictures:
         say) stand for them in sorted order if there are as many.
 
         Raises:
-            ConfigError: The label is none of this.
+            ConfigError: The label is no name, no index and no such sub-folder.
         """
         label = picture.label
         if isinstance(label, Slice):
@@ -182,7 +182,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Tar:
-    """A tar file in WebDataset's layout: the files of one sample have one name up to the first dot, and follow on."""
+    """A tar file in WebDataset's layout: a sample's files stand together, alike up to the first dot of the name."""
 
     path: Path
 
@@ -191,16 +191,16 @@ class _Tar:
         for member in self._members():
             folder, _, file = member.name.rpartition("/")
             stem, _, suffix = file.partition(".")
-            place = Slice(self.path, member.offset_data, member.size)
+            content = Slice(self.path, member.offset_data, member.size)
             if (key := f"{folder}/{stem}") != sample:
                 if found is not None:
                     yield Picture(f"{self.path.name}:{found[0]}", ordinal, found[1], label)
                     ordinal += 1
                 sample, found, label = key, None, None
-            if f".{suffix.lower()}" in SUFFIXES:
-                found = member.name, place
+            if f".{suffix.lower()}" in PICTURE_SUFFIXES:
+                found = member.name, content
             elif f".{suffix.lower()}" == _LABEL_SUFFIX:
-                label = place
+                label = content
         if found is not None:
             yield Picture(f"{self.path.name}:{found[0]}", ordinal, found[1], label)
 
@@ -249,7 +249,7 @@ def open_pictures(paths: Sequence[str | os.PathLike[str]]) -> Pictures:
             with `.parquet` files, or such a file itself. Hidden files are ignored.
 
     Raises:
-        ConfigError: A path is not there, holds nothing of this, holds several kinds, or a file is damaged.
+        ConfigError: A path does not exist, holds no such files or several kinds of them, or a file is damaged.
         MissingDependencyError: A Parquet file, and pyarrow is not installed.
     """
     if not paths:
@@ -285,7 +285,9 @@ def _files_of(path: Path) -> list[Path]:
     ]
     kinds = sorted({str(_kind(file)) for file in files})
     if not files:
-        raise ConfigError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))}), no .tar and no .parquet file")
+        raise ConfigError(
+            f"{path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}), no .tar and no .parquet file"
+        )
     if len(kinds) > 1:
         raise ConfigError(f"{path} holds {' and '.join(kinds)} files; give those of one kind")
     return files
@@ -293,7 +295,7 @@ def _files_of(path: Path) -> list[Path]:
 
 def _kind(file: Path) -> str | None:
     suffix = file.suffix.lower()
-    return "pictures" if suffix in SUFFIXES else {".tar": "tar", ".parquet": "parquet"}.get(suffix)
+    return "pictures" if suffix in PICTURE_SUFFIXES else {".tar": "tar", ".parquet": "parquet"}.get(suffix)
 
 
 def _name(file: Path, root: Path) -> str:

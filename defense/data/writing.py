@@ -59,7 +59,7 @@ def write_word(
             stands on a plate.
         word: One word of letters A-Z and a-z or several with a space between; one of `common_words` where None.
         height: Least and largest font size, as fractions of the shorter side. A long word is written smaller.
-        blank: Leave out the letters: the plate alone, or nothing where the word would stand on none.
+        blank: Leave out the letters: draw the plate alone, or nothing where the word would have no plate.
     """
     text = common_words()[rng.integers(_N_WORDS)] if word is None else word
     text = (text, text.capitalize(), text.upper())[rng.integers(3)]

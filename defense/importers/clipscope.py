@@ -32,7 +32,7 @@ def detect(source: Source) -> bool:
 
 
 def read(source: Source, given: Given) -> Imported:
-    """Convert a file of clipscope's."""
+    """Return the SAE of a file of clipscope's."""
     payload = source.payload if isinstance(source.payload, Mapping) else {}
     state = payload.get("model_state_dict", payload)
     if "router" in state:

@@ -44,7 +44,7 @@ OPTIONS = {
 
 
 class Imported(NamedTuple):
-    """What an importer makes of a file."""
+    """What an importer reads from a file: an SAE in our form, and where it belongs as far as the file says."""
 
     config: SAEConfig
     parameters: dict[str, np.ndarray]
@@ -61,7 +61,7 @@ class Importer(Protocol):
         """Whether a file has this format, as far as its content tells."""
 
     def read(self, source: Source, given: Given) -> Imported:
-        """Convert a file of this format."""
+        """Return the SAE of a file of this format, in our form."""
 
 
 class Source:
@@ -98,7 +98,7 @@ class Source:
 
     @cached_property
     def payload(self) -> Any:
-        """What was saved."""
+        """What was saved, with tensors on the CPU; read on first use."""
         if self.path.suffix == ".safetensors":
             try:
                 return load_file(self.path)
@@ -116,7 +116,7 @@ class Source:
         return {str(key) for key in self.payload} if isinstance(self.payload, Mapping) else set()
 
     def companion(self, *names: str) -> dict[str, Any] | None:
-        """Return the JSON object of the first of some files that is there; None where none is.
+        """Return the JSON object of the first of these files that exists; None where none does.
 
         Args:
             names: Paths from the folder of the weights. A configuration that the caller named is taken before them.
@@ -171,12 +171,12 @@ class Source:
         return vector
 
     def hook_point_of(self, name: str | None) -> str | None:
-        """Return our name of a place that a file states; None where it states none.
+        """Return our name for the hook point that a file states; None where it states none.
 
         Layer L of a Hugging Face vision model and resblock L of open_clip are our block L.
 
         Raises:
-            HookPointError: It is another place than the residual after a block.
+            HookPointError: It is not the residual after a block.
         """
         if not name or _BLOCK.fullmatch(name):
             return name or None
@@ -220,7 +220,11 @@ class Given:
         return value
 
     def optional(self, name: str, stated: Any = None) -> Any:
-        """Return the same, or None where neither says it."""
+        """Return what the file states, else what the caller does; None where neither says it.
+
+        Raises:
+            ConfigError: They contradict each other.
+        """
         self._asked.add(name)
         given = self._values.get(name)
         if stated is None:

@@ -91,7 +91,7 @@ def _class_by_tensors(state: Mapping[str, Any]) -> str | None:
 
 
 def read(source: Source, given: Given) -> Imported:
-    """Convert a dictionary."""
+    """Return the SAE of a file of dictionary_learning's."""
     state = _state(source)
     name = _class(source, given, state)
     tensors = source.tensors(state, _TENSORS[name], ("k", "threshold", "group_sizes"))
@@ -147,7 +147,7 @@ def _class(source: Source, given: Given, state: Mapping[str, Any]) -> str:
 
 
 def _norm_factor(source: Source) -> float:
-    """What the biases still have to be multiplied by: 1, but for a backup of a run."""
+    """Return what the biases still have to be multiplied by: `norm_factor` in the backup of a run, else 1."""
     payload = source.payload
     return float(payload.get("norm_factor", 1.0)) if isinstance(payload.get("ae"), Mapping) else 1.0
 

@@ -39,7 +39,7 @@ def detect(source: Source) -> bool:
 
 
 def read(source: Source, given: Given) -> Imported:
-    """Convert a file of MSAE's."""
+    """Return the SAE of a file of MSAE's."""
     name = _NAME.fullmatch(source.path.name)
     if name is None:
         raise CheckpointError(

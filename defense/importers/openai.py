@@ -30,7 +30,7 @@ def detect(source: Source) -> bool:
 
 
 def read(source: Source, given: Given) -> Imported:
-    """Convert an SAE of that repository."""
+    """Return the SAE of a file of that repository's."""
     state = source.payload if isinstance(source.payload, Mapping) else {}
     decoder = "decoder.linear.weight" if "decoder.linear.weight" in state else "decoder.weight"
     tensors = source.tensors(

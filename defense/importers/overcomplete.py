@@ -32,7 +32,7 @@ def detect(source: Source) -> bool:
 
 
 def read(source: Source, given: Given) -> Imported:
-    """Convert a state dict."""
+    """Return the SAE of a state dict of Overcomplete's."""
     keys = source.keys
     tied = set(_TIED) <= keys
     if odd := sorted(key for key in keys if key.startswith(("encoder.mlp_blocks", "encoder.final_block.1"))):

@@ -37,7 +37,7 @@ def _config(source: Source) -> Mapping[str, Any]:
 
 
 def read(source: Source, given: Given) -> Imported:
-    """Convert an SAE of one of the three."""
+    """Return the SAE of a file of one of the three."""
     config = _config(source)
     state = source.payload.get("state_dict", source.payload) if isinstance(source.payload, Mapping) else {}
     if config.get("gated_sae") or "r_mag" in state:

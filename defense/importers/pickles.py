@@ -99,7 +99,7 @@ def _load_zip(stream: BinaryIO, name: str) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors, containers, plain values and stand-ins; refuses everything else by name."""
+    """Reads tensors, containers and plain values, and puts `Inert` for configurations; refuses every other name."""
 
     def __init__(self, stream: BinaryIO, name: str, archive: zipfile.ZipFile | None = None, root: str = "") -> None:
         super().__init__(stream)

@@ -45,7 +45,7 @@ def _parts(source: Source) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def read(source: Source, given: Given) -> Imported:
-    """Convert an SAE of Prisma's."""
+    """Return the SAE of a file of Prisma's."""
     config, state = _parts(source)
     if config.get("is_transcoder") or {"b_dec_out", "W_skip"} & set(state):
         raise unsupported(source, "a transcoder")
@@ -79,7 +79,7 @@ def read(source: Source, given: Given) -> Imported:
 
 
 def _stated_d_sae(config: Mapping[str, Any]) -> int | None:
-    """Sizes of the latents: a product in current files, which do not store it."""
+    """Return d_sae as the file states it; current files state it as d_in and a factor. None where it does not."""
     if config.get("d_sae") is not None:
         return config["d_sae"]
     if isinstance(config.get("expansion_factor"), int) and isinstance(config.get("d_in"), int):

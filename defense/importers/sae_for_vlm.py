@@ -26,7 +26,7 @@ def detect(source: Source) -> bool:
 
 
 def read(source: Source, given: Given) -> Imported:
-    """Convert a dictionary, with the hook point of its run's name."""
+    """Return the SAE of such a dictionary, with the hook point that the name of its run states."""
     return dictionary_learning.read(source, given)._replace(hook_point=_hook_point(source))
 
 

@@ -45,7 +45,7 @@ def detect(source: Source) -> bool:
 
 
 def read(source: Source, given: Given) -> Imported:
-    """Convert an SAE of SAELens'."""
+    """Return the SAE of a file of SAELens'."""
     config = _config(source)
     act = _ACTS[config["architecture"]]
     bias = "b_gate" if act == "gated" else "b_enc"

@@ -33,7 +33,7 @@ def detect(source: Source) -> bool:
 
 
 def read(source: Source, given: Given) -> Imported:
-    """Convert a file of saev's."""
+    """Return the SAE of a file of saev's."""
     header = source.header
     if header is None:
         raise CheckpointError(f"{source} does not begin with a line of JSON, as every file of saev does")

@@ -24,7 +24,7 @@ def detect(source: Source) -> bool:
 
 
 def read(source: Source, given: Given) -> Imported:
-    """Convert a sparse coder."""
+    """Return the SAE of a sparse coder."""
     config = source.companion("cfg.json")
     if config is None:
         raise CheckpointError(f"{source} has no cfg.json beside it; put it there, or pass --config")

@@ -22,7 +22,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import safetensors
@@ -32,13 +32,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from defense.core.config import SAEConfig, Tokens
+from defense.core.config import SAEConfig, Tokens, Variant
 from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError, ConfigError
 
 from .parallel import World
-
-Variant = Literal["topk", "batchtopk", "matryoshka", "relu"]
 
 PREFIXES = (1 / 16, 3 / 16, 7 / 16, 1.0)
 """Shares of the latents that must reconstruct by themselves ("matryoshka")."""

@@ -89,7 +89,9 @@ def test_fault_41_any_batch_equals_picture_by_picture(clf):
 def test_fault_42_good_and_bad_pictures_mixed(clf, caplog):
     batch = [picture(0), b"", picture(1), b"<html>", picture(2)]
     want = [clf(batch[0]), clf(batch[2]), clf(batch[4])]
-    returned = clf(batch, on_error="return")
+    with caplog.at_level(logging.WARNING):
+        returned = clf(batch, on_error="return")
+    assert not caplog.text, "nothing was skipped"
     assert [type(item) for item in returned] == [list, InvalidImageError, list, InvalidImageError, list]
     assert returned[1].code == "empty"
     assert [returned[i][0]["label"] for i in (0, 2, 4)] == [answer[0]["label"] for answer in want]
@@ -237,6 +239,11 @@ def test_from_pretrained_reads_a_folder_and_its_host(tmp_path, tiny_defense, clf
     np.testing.assert_allclose(loaded.predict_proba([picture()]), clf.predict_proba([picture()]), atol=1e-6)
     with pytest.raises(ConfigError, match="no set 'birds'; it has text"):
         RobustClassifier.from_pretrained(tmp_path / "defense", sets=["birds"])
+
+
+def test_weights_of_no_model_are_refused_before_anything_is_looked_for(tmp_path):
+    with pytest.raises(ConfigError, match=r"pretrained='openai' .* there is no model=; give both"):
+        RobustClassifier.from_pretrained(tmp_path / "nowhere", pretrained="openai")
 
 
 def test_golden_vectors_are_reproduced_and_notice_another_host(tmp_path, tiny_defense, clf):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -144,6 +146,82 @@ def test_usage_errors_exit_with_2(defense_folder, pictures, arguments, message):
     assert code == 2
     assert message in err
     assert not out
+
+
+CHOICES = [
+    ("classify", "--on-error", ("raise", "skip", "return")),
+    ("explain", "--edit", ("scale", "project")),
+    ("export", "--mode", ("exact", "static", "delta")),
+    ("export", "--dtype", ("fp32", "fp16", "int8")),
+    ("export", "--layout", ("bundle", "triton", "kserve")),
+    ("fit", "--task", ("text", "group")),
+    ("fit", "--edit", ("scale", "project")),
+    ("fit", "--scope", ("cls", "patch", "all")),
+    ("train", "--variant", ("topk", "batchtopk", "matryoshka", "relu")),
+    ("train", "--tokens", ("cls", "patch", "all")),
+]
+
+
+@pytest.mark.parametrize(("command", "option", "values"), CHOICES, ids=lambda value: str(value).lstrip("-"))
+def test_an_option_with_choices_takes_these_and_no_other(command, option, values):
+    code, out, err = run(command, option, "set")
+    assert (code, out) == (2, "")
+    message = " ".join(err.replace("│", " ").split())
+    _, _, choices = message.partition("'set' is not one of")
+    assert f"Invalid value for '{option}'" in message
+    assert set(re.findall(r"'(\w+)'", choices)) == set(values)
+
+
+REQUIRED = {
+    "bench": ["mini"],
+    "classify": [],
+    "demo": [],
+    "describe": ["SAE", "--pictures", "PICTURES", "--words", "words.txt", "--out", "OUT"],
+    "explain": ["b.png", "--out", "b.html"],
+    "export": ["OUT"],
+    "fit": ["OUT", "PICTURES", "--sae", "SAE"],
+    "info": [],
+    "train": ["PICTURES", "--out", "OUT", "--block", "1"],
+}
+
+
+@pytest.mark.parametrize("command", REQUIRED)
+def test_weights_of_no_model_are_refused_before_anything_is_read(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    code, out, err = run(command, *REQUIRED[command], "--pretrained", "openai")
+    assert (code, out) == (2, "")
+    assert "--pretrained openai says which weights a --model has, and there is none" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_command_that_takes_weights_is_among_those():
+    takes = {
+        name
+        for name, command in typer.main.get_command(app).commands.items()
+        if "pretrained" in {parameter.name for parameter in command.params}
+    }
+    assert takes == set(REQUIRED)
+
+
+def test_an_import_is_refused_before_anything_is_read_where_it_could_not_be_written(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    code, out, err = run("import", tmp_path / "nowhere.pt", tmp_path)
+    assert (code, out) == (2, "")
+    assert "is no SAE" in err
+
+
+def test_a_label_that_is_no_class_is_refused_before_the_training(tiny_folder, pictures, tmp_path, monkeypatch):
+    from defense.hosts import clip
+
+    monkeypatch.setattr(clip, "load_clip", lambda *_, **__: pytest.fail("the CLIP was loaded"))
+    (tmp_path / "ants").mkdir()
+    (pictures / "more pictures").rename(tmp_path / "ants" / "ant")
+    (tmp_path / "names.txt").write_text("cow\ndog\n")
+    arguments = (tmp_path / "ants", "--out", tmp_path / "sae", "--block", 1, "--labels-file", tmp_path / "names.txt")
+    code, out, err = run("train", *arguments, "--model", f"local-dir:{tiny_folder}")
+    assert (code, out) == (2, "")
+    assert "has the label 'ant', which is none of the 2 class names" in err
 
 
 def test_an_empty_folder_is_a_usage_error(defense_folder, tmp_path):

@@ -21,11 +21,10 @@ def latent_sets(draw: st.DrawFn) -> LatentSet:
 
     finite = st.floats(allow_nan=False, allow_infinity=False)
     edit = draw(st.sampled_from(["scale", "project", "set"]))
-    unsafe = draw(st.booleans())
     return LatentSet(
         name=draw(st.text(st.characters(codec="utf-8"), max_size=8)),
         latents=latents,
-        gains=column(finite if unsafe else st.floats(0, 1)),
+        gains=column(st.floats(0, 1)),
         edit=edit,
         scope=draw(st.sampled_from(["cls", "patch", "all"])),
         values=column(finite) if edit == "set" else (),
@@ -33,7 +32,6 @@ def latent_sets(draw: st.DrawFn) -> LatentSet:
         provenance=draw(
             st.dictionaries(st.text(max_size=4), st.none() | st.integers() | st.text(max_size=4), max_size=3)
         ),
-        unsafe=unsafe,
     )
 
 
@@ -53,7 +51,7 @@ def test_without_keeps_the_other_latents_with_their_numbers_in_order(
     assert rest.gains == tuple(latent_set.gains[row] for row in kept)
     assert rest.values == (tuple(latent_set.values[row] for row in kept) if latent_set.edit == "set" else ())
     assert rest.scores == {key: tuple(column[row] for row in kept) for key, column in latent_set.scores.items()}
-    for same in ("name", "edit", "scope", "provenance", "unsafe"):
+    for same in ("name", "edit", "scope", "provenance"):
         assert getattr(rest, same) == getattr(latent_set, same)
 
 
@@ -67,7 +65,7 @@ def test_gains_are_zero_unless_given() -> None:
     assert LatentSet("text", (3, 1)).gains == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("field", ["name", "latents", "gains", "unsafe"])
+@pytest.mark.parametrize("field", ["name", "latents", "gains"])
 def test_a_set_is_frozen(field: str) -> None:
     latent_set = LatentSet("text", (3,))
     with pytest.raises(FrozenInstanceError):
@@ -131,17 +129,15 @@ def test_fault_61_gains_from_0_to_1_are_allowed(gain: float) -> None:
 
 
 @pytest.mark.parametrize("gain", [2, -1, 1 + 1e-12, -1e-300])
-def test_fault_61_other_gains_need_unsafe(gain: float) -> None:
-    with pytest.raises(ConfigError, match=r"latent 3 has gain .*; it must lie in \[0, 1\] \(unsafe=True lifts this\)"):
+def test_fault_61_other_gains_are_refused(gain: float) -> None:
+    with pytest.raises(ConfigError, match=r"latent 3 has gain .*; it must lie in \[0, 1\]"):
         LatentSet("text", (3,), (gain,))
-    assert LatentSet("text", (3,), (gain,), unsafe=True).gains == (gain,)
 
 
-@pytest.mark.parametrize("unsafe", [False, True])
 @pytest.mark.parametrize("gain", [float("nan"), float("inf"), -float("inf")])
-def test_fault_61_a_gain_that_is_not_finite_is_refused_even_if_unsafe(gain: float, unsafe: bool) -> None:
+def test_fault_61_a_gain_that_is_not_finite_is_refused(gain: float) -> None:
     with pytest.raises(ConfigError, match="gains"):
-        LatentSet("text", (3,), (gain,), unsafe=unsafe)
+        LatentSet("text", (3,), (gain,))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +160,6 @@ def test_fault_61_a_gain_that_is_not_finite_is_refused_even_if_unsafe(gain: floa
         pytest.param({"gains": ("0", "1")}, "gains .* of type float", id="gains as strings"),
         pytest.param({"gains": (True, False)}, "gains .* of type float", id="gains as booleans"),
         pytest.param({"name": None}, "name is None; want str", id="no name"),
-        pytest.param({"unsafe": "no"}, "unsafe is 'no'; want bool", id="unsafe as a string"),
         pytest.param({"provenance": "me"}, "provenance is 'me'; want Mapping", id="provenance as a string"),
     ],
 )
@@ -179,12 +174,9 @@ def test_an_unknown_scope_is_refused() -> None:
 
 
 @pytest.mark.parametrize("field", list(LatentSet("text", ()).to_dict()))
-def test_a_field_that_is_missing_in_json_is_noticed_unless_it_is_unsafe(field: str) -> None:
+def test_a_field_that_is_missing_in_json_is_noticed(field: str) -> None:
     fields = LatentSet("text", (3,)).to_dict()
     del fields[field]
-    if field == "unsafe":
-        assert LatentSet.from_dict(fields) == LatentSet("text", (3,))
-        return
     with pytest.raises(CheckpointError, match=field):
         LatentSet.from_dict(fields)
 
@@ -192,6 +184,15 @@ def test_a_field_that_is_missing_in_json_is_noticed_unless_it_is_unsafe(field: s
 def test_an_unknown_field_in_json_is_noticed() -> None:
     with pytest.raises(CheckpointError, match="'strength'"):
         LatentSet.from_dict({**LatentSet("text", (3,)).to_dict(), "strength": 0.5})
+
+
+def test_a_set_of_an_older_version_says_that_it_is_not_unsafe() -> None:
+    fields = LatentSet("text", (3,)).to_dict()
+    assert "unsafe" not in fields
+    assert LatentSet.from_dict({**fields, "unsafe": False}) == LatentSet("text", (3,))
+    for value in (True, None, 0, "no"):
+        with pytest.raises(ConfigError, match=r"unsafe=.*bring them into \[0, 1\]"):
+            LatentSet.from_dict({**fields, "unsafe": value})
 
 
 json_values = st.recursive(

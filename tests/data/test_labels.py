@@ -1,6 +1,4 @@
-import csv
 import html
-import io
 import logging
 import re
 import subprocess
@@ -20,7 +18,6 @@ from defense.data.labels import (
     Prompts,
     average_templates,
     check_labels,
-    csv_safe,
     encode_prompts,
     fill,
     read_labels,
@@ -540,13 +537,8 @@ class TestEncodePrompts:
         assert caplog.text.count("is read as") == 3
         assert "10 label(s)" in caplog.text
 
-    def test_fault_45_strict_raises(self):
-        pair = prompts("dog", LONG_LABEL)
-        with pytest.raises(ConfigError, match=r"1 label\(s\) do not fit .* is read as 'a photo of a w0 w1 "):
-            encode_prompts(pair, ClipTokenizer(), hashed_text_tower, strict=True)
-
     def test_fault_45_labels_that_just_fit_are_silent(self, caplog):
-        encode_prompts(prompts("dog"), ClipTokenizer(8), hashed_text_tower, strict=True)  # a photo of a dog.
+        encode_prompts(prompts("dog"), ClipTokenizer(8), hashed_text_tower)  # a photo of a dog.
         assert not caplog.records
 
     def test_fault_49_memory_does_not_grow_with_the_text(self):
@@ -575,22 +567,6 @@ class TestEncodePrompts:
     def test_a_tower_that_loses_rows_is_refused(self):
         with pytest.raises(ShapeError, match=r"\[1, 5\]"):
             encode_prompts(prompts("dog", "cat"), ClipTokenizer(), lambda ids: hashed_text_tower(ids)[:1])
-
-
-class TestCsvSafe:
-    @pytest.mark.parametrize("value", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx", "\nx", "=cmd|' /C calc'!A0"])
-    def test_fault_50_formulas_become_text(self, value):
-        assert csv_safe(value) == "'" + value
-
-    @pytest.mark.parametrize("value", ["", "dog", "a=b", "Mercedes-Benz", "'s", " x"])
-    def test_fault_50_other_text_stays(self, value):
-        assert csv_safe(value) == value
-
-    def test_fault_50_a_csv_cell_survives_the_round_trip(self):
-        file = io.StringIO(newline="")
-        csv.writer(file).writerow([csv_safe('=HYPERLINK("x")\n,y'), "0.5"])
-        file.seek(0)
-        assert next(csv.reader(file)) == ['\'=HYPERLINK("x")\n,y', "0.5"]
 
 
 def test_public_surface():

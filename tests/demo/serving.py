@@ -37,7 +37,7 @@ def main(what: str) -> None:
     if what != "embedded":
         sys.modules.update(dict.fromkeys(WITHOUT_TORCH))  # as if they were not installed
     from defense.demo.app import serving
-    from defense.demo.engine import Engine, Task
+    from defense.demo.engine import DemoTask, Engine
     from defense.demo.loading import bundled, defended
 
     never = threading.Event()
@@ -48,7 +48,7 @@ def main(what: str) -> None:
             return []
 
     if what == STUCK:
-        engine = Stuck(SimpleNamespace(bundle=SimpleNamespace(text_model=None)), (Task("", "", ("dog", "cat")),))
+        engine = Stuck(SimpleNamespace(bundle=SimpleNamespace(text_model=None)), (DemoTask("", "", ("dog", "cat")),))
     else:
         engine = defended(device="cpu") if what == "embedded" else bundled(what)
     with serving(engine) as address:

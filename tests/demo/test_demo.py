@@ -290,6 +290,35 @@ def test_every_example_can_be_chosen_and_the_defense_is_right(tab, form):
         assert found["plain"] != found["robust"]
 
 
+def test_weights_of_no_model_are_refused():
+    with pytest.raises(ConfigError, match="there is no model="):
+        loading.defended(pretrained="openai")
+
+
+def test_a_bundle_is_an_engine_without_a_plain_side(tiny_bundle):
+    found = loading.bundled(tiny_bundle)
+    picture = Image.effect_noise((50, 40), 90).convert("RGB")
+    question = found.question("", "")
+    assert (found.can_explain, found.can_relabel) == (False, True)
+    assert {row["label"] for row in found.classify(picture, question)} == set(question.labels)
+    assert found.embed(picture).shape == found.clf.transform([picture])[0].shape
+    assert found.set_of("blocks.1.hook_resid_post", 3) is None
+    for call in (
+        lambda: found.embed(picture, plain=True),
+        lambda: found.explain(picture, question),
+        lambda: found.counterfactual(picture, question),
+        lambda: found.phrase("fire", "{}"),
+        lambda: found.activation_map(picture, "blocks.1.hook_resid_post", 3),
+    ):
+        with pytest.raises(ConfigError, match="a bundle holds the defended tower alone"):
+            call()
+
+
+def test_an_engine_loads_no_exported_graph_to_say_that_it_may_hold_one():
+    code = "import defense.demo.engine, sys; sys.exit(any(name.startswith('defense.export') for name in sys.modules))"
+    assert without([], code).returncode == 0
+
+
 # --- what is known of latents -----------------------------------------------------------------------------------------
 
 
@@ -374,6 +403,7 @@ def test_steering_starts_from_the_plain_answer_and_moves_it(catalogued, form):
 def test_stored_results_become_tables(tmp_path):
     found = measured.sections(measured.results_folder())
     assert any("| defended |" in section for section in found)
+    assert not [section for section in found if "cannot be shown" in section]
     assert measured.sections(tmp_path) == [measured.NOTHING]
     (tmp_path / "embedded.json").write_text("{}")
     assert "cannot be read" in measured.sections(tmp_path)[0]

@@ -339,9 +339,7 @@ def test_an_explanation_runs_each_encoder_once(tiny_clip, fields, monkeypatch):
 @pytest.mark.parametrize("scope", ["patch", "all"])
 def test_maps_energies_and_activations_are_those_of_the_whole_encoder(defended, fields, scope):
     clf = defended(a_set(gains=tuple(i / 40 for i in range(40)), scope=scope), **fields)
-    with attached(clf.clip.model).recording() as told:
-        clf(picture())
-    seen = told[BLOCK].resid
+    seen = clf.probe(picture()).suppressions(Controls())[BLOCK].resid
     explanation = clf.explain(picture())
     sae, tokens = clf.sae(BLOCK), slice(1, None) if scope == "patch" else slice(None)
     from defense.core.sae import normalize

@@ -446,6 +446,31 @@ def test_calibration_without_a_topk_rule_is_refused_before_anything_is_read(run,
     assert "--calibrate is for SAEs with a topk rule" in " ".join(talk.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["PICTURES", "--sae", "SAE", "--sae", "SAE"], "one SAE per block"),
+        (["PICTURES", "--sae", "SAE", "--template", "no braces"], "a literal {}"),
+        (["nowhere", "--sae", "SAE"], "nowhere is not there"),
+        (["PICTURES", "--sae", "SAE", "--labels", "dog"], "give two or more"),
+        (["PICTURES", "--sae", "SAE", "--task", "group", "--classes", "a,b", "--spurious", "c"], "give two or more"),
+        (
+            ["PICTURES", "--sae", "SAE", "--task", "group", "--classes", "a,b", "--metadata", "nowhere.csv"],
+            "cannot be read as a csv file",
+        ),
+    ],
+    ids=["twice", "template", "pictures", "one-label", "one-prompt", "metadata"],
+)
+def test_what_cannot_work_is_refused_before_the_clip_is_loaded(
+    run, pictures, sae_folder, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.setattr("defense.hosts.clip.load_clip", lambda *_, **__: pytest.fail("it was loaded"))
+    named = {"SAE": sae_folder, "PICTURES": pictures}
+    code, _, talk = run(tmp_path / "defense", *(named.get(argument, argument) for argument in arguments))
+    assert code == 2
+    assert message in " ".join(talk.replace("│", " ").split())
+
+
 def test_a_report_is_not_written_into_the_defense(run, pictures, sae_folder, tmp_path):
     (tmp_path / "defense").mkdir()
     for target in (tmp_path / "defense", tmp_path / "defense" / "report"):
