@@ -71,4 +71,5 @@ def bundled(folder: str | os.PathLike[str], labels: Sequence[str] | None = None,
     assert clf.prompts is not None  # a bundle has labels
     asked = clf.prompts.labels, template or clf.prompts.templates[0]
     task = next((task for task in EMBEDDED_TASKS if (task.labels, task.template) == asked), Task("", "", *asked))
-    return Engine(clf, (task,), title=f"bundle {Path(folder).name}, {clf.running_on}")
+    title = f"bundle {Path(folder).name}, {clf.running_on}"
+    return Engine(clf, (task,), title=title)  # type: ignore[arg-type]  # its attribute names the usual classifier alone

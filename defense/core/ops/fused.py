@@ -1,5 +1,5 @@
-# mypy: disallow-untyped-defs=False
-# (The arguments of Triton kernels carry no Python types.)
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# (Triton itself reads the annotations of a kernel's arguments, so they hold no Python types; its decorators have none.)
 """Triton kernels: what `reference.py` defines, for inference on a GPU. The only file that imports triton.
 
     topk_suppress        resid - s * sum over i in S of (1 - gain_i) * h_i * [h_i is among the k largest] * W_dec[i]
@@ -617,7 +617,7 @@ def group_size(d_sae: int, k: int) -> int:
 def n_selected_among(d_sae: int, k: int) -> int:
     """Return among how many values `encode_topk` selects at most, at once."""
     group = group_size(d_sae, k)
-    n_groups = triton.cdiv(d_sae, group)
+    n_groups: int = triton.cdiv(d_sae, group)
     return max(n_groups, min(k, n_groups) * group)
 
 
