@@ -37,14 +37,14 @@ import torch
 from torch import Tensor
 
 from defense.benchmarks.speed import environment_of, torch_threads
-from defense.core.config import SAEConfig
+from defense.core.config import SAEConfig, Variant
 from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError
 from defense.hosts.clip import EMBEDDED, Clip, load_clip
 from defense.train.parallel import World
 from defense.train.quality import Quality, measure
 from defense.train.runs import InMemory
-from defense.train.trainer import PREFIXES, TrainConfig, Trainer, Variant
+from defense.train.trainer import PREFIXES, TrainConfig, Trainer
 
 OURS, THEIRS = "defense train", "dictionary-learning"
 VARIANTS: tuple[Variant, ...] = ("topk", "batchtopk", "matryoshka")

@@ -54,7 +54,7 @@ class IntegrityError(CheckpointError):
         )
         self.file, self.want, self.got = file, want, got
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.file, self.want, self.got)
 
 
@@ -71,7 +71,7 @@ class InvalidImageError(DefenseError, ValueError):
         super().__init__(f"{message} ({code})")
         self.code, self.message = code, message
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.code, self.message)
 
 
@@ -86,7 +86,7 @@ class NonFiniteError(DefenseError, ValueError):
         super().__init__(f"{where} holds NaN or infinity; every value must be finite")
         self.where = where
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type, tuple[str]]:
         return type(self), (self.where,)
 
 
@@ -107,7 +107,7 @@ class CalibrationError(DefenseError, RuntimeError):
         )
         self.agreement, self.least_agreement, self.n_held_out = agreement, least_agreement, n_held_out
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type, tuple[float, float, int]]:
         return type(self), (self.agreement, self.least_agreement, self.n_held_out)
 
 
@@ -126,5 +126,5 @@ class MissingDependencyError(DefenseError, ImportError):
         super().__init__(f'{package} is not installed; run: pip install "clip-defense[{extra}]"')
         self.package, self.extra = package, extra
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.package, self.extra)

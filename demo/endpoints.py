@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from defense.core.latents import Edit
 from defense.demo import limits
 from defense.demo.engine import Engine
 from defense.demo.trying import EDITS, EVENT
@@ -55,7 +56,7 @@ class Endpoints:
 def _controls(strength: float, edit: str, tasks: str) -> Any:
     from defense.hosts.controls import Controls
 
-    names = {None: None, "": None, **{name: name for name in EDITS.values()}}
+    names: dict[str | None, Edit | None] = {None: None, "": None, **{name: name for name in EDITS.values()}}
     if edit not in names:
         raise ConfigError(f"edit={edit!r}; it must be 'scale', 'project', or empty for each set's own")
     return Controls(strength, names[edit], tuple(limits.split_labels(tasks)) or None)

@@ -12,14 +12,15 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from defense.core.latents import Edit
 from defense.demo import cards, draw, limits, views
 from defense.demo.engine import Engine, Question
 from defense.demo.examples import ExampleScene, examples
 from defense.demo.uploads import untouched
 from defense.errors import DefenseError
 
-EDITS = {"each set's own": None, "scale": "scale", "project": "project"}
-EVENT = {"concurrency_id": "model", "concurrency_limit": limits.MAX_AT_ONCE, "show_progress": "hidden"}
+EDITS: dict[str, Edit | None] = {"each set's own": None, "scale": "scale", "project": "project"}
+EVENT: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": limits.MAX_AT_ONCE, "show_progress": "hidden"}
 """What all of the page's events share. The latest of several moves of one control wins: Gradio drops the others."""
 PRIVATE = {"api_visibility": "private", "trigger_mode": "always_last", **EVENT}
 LISTEN = (Path(__file__).parent / "listen.js").read_text(encoding="utf-8")
@@ -91,7 +92,7 @@ class Trying:
         from defense.hosts.controls import Controls
 
         off = frozenset(views.place_of(key) for key in form.off)
-        return Controls(form.strength, EDITS[form.edit], tuple(form.tasks), off)  # type: ignore[arg-type]
+        return Controls(form.strength, EDITS[form.edit], tuple(form.tasks), off)
 
     # --- what is shown ---
 

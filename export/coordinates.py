@@ -9,6 +9,9 @@ float64 as the original.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import onnx
 import onnxscript
 import torch
@@ -72,5 +75,7 @@ def onnx_coordinates(fires: FLOAT, gram: DOUBLE, dots: DOUBLE) -> DOUBLE:
     return op.ScatterElements(op.Sub(dots, dots), active, op.Mul(solution, mask), axis=1)
 
 
-TRANSLATION = {torch.ops.clip_defense.coordinates.default: onnx_coordinates}
+TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.clip_defense.coordinates.default: onnx_coordinates
+}
 """For `torch.onnx.export(custom_translation_table=...)`."""

@@ -26,6 +26,7 @@ from defense.export.verify import N_ROWS, Expected, Parity, Tolerance, verify
 from defense.export.vision import VisionGraph, trace_vision, write
 from defense.hosts.clip import embedded_folder
 from defense.store import folders
+from defense.store.defenses import MANIFEST
 from defense.world.draws import typographic
 from defense.world.scenes import render
 
@@ -111,7 +112,7 @@ def export_onnx(
     model = target / fields["model"]
     return ExportReport(
         folder=Path(folder),
-        manifest_sha256=folders.sha256_of(target / bundle.MANIFEST),
+        manifest_sha256=folders.sha256_of(target / MANIFEST),
         mode=mode,
         dtype=dtype,
         model_bytes=sum(path.stat().st_size for path in model.parent.glob(f"{MODEL}*")),

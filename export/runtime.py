@@ -26,6 +26,7 @@ from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, CheckpointError, ConfigError, DefenseError, ShapeError
 from defense.export import bundle
 from defense.export.sessions import CPU, CUDA, HALF_OPTIONS, decoding_threads, open_session
+from defense.store.folders import Verify
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class OnnxClassifier(ZeroShotClassifier):
         providers: Sequence[str] | None = None,
         session_options: Mapping[str, Any] | None = None,
         batch_size: int = 32,
-        verify: bundle.Verify = "sha256",
+        verify: Verify = "sha256",
     ) -> None:
         self.bundle = bundle.load(source, verify=verify)
         super().__init__(batch_size, self.bundle.prompts)
@@ -207,7 +208,9 @@ class OnnxClassifier(ZeroShotClassifier):
         """
         if self.bundle.text_model is None:
             raise ConfigError("this bundle has no text tower; export it with text=True (defense export --text)")
-        return self._session(self.bundle.text_model).run(["text_embeds"], {"input_ids": input_ids})[0]
+        session = self._session(self.bundle.text_model)
+        text_embeds: np.ndarray = session.run(["text_embeds"], {"input_ids": input_ids})[0]
+        return text_embeds
 
     # --- images ---
 
@@ -249,7 +252,8 @@ class OnnxClassifier(ZeroShotClassifier):
         if len(pixel_values) == 0:
             return np.empty((0, self.bundle.text_embeds.shape[1]), np.float32)
         try:
-            return session.run(["image_embeds"], {"pixel_values": pixel_values})[0]
+            image_embeds: np.ndarray = session.run(["image_embeds"], {"pixel_values": pixel_values})[0]
+            return image_embeds
         except Exception as error:  # onnxruntime's own exceptions share no base class
             if "allocate" not in str(error) or len(pixel_values) == 1:
                 raise BackendError(f"onnxruntime failed on a batch of {len(pixel_values)}: {error}") from error

@@ -49,7 +49,7 @@ class ParityError(ExportError):
         super().__init__(f"the graph does not answer as torch does, so nothing was written:{listed}")
         self.failures, self.max_abs_diff, self.atol, self.output = failures, max_abs_diff, atol, output
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.failures, self.max_abs_diff, self.atol, self.output)
 
 

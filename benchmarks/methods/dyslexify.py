@@ -151,7 +151,11 @@ def read_twins(
     for batch in zip(pixel_batches(clip, attacked), pixel_batches(clip, clean), strict=True):
         pixels, twin_pixels = map(torch.from_numpy, batch)
         is_written = written_on(pixels, twin_pixels, clip.tower.grid_size)
-        with watching(clip.tower, blocks, lambda block, x, _, is_written=is_written: score(block, x, is_written)):
+
+        def see(block: int, x: Tensor, _written: Tensor, is_written: Tensor = is_written) -> None:
+            score(block, x, is_written)
+
+        with watching(clip.tower, blocks, see):
             resids[0].append(clip.tower.resid_and_embeds(pixels, hook_point)[0])  # the whole pass: later blocks count
         resids[1].append(clip.tower.resid(twin_pixels, hook_point))
     return torch.cat(resids[0]), torch.cat(resids[1])

@@ -78,13 +78,14 @@ class _Contributions(Encoder):
 
         from defense.benchmarks.methods.heads import attention_of, cls_attention, watching
 
-        visual = self.tower.visual
+        visual: Any = self.tower.visual
+        blocks: Any = self.tower.blocks
         writes: dict[Head, Tensor] = {}
         seen: list[Tensor] = []
 
         def see(block: int, x: Tensor, _written: Tensor) -> None:
             heads = [head for at, head in self.heads if at == block]
-            written = self.tower.blocks[block].ls_1(cls_attention(attention_of(self.tower, block), x, heads).writes)
+            written = blocks[block].ls_1(cls_attention(attention_of(self.tower, block), x, heads).writes)
             writes.update({(block, head): written[:, i] for i, head in enumerate(heads)})
 
         pixel_values = np.stack([self.clip.preprocess(picture) for picture in pictures])

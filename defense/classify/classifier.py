@@ -177,7 +177,7 @@ class RobustClassifier(ZeroShotClassifier):
 
         with self._lock, torch.inference_mode():
             if controls is not None:
-                active: AbstractContextManager = self._applied(controls)
+                active: AbstractContextManager[object] = self._applied(controls)
             else:
                 active = self.clip.undefended() if plain else nullcontext()
             with active:
@@ -347,7 +347,8 @@ class Probe:
             ConfigError: There is no defense, or see `Controls.applied_to`.
         """
         image_embeds = self._clf._encode_image(self._pixel_values, controls=controls)
-        return self._clf.scores(image_embeds, self._text_embeds)[0]
+        scores: np.ndarray = self._clf.scores(image_embeds, self._text_embeds)[0]
+        return scores
 
     def suppressions(self, controls: Controls) -> dict[str, Suppression]:
         """Return what the defense does to the picture at each hook point, as `controls` say.

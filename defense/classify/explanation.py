@@ -166,4 +166,5 @@ def _written(
 def _largest(activations: np.ndarray) -> np.ndarray:
     """Return the value of largest magnitude of each column: a TopK SAE without ReLU has negative activations."""
     rows = np.abs(activations).argmax(0)
-    return activations[rows, np.arange(activations.shape[1])]
+    largest: np.ndarray = activations[rows, np.arange(activations.shape[1])]
+    return largest

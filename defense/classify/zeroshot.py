@@ -141,7 +141,8 @@ class ZeroShotClassifier(ABC):
         """
         logits = self.logit_scale * image_embeds @ text_embeds.T
         weights = np.exp(logits - logits.max(1, keepdims=True))
-        return weights / weights.sum(1, keepdims=True)
+        scores: np.ndarray = weights / weights.sum(1, keepdims=True)
+        return scores
 
     def _prepare(self, image: Any) -> np.ndarray:
         """Return pixel_values [3, height, width] of one picture."""
@@ -260,7 +261,8 @@ class ZeroShotClassifier(ABC):
     def predict(self, X: Iterable[Any]) -> np.ndarray:
         """Return the best label of each picture, [n]."""
         prompts = self._chosen()
-        return np.array(prompts.labels, dtype=object)[self._proba(X, prompts).argmax(1)]
+        best: np.ndarray = np.array(prompts.labels, dtype=object)[self._proba(X, prompts).argmax(1)]
+        return best
 
     def _proba(self, X: Iterable[Any], prompts: Prompts) -> np.ndarray:
         return self.scores(self.transform(X), self._embeds_of(prompts))

@@ -106,7 +106,7 @@ class Suppressor(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Suppressor:
         exact: dict[str, Any] = {name: getattr(self, name) for name in self._EXACT}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         for name, tensor in exact.items():
             if tensor is not None:
                 setattr(self, name, tensor.to(getattr(self, name).device))
@@ -134,7 +134,9 @@ class Suppressor(nn.Module):
         self._check(resid)
         rows = resid.reshape(-1, self.d_model).to(self.W_S.dtype)
         with _without_autocast(resid):
-            return reference.acts_of_set(normalize(rows, self.norm).z, self.encoder()).unflatten(0, resid.shape[:-1])
+            acts = reference.acts_of_set(normalize(rows, self.norm).z, self.encoder())
+            unflattened: Tensor = acts.unflatten(0, resid.shape[:-1])
+            return unflattened
 
     def removed(self, resid: Tensor, acts: Tensor | None = None) -> Tensor:
         """Return what is subtracted from a residual [..., d_model] (every token, whatever the scope).
@@ -186,7 +188,7 @@ class Suppressor(nn.Module):
         """
         _, scale, _ = normalize(resid.to(self.W_S.dtype), self.norm)
         moved = acts if self.values is None else acts - self.values
-        written = moved * (self.removal * self.strength * self.W_dec_S.norm(dim=1))
+        written: Tensor = moved * (self.removal * self.strength * self.W_dec_S.norm(dim=1))
         return (written if scale is None else written * scale).float().square()
 
     def _check(self, resid: Tensor) -> None:

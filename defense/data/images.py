@@ -215,7 +215,7 @@ def _read(source: object, name: str, max_bytes: int) -> bytes:
     return data
 
 
-def _read_file(path: str | os.PathLike, name: str, max_bytes: int) -> bytes:
+def _read_file(path: str | os.PathLike[str], name: str, max_bytes: int) -> bytes:
     """Return the bytes of a regular file, refusing a large one unread."""
     if isinstance(path, str) and re.match(r"(?i)[a-z][a-z0-9+.-]+://|data:", path):
         raise InvalidImageError("url_not_supported", f"{name} is a URL; nothing is fetched: hand over its bytes")

@@ -285,4 +285,5 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not norms.all():
         raise ConfigError("a text embedding is zero and has no direction; check the text tower's weights")
-    return vectors / norms
+    unit: np.ndarray = vectors / norms
+    return unit

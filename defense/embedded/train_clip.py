@@ -22,6 +22,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -161,9 +162,10 @@ class Normalize(nn.Module):
         return (pictures.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
 
 
-def load_config() -> dict:
+def load_config() -> dict[str, Any]:
     """Return the embedded model's open_clip configuration."""
-    return json.loads((Path(__file__).parent / "clip" / "open_clip_config.json").read_text())
+    config: dict[str, Any] = json.loads((Path(__file__).parent / "clip" / "open_clip_config.json").read_text())
+    return config
 
 
 def new_model() -> open_clip.CLIP:
@@ -186,7 +188,7 @@ class Reader(nn.Module):
         self._middle: Tensor | None = None
         self.clip.visual.transformer.resblocks[LETTER_BLOCK].register_forward_hook(self._keep)
 
-    def _keep(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+    def _keep(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._middle = output
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +200,8 @@ class Reader(nn.Module):
 
 def _tokens(question: str, template: str) -> Tensor:
     context = load_config()["model_cfg"]["text_cfg"]["context_length"]
-    return open_clip.tokenize([template.replace("{}", answer) for answer in QUESTIONS[question]], context)
+    ids: Tensor = open_clip.tokenize([template.replace("{}", answer) for answer in QUESTIONS[question]], context)
+    return ids
 
 
 def caption_embeds(clip: open_clip.CLIP, question: str, template: str) -> Tensor:

@@ -71,4 +71,5 @@ def _colors(values: np.ndarray) -> np.ndarray:
 
 def _alpha(values: np.ndarray) -> np.ndarray:
     """Return uint8 opacities of values from 0 to 1: nothing at 0, and full from a half on."""
-    return (255 * _OPACITY * np.minimum(2 * values, 1)).round().astype(np.uint8)
+    opacities: np.ndarray = (255 * _OPACITY * np.minimum(2 * values, 1)).round().astype(np.uint8)
+    return opacities

@@ -252,7 +252,8 @@ def spurious_material(
 def _margins(logits: np.ndarray) -> np.ndarray:
     """Return how far each label is above the best of the others, [n, n_labels]."""
     others = np.stack([np.delete(logits, label, axis=1).max(1) for label in range(logits.shape[1])], axis=1)
-    return logits - others
+    margins: np.ndarray = logits - others
+    return margins
 
 
 def _threshold(values: np.ndarray) -> float:

@@ -65,7 +65,8 @@ class Clip:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.logit_scale.device
+        device: torch.device = self.model.logit_scale.device
+        return device
 
     @property
     def logit_scale(self) -> float:
@@ -91,7 +92,8 @@ class Clip:
         import torch
 
         with torch.inference_mode():
-            return self.model.encode_text(torch.from_numpy(input_ids).to(self.device)).float().cpu().numpy()
+            embeds: Tensor = self.model.encode_text(torch.from_numpy(input_ids).to(self.device))
+            return embeds.float().cpu().numpy()
 
     def text_embeds(self, prompts: Prompts, *, normalize_each: bool = True) -> np.ndarray:
         """Return text_embeds, float32 [n_labels, d_embed], normalized; see `labels.encode_prompts`."""
@@ -102,7 +104,7 @@ class Clip:
         table = getattr(self.model, "token_embedding", None)
         if table is None:
             return None
-        is_blank = (table.weight == 0).all(1).cpu().numpy()
+        is_blank: np.ndarray = (table.weight == 0).all(1).cpu().numpy()
         is_blank[0] = False  # padding
         return is_blank
 

@@ -23,7 +23,8 @@ def tower_of(model: nn.Module) -> VisionTower:
         HookPointError: Its vision tower has no transformer blocks (ResNet, ConvNeXt).
     """
     for family in FAMILIES:
-        if (tower := family.find(model)) is not None:
+        tower: VisionTower | None = family.find(model)
+        if tower is not None:
             return tower
     visual: Any = getattr(model, "visual", None)
     if not isinstance(visual, nn.Module):

@@ -100,7 +100,8 @@ def read_vector(path: Path) -> np.ndarray:
             raise CheckpointError(f"{path} holds {len(arrays)} arrays; it must hold one")
         return arrays[0]
     try:
-        return np.load(path, allow_pickle=False)
+        array: np.ndarray = np.load(path, allow_pickle=False)
+        return array
     except (OSError, ValueError, EOFError) as error:
         raise CheckpointError(f"{path} is not a readable .npy file: {error}") from error
 

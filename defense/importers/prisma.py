@@ -80,11 +80,11 @@ def read(source: Source, given: Given) -> Imported:
 
 def _stated_d_sae(config: Mapping[str, Any]) -> int | None:
     """Return d_sae as the file states it; current files state it as d_in and a factor. None where it does not."""
-    if config.get("d_sae") is not None:
-        return config["d_sae"]
-    if isinstance(config.get("expansion_factor"), int) and isinstance(config.get("d_in"), int):
-        return config["d_in"] * config["expansion_factor"]
-    return None
+    stated: int | None = config.get("d_sae")
+    if stated is not None:
+        return stated
+    d_in, factor = config.get("d_in"), config.get("expansion_factor")
+    return d_in * factor if isinstance(d_in, int) and isinstance(factor, int) else None
 
 
 def _activation(source: Source, given: Given, config: Mapping[str, Any]) -> tuple[Any, int | None]:
@@ -117,8 +117,9 @@ def _tokens(config: Mapping[str, Any]) -> str | None:
 
 
 def _hook_point(config: Mapping[str, Any]) -> str | None:
-    if config.get("hook_point"):
-        return config["hook_point"]
+    hook_point: str | None = config.get("hook_point")
+    if hook_point:
+        return hook_point
     if "hook_point_layer" in config and "layer_subtype" in config:
         return f"blocks.{config['hook_point_layer']}.{config['layer_subtype']}"
     return None

@@ -77,8 +77,9 @@ def read(source: Source, given: Given) -> Imported:
 
 
 def _stated_d_sae(config: Mapping[str, Any]) -> int | None:
-    if config.get("d_sae") is not None:
-        return config["d_sae"]
+    stated: int | None = config.get("d_sae")
+    if stated is not None:
+        return stated
     d_model, factor = config.get("d_model", config.get("d_vit")), config.get("exp_factor")
     return d_model * factor if isinstance(d_model, int) and isinstance(factor, int) else None
 

@@ -81,11 +81,13 @@ def fused_suppress(
     first, last, _ = tokens.indices(resid.shape[1])
     of_set = (edited, resid, first, max(first, last), norm, encoder.W_S.contiguous(), encoder.b_S.contiguous())
     rows = W_dec_S.contiguous()
+    out: Tensor
     if encoder.W_enc is None:
-        return fused.threshold_suppress(*of_set, encoder.threshold_S, rows, removal)
-    return fused.topk_suppress(
-        *of_set, rows, removal, encoder.W_enc.contiguous(), encoder.b, encoder.latents, encoder.k
-    )
+        out = fused.threshold_suppress(*of_set, encoder.threshold_S, rows, removal)
+    else:
+        of_all = (encoder.W_enc.contiguous(), encoder.b, encoder.latents, encoder.k)
+        out = fused.topk_suppress(*of_set, rows, removal, *of_all)
+    return out
 
 
 def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -119,7 +121,8 @@ def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int, *, backend: Backend
         from . import fused
 
         if fused.n_selected_among(d_sae, k) <= fused.MAX_SELECT:
-            return fused.encode_topk(z, W_enc.contiguous(), b.contiguous(), k)
+            largest: tuple[Tensor, Tensor] = fused.encode_topk(z, W_enc.contiguous(), b.contiguous(), k)
+            return largest
         too_many = f"k={k} of {d_sae} latents are too many for a program to select"
         if backend == "fused":
             raise _cannot_run(too_many)
@@ -150,7 +153,9 @@ def sparse_decode(acts: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, *
     if _chosen(backend, acts, W_dec, None):
         from . import fused
 
-        return fused.sparse_decode(acts.contiguous(), indices.contiguous(), W_dec.contiguous(), b_dec.contiguous())
+        tensors = (acts.contiguous(), indices.contiguous(), W_dec.contiguous(), b_dec.contiguous())
+        decoded: Tensor = fused.sparse_decode(*tensors)
+        return decoded
     return reference.sparse_decode(acts, indices, W_dec, b_dec)
 
 
@@ -192,7 +197,8 @@ def _obstacle(tensor: Tensor, weight: Tensor) -> str | None:
         from . import fused
     except ImportError as error:
         return f"triton cannot be imported ({error})"
-    return fused.obstacle(str(tensor.device))
+    obstacle: str | None = fused.obstacle(str(tensor.device))
+    return obstacle
 
 
 def _cannot_run(reason: str) -> BackendError:

@@ -174,7 +174,7 @@ def _solved(fires: Tensor, rows: Tensor, dots: Tensor) -> Tensor:
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # no types
 
 
 @torch.library.custom_op("clip_defense::topk_acts", mutates_args=())

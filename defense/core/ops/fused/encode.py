@@ -1,5 +1,5 @@
-# mypy: disallow-untyped-defs=False
-# (The arguments of Triton kernels carry no Python types.)
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# (Triton itself reads the annotations of a kernel's arguments, so they hold no Python types; its decorators have none.)
 """`encode_topk`: the k largest latents of every token."""
 
 import torch
@@ -98,7 +98,7 @@ def group_size(d_sae: int, k: int) -> int:
 def n_selected_among(d_sae: int, k: int) -> int:
     """Return among how many values `encode_topk` selects at most, at once."""
     group = group_size(d_sae, k)
-    n_groups = triton.cdiv(d_sae, group)
+    n_groups: int = triton.cdiv(d_sae, group)
     return max(n_groups, min(k, n_groups) * group)
 
 
@@ -125,7 +125,7 @@ def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Te
     acts = torch.empty(n_tokens, k, dtype=W_enc.dtype, device=z.device)
     indices = torch.empty(n_tokens, k, dtype=torch.int64, device=z.device)
     tile, group = launching.stream_tile(z.device, W_enc.dtype), group_size(d_sae, k)
-    n_groups = triton.cdiv(d_sae, group)
+    n_groups: int = triton.cdiv(d_sae, group)
     n_chunk = max(1, min(n_tokens, _CHUNK_ELEMENTS // d_sae))
     pre_acts = torch.empty(n_chunk, d_sae, dtype=W_enc.dtype, device=z.device)
     maxima = torch.empty(n_chunk, n_groups, dtype=W_enc.dtype, device=z.device)

@@ -36,7 +36,7 @@ SET = Tile(64, 64, 64, num_warps=8, num_stages=3)
 SET_FLOAT32 = Tile(32, 32, 32, num_warps=4, num_stages=2)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it without types
 def obstacle(device: str) -> str | None:
     """Return what about a device keeps the kernels from running, if anything."""
     if device.startswith("cuda") and torch.cuda.get_device_capability(device) < (8, 0):

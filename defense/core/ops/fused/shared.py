@@ -1,5 +1,5 @@
-# mypy: disallow-untyped-defs=False
-# (The arguments of Triton kernels carry no Python types.)
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# (Triton itself reads the annotations of a kernel's arguments, so they hold no Python types; its decorators have none.)
 """What several kernels do alike: rows of tokens, the norm of each, and a tile of pre-activations."""
 
 import triton

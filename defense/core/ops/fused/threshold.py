@@ -1,5 +1,5 @@
-# mypy: disallow-untyped-defs=False
-# (The arguments of Triton kernels carry no Python types.)
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# (Triton itself reads the annotations of a kernel's arguments, so they hold no Python types; its decorators have none.)
 """`threshold_suppress`: the edit `scale` of rules that do not couple latents, in one kernel."""
 
 from typing import Any

@@ -1,0 +1,1 @@
+../../defense/__init__.py
