@@ -52,7 +52,7 @@ SEED_FIT, SEED_TEST = 200, 299
 
 RULES = ("ours", "contrast x causal", "causal", "contrast", "steerability", "random")
 ABLATIONS = (
-    "contrast", "causal effect", "joint step", "learned gains", "moving weights", "sparsity", "budget",
+    "contrast", "causal effect", "joint step", "learnt gains", "moving weights", "sparsity", "budget",
     "most candidates", "most candidates and contrast", "most candidates and causal effect",
 )  # fmt: skip
 _FEW = 32
@@ -157,7 +157,7 @@ class Chooser:
             return self._chosen(self.order("contrast"), config)
         if ingredient == "joint step":
             return self._in_full(order)
-        if ingredient == "learned gains":
+        if ingredient == "learnt gains":
             trial, ranked, _ = self._joint(order, config)
             return self._stopped(trial, ranked, np.ones(len(trial.latents)))
         changed = {

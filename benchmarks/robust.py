@@ -473,7 +473,7 @@ def result_of(
             "settings": dict(method.settings()),
             "class_names": list(dataset.class_names),
             "templates": list(dataset.templates),
-            "normalize_each": dataset.normalize_each,
+            "normalise_each": dataset.normalize_each,
             "facts": dict(dataset.facts),
             "data_sha256": own.data_sha256,
             "host_sha256": named.sha256,

@@ -10,7 +10,7 @@ from defense.errors import ConfigError
 BASELINE = "zero-shot"
 OURS = "defense"
 _MUST_AGREE = (
-    "shortfall", "n", "n_unreadable", "choice", "class_names", "templates", "normalize_each", "data_sha256",
+    "shortfall", "n", "n_unreadable", "choice", "class_names", "templates", "normalise_each", "data_sha256",
     "host_sha256", "preprocess", "train_counts", "facts", "seed",
 )  # fmt: skip
 _N_TEMPLATES_SHOWN = 2

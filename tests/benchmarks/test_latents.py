@@ -146,7 +146,7 @@ def test_without_the_joint_step_candidates_are_removed_in_full_in_their_order(ch
 
 
 def test_without_learned_gains_the_same_are_removed_in_full(chooser) -> None:
-    choice = chooser.without("learned gains")
+    choice = chooser.without("learnt gains")
     n = min(len(choice.latents), len(chooser.ours.latents))
     assert choice.latents[:n] == chooser.ours.latents[:n]
     assert n > 0
