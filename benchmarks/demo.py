@@ -28,7 +28,7 @@ from typing import Any
 
 import httpx
 
-from defense.benchmarks.speed import environment_of
+from defense.benchmarks.environment import environment_of
 
 _PATIENCE_S = 120.0
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks.speed import environment_of
+from defense.benchmarks.environment import environment_of
 from defense.data.labels import resolve_templates
 from defense.embedded.build import SEEDS, full_report
 from defense.hosts.clip import EMBEDDED, embedded_folder, load_clip

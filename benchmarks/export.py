@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from defense.benchmarks import speed
+from defense.benchmarks.environment import checkout_words, environment_of
 from defense.classify.classifier import RobustClassifier
 from defense.data import images
 from defense.errors import ConfigError
@@ -365,13 +366,12 @@ def runtime_table(row: Mapping[str, Any]) -> str:
 def caption(result: Mapping[str, Any]) -> str:
     """Return what a reader of the tables has to know."""
     case, here, runtime = result["case"], result["environment"], result["runtime"]
-    state = "no commit" if here["commit"] is None else here["commit"][:12] + (" + changes" if here["is_dirty"] else "")
     return (
         f"Graphs: {case['model']}, random weights, batch {case['batch']}, block {case['block']}, d_sae "
         f"{case['d_sae']}, k {case['k']}, |S| {case['n_set']}, seed {case['seed']}, {case['rounds']} rounds. Runtime: "
         f"the embedded model, {runtime['n']} pictures, batches of {runtime['batch']}.\n"
         f"{here['cpu']}, {here['cores']} cores, {case['threads']} threads, load before the run {here['load']:.1f}, "
-        f"onnxruntime {result['onnxruntime']}, torch {here['torch']}, {state}, {here['timestamp']}."
+        f"onnxruntime {result['onnxruntime']}, torch {here['torch']}, {checkout_words(here)}, {here['timestamp']}."
     )
 
 
@@ -395,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, compiled, pictures = fields.pop("out"), fields.pop("compile"), fields.pop("pictures")
     try:
         case = speed.Case(**fields)
-        environment = speed.environment_of(shlex.join(["python", "-m", "defense.benchmarks.export", *argv]))
+        environment = environment_of(shlex.join(["python", "-m", "defense.benchmarks.export", *argv]))
         result: dict[str, Any] = {
             "graphs": [asdict(row) for row in measure_graphs(case, compiled=compiled)],
             "runtime": asdict(measure_runtime(pictures, 32, case.seed)),

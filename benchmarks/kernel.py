@@ -52,6 +52,7 @@ import torch
 from torch import Tensor
 
 from defense.benchmarks import speed
+from defense.benchmarks.environment import Environment, checkout_words, environment_of
 from defense.core import ops
 from defense.core.config import Act, Norm
 from defense.core.latents import Scope, token_slice
@@ -193,7 +194,7 @@ class Row:
     dtype: str
     case: Case
     gpu: Gpu
-    environment: speed.Environment
+    environment: Environment
 
     @property
     def matrix_mib(self) -> float:
@@ -438,7 +439,7 @@ class Bench:
         minutes: For everything.
     """
 
-    def __init__(self, gpu: Gpu, environment: speed.Environment, minutes: float) -> None:
+    def __init__(self, gpu: Gpu, environment: Environment, minutes: float) -> None:
         self.gpu, self.environment = gpu, environment
         self.deadline = time.monotonic() + 60 * minutes
         self.skipped: list[str] = []
@@ -663,7 +664,7 @@ def load_rows(path: Path) -> list[Row]:
     """Read what `save_rows` wrote."""
     rows = []
     for fields in json.loads(path.read_text(encoding="utf-8")):
-        kinds = {"case": Case, "gpu": Gpu, "environment": speed.Environment}
+        kinds = {"case": Case, "gpu": Gpu, "environment": Environment}
         rows.append(Row(**fields | {name: kind(**fields[name]) for name, kind in kinds.items()}))
     return rows
 
@@ -700,7 +701,6 @@ def short(rows: Sequence[Row]) -> list[Row]:
 def caption(rows: Sequence[Row]) -> str:
     """Return what a reader of the table has to know, in a few lines of Markdown."""
     gpu, here = rows[0].gpu, rows[0].environment
-    state = "no commit" if here.commit is None else here.commit[:12] + (" + changes" if here.is_dirty else "")
     shapes = "; ".join(
         f"{case.model}: {case.batch} x {case.pos} tokens, d_model {case.d_model}, d_sae {case.d_sae}, k {case.k}"
         for case in dict.fromkeys(row.case for row in rows)
@@ -708,7 +708,7 @@ def caption(rows: Sequence[Row]) -> str:
     return (
         f"{shapes}. Random weights, seed {_SEED}.\n"
         f"{gpu.name}, driver {gpu.driver}, power limit {gpu.power_limit_w} W, at most {gpu.sm_clock_mhz} MHz, torch "
-        f"{here.torch}, CUDA {gpu.cuda}, Triton {gpu.triton}, {state}, {here.timestamp}.\n"
+        f"{here.torch}, CUDA {gpu.cuda}, Triton {gpu.triton}, {checkout_words(asdict(here))}, {here.timestamp}.\n"
         "The floor is the encoder's matmul for the firing tokens at torch's own rate (relu, sparse_decode: the bytes "
         "to be moved)."
     )
@@ -807,7 +807,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BackendError as error:
         print(error, file=sys.stderr)
         return 3
-    environment = speed.environment_of(shlex.join(["python", "-m", "defense.benchmarks.kernel", *argv]))
+    environment = environment_of(shlex.join(["python", "-m", "defense.benchmarks.kernel", *argv]))
     rows: list[Row] = []
     with torch.no_grad():
         bench = Bench(gpu_of(), environment, arguments.minutes)

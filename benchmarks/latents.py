@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from defense.benchmarks.environment import environment_of
 from defense.benchmarks.metrics import mean_figure
-from defense.benchmarks.speed import environment_of
 from defense.core.latents import LatentSet, draw_alike
 from defense.core.suppress import Suppressor
 from defense.embedded import build

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from defense.benchmarks import demo, embedded, export, kernel, latents, plots, robust, speed, tables, train
+from defense.benchmarks.environment import machine_words
 from defense.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +67,7 @@ def embedded_table(path: Path) -> str:
 
 
 def _embedded_section(path: Path) -> str:
-    return f"{embedded_table(path)}\n{tables.machine(_json(path)['environment'])}"
+    return f"{embedded_table(path)}\n{machine_words(_json(path)['environment'])}"
 
 
 def speed_table(path: Path) -> str:
@@ -102,13 +103,13 @@ def _latents_section(path: Path) -> str:
     result = _json(path)
     if result["rows"] is None:
         return f"Not measured: the run in `benchmarks/results/{path.name}` was interrupted; the same command goes on."
-    return f"{latents.table(result)}\n{tables.machine(result['environment'])}"
+    return f"{latents.table(result)}\n{machine_words(result['environment'])}"
 
 
 def _demo_section(path: Path) -> str:
     result = _json(path)
     answer = f"The page's HTML in {result['page_ms']:.0f} ms, {result['start_s']:.1f} s after the command."
-    return f"{demo.table(result)}\n\n{answer}\n{tables.machine(result['environment'])}"
+    return f"{demo.table(result)}\n\n{answer}\n{machine_words(result['environment'])}"
 
 
 def _kernel_section(path: Path) -> str:
@@ -230,7 +231,7 @@ def main_table(results: Sequence[Mapping[str, Any]]) -> str:
     return (
         "\n".join(lines) + f"\n\nPercent, half of a 95 % interval at most {100 * max(half_widths):.1f} points; "
         f'pictures: {counts}. "-": not applicable. Intervals, paired tests and each method\'s reasons, settings and '
-        "cost: [RESULTS.md](benchmarks/RESULTS.md).\n" + tables.machine(results[0]["robust"]["run"]["environment"])
+        "cost: [RESULTS.md](benchmarks/RESULTS.md).\n" + machine_words(results[0]["robust"]["run"]["environment"])
     )
 
 

@@ -34,6 +34,7 @@ from safetensors.numpy import save_file
 
 from defense.benchmarks import metrics, plots, tables
 from defense.benchmarks.datasets import Dataset, Example, File, Task
+from defense.benchmarks.environment import environment_of
 from defense.data.labels import Prompts, check_labels, resolve_templates
 from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
@@ -383,8 +384,6 @@ def run(
 
 def _environment(command: str | None) -> dict[str, Any]:
     import torch
-
-    from defense.benchmarks.speed import environment_of
 
     return {**asdict(environment_of(command or "")), "threads": torch.get_num_threads()}
 

@@ -40,16 +40,12 @@ import argparse
 import copy
 import ctypes
 import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +55,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from defense.benchmarks.environment import Environment, environment_of, machine_words
 from defense.core.config import SAEConfig
 from defense.core.latents import Edit, LatentSet
 from defense.data.preprocess import Preprocess
@@ -118,32 +115,6 @@ class Case:
     def hook_point(self) -> str:
         """Where the residual is edited."""
         return f"blocks.{self.block}.hook_resid_post"
-
-
-@dataclass(frozen=True)
-class Environment:
-    """Where, when and with what a row was measured.
-
-    Attributes:
-        cpu: Model of the CPU.
-        cores: Cores that this process may use.
-        load: Load average over a minute before the run: what else was busy.
-        commit: git commit of this checkout; None outside of one.
-        is_dirty: Whether the checkout differed from that commit; None outside of one.
-        timestamp: Start of the run, UTC, ISO 8601.
-        command: What was typed.
-    """
-
-    cpu: str
-    cores: int
-    load: float
-    python: str
-    torch: str
-    open_clip: str
-    commit: str | None
-    is_dirty: bool | None
-    timestamp: str
-    command: str
 
 
 @dataclass(frozen=True)
@@ -592,43 +563,6 @@ def measure(stage: Stage, field: Sequence[Rivals], environment: Environment, *, 
     return rows
 
 
-def environment_of(command: str) -> Environment:
-    """Return what this machine and checkout are."""
-    here = Path(__file__).resolve()
-    is_ours = _git("ls-files", "--error-unmatch", here.name) is not None  # else: installed inside of another checkout
-    commit = _git("rev-parse", "HEAD") if is_ours else None
-    return Environment(
-        cpu=_cpu_model(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        open_clip=open_clip.__version__,
-        commit=commit,
-        is_dirty=None if commit is None else bool(_git("status", "--porcelain")),
-        timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
-    )
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    folder = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
 def save_rows(rows: Sequence[Row], path: Path) -> None:
     """Write rows as a JSON list."""
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
@@ -662,8 +596,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def caption(rows: Sequence[Row]) -> str:
     """Return what a reader of the table has to know, in a few lines of Markdown."""
-    row, case, here = rows[0], rows[0].case, rows[0].environment
-    state = "no commit" if here.commit is None else here.commit[:12] + (" + changes" if here.is_dirty else "")
+    row, case = rows[0], rows[0].case
     survivors = "; ".join(
         f"{other.firing.n_firing} of {other.firing.n_tokens} ({other.firing.n_surviving})"
         for other in rows
@@ -672,8 +605,7 @@ def caption(rows: Sequence[Row]) -> str:
     return (
         f"{case.model}, random weights, batch {case.batch}, block {case.block}, d_model {row.d_model}, "
         f"d_sae {case.d_sae}, k {case.k}, |S| {case.n_set}, {case.dtype}, seed {case.seed}, {case.rounds} rounds.\n"
-        f"{here.cpu}, {here.cores} cores, {case.threads} threads, load before the run {here.load:.1f}, "
-        f"torch {here.torch}, open_clip {here.open_clip}, {state}, {here.timestamp}.\n"
+        f"{machine_words({**asdict(row.environment), 'threads': case.threads})}\n"
         f"The floor (at {row.matmul_gflops:.0f} GFLOP/s) stands against the time that an arm adds to plain CLIP.\n"
         f"Tokens firing (of these, with a latent of S that passes the activation rule), for our arms: {survivors}."
     )

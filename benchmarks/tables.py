@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from defense.benchmarks.environment import machine_words
 from defense.errors import ConfigError
 
 BASELINE = "zero-shot"
@@ -178,19 +179,8 @@ def _caption(results: Sequence[Result]) -> str:
         "exact test, not corrected for the number of tests. Margin: logit of the object less that of the word. ms: per "
         "picture. MiB: at the peak of a chunk, above what was held before. EXIF orientation is not applied."
     )
-    lines += list(dict.fromkeys(machine(r["robust"]["run"]["environment"]) for r in results))
+    lines += list(dict.fromkeys(machine_words(r["robust"]["run"]["environment"]) for r in results))
     return "\n".join(lines)
-
-
-def machine(environment: Mapping[str, Any]) -> str:
-    """Return a sentence about the machine and the versions that a result comes from."""
-    here = environment
-    state = "no commit" if here["commit"] is None else here["commit"][:12] + (" + changes" if here["is_dirty"] else "")
-    threads = f"{here['threads']} threads, " if "threads" in here else ""
-    return (
-        f"{here['cpu']}, {here['cores']} cores, {threads}load before the run {here['load']:.1f}, "
-        f"torch {here['torch']}, open_clip {here['open_clip']}, {state}, {here['timestamp']}."
-    )
 
 
 def _question(robust: Mapping[str, Any]) -> str:

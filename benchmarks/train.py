@@ -29,14 +29,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from defense.benchmarks.speed import environment_of, torch_threads
+from defense.benchmarks.environment import checkout_words, environment_of, installed_version
+from defense.benchmarks.speed import torch_threads
 from defense.core.config import SAEConfig
 from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError
@@ -243,7 +243,7 @@ def run(case: Case, names: Sequence[str], command: str) -> dict[str, Any]:
     return {
         "case": asdict(case),
         "environment": asdict(environment),
-        "versions": {name: _version(name) for name in ("clip-defense", "torch", THEIRS)},
+        "versions": {name: installed_version(name) for name in ("clip-defense", "torch", THEIRS)},
         "d_model": resid.shape[1],
         "encoded_tokens_per_s": encoded_per_s,
         "floor_tokens_per_s": case.batch / floor_step_s,
@@ -279,13 +279,6 @@ def _row(implementation: str, variant: str, seed: int, quality: Quality, rate: f
     return Row(implementation, variant, seed, quality.explained_variance, quality.l0, quality.alive, rate)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def table(result: dict[str, Any]) -> str:
     """Return the Markdown table of a result of `run`: means over the seeds."""
     lines = [
@@ -310,7 +303,6 @@ def table(result: dict[str, Any]) -> str:
 def caption(result: dict[str, Any]) -> str:
     """Return what a reader of the table has to know."""
     case, here = result["case"], result["environment"]
-    state = "no commit" if here["commit"] is None else here["commit"][:12] + (" + changes" if here["is_dirty"] else "")
     return (
         f"Residuals after block {case['block']} of the embedded model, d_model {result['d_model']}, "
         f"d_sae {case['d_sae']:,}, k {case['k']}; {case['n_tokens']:,} tokens, batch {case['batch']:,}, learning rate "
@@ -318,7 +310,7 @@ def caption(result: dict[str, Any]) -> str:
         f"Floor: {result['floor_tokens_per_s']:,.0f} tokens/s ({result['matmul_gflops']:.0f} GFLOP/s). "
         f"Drawing and encoding pictures: {result['encoded_tokens_per_s']:,.0f} tokens/s.\n"
         f"{here['cpu']}, {case['threads']} threads, load before the run {here['load']:.1f}, torch {here['torch']}, "
-        f"dictionary-learning {result['versions'][THEIRS]}, {state}, {here['timestamp']}."
+        f"dictionary-learning {result['versions'][THEIRS]}, {checkout_words(here)}, {here['timestamp']}."
     )
 
 
@@ -333,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the result there, as JSON")
     fields = vars(parser.parse_args(argv))
     out, alone = fields.pop("out"), fields.pop("alone")
-    if not alone and _version(THEIRS) is None:
+    if not alone and installed_version(THEIRS) is None:
         print(
             "dictionary-learning is not installed: pip install dictionary-learning (a separate environment is best, "
             "it brings much with it), or run with --alone",

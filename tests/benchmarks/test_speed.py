@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from defense.benchmarks import speed
+from defense.benchmarks.environment import environment_of
 from defense.errors import ConfigError
 
 CASE = speed.Case(model="tiny", batch=2, d_sae=512, k=8, n_set=16, block=1, rounds=2, seed=3)
@@ -52,7 +53,7 @@ def field(stage):
 
 def test_gate_passes_and_all_times_are_positive(stage, field):
     assert speed.gate(stage, field) == []
-    rows = speed.measure(stage, field, speed.environment_of("test"))
+    rows = speed.measure(stage, field, environment_of("test"))
     assert [row.arm for row in rows] == [
         "plain CLIP",
         "naive splice",
@@ -120,7 +121,7 @@ def test_main_prints_the_table_of_the_rows_it_saves(tiny_model, tmp_path, capsys
 
 
 def test_table_has_one_line_per_row_and_a_dash_where_nothing_was_measured(stage, field):
-    rows = speed.measure(stage, field, speed.environment_of("test"), memory=False)
+    rows = speed.measure(stage, field, environment_of("test"), memory=False)
     head, rule, *lines = speed.table(rows).splitlines()
     assert head == "| arm | ms (p20-p80) | x plain | floor ms | extra MiB |"
     assert set(rule) == set("|-")
