@@ -2,8 +2,8 @@
 
     python -m defense.benchmarks.export --out export.json
 
-Two tables. *Graphs*: one open_clip model with random weights and one random SAE (those of `speed.py`), as ONNX and in
-PyTorch. All arms run in one process, in every round once, in an order drawn anew for each round; "x plain" is the
+Two tables. *Graphs*: one open_clip model with random weights and one random SAE (see `speed_workloads.py`), as ONNX and
+in PyTorch. All arms run in one process, in every round once, in an order drawn anew for each round; "x plain" is the
 median over rounds of the ratio to the plain CLIP in ONNX within a round. Before anything is timed, every arm's
 embeddings are held against PyTorch's; int8 by its cosine only. "x fp32" is the same ratio to the fp32 graph of the same
 defense, for the arms that compute that one otherwise. Each ratio has its own spread, over rounds.
@@ -38,8 +38,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defense.benchmarks import speed
+from defense.benchmarks import speed_workloads
+from defense.benchmarks.cost import percentiles, time_interleaved, torch_threads
 from defense.benchmarks.environment import checkout_words, environment_of
+from defense.benchmarks.speed_rows import Case
+from defense.benchmarks.speed_variants import twin
+from defense.benchmarks.speed_workloads import Stage, Workload, make_workloads
 from defense.classify.classifier import RobustClassifier
 from defense.data import images
 from defense.errors import ConfigError
@@ -74,7 +78,7 @@ class Ratio:
     @classmethod
     def of(cls, ms: np.ndarray, base_ms: np.ndarray) -> Ratio:
         """Return the ratio of two arms' times, [rounds] each."""
-        p20, median, p80 = (float(value) for value in np.percentile(ms / base_ms, (20, 50, 80)))
+        p20, median, p80 = percentiles(ms / base_ms)
         return cls(median, p20, p80)
 
 
@@ -148,7 +152,7 @@ class Runtime:
 
 
 def graph_arms(
-    stage: speed.Stage, folder: Path, threads: int, *, compiled: bool
+    stage: Stage, folder: Path, threads: int, *, compiled: bool
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float], dict[str, str]]:
     """Return what to time, by name; how far each arm's embeddings are from PyTorch's; the fp32 graph an arm stands for.
 
@@ -180,7 +184,7 @@ def graph_arms(
         return path, want
 
     exported(_PLAIN, stage.model)
-    for workload in speed.make_workloads(stage):
+    for workload in make_workloads(stage):
         rule = f"{ {'topk': 'exact TopK'}.get(workload.config.act, 'delta') }, {workload.latent_set.edit}"
         if workload.share in (0.2, 1.0) and workload.config.act == "topk":
             continue
@@ -213,9 +217,9 @@ def check_arm(name: str, got: np.ndarray, want: Tensor, *, rough: bool) -> float
     return difference
 
 
-def defended(stage: speed.Stage, workload: speed.Workload) -> Any:
+def defended(stage: Stage, workload: Workload) -> Any:
     """Return the stage's model with a workload's SAE in it."""
-    model = speed.twin(stage.model)
+    model = twin(stage.model)
     attach(model, (Site(stage.case.hook_point, workload.config, workload.parameters, (workload.latent_set,)),))
     return model
 
@@ -225,16 +229,16 @@ def embeds_of(model: Any, pixel_values: Tensor) -> Tensor:
     return nn.functional.normalize(model.encode_image(pixel_values), dim=-1)
 
 
-def measure_graphs(case: speed.Case, *, compiled: bool) -> list[GraphRow]:
+def measure_graphs(case: Case, *, compiled: bool) -> list[GraphRow]:
     """Return the rows of the first table."""
     # Not inference_mode: tensors made there cannot be traced.
-    with speed.torch_threads(case.threads), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        stage = speed.set_stage(speed.create_model(case).requires_grad_(False), case)
+    with torch_threads(case.threads), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        stage = speed_workloads.set_stage(speed_workloads.create_model(case).requires_grad_(False), case)
         jobs, differences, fp32_of = graph_arms(stage, Path(folder), case.threads, compiled=compiled)
-        times = speed.time_interleaved(jobs, case.rounds, case.seed)
+        times = time_interleaved(jobs, case.rounds, case.seed)
     rows = []
     for name, ms in times.items():
-        p20, median, p80 = (float(value) for value in np.percentile(ms, (20, 50, 80)))
+        p20, median, p80 = percentiles(ms)
         x_plain = Ratio.of(ms, times[_PLAIN])
         x_fp32 = Ratio.of(ms, times[fp32_of[name]]) if name in fp32_of else None
         rows.append(GraphRow(name, median, p20, p80, x_plain, x_fp32, differences[name], tuple(ms.tolist())))
@@ -266,7 +270,7 @@ def measure_runtime(n: int, batch: int, seed: int) -> Runtime:
         pixel_values = np.stack([clf.bundle.preprocess(image) for image in decoded])
         chunks = np.array_split(pixel_values, max(1, n // batch))
         with_graph = {" ".join(key): partial(_encode_all, each, chunks) for key, each in bundles.items()}
-        times = speed.time_interleaved(with_graph, _RUNTIME_ROUNDS, seed)
+        times = time_interleaved(with_graph, _RUNTIME_ROUNDS, seed)
         labels = {" ".join(key): each.predict(files) for key, each in bundles.items()}
         first = Path(folder) / "first.jpg"
         first.write_bytes(files[0])
@@ -377,7 +381,7 @@ def caption(result: Mapping[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m defense.benchmarks.export", description=__doc__.splitlines()[0])
-    default = speed.Case(threads=torch.get_num_threads())
+    default = Case(threads=torch.get_num_threads())
     parser.add_argument("--model", default=default.model, help="open_clip's name of a ViT (default: %(default)s)")
     for name in ("batch", "d-sae", "k", "n-set", "block", "rounds", "threads", "seed"):
         value = getattr(default, name.replace("-", "_"))
@@ -394,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fields = vars(_parser().parse_args(argv))
     out, compiled, pictures = fields.pop("out"), fields.pop("compile"), fields.pop("pictures")
     try:
-        case = speed.Case(**fields)
+        case = Case(**fields)
         environment = environment_of(shlex.join(["python", "-m", "defense.benchmarks.export", *argv]))
         result: dict[str, Any] = {
             "graphs": [asdict(row) for row in measure_graphs(case, compiled=compiled)],

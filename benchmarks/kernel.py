@@ -51,8 +51,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from defense.benchmarks import speed
 from defense.benchmarks.environment import Environment, checkout_words, environment_of
+from defense.benchmarks.firing import firing_bias
 from defense.core import ops
 from defense.core.config import Act, Norm
 from defense.core.latents import Scope, token_slice
@@ -258,7 +258,7 @@ def draw(
     W_enc, b = W_enc.to(dtype), torch.zeros(case.d_sae, device=DEVICE)
     z = normalize(resid.flatten(0, 1).float(), norm).z
     peaks = (z @ W_enc[:, latents].float()).amax(1)
-    b[latents] = speed.firing_bias(peaks.double().cpu().numpy(), share)
+    b[latents] = firing_bias(peaks.double().cpu().numpy(), share)
     b = b.to(dtype)
     is_topk = act == "topk"
     encoder = Encoder(
@@ -624,11 +624,15 @@ def model_rows(bench: Bench) -> Iterator[Row]:
 
 def _towers(case: Case, block: int) -> tuple[Any, Any, Any]:
     """A plain model, the same defended, and its preprocessing; the firing share is set on few pictures, on the CPU."""
-    few = speed.Case(model=case.model, batch=8, d_sae=case.d_sae, k=case.k, n_set=DEFAULT_SET, block=block, seed=_SEED)
-    stage = speed.set_stage(speed.create_model(few), few)
-    workload = next(each for each in speed.make_workloads(stage) if each.share == DEFAULT_SHARE)
+    from defense.benchmarks.speed_rows import Case as Few
+    from defense.benchmarks.speed_variants import twin
+    from defense.benchmarks.speed_workloads import create_model, make_workloads, set_stage
+
+    few = Few(model=case.model, batch=8, d_sae=case.d_sae, k=case.k, n_set=DEFAULT_SET, block=block, seed=_SEED)
+    stage = set_stage(create_model(few), few)
+    workload = next(each for each in make_workloads(stage) if each.share == DEFAULT_SHARE)
     site = Site(few.hook_point, workload.config, workload.parameters, (workload.latent_set,))
-    defended = speed.twin(stage.model)
+    defended = twin(stage.model)
     attach(defended, (site,), backend="fused")
     return stage.model, defended, stage.preprocess
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks import demo, embedded, export, kernel, latents, plots, robust, speed, tables, train
+from defense.benchmarks import demo, embedded, export, kernel, latents, plots, robust, speed_rows, tables, train
 from defense.benchmarks.environment import machine_words
 from defense.errors import ConfigError
 
@@ -72,8 +72,8 @@ def _embedded_section(path: Path) -> str:
 
 def speed_table(path: Path) -> str:
     """Return the cost table with its caption."""
-    rows = speed.load_rows(path)
-    return f"{speed.table(rows)}\n\n{speed.caption(rows)}"
+    rows = speed_rows.load_rows(path)
+    return f"{speed_rows.table(rows)}\n\n{speed_rows.caption(rows)}"
 
 
 def _mini_section(path: Path) -> str:

@@ -33,6 +33,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from defense.benchmarks import metrics, plots, tables
+from defense.benchmarks.cost import MIB, peak_rise_mib
 from defense.benchmarks.datasets import Dataset, Example, File, Task
 from defense.benchmarks.environment import environment_of
 from defense.data.labels import Prompts, check_labels, resolve_templates
@@ -275,8 +276,6 @@ def _with_cost(named: NamedHost, job: Callable[[], np.ndarray]) -> tuple[np.ndar
     """Return the result of a job, its seconds, and the rise of memory at its peak in MiB, if that can be told."""
     import torch
 
-    from defense.benchmarks.speed import peak_rise_mib
-
     results: list[tuple[np.ndarray, float]] = []
 
     def timed() -> None:
@@ -288,7 +287,7 @@ def _with_cost(named: NamedHost, job: Callable[[], np.ndarray]) -> tuple[np.ndar
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         timed()
-        peak: float | None = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        peak: float | None = (torch.cuda.max_memory_allocated(device) - before) / MIB
     else:
         peak = peak_rise_mib(timed)
     if not results:  # memory cannot be told here, so the job was not run

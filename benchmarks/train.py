@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from defense.benchmarks.cost import torch_threads
 from defense.benchmarks.environment import checkout_words, environment_of, installed_version
-from defense.benchmarks.speed import torch_threads
 from defense.core.config import SAEConfig
 from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError

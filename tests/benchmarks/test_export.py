@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime")
 import open_clip
 import torch
 
-from defense.benchmarks import export, speed
+from defense.benchmarks import export, speed_workloads
 from defense.errors import ConfigError
 
 
@@ -31,7 +31,7 @@ def tiny_model(monkeypatch):
                 text_cfg={"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1},
             )
 
-    monkeypatch.setattr(speed, "create_model", create)
+    monkeypatch.setattr(speed_workloads, "create_model", create)
 
 
 @pytest.mark.parametrize(("rough", "shift"), [(False, 1e-3), (True, 1.0)])
