@@ -9,6 +9,7 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,21 @@ def percentiles(values: np.ndarray) -> tuple[float, float, float]:
     """Return the 20th percentile, the median and the 80th percentile of values [n]."""
     p20, median, p80 = (float(value) for value in np.percentile(values, (20, 50, 80)))
     return p20, median, p80
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of two times measured in the same round: median over rounds, and 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, ms: np.ndarray, base_ms: np.ndarray) -> Ratio:
+        """Return the ratio of two jobs' times, [rounds] each."""
+        p20, median, p80 = percentiles(ms / base_ms)
+        return cls(median, p20, p80)
 
 
 def peak_rise_mib(job: Callable[[], object]) -> float | None:

@@ -18,8 +18,8 @@ results and their tables call a variant an "arm".
 The SAE is random. The encoder biases of S are shifted until exactly the wanted share of tokens fires, that is, has a
 positive pre-activation in S. Such a token costs a TopK rule the whole encoder, whether or not its latent is then among
 the k largest: cost follows `n_firing`, not `n_surviving`. (The encoder columns of S are longer than the others, so that
-most do survive: where none does, the gate has nothing to compare.) Naive splice and sparse decode cost the same whatever
-fires; they are timed on the SAE with 5 % of tokens firing.
+most do survive: where none does, the gate has nothing to compare.) Naive splice and sparse decode cost the same
+whatever fires; they are timed on the SAE with 5 % of tokens firing.
 
 The floor is the encoder matmul [n_firing, d_model] x [d_model, d_sae] at the rate that the same matmul on all tokens
 reached in the same rounds. It stands against what a variant adds to plain CLIP, not against its whole time. A rule that

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from defense.benchmarks.cost import peak_rise_mib, percentiles, time_interleaved, torch_threads
+from defense.benchmarks.cost import Ratio, peak_rise_mib, percentiles, time_interleaved, torch_threads
 
 
 def test_interleaved_jobs_run_equally_often_after_one_unmeasured_call():
@@ -34,6 +34,12 @@ def test_an_error_of_the_job_is_not_taken_for_memory_that_cannot_be_told():
 
 def test_percentiles_are_the_20th_the_median_and_the_80th():
     assert percentiles(np.arange(11.0)) == (2, 5, 8)
+
+
+def test_ratios_are_taken_within_rounds():
+    """Both jobs were slow in the second round: neither lost."""
+    ratio = Ratio.of(np.array([2.0, 20.0, 2.0]), np.array([1.0, 10.0, 1.0]))
+    assert (ratio.p20, ratio.median, ratio.p80) == (2.0, 2.0, 2.0)
 
 
 def test_threads_are_as_before_afterwards():
