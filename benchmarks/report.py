@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks import demo, embedded, export, kernel, latents, plots, robust, speed_rows, tables, train
+from defense.benchmarks import demo, embedded, export, kernel_rows, latents, plots, robust, speed_rows, tables, train
 from defense.benchmarks.environment import machine_words
 from defense.errors import ConfigError
 
@@ -113,8 +113,8 @@ def _demo_section(path: Path) -> str:
 
 
 def _kernel_section(path: Path) -> str:
-    rows = kernel.load_rows(path)
-    return f"{kernel.table(rows)}\n\n{kernel.caption(rows)}"
+    rows = kernel_rows.load_rows(path)
+    return f"{kernel_rows.table(rows)}\n\n{kernel_rows.caption(rows)}"
 
 
 SECTIONS = (
