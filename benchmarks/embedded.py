@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import sys
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from defense.benchmarks.environment import environment_of
+from defense.benchmarks.metrics import wilson
 from defense.data.labels import resolve_templates
 from defense.embedded.build import SEEDS, full_report
 from defense.hosts.clip import EMBEDDED, embedded_folder, load_clip
@@ -29,14 +29,6 @@ from defense.world.scenes import OBJECTS
 
 COLUMNS = ("clean", "neutral", "attacked", "attack_success")
 HEADINGS = ("clean", "empty plate", "attacked", "attack success")
-
-
-def wilson(percent: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of n, in percent (Wilson's score interval)."""
-    p, z = percent / 100, 1.959964
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return 100 * (center - half), 100 * (center + half)
 
 
 def measure(n: int, seed: int, command: str) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("open_clip")
+pytest.importorskip("scipy")
 
 from defense.benchmarks import plots, report, robust
-from defense.benchmarks.embedded import wilson
 from defense.errors import ConfigError
 from defense.store.defenses import find_defense
 
@@ -113,13 +113,6 @@ def test_the_page_shows_tables_plots_and_commands(measured):
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(ValueError, match="begin embedded"):
         report.filled("no markers", RESULTS)
-
-
-def test_wilson_interval_equals_the_textbook():
-    # Newcombe 1998, table I: 81 of 263.
-    low, high = wilson(100 * 81 / 263, 263)
-    assert low == pytest.approx(25.53, abs=0.01)
-    assert high == pytest.approx(36.62, abs=0.01)
 
 
 def test_every_shipped_font_is_in_the_notice():

@@ -679,7 +679,7 @@ def test_readers_metrics_and_reports_load_no_torch():
     code = (
         "import sys; import defense.benchmarks.datasets, defense.benchmarks.metrics, defense.benchmarks.tables, "
         "defense.benchmarks.plots, defense.benchmarks.robust; "
-        "sys.exit(bool({'torch', 'open_clip', 'matplotlib'} & set(sys.modules)))"
+        "sys.exit(bool({'torch', 'open_clip', 'matplotlib', 'scipy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
