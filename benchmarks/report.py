@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks import demo, embedded, export, kernel_rows, latents, plots, robust, speed_rows, tables, train
+from defense.benchmarks import demo, embedded, export, kernel_rows, latents, plots, speed_rows, tables, train
 from defense.benchmarks.environment import machine_words
+from defense.benchmarks.robust_results import read_results
 from defense.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +78,7 @@ def speed_table(path: Path) -> str:
 
 
 def _mini_section(path: Path) -> str:
-    results = robust.read_results(path)
+    results = read_results(path)
     return "\n\n".join([tables.markdown(results), *_pictures(path.parent, results)])
 
 
@@ -240,7 +241,7 @@ def robustness(results: Path) -> str:
     mini = SECTIONS[0]
     path = results / mini.file
     if path.exists():
-        beside = f"{main_table(robust.read_results(path))}\n\n`{_command_of(path)}`"
+        beside = f"{main_table(read_results(path))}\n\n`{_command_of(path)}`"
     else:
         beside = f"Not measured: `benchmarks/results/{mini.file}` is missing. To measure: `{mini.command}`"
     return f"{embedded_table(results / 'embedded.json')}\n\nBeside other methods, on the miniatures:\n\n{beside}"
@@ -275,7 +276,7 @@ def main() -> None:
     arguments = parser.parse_args()
     readme, page, results = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "results"
     if not arguments.check and (results / MINI).exists():
-        plots.draw(robust.read_results(results / MINI), results)
+        plots.draw(read_results(results / MINI), results)
     before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in (readme, page)}
     after = {readme: filled(before[readme], results), page: results_page(results)}
     if arguments.check:

@@ -56,7 +56,7 @@ def bench(
         if suite == "latents":
             _refuse_options(ctx, suite, {"out"})
             raise typer.Exit(_latents(out))
-        from defense.benchmarks import datasets, robust, tables
+        from defense.benchmarks import datasets, named_clip, robust, tables
         from defense.benchmarks.methods import FACTORIES, make_methods
         from defense.hosts.clip import EMBEDDED
         from defense.store.defenses import find_defense
@@ -77,7 +77,7 @@ def bench(
         names = [each for name in typed for each in (FACTORIES if name == "all" else [name])]
         defenses = {task.name: found for task in tasks} if found or model != EMBEDDED else _shipped(tasks)
         jobs = [(task, make_methods(names, defenses[task.name])) for task in tasks]
-        clip = robust.load_named_host(model, pretrained, device=device)
+        clip = named_clip.load_named_clip(model, pretrained, device=device)
         with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
 
             def track(chunks: Sequence[Any], what: str) -> Iterable[Any]:
@@ -86,7 +86,7 @@ def bench(
             command = shlex.join(["defense", *sys.argv[1:]])
             results = robust.run(clip, jobs, out, seed=seed, command=command, track=track)
         put(tables.markdown(results))
-        robust.report(out)
+        robust.lay_out(out)
         n_unreadable = sum(result["robust"]["n_unreadable"] for result in results)
         if n_unreadable:
             say("some pictures could not be read; the results name them", "red")

@@ -11,6 +11,8 @@ pytest.importorskip("open_clip")
 pytest.importorskip("scipy")
 
 from defense.benchmarks import plots, report, robust
+from defense.benchmarks.named_clip import load_named_clip
+from defense.benchmarks.robust_results import collect, read_results
 from defense.errors import ConfigError
 from defense.store.defenses import find_defense
 
@@ -57,15 +59,15 @@ def measured(tmp_path_factory):
         assert [task.name for task in tasks] == list(SUITES["mini"])
         text = make_methods(["zero-shot", "defense", "defense@0.5"], find_defense("embedded"))
         jobs = [(tasks[0], text), *((task, text[:1]) for task in tasks[1:])]
-        robust.run(robust.load_named_host("embedded", None), jobs, folder / "out", command="defense bench typed")
-    robust.collect(folder / "out", folder / "mini.json")
+        robust.run(load_named_clip("embedded", None), jobs, folder / "out", command="defense bench typed")
+    collect(folder / "out", folder / "mini.json")
     for name in ("embedded.json", "speed-cpu.json"):
         shutil.copy(RESULTS / name, folder)
     return folder
 
 
 def test_a_main_table_of_nothing_is_refused(measured):
-    results = robust.read_results(measured / "mini.json")
+    results = read_results(measured / "mini.json")
     parts = [result for result in results if result["method"] == "defense@0.5"]
     elsewhere = [{**result, "dataset": "another"} for result in results]
     assert parts
@@ -75,11 +77,11 @@ def test_a_main_table_of_nothing_is_refused(measured):
 
 
 def test_one_file_holds_what_a_folder_does(measured):
-    assert robust.read_results(measured / "mini.json") == robust.read_results(measured / "out")
+    assert read_results(measured / "mini.json") == read_results(measured / "out")
 
 
 def test_the_main_table_has_a_row_per_method_and_the_jsons_figures(measured):
-    results = robust.read_results(measured / "mini.json")
+    results = read_results(measured / "mini.json")
     by_place = {(r["dataset"], r["method"]): r["robust"]["figures"] for r in results}
     rows = [line for line in report.robustness(measured).partition("Beside")[2].splitlines() if line.startswith("|")]
     headings = [cell.strip() for cell in rows[0].strip("|").split("|")]
@@ -100,7 +102,7 @@ def test_the_main_table_has_a_row_per_method_and_the_jsons_figures(measured):
 
 def test_the_page_shows_tables_plots_and_commands(measured):
     pytest.importorskip("matplotlib")
-    plots.draw(robust.read_results(measured / "mini.json"), measured)
+    plots.draw(read_results(measured / "mini.json"), measured)
     page = report.results_page(measured)
     assert "### Mini-typographic" in page
     for path in measured.glob("*.png"):

@@ -19,10 +19,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 pytest.importorskip("open_clip")
+pytest.importorskip("scipy")
 
 from defense.benchmarks import plots, robust, tables
 from defense.benchmarks.datasets import Dataset, Example, File, Task
 from defense.benchmarks.methods import Encoder, make_methods
+from defense.benchmarks.named_clip import NamedClip, load_named_clip, weights_sha256
+from defense.benchmarks.robust_results import read_results, write_result
+from defense.benchmarks.robust_store import Store
 from defense.classify.classifier import RobustClassifier
 from defense.cli import app
 from defense.core.latents import LatentSet
@@ -36,7 +40,7 @@ NAMES = ("cloud", "rose", "zebra", "fish", "king", "river")
 
 @pytest.fixture
 def named(tiny_folder):
-    return robust.load_named_host(f"local-dir:{tiny_folder}", None)
+    return load_named_clip(f"local-dir:{tiny_folder}", None)
 
 
 @pytest.fixture
@@ -175,7 +179,7 @@ def test_the_host_is_as_it_was_after_a_run(named, tmp_path, defense):
     before = RobustClassifier(named.clip).transform(map(str, paths))
     run_all(named, [task_of(dataset_of(paths))], make_methods(["defense"], defense), tmp_path / "out")
     np.testing.assert_array_equal(RobustClassifier(named.clip).transform(map(str, paths)), before)
-    assert robust.weights_sha256(named.clip.model) == named.sha256
+    assert weights_sha256(named.clip.model) == named.sha256
 
 
 def test_groups_are_measured(named, tmp_path):
@@ -285,14 +289,14 @@ def test_other_methods_settings_and_weights_share_no_embeddings(named, tmp_path,
 
     with torch.no_grad():
         named.clip.model.visual.proj.mul_(2)
-    other = robust.NamedHost(named.clip, "other", "other", robust.weights_sha256(named.clip.model))
+    other = NamedClip(named.clip, "other", "other", weights_sha256(named.clip.model))
     assert other.sha256 != named.sha256
     run_all(other, [task], make_methods(["zero-shot"], None), tmp_path / "out")
     assert len(list(store.iterdir())) == 6
 
 
 def test_what_is_kept_is_what_was_computed_views_included(tmp_path):
-    store = robust.Store(tmp_path)
+    store = Store(tmp_path)
     square = np.arange(6.0).reshape(2, 3)
     for name, array in {"plain": square, "turned": square.T, "backwards": square[::-1], "one": square[:, 1]}.items():
         for _ in range(2):
@@ -455,9 +459,9 @@ def test_a_defense_for_another_host_is_refused(tmp_path, defense, named):
 
 def test_random_weights_cannot_be_drawn_for_an_unknown_model():
     with pytest.raises(ConfigError, match="knows no model 'ViT-Z'"):
-        robust.load_named_host("ViT-Z", "random")
+        load_named_clip("ViT-Z", "random")
     with pytest.raises(ConfigError, match="from Hugging Face"):
-        robust.load_named_host("roberta-ViT-B-32", "random")
+        load_named_clip("roberta-ViT-B-32", "random")
 
 
 # --- tables and plots -------------------------------------------------------------------------------------------------
@@ -589,15 +593,15 @@ def test_a_report_is_made_of_the_files_in_a_folder(results, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
     (out / "something else.json").write_text("[1]")
-    robust.report(out)
+    robust.lay_out(out)
     text = (out / "results.md").read_text()
     assert text.count("| zero-shot |") == 1
     assert (out / "set-strength.png").exists()
     newer = json.loads(json.dumps(results[0]))
     newer["robust"]["schema"] += 1
-    robust.write_result(newer, out)
+    write_result(newer, out)
     with pytest.raises(ConfigError, match="reads up to"):
-        robust.report(out)
+        robust.lay_out(out)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -699,8 +703,8 @@ def rehearsal(shared_data, tmp_path) -> list[str]:
     (tmp_path / "data" / "rta100").mkdir(parents=True)
     for path in sorted((shared_data / "rta100").rglob("label=*"))[:70]:
         shutil.copy(path, tmp_path / "data" / "rta100")
-    named = robust.load_named_host("ViT-B-32", "random")
-    assert robust.load_named_host("ViT-B-32", "random").sha256 == named.sha256
+    named = load_named_clip("ViT-B-32", "random")
+    assert load_named_clip("ViT-B-32", "random").sha256 == named.sha256
     tower = tower_of(named.clip.model)
     spec = ClipId("ViT-B-32", "random", tower.fingerprint(), tower.quick_gelu, 768, 12)
     config = SAEConfig(d_model=768, d_sae=1024, act="topk", k=32)
@@ -746,4 +750,4 @@ def test_a_rehearsal_with_a_full_size_model_that_is_interrupted(rehearsal, tmp_p
     assert len(kept()) == 5  # the prompts, and two chunks by two methods
     code, _, err = run(*rehearsal, tmp_path / "fresh")
     assert code == 0, err
-    assert without_run(robust.read_results(out)) == without_run(robust.read_results(tmp_path / "fresh"))
+    assert without_run(read_results(out)) == without_run(read_results(tmp_path / "fresh"))
