@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks import demo, embedded, export, kernel_rows, latents, plots, speed_rows, tables, train
+from defense.benchmarks import demo, embedded, export, kernel_rows, latents_report, plots, speed_rows, tables, train
 from defense.benchmarks.environment import machine_words
 from defense.benchmarks.robust_results import read_results
 from defense.errors import ConfigError
@@ -104,7 +104,7 @@ def _latents_section(path: Path) -> str:
     result = _json(path)
     if result["rows"] is None:
         return f"Not measured: the run in `benchmarks/results/{path.name}` was interrupted; the same command goes on."
-    return f"{latents.table(result)}\n{machine_words(result['environment'])}"
+    return f"{latents_report.table(result)}\n{machine_words(result['environment'])}"
 
 
 def _demo_section(path: Path) -> str:
