@@ -3,6 +3,8 @@
 Every figure in both comes from the JSON in `benchmarks/results/`; nobody types them. In the README they stand between
 `<!-- begin NAME -->` and `<!-- end NAME -->`; RESULTS.md is written as a whole, with a section for each stored result
 and the command that made it. What has not been measured is said to be missing. Plots are drawn beside the JSON.
+
+A section imports the benchmark whose tables it shows, so that one of them needs no package that only another takes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks import demo, embedded, export, kernel_rows, latents_report, plots, speed_rows, tables, train
+from defense.benchmarks import plots, speed_rows, tables
 from defense.benchmarks.environment import machine_words
 from defense.benchmarks.robust_results import read_results
 from defense.errors import ConfigError
@@ -58,7 +60,13 @@ def _command_of(path: Path) -> str:
 
 
 def embedded_table(path: Path) -> str:
-    """Return the robustness table with a line that says what it rests on."""
+    """Return the robustness table with a line that says what it rests on.
+
+    Raises:
+        MissingDependencyError: scipy is not installed.
+    """
+    from defense.benchmarks import embedded
+
     result = _json(path)
     return (
         f"{embedded.table(result)}\n\n"
@@ -90,17 +98,23 @@ def _pictures(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _export_section(path: Path) -> str:
+    from defense.benchmarks import export
+
     result = _json(path)
     parts = export.graph_table(result["graphs"]), export.runtime_table(result["runtime"]), export.caption(result)
     return "\n\n".join(parts)
 
 
 def _train_section(path: Path) -> str:
+    from defense.benchmarks import train
+
     result = _json(path)
     return f"{train.table(result)}\n\n{train.caption(result)}"
 
 
 def _latents_section(path: Path) -> str:
+    from defense.benchmarks import latents_report
+
     result = _json(path)
     if result["rows"] is None:
         return f"Not measured: the run in `benchmarks/results/{path.name}` was interrupted; the same command goes on."
@@ -108,12 +122,16 @@ def _latents_section(path: Path) -> str:
 
 
 def _demo_section(path: Path) -> str:
+    from defense.benchmarks import demo
+
     result = _json(path)
     answer = f"The page's HTML in {result['page_ms']:.0f} ms, {result['start_s']:.1f} s after the command."
     return f"{demo.table(result)}\n\n{answer}\n{machine_words(result['environment'])}"
 
 
 def _kernel_section(path: Path) -> str:
+    from defense.benchmarks import kernel_rows
+
     rows = kernel_rows.load_rows(path)
     return f"{kernel_rows.table(rows)}\n\n{kernel_rows.caption(rows)}"
 

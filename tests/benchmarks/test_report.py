@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,12 @@ def test_every_shipped_font_is_in_the_notice():
     notice = (folder / "NOTICE.md").read_text(encoding="utf-8")
     listed = {line.split("`")[1] for line in notice.splitlines() if line.startswith("| `fonts/")}
     assert listed == {f"fonts/{path.name}" for path in (folder / "fonts").iterdir()}
+
+
+def test_tables_that_the_demo_shows_load_neither_torch_nor_onnx():
+    code = (
+        "import sys; from pathlib import Path; from defense.benchmarks.report import embedded_table, speed_table; "
+        "folder = Path(sys.argv[1]); embedded_table(folder / 'embedded.json'); speed_table(folder / 'speed-cpu.json'); "
+        "sys.exit(', '.join({'torch', 'open_clip', 'onnx', 'onnxruntime'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(RESULTS)], check=True)
