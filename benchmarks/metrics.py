@@ -28,7 +28,7 @@ class Figure:
         value: The number.
         low: Lower end of the 95 % interval.
         high: Upper end.
-        n: Pictures that it rests on.
+        n: Number of pictures it was computed from.
     """
 
     value: float
@@ -82,7 +82,7 @@ def object_wins(to_object: np.ndarray, to_word: np.ndarray) -> np.ndarray:
 def answers_of(
     logits: np.ndarray, label: np.ndarray, word: np.ndarray, group: np.ndarray, *, is_pair: bool = False
 ) -> Answers:
-    """Return the answers that logits amount to.
+    """Return the answers that logits give: the label with the largest, or the larger of label and word.
 
     Args:
         logits: float [n, n_classes].
@@ -121,7 +121,7 @@ def joined(parts: Sequence[Answers]) -> Answers:
 def bootstrap(
     strata: Sequence[np.ndarray], combine: Callable[[np.ndarray], np.ndarray], *, seed: int
 ) -> tuple[float, float]:
-    """Return the percentile interval of a statistic of means.
+    """Return the 95 % percentile interval of a statistic that is computed from means.
 
     Args:
         strata: Values, float or bool [n_i]; each stratum is resampled by itself.
@@ -154,7 +154,7 @@ def mean_figure(values: np.ndarray, *, seed: int) -> Figure:
 
 
 def _far_end(values: np.ndarray) -> float:
-    """Return the far end of Wilson's interval of a share, bool [n], of 0 or 1; of any other, the share."""
+    """Return the end of Wilson's interval away from a share, bool [n], of 0 or 1; any other share as it is."""
     n, share = len(values), float(values.mean())
     if share == 0:
         return wilson(0, n)[1] / 100

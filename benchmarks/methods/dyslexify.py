@@ -70,7 +70,7 @@ class Dyslexify:
         """Score the heads and choose.
 
         Raises:
-            NotApplicableError: The task has no training pictures with twins, or the host no heads of this kind.
+            NotApplicableError: The task has no training pictures with twins, or the CLIP no heads of this kind.
         """
         import torch
 
