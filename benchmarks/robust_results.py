@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _N_LISTED = 20
 """Unreadable pictures that a result names."""
+_VERSIONS = ("clip-defense", "torch", "open_clip_torch", "pillow")
+"""Packages whose versions a result records."""
 
 
 def result_of(
@@ -57,6 +59,7 @@ def result_of(
     own = measured[method.name]
     others = {name: each.answers for name, each in measured.items() if name != method.name}
     figures = _figures(dataset, own, seed)
+    run = {"fit_s": fit_s, "encode_ms": own.encode_ms, "peak_mib": own.peak_mib, "environment": dict(environment)}
     return {
         "dataset": dataset.full_name,
         "model": named.model,
@@ -81,13 +84,8 @@ def result_of(
             "logit_scale": named.logit_scale,
             "seed": seed,
             "n_resamples": metrics.N_RESAMPLES,
-            "versions": {name: version(name) for name in ("clip-defense", "torch", "open_clip_torch", "pillow")},
-            "run": {
-                "fit_s": fit_s,
-                "encode_ms": own.encode_ms,
-                "peak_mib": own.peak_mib,
-                "environment": dict(environment),
-            },
+            "versions": {name: version(name) for name in _VERSIONS},
+            "run": run,
         },
     }
 
