@@ -28,7 +28,7 @@ from typing import Any
 
 import httpx
 
-from defense.benchmarks.speed import environment_of
+from defense.benchmarks.environment import environment_of
 
 _PATIENCE_S = 120.0
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -36,7 +36,14 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @contextmanager
 def demo_process(arguments: Sequence[str] = ()) -> Iterator[tuple[str, float]]:
-    """Run `defense demo`, and yield its address and how long it took until the page was there, in seconds."""
+    """Run `defense demo` in a process, and yield its address and the seconds until its page was there.
+
+    Args:
+        arguments: More of its command line.
+
+    Raises:
+        RuntimeError: It does not start.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,7 +69,7 @@ def _answers(address: str) -> bool:
 
 
 class Visitor:
-    """One browser's worth of requests.
+    """Sends the requests that one browser would.
 
     Args:
         address: Of the demo.
@@ -103,7 +110,7 @@ class Visitor:
         return 1000 * (time.perf_counter() - started)
 
     def _answer(self, event: str) -> dict[str, Any]:
-        """Return the message that completes an event."""
+        """Return the message with the answer to an event, from the visitor's stream."""
         url = f"{self.address}gradio_api/queue/data"
         with self.http.stream("GET", url, params={"session_hash": self.session}) as stream:
             for line in stream.iter_lines():
@@ -153,15 +160,22 @@ def visit(address: str, n_users: int, n_letters: int, pause_s: float) -> dict[st
 
 
 def quantiles(times: Sequence[float]) -> dict[str, float]:
-    """Return median, 95th percentile and largest of times; nothing of none."""
+    """Return "p50", "p95" and "max" of times, in their unit; an empty dictionary where there are none."""
     if not times:
         return {}
     cuts = statistics.quantiles(times, n=100, method="inclusive") if len(times) > 1 else [times[0]] * 99
     return {"p50": cuts[49], "p95": cuts[94], "max": max(times)}
 
 
-def measure(n_users: int, n_letters: int, pause_s: float, command: str) -> dict[str, Any]:
-    """Return what was measured, with where."""
+def measure_demo(n_users: int, n_letters: int, pause_s: float, command: str) -> dict[str, Any]:
+    """Return how fast the demo answers one visitor and many, as JSON values.
+
+    Args:
+        n_users: Of the many.
+        n_letters: Updates of each visitor.
+        pause_s: Between an answer and the next letter, where there are many; one alone makes no pause.
+        command: What was typed, for the record.
+    """
     with demo_process() as (address, start_s):
         visitor = Visitor(address)
         pages = [visitor.page() for _ in range(5)]
@@ -179,7 +193,7 @@ def measure(n_users: int, n_letters: int, pause_s: float, command: str) -> dict[
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the Markdown table of a result of `measure`."""
+    """Return the Markdown table of a result of `measure_demo`."""
     lines = [
         "| users | updates | errors | median ms | p95 ms | largest ms | updates/s |",
         "|---|---|---|---|---|---|---|",
@@ -201,7 +215,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     command = shlex.join(["python", "-m", "defense.benchmarks.demo", *sys.argv[1:]])
-    result = measure(arguments.users, arguments.letters, arguments.pause, command)
+    result = measure_demo(arguments.users, arguments.letters, arguments.pause, command)
     print(table(result))
     print(f"\nstart-up {result['start_s']:.1f} s, page {result['page_ms']:.0f} ms")
     if arguments.out is not None:

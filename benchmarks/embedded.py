@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import sys
 from dataclasses import asdict
@@ -20,9 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks.speed import environment_of
+from defense.benchmarks.environment import environment_of
+from defense.benchmarks.metrics import wilson
 from defense.data.labels import resolve_templates
-from defense.embedded.build import SEEDS, full_report
 from defense.hosts.clip import EMBEDDED, embedded_folder, load_clip
 from defense.store import defenses, folders
 from defense.world.scenes import OBJECTS
@@ -31,19 +30,19 @@ COLUMNS = ("clean", "neutral", "attacked", "attack_success")
 HEADINGS = ("clean", "empty plate", "attacked", "attack success")
 
 
-def wilson(percent: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of n, in percent (Wilson's score interval)."""
-    p, z = percent / 100, 1.959964
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return 100 * (center - half), 100 * (center + half)
+def measure_embedded(n: int, seed: int, command: str) -> dict[str, Any]:
+    """Return the accuracies of the three models, in percent, and how they were measured, as JSON values.
 
+    Args:
+        n: Pictures.
+        seed: Of the pictures.
+        command: What was typed, for the record.
+    """
+    from defense.embedded.build import full_report
 
-def measure(n: int, seed: int, command: str) -> dict[str, Any]:
-    """Return the accuracies of the three models on `n` pictures of a seed, with how they were measured."""
     folder = embedded_folder("text")
     defense = defenses.load(folder)
-    report = full_report(load_clip(EMBEDDED), defense, "text", n, seed)
+    rows = full_report(load_clip(EMBEDDED), defense, "text", n, seed)
     return {
         "n": n,
         "seed": seed,
@@ -54,12 +53,16 @@ def measure(n: int, seed: int, command: str) -> dict[str, Any]:
         "templates": resolve_templates("simple"),
         "defense_sha256": folders.sha256_of(folder / defenses.MANIFEST),
         "latents": sum(len(latent_set.latents) for site in defense.sites for latent_set in site.sets),
-        "rows": report,
+        "rows": rows,
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the Markdown table of a result of `measure`."""
+    """Return the Markdown table of a result of `measure_embedded`, with Wilson's intervals.
+
+    Raises:
+        MissingDependencyError: scipy, which computes the intervals, is not installed.
+    """
     lines = ["| | " + " | ".join(HEADINGS) + " |", "|---" * (len(HEADINGS) + 1) + "|"]
     for name, row in result["rows"].items():
         cells = []
@@ -72,12 +75,14 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print the table, and write the JSON."""
+    from defense.embedded.build import SEEDS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=SEEDS["benchmark"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    result = measure(
+    result = measure_embedded(
         arguments.n, arguments.seed, shlex.join(["python", "-m", "defense.benchmarks.embedded", *sys.argv[1:]])
     )
     print(table(result))

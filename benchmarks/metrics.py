@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from defense.errors import ConfigError, ShapeError
+from defense.errors import ConfigError, MissingDependencyError, ShapeError
 
 N_RESAMPLES = 2000
 _INTERVAL = (2.5, 97.5)
-_Z = 1.959964
 _CHUNK = 2_000_000
 
 
@@ -29,7 +28,7 @@ class Figure:
         value: The number.
         low: Lower end of the 95 % interval.
         high: Upper end.
-        n: Pictures that it rests on.
+        n: Number of pictures it was computed from.
     """
 
     value: float
@@ -83,7 +82,7 @@ def object_wins(to_object: np.ndarray, to_word: np.ndarray) -> np.ndarray:
 def answers_of(
     logits: np.ndarray, label: np.ndarray, word: np.ndarray, group: np.ndarray, *, is_pair: bool = False
 ) -> Answers:
-    """Return the answers that logits amount to.
+    """Return the answers that logits give: the label with the largest, or the larger of label and word.
 
     Args:
         logits: float [n, n_classes].
@@ -122,7 +121,7 @@ def joined(parts: Sequence[Answers]) -> Answers:
 def bootstrap(
     strata: Sequence[np.ndarray], combine: Callable[[np.ndarray], np.ndarray], *, seed: int
 ) -> tuple[float, float]:
-    """Return the percentile interval of a statistic of means.
+    """Return the 95 % percentile interval of a statistic that is computed from means.
 
     Args:
         strata: Values, float or bool [n_i]; each stratum is resampled by itself.
@@ -141,9 +140,12 @@ def bootstrap(
 
 
 def mean_figure(values: np.ndarray, *, seed: int) -> Figure:
-    """Return the mean of values, float or bool [n].
+    """Return the mean of values, float or bool [n]; of bools, a share in 0 to 1.
 
-    Where all of a share's values are equal, resampling shows no spread, and Wilson's interval stands in.
+    Where all bools are equal, resampling shows no spread, and the far end is that of Wilson's interval.
+
+    Raises:
+        MissingDependencyError: That interval is needed, and scipy is not installed.
     """
     low, high = bootstrap([values], lambda means: means[:, 0], seed=seed)
     if values.dtype == bool:
@@ -152,9 +154,34 @@ def mean_figure(values: np.ndarray, *, seed: int) -> Figure:
 
 
 def _far_end(values: np.ndarray) -> float:
-    """Return the far end of Wilson's interval of a share, bool [n], of 0 or 1; of any other, the share."""
+    """Return the end of Wilson's interval away from a share, bool [n], of 0 or 1; any other share as it is."""
     n, share = len(values), float(values.mean())
-    return {0.0: _Z**2 / (n + _Z**2), 1.0: n / (n + _Z**2)}.get(share, share)
+    if share == 0:
+        return wilson(0, n)[1] / 100
+    return wilson(100, n)[0] / 100 if share == 1 else share
+
+
+def wilson(percent: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of n pictures, in percent: Wilson's score interval.
+
+    Args:
+        percent: The share, 0 to 100; rounded to whole pictures, as the mean of several draws need not be one.
+        n: Pictures, at least 1.
+
+    Raises:
+        MissingDependencyError: scipy is not installed.
+    """
+    interval = _binomial(round(percent / 100 * n), n).proportion_ci(confidence_level=0.95, method="wilson")
+    return 100 * float(interval.low), 100 * float(interval.high)
+
+
+def _binomial(k: int, n: int) -> Any:
+    """Return scipy's result of testing k of n against a share of one half."""
+    try:
+        from scipy.stats import binomtest
+    except ImportError as error:
+        raise MissingDependencyError("scipy", "bench") from error
+    return binomtest(k, n)
 
 
 def figures(answers: Answers, *, seed: int, train_counts: Sequence[int] = ()) -> dict[str, Figure]:
@@ -242,14 +269,18 @@ def per_kind(answers: Answers, kinds: Sequence[str | None]) -> dict[str, tuple[i
 
 
 def mcnemar(n_better: int, n_worse: int) -> float:
-    """Return the two-sided p of the exact McNemar test: pictures that only one of two methods answers rightly.
+    """Return the two-sided p of the exact McNemar test: are two methods equally often right?
 
-    Source: McNemar 1947; the exact form is a sign test, twice a tail of Binomial(n_better + n_worse, 1/2).
+    Args:
+        n_better: Pictures that only the one method answers rightly.
+        n_worse: Pictures that only the other does.
+
+    Raises:
+        MissingDependencyError: scipy is not installed.
+
+    Source: McNemar 1947; the exact form is a sign test on the pictures where the two differ.
     """
-    n, least = n_better + n_worse, min(n_better, n_worse)
-    whole = math.lgamma(n + 1) - n * math.log(2)
-    tail = math.fsum(math.exp(whole - math.lgamma(i + 1) - math.lgamma(n - i + 1)) for i in range(least + 1))
-    return min(1.0, 2 * tail)
+    return _binomial(n_better, n_better + n_worse).pvalue if n_better + n_worse else 1.0
 
 
 def versus(answers: Answers, other: Answers, *, seed: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from defense.benchmarks.tables import BASELINE, check_comparable, host_name, in_order
+from defense.benchmarks.tables import BASELINE, check_comparable, clip_name, in_order
 from defense.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _axes(results: Sequence[Result], x: str, y: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     robust = results[0]["robust"]
     note = "" if robust["is_complete"] else " (data incomplete)"
-    axes.set_title(f"{robust['title']}{note}\n{host_name(results[0]).replace('*', '')}", fontsize=10)
+    axes.set_title(f"{robust['title']}{note}\n{clip_name(results[0]).replace('*', '')}", fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
@@ -168,7 +168,7 @@ KINDS: Mapping[str, Callable[[Sequence[Result]], Figure | None]] = {
     "trade-off": trade_off,
     "classes": classes,
 }
-"""End of a file name -> what draws it."""
+"""End of the file's name -> function that draws the plot, or returns None where it would show nothing."""
 
 
 def _spread(values: Sequence[float]) -> float:

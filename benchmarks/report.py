@@ -3,6 +3,8 @@
 Every figure in both comes from the JSON in `benchmarks/results/`; nobody types them. In the README they stand between
 `<!-- begin NAME -->` and `<!-- end NAME -->`; RESULTS.md is written as a whole, with a section for each stored result
 and the command that made it. What has not been measured is said to be missing. Plots are drawn beside the JSON.
+
+A section imports the benchmark whose tables it shows, so that one of them needs no package that only another takes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks import demo, embedded, export, kernel, latents, plots, robust, speed, tables, train
+from defense.benchmarks import plots, speed_rows, tables
+from defense.benchmarks.environment import machine_words
+from defense.benchmarks.robust_results import read_results
 from defense.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +60,13 @@ def _command_of(path: Path) -> str:
 
 
 def embedded_table(path: Path) -> str:
-    """Return the robustness table with a line that says what it rests on."""
+    """Return the robustness table with a line that says what it rests on.
+
+    Raises:
+        MissingDependencyError: scipy is not installed.
+    """
+    from defense.benchmarks import embedded
+
     result = _json(path)
     return (
         f"{embedded.table(result)}\n\n"
@@ -66,17 +76,17 @@ def embedded_table(path: Path) -> str:
 
 
 def _embedded_section(path: Path) -> str:
-    return f"{embedded_table(path)}\n{tables.machine(_json(path)['environment'])}"
+    return f"{embedded_table(path)}\n{machine_words(_json(path)['environment'])}"
 
 
 def speed_table(path: Path) -> str:
     """Return the cost table with its caption."""
-    rows = speed.load_rows(path)
-    return f"{speed.table(rows)}\n\n{speed.caption(rows)}"
+    rows = speed_rows.load_rows(path)
+    return f"{speed_rows.table(rows)}\n\n{speed_rows.caption(rows)}"
 
 
 def _mini_section(path: Path) -> str:
-    results = robust.read_results(path)
+    results = read_results(path)
     return "\n\n".join([tables.markdown(results), *_pictures(path.parent, results)])
 
 
@@ -88,32 +98,42 @@ def _pictures(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _export_section(path: Path) -> str:
+    from defense.benchmarks import export
+
     result = _json(path)
     parts = export.graph_table(result["graphs"]), export.runtime_table(result["runtime"]), export.caption(result)
     return "\n\n".join(parts)
 
 
 def _train_section(path: Path) -> str:
+    from defense.benchmarks import train
+
     result = _json(path)
     return f"{train.table(result)}\n\n{train.caption(result)}"
 
 
 def _latents_section(path: Path) -> str:
+    from defense.benchmarks import latents_report
+
     result = _json(path)
     if result["rows"] is None:
         return f"Not measured: the run in `benchmarks/results/{path.name}` was interrupted; the same command goes on."
-    return f"{latents.table(result)}\n{tables.machine(result['environment'])}"
+    return f"{latents_report.table(result)}\n{machine_words(result['environment'])}"
 
 
 def _demo_section(path: Path) -> str:
+    from defense.benchmarks import demo
+
     result = _json(path)
     answer = f"The page's HTML in {result['page_ms']:.0f} ms, {result['start_s']:.1f} s after the command."
-    return f"{demo.table(result)}\n\n{answer}\n{tables.machine(result['environment'])}"
+    return f"{demo.table(result)}\n\n{answer}\n{machine_words(result['environment'])}"
 
 
 def _kernel_section(path: Path) -> str:
-    rows = kernel.load_rows(path)
-    return f"{kernel.table(rows)}\n\n{kernel.caption(rows)}"
+    from defense.benchmarks import kernel_rows
+
+    rows = kernel_rows.load_rows(path)
+    return f"{kernel_rows.table(rows)}\n\n{kernel_rows.caption(rows)}"
 
 
 SECTIONS = (
@@ -230,7 +250,7 @@ def main_table(results: Sequence[Mapping[str, Any]]) -> str:
     return (
         "\n".join(lines) + f"\n\nPercent, half of a 95 % interval at most {100 * max(half_widths):.1f} points; "
         f'pictures: {counts}. "-": not applicable. Intervals, paired tests and each method\'s reasons, settings and '
-        "cost: [RESULTS.md](benchmarks/RESULTS.md).\n" + tables.machine(results[0]["robust"]["run"]["environment"])
+        "cost: [RESULTS.md](benchmarks/RESULTS.md).\n" + machine_words(results[0]["robust"]["run"]["environment"])
     )
 
 
@@ -239,7 +259,7 @@ def robustness(results: Path) -> str:
     mini = SECTIONS[0]
     path = results / mini.file
     if path.exists():
-        beside = f"{main_table(robust.read_results(path))}\n\n`{_command_of(path)}`"
+        beside = f"{main_table(read_results(path))}\n\n`{_command_of(path)}`"
     else:
         beside = f"Not measured: `benchmarks/results/{mini.file}` is missing. To measure: `{mini.command}`"
     return f"{embedded_table(results / 'embedded.json')}\n\nBeside other methods, on the miniatures:\n\n{beside}"
@@ -274,7 +294,7 @@ def main() -> None:
     arguments = parser.parse_args()
     readme, page, results = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "results"
     if not arguments.check and (results / MINI).exists():
-        plots.draw(robust.read_results(results / MINI), results)
+        plots.draw(read_results(results / MINI), results)
     before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in (readme, page)}
     after = {readme: filled(before[readme], results), page: results_page(results)}
     if arguments.check:

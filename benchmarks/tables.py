@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from defense.benchmarks.environment import machine_words
 from defense.errors import ConfigError
 
 BASELINE = "zero-shot"
 OURS = "defense"
 _MUST_AGREE = (
-    "shortfall", "n", "n_unreadable", "choice", "class_names", "templates", "normalize_each", "data_sha256",
+    "shortfall", "n", "n_unreadable", "choice", "class_names", "templates", "normalise_each", "data_sha256",
     "host_sha256", "preprocess", "train_counts", "facts", "seed",
 )  # fmt: skip
 _N_TEMPLATES_SHOWN = 2
@@ -22,7 +23,7 @@ def markdown(results: Sequence[Result]) -> str:
     """Return the tables of all tasks; tasks and methods by name, the baseline first.
 
     Raises:
-        ConfigError: Results of one data set differ in classes, prompts, pictures or host.
+        ConfigError: Results of one data set differ in classes, prompts, pictures or CLIP.
     """
     check_comparable(results)
     tasks = sorted({(result["robust"]["task"], result["model"], result["pretrained"]) for result in results})
@@ -34,7 +35,7 @@ def markdown(results: Sequence[Result]) -> str:
 def check_comparable(results: Sequence[Result]) -> None:
     """Raise `ConfigError` where results that share a table do not share what they were asked.
 
-    Results of one data set and host are compared; two with the same method are refused as well.
+    Results of one data set and CLIP are compared; two with the same method are refused as well.
     """
     first: dict[tuple[str, ...], Result] = {}
     methods: set[tuple[str, ...]] = set()
@@ -52,15 +53,15 @@ def check_comparable(results: Sequence[Result]) -> None:
         methods.add((*place, result["method"]))
 
 
-def host_name(result: Result) -> str:
-    """Return what the host of a result is called, and whether its weights mean anything."""
+def clip_name(result: Result) -> str:
+    """Return what the CLIP of a result is called, and whether its weights mean anything."""
     if result["robust"]["has_random_weights"]:
         return f"{result['model']}, **random weights: a rehearsal, no figure means anything**"
     return ", ".join(dict.fromkeys((result["model"], result["pretrained"])))
 
 
 def in_order(results: Sequence[Result]) -> list[Result]:
-    """Return results with clean pictures before attacked ones, the baseline first, and the rest by name."""
+    """Return results sorted: clean pictures before attacked ones, then the baseline first and the rest by name."""
 
     def place(result: Result) -> tuple[Any, ...]:
         robust, method = result["robust"], result["method"]
@@ -159,7 +160,7 @@ def _caption(results: Sequence[Result]) -> str:
     counts = ", ".join(
         f"{name} {n:,}" for name, n in dict.fromkeys((r["robust"]["variant"], r["robust"]["n"]) for r in results)
     )
-    lines.append(f"{host_name(results[0])}. Pictures: {counts}.")
+    lines.append(f"{clip_name(results[0])}. Pictures: {counts}.")
     lines.append(f"{_question(first)} {_groups(first)}".strip())
     reasons = {name: why for r in results for name, why in r["robust"]["not_applicable"].items()}
     measured = {r["method"] for r in results}
@@ -178,19 +179,8 @@ def _caption(results: Sequence[Result]) -> str:
         "exact test, not corrected for the number of tests. Margin: logit of the object less that of the word. ms: per "
         "picture. MiB: at the peak of a chunk, above what was held before. EXIF orientation is not applied."
     )
-    lines += list(dict.fromkeys(machine(r["robust"]["run"]["environment"]) for r in results))
+    lines += list(dict.fromkeys(machine_words(r["robust"]["run"]["environment"]) for r in results))
     return "\n".join(lines)
-
-
-def machine(environment: Mapping[str, Any]) -> str:
-    """Return a sentence about the machine and the versions that a result comes from."""
-    here = environment
-    state = "no commit" if here["commit"] is None else here["commit"][:12] + (" + changes" if here["is_dirty"] else "")
-    threads = f"{here['threads']} threads, " if "threads" in here else ""
-    return (
-        f"{here['cpu']}, {here['cores']} cores, {threads}load before the run {here['load']:.1f}, "
-        f"torch {here['torch']}, open_clip {here['open_clip']}, {state}, {here['timestamp']}."
-    )
 
 
 def _question(robust: Mapping[str, Any]) -> str:

@@ -29,14 +29,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from defense.benchmarks.speed import environment_of, torch_threads
+from defense.benchmarks.cost import torch_threads
+from defense.benchmarks.environment import checkout_words, environment_of, installed_version
 from defense.core.config import SAEConfig, Variant
 from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError
@@ -82,7 +82,7 @@ class Case:
     threads: int = 2
 
     def config(self, variant: Variant, seed: int) -> TrainConfig:
-        """Return our settings."""
+        """Return the settings of one training, which both trainers get."""
         return TrainConfig(
             d_sae=self.d_sae, k=self.k, steps=self.n_tokens // self.batch, batch=self.batch, lr=self.lr, seed=seed,
             variant=variant,
@@ -91,7 +91,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One training and what came of it."""
+    """One training and what came of it; the names of the fields are the keys of the stored result.
+
+    Attributes:
+        implementation: `OURS` or `THEIRS`.
+        variant: Of the SAE: "topk", "batchtopk" or "matryoshka".
+        seed: Of weights and batches.
+        explained_variance: Share of the variance of residuals that was not trained on, at most 1.
+        l0: Mean number of latents that fire at a token.
+        alive: Share of latents that fire at all.
+        tokens_per_s: Tokens of a batch over the median time of a step.
+    """
 
     implementation: str
     variant: str
@@ -106,7 +116,7 @@ class Row:
 
 
 def residuals(case: Case, clip: Clip) -> tuple[Tensor, Tensor, float]:
-    """Return tokens to train on and to measure on, [n, d_model] each, and how many are encoded per second."""
+    """Return residuals to train on and to measure on, [n, d_model] each, and how many tokens are encoded per second."""
     from defense.embedded.build import SEEDS, pixel_values_of
     from defense.world.draws import web_scenes
 
@@ -123,7 +133,13 @@ def residuals(case: Case, clip: Clip) -> tuple[Tensor, Tensor, float]:
 
 
 class Floor:
-    """The five products of a step, on random matrices of its sizes."""
+    """The five matrix products that no training step can do without, on random matrices.
+
+    Args:
+        d_model: Width of the residual.
+        d_sae: Latents.
+        batch: Tokens per step.
+    """
 
     def __init__(self, d_model: int, d_sae: int, batch: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -133,7 +149,7 @@ class Floor:
         self.acts = torch.randn(batch, d_sae, generator=generator)
 
     def step(self) -> None:
-        """Compute them."""
+        """Compute the five products once."""
         _ = self.x @ self.W_enc
         _ = self.acts @ self.W_dec
         _ = self.x @ self.W_dec.T
@@ -145,7 +161,12 @@ class Floor:
 
 
 class Ours:
-    """Our trainer."""
+    """Our trainer, step by step.
+
+    Args:
+        config: Its settings.
+        sample: Residuals to set the scale and b_dec from, [n, d_model].
+    """
 
     def __init__(self, config: TrainConfig, sample: Tensor) -> None:
         self.trainer = Trainer(config, sample.shape[1], sample.device, World())
@@ -161,9 +182,13 @@ class Ours:
 
 
 class Theirs:
-    """The trainer of dictionary-learning.
+    """The trainer of dictionary-learning, step by step.
 
     Its threshold starts to be learned halfway (by default after 1,000 steps, more than there are here).
+
+    Args:
+        config: The settings, as ours takes them.
+        sample: Residuals to set the scale from, [n, d_model].
     """
 
     def __init__(self, config: TrainConfig, sample: Tensor) -> None:
@@ -225,7 +250,13 @@ TRAINERS: Mapping[str, Callable[[TrainConfig, Tensor], Ours | Theirs]] = {OURS: 
 
 
 def run(case: Case, names: Sequence[str], command: str) -> dict[str, Any]:
-    """Train and measure everything; return the result as JSON values."""
+    """Train and measure everything; return the result as JSON values.
+
+    Args:
+        case: What is trained.
+        names: Of the trainers: of `TRAINERS`.
+        command: What was typed, for the record.
+    """
     environment = environment_of(command)
     with torch_threads(case.threads):
         resid, held_out, encoded_per_s = residuals(case, load_clip(EMBEDDED))
@@ -243,7 +274,7 @@ def run(case: Case, names: Sequence[str], command: str) -> dict[str, Any]:
     return {
         "case": asdict(case),
         "environment": asdict(environment),
-        "versions": {name: _version(name) for name in ("clip-defense", "torch", THEIRS)},
+        "versions": {name: installed_version(name) for name in ("clip-defense", "torch", THEIRS)},
         "d_model": resid.shape[1],
         "encoded_tokens_per_s": encoded_per_s,
         "floor_tokens_per_s": case.batch / floor_step_s,
@@ -255,7 +286,17 @@ def run(case: Case, names: Sequence[str], command: str) -> dict[str, Any]:
 def duel(
     resid: Tensor, config: TrainConfig, names: Sequence[str], floor: Floor
 ) -> tuple[dict[str, SparseAutoencoder], dict[str, list[float]]]:
-    """Let trainers take turns on the same batches; return their SAEs and the seconds of each step, the floor's too."""
+    """Let trainers take turns on the same batches.
+
+    Args:
+        resid: Residuals to train on, [n, d_model].
+        config: Settings of each.
+        names: Of the trainers: of `TRAINERS`.
+        floor: Timed between the steps.
+
+    Returns:
+        The SAE of each trainer; and the seconds of each step by trainer, those of "floor" beside them.
+    """
     batches = InMemory(resid, config)
     sample = batches.sample(_N_SAMPLE)
     trainers = {name: TRAINERS[name](config, sample) for name in names}
@@ -277,13 +318,6 @@ def duel(
 
 def _row(implementation: str, variant: str, seed: int, quality: Quality, rate: float) -> Row:
     return Row(implementation, variant, seed, quality.explained_variance, quality.l0, quality.alive, rate)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def table(result: dict[str, Any]) -> str:
@@ -308,9 +342,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def caption(result: dict[str, Any]) -> str:
-    """Return what a reader of the table has to know."""
+    """Return what a reader of the table has to know, from the stored result."""
     case, here = result["case"], result["environment"]
-    state = "no commit" if here["commit"] is None else here["commit"][:12] + (" + changes" if here["is_dirty"] else "")
     return (
         f"Residuals after block {case['block']} of the embedded model, d_model {result['d_model']}, "
         f"d_sae {case['d_sae']:,}, k {case['k']}; {case['n_tokens']:,} tokens, batch {case['batch']:,}, learning rate "
@@ -318,7 +351,7 @@ def caption(result: dict[str, Any]) -> str:
         f"Floor: {result['floor_tokens_per_s']:,.0f} tokens/s ({result['matmul_gflops']:.0f} GFLOP/s). "
         f"Drawing and encoding pictures: {result['encoded_tokens_per_s']:,.0f} tokens/s.\n"
         f"{here['cpu']}, {case['threads']} threads, load before the run {here['load']:.1f}, torch {here['torch']}, "
-        f"dictionary-learning {result['versions'][THEIRS]}, {state}, {here['timestamp']}."
+        f"dictionary-learning {result['versions'][THEIRS]}, {checkout_words(here)}, {here['timestamp']}."
     )
 
 
@@ -333,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the result there, as JSON")
     fields = vars(parser.parse_args(argv))
     out, alone = fields.pop("out"), fields.pop("alone")
-    if not alone and _version(THEIRS) is None:
+    if not alone and installed_version(THEIRS) is None:
         print(
             "dictionary-learning is not installed: pip install dictionary-learning (a separate environment is best, "
             "it brings much with it), or run with --alone",

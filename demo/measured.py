@@ -15,7 +15,7 @@ import gradio as gr
 from defense.errors import DefenseError
 
 NOTHING = "No results are stored with this installation. `defense bench` measures them."
-_NEEDS_TORCH = '`{file}` is there; its table takes torch to be put together: `pip install "clip-defense[torch]"`.'
+_NEEDS_PACKAGE = "`{file}` is there; a package is missing to put its table together: {error}."
 
 
 def results_folder() -> Path:
@@ -62,8 +62,8 @@ def _renderers() -> dict[str, tuple[str, Callable[[Path], str]]]:
 def _rendered(file: Path, render: Callable[[Path], str]) -> str:
     try:
         return re.sub(r"^\| \|", "| model |", render(file), flags=re.MULTILINE)  # no column without a heading
-    except ImportError:
-        return _NEEDS_TORCH.format(file=file.name)
+    except ImportError as error:
+        return _NEEDS_PACKAGE.format(file=file.name, error=error)
     except (ValueError, KeyError, TypeError) as error:
         return f"`{file.name}` is there and cannot be read ({type(error).__name__}: {error})."
 

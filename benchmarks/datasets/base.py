@@ -1,4 +1,4 @@
-"""What a data set is to the benchmarks: pictures with their answers, the names to choose from, and how they are asked.
+"""What a data set is to the benchmarks: pictures with their right answers, the names to choose from, the prompts.
 
 A reader (one module per data set) makes a `Task`; `robust.py` runs methods over its data sets. Nothing here imports
 torch, and nothing is decoded before it is measured.
@@ -61,7 +61,7 @@ class File:
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and what is known of it.
+    """One picture and its right answer.
 
     Attributes:
         key: Its name, unique in the data set; the same for twins in other variants.
@@ -81,13 +81,13 @@ class Example:
 
     @property
     def group(self) -> int | None:
-        """2 label + attribute, as group_DRO counts."""
+        """Number of the group, 2 * label + attribute as in group_DRO's code; None without an attribute."""
         return None if self.attribute is None else 2 * self.label + self.attribute
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures of one kind, and how the question is asked.
+    """The pictures of one variant, what is chosen from, and the prompts.
 
     Attributes:
         name: Which data set, e.g. "rta100".
@@ -161,7 +161,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark: what methods may be fitted on, and what they are measured on.
+    """Data sets that belong together: what methods may be fitted on, and what they are measured on.
 
     Attributes:
         name: E.g. "waterbirds".
@@ -182,7 +182,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Options:
-    """What readers are told beside the folder.
+    """What every reader is given beside the folder.
 
     Attributes:
         allow_partial: Read data that differ from the published ones, and say so in every result.
@@ -196,10 +196,15 @@ class Options:
 
 
 def shortfall_of(title: str, problems: Sequence[str], options: Options) -> str | None:
-    """Return what is wrong with a data set as one sentence, None where nothing is.
+    """Return how a data set differs from the published one, as one sentence; None where it does not.
+
+    Args:
+        title: Of the published one.
+        problems: How it differs, one entry each.
+        options: Whether a difference is allowed.
 
     Raises:
-        ConfigError: Something is, and partial data are not allowed.
+        ConfigError: It differs, and partial data are not allowed.
     """
     if not problems:
         return None

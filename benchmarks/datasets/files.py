@@ -1,4 +1,4 @@
-"""Files of data sets, read with suspicion: what was saved under a name is not always what the name promises."""
+"""Readers of data sets' files that refuse stand-ins, such as a web page or a Git LFS pointer under the file's name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LFS_SIZE = re.compile(rb"^size (\d+)", re.MULTILINE)
 
 
 def is_junk(path: Path) -> bool:
-    """Return whether a file is what systems and unzippers leave behind."""
+    """Return whether a file is left behind by a system or an archiver, e.g. `.DS_Store`, and holds no data."""
     return path.name in _JUNK or path.name.startswith("._") or "__MACOSX" in path.parts
 
 
@@ -38,7 +38,7 @@ def require_folder(folder: Path, title: str, source: str) -> None:
 
 
 def check_bytes(head: bytes, path: Path) -> None:
-    """Raise `ConfigError` where the first bytes of a file say that it is not the file but a stand-in."""
+    """Raise `ConfigError` where a file's first bytes are those of a web page or of a Git LFS pointer."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<!doctype", b"<html")):
         raise ConfigError(f"{path} is a web page, not the file (a quota or sign-in page?); download the file itself")
@@ -79,7 +79,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Return the rows of a CSV file; its columns may come in any order, and others beside them.
+    """Return the rows of a CSV file, column -> text; columns may come in any order, with others beside them.
 
     Raises:
         ConfigError: See `read_text`; a column is missing, or a row has another number of cells than the header.

@@ -1,4 +1,4 @@
-"""Classified pictures that anyone has: a folder per class, or WebDataset shards as CLIP_benchmark reads them.
+"""Your own classified pictures: a folder per class, or WebDataset shards as CLIP_benchmark reads them.
 
 | folder per class | |
 |---|---|
@@ -42,7 +42,13 @@ SOURCE = "your own disk: a folder per class, or WebDataset shards"
 
 @dataclass(frozen=True)
 class Classified:
-    """Pictures with their classes: (key, picture, index of the class)."""
+    """Pictures with their classes.
+
+    Attributes:
+        class_names: Names of the classes.
+        templates: Prompts, each with one literal {}.
+        pictures: (key, picture, index of its class).
+    """
 
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
@@ -51,7 +57,13 @@ class Classified:
 
 @dataclass(frozen=True)
 class Member:
-    """A picture within a tar file, which is read without the files before it."""
+    """A picture within an uncompressed tar file, read from its place there.
+
+    Attributes:
+        tar: The file.
+        offset: First byte of the picture in it.
+        size: Bytes of the picture.
+    """
 
     tar: Path
     offset: int

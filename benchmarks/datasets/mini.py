@@ -140,7 +140,7 @@ def _grouped(
     shares: tuple[float, ...],
     options: Options,
 ) -> Task:
-    """Return a task with groups; `shares` are those of each class in the CLIP's training data, classes alike."""
+    """Return a task with groups; `shares` are those of each group within its class, in the CLIP's training data."""
     facts = _facts(options, class_rule="as the embedded CLIP was trained", correlation=CORRELATION)
 
     def dataset(split: str, n: int) -> Dataset:

@@ -1,7 +1,7 @@
 """Photographs with a wrong word on them, named `label=<object>_text=<word>.<ext>`: RTA-100 and PAINT.
 
 Classes are the union of objects and words, sorted, as in the reference loaders (which leave the order to chance):
-without the words there is nothing that an attack could succeed at. Names are taken as they are spelled, wrong ones and
+a word that could not be answered could not fool a model. Names are taken as they are spelled, wrong ones and
 capitals included. The word ends at the last dot; the reference loader of PAINT cuts four characters instead, which
 turns `TV.jpeg` into a class `TV.` and makes 162 classes of 159.
 
@@ -24,7 +24,15 @@ _NAME = re.compile(r"label=(.+?)_text=(.+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Published:
-    """What the published set holds, and where it is."""
+    """What a published set holds, and where to get it.
+
+    Attributes:
+        name: Of the task.
+        title: For captions.
+        n_pictures: Pictures in it.
+        n_classes: Objects and words in it.
+        source: Where it is.
+    """
 
     name: str
     title: str

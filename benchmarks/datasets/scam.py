@@ -161,7 +161,7 @@ class Similarities:
     Attributes:
         models: Names of open_clip architectures. Where open_clip has several sets of weights for one, which of them was
             measured is not known.
-        columns: Name of a column -> its place.
+        columns: Name of a column -> its index in `values`.
         values: float32 [n_rows, n_columns].
         rows: Variant -> rows of its pictures, int [n_triples].
     """

@@ -105,7 +105,7 @@ def _rng(seed: int, key: str, purpose: str) -> np.random.Generator:
 
 
 def other_class(label: int, n_classes: int, seed: int, key: str) -> int:
-    """Return which class is written on a picture: any but its own, with equal chance."""
+    """Return the index of the class whose name is written on a picture: any but its own, with equal chance."""
     return (label + 1 + int(_rng(seed, key, "word").integers(n_classes - 1))) % n_classes
 
 
@@ -191,7 +191,7 @@ def _font(path: Path, px: int) -> ImageFont.FreeTypeFont:
 def _placed(
     lines: Sequence[Sequence[str]], font: ImageFont.FreeTypeFont, px: int
 ) -> tuple[list[tuple[str, tuple[int, int]]], tuple[int, int]]:
-    """Return where the words go, so that their ink begins at (0, 0), and the width and height of it all."""
+    """Return each word with its place, such that the ink of all begins at (0, 0), and the ink's width and height."""
     ascent, descent = font.getmetrics()
     words, boxes = [], []
     for row, line in enumerate(lines):

@@ -32,7 +32,14 @@ _FOLDER = "waterbird_complete95_forest2water2"
 
 @dataclass(frozen=True)
 class Row:
-    """A row of `metadata.csv`."""
+    """A row of `metadata.csv`.
+
+    Attributes:
+        name: Path of the picture, relative to the folder.
+        y: 1 for a waterbird.
+        split: "train", "val" or "test".
+        place: 1 for water.
+    """
 
     name: str
     y: int

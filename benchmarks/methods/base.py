@@ -1,4 +1,4 @@
-"""What a method is to the benchmarks.
+"""The interface of a method that is compared, and what methods share.
 
     method.fit(clip, task)              once per task; may look at task.train and task.val, never at task.tests
     with method.apply(clip) as encoder:
@@ -26,7 +26,7 @@ from defense.hosts.defense import Defense
 
 
 class NotApplicableError(ConfigError):
-    """A method needs what is not there: a defense, a training split, a kind of task. It is listed, with the reason."""
+    """A method lacks something it needs, e.g. a defense or a training split; results list it with the reason."""
 
 
 def needed(defense: Defense | None) -> Defense:
@@ -88,7 +88,7 @@ class Method(Protocol):
         ...
 
     def settings(self) -> Mapping[str, Any]:
-        """Return, as JSON values, all that decides the embeddings beside the host: another setting, another row.
+        """Return, as JSON values, all that decides the embeddings beside the CLIP: another setting, another row.
 
         Asked for after `fit`; what was learned there belongs to it, as a hash where it is large.
         """
@@ -103,7 +103,7 @@ class Method(Protocol):
         ...
 
     def apply(self, clip: Clip) -> AbstractContextManager[Encoder]:
-        """Put the method into a host; at the end of the context the host is as it was."""
+        """Put the method into a CLIP; at the end of the context the CLIP is as it was."""
         ...
 
 

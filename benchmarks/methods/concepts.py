@@ -1,4 +1,4 @@
-"""How the tasks with groups speak of what should not count, for methods that know it from texts alone.
+"""Texts that name what should not count in the tasks with groups, for methods that know it from texts alone.
 
 Words are such that small models know them too. No test picture was looked at to choose them.
 """
@@ -15,12 +15,12 @@ from defense.benchmarks.methods.base import NotApplicableError
 from defense.hosts.clip import Clip
 
 Pairs = tuple[tuple[str, str], ...]
-"""Of texts."""
+"""Pairs of texts."""
 
 
 @dataclass(frozen=True)
 class Concepts:
-    """What can be said of a task.
+    """Texts about a task.
 
     Attributes:
         spurious: Pairs of texts that differ in the spurious attribute alone.
@@ -76,10 +76,14 @@ _BY_CLASSES: Mapping[tuple[str, ...], Concepts] = {
 
 
 def concepts_of(task: Task, who: str) -> Concepts:
-    """Return what is known of a task.
+    """Return the texts about a task.
+
+    Args:
+        task: With groups.
+        who: The method that needs them, for the error.
 
     Raises:
-        NotApplicableError: Nothing is; `who` needs it.
+        NotApplicableError: There are none for this task.
     """
     concepts = _BY_CLASSES.get(task.tests[0].class_names)
     if concepts is None:
@@ -91,7 +95,7 @@ def concepts_of(task: Task, who: str) -> Concepts:
 
 
 def known(pairs: Pairs, clip: Clip) -> Pairs:
-    """Return the pairs of texts whose every word the host has an embedding for: a small model lacks most words."""
+    """Return the pairs of texts whose every word the CLIP has an embedding for: a small model lacks most words."""
     table = getattr(clip.model, "token_embedding", None)
     if table is None:
         return pairs

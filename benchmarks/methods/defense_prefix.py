@@ -86,7 +86,7 @@ class DefensePrefix:
         """Learn the token.
 
         Raises:
-            NotApplicableError: The task has no training pictures with twins, or the host's text tower no table of
+            NotApplicableError: The task has no training pictures with twins, or the CLIP's text tower no table of
                 token embeddings.
         """
         attacked, clean = training_twins(task, self.name)

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class Dyslexify:
         """Score the heads and choose.
 
         Raises:
-            NotApplicableError: The task has no training pictures with twins, or the host no heads of this kind.
+            NotApplicableError: The task has no training pictures with twins, or the CLIP no heads of this kind.
         """
         import torch
 
@@ -84,15 +85,12 @@ class Dyslexify:
         candidates, self._deviations = standing_out(scores, first)
         class_embeds = class_embeds_of(clip, attacked)
 
-        def measure(arm: int) -> Callable[[Sequence[Head]], float]:
-            def accuracy_without(heads: Sequence[Head]) -> float:
-                with torch.inference_mode(), ablated(tower, heads):
-                    embeds = tower.embeds_from(resids[arm], hook_point).cpu().numpy()
-                return float(accuracies(embeds, class_embeds, twins[arm]).mean())
+        def accuracy_without(side: int, heads: Sequence[Head]) -> float:
+            with torch.inference_mode(), ablated(tower, heads):
+                embeds = tower.embeds_from(resids[side], hook_point).cpu().numpy()
+            return float(accuracies(embeds, class_embeds, twins[side]).mean())
 
-            return accuracy_without
-
-        self.heads = tuple(chosen(candidates, measure(0), measure(1)))
+        self.heads = tuple(chosen(candidates, partial(accuracy_without, 0), partial(accuracy_without, 1)))
 
     @contextmanager
     def apply(self, clip: Clip) -> Iterator[Encoder]:

@@ -120,5 +120,5 @@ def contrast(acts: np.ndarray, cue: np.ndarray, label: np.ndarray) -> np.ndarray
 
 
 def without(basis: np.ndarray) -> Map:
-    """Return the map that takes the span of orthonormal columns [d_embed, k] out of embeddings."""
+    """Return the map that projects the span of orthonormal columns [d_embed, k] out of embeddings."""
     return lambda embeds: embeds - embeds @ basis @ basis.T

@@ -95,7 +95,7 @@ def cls_attention(attention: nn.MultiheadAttention, x: Tensor, heads: Sequence[i
 def watching(
     tower: VisionTower, blocks: Iterable[int], see: Callable[[int, Tensor, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Show the attention of some blocks to a function, which may return another output for the CLS token.
+    """Call a function with the attention of some blocks; what it returns replaces the output for the CLS token.
 
     Args:
         tower: The tower.

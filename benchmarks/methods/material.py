@@ -1,4 +1,4 @@
-"""What methods are fitted on: pictures of the training split, a batch at a time, and what the stock CLIP makes of them.
+"""What methods are fitted on: pictures of the training split, and the stock CLIP's embeddings of them.
 
 A task attacks either with words (each training picture has a twin without the writing) or with an attribute (each
 training picture has a label and an attribute, which make its group).
@@ -66,9 +66,10 @@ def training_groups(task: Task, who: str) -> Dataset:
 
 
 def training_sides(task: Task, who: str, n: int = N_MOST) -> list[list[Example]]:
-    """Return up to `n` training pictures of the kind that is fooled, then, of words, their twins.
+    """Return up to `n` training pictures as lists: what is to get better first, what must not get worse last.
 
-    Of a task with groups there is one list: its worst group is what is fooled, its average what must not get worse.
+    Of a task with words: the attacked pictures, and their clean twins. Of a task with groups: one list, whose worst
+    group is to get better and whose average must not get worse.
 
     Raises:
         NotApplicableError: The task has no training pictures with twins or groups; `who` needs them.
@@ -126,7 +127,7 @@ def class_embeds_of(clip: Clip, dataset: Dataset) -> np.ndarray:
 
 
 def accuracies(image_embeds: np.ndarray, class_embeds: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
-    """Return the share of pictures whose nearest class is the right one, of each group that is there or of them all."""
+    """Return the share of right answers in each group that occurs, [n_groups]; of pictures without groups, [1]."""
     answers = (image_embeds @ class_embeds.T).argmax(1)
     is_right = answers == np.array([example.label for example in examples])
     groups = np.array([-1 if example.group is None else example.group for example in examples])
@@ -136,13 +137,13 @@ def accuracies(image_embeds: np.ndarray, class_embeds: np.ndarray, examples: Seq
 def side_accuracies(
     image_embeds: Sequence[np.ndarray], class_embeds: np.ndarray, sides: Sequence[Sequence[Example]]
 ) -> tuple[float, float]:
-    """Return the accuracy of what is fooled and of what must not get worse, of embeddings of `training_sides`."""
+    """Return the accuracy of what is to get better and of what must not get worse; see `training_sides`."""
     found = [accuracies(x, class_embeds, side) for x, side in zip(image_embeds, sides, strict=True)]
     return float(found[0].min()), float(found[-1].mean())
 
 
 def best_of(scores: Sequence[tuple[float, float]]) -> int:
-    """Return which edit serves the fooled pictures best, of those that cost the others at most `CLEAN_BUDGET`.
+    """Return the index of the edit that helps most, of those that cost at most `CLEAN_BUDGET`.
 
     Args:
         scores: `side_accuracies` of each edit; the first is that of none. Of equal ones the first wins.

@@ -30,15 +30,15 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are outside."""
 
 SHORTER_SIDE = (320, 1024)
-"""In pixels, what is read: smaller pictures are enlarged, larger ones reduced."""
+"""Least and most, in pixels, of what tesseract reads: smaller pictures are enlarged, larger ones reduced."""
 LAYOUT = 11
-"""Tesseract's --psm: scattered text. One block of text (6) finds a little more, and more that is none."""
+"""Tesseract's --psm: scattered text. With 6, one block of text, it finds a little more, and more that is no text."""
 LEAST_LETTERS = 3
-"""Letters and digits of a word that is blurred: what is shorter is mostly an edge of the object."""
+"""A word is blurred if it has so many letters and digits; what is shorter is mostly an edge of the object."""
 MARGIN = 0.15
-"""Around a box, over its height."""
+"""Blurred around a box as well, as a share of its height."""
 RADIUS = 0.5
-"""Of the Gaussian, over the height of the box."""
+"""Of the Gaussian blur, as a share of the box's height."""
 
 _N_PROCESSES = 2
 _WORD = "5"

@@ -1,6 +1,7 @@
 """Random latents in place of the chosen: as many, at the same blocks, of like activity on the training pictures.
 
-What any edit of that size would do, whatever it edits. The number after "@" is the seed: "random-latents@3".
+The control: what an edit of that size does, whichever latents it edits. The number after "@" is the seed, as in
+"random-latents@3".
 """
 
 from __future__ import annotations

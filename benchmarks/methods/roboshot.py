@@ -6,7 +6,7 @@ An insight is a pair of texts that differ in one thing; its direction v is the d
     helpful, one by one:        x <- x + <x, u> u / <u, u>
 
 Source: Adila et al. 2023, arXiv:2309.04344, algorithm 1. Differences: the insights are given (`concepts.py`), in place
-of asking a language model for each data set, hence "RoboShot-like"; one with a word that the host has no embedding for
+of asking a language model for each data set, hence "RoboShot-like"; one with a word that the CLIP has no embedding for
 is left out, and the settings say which are left; embeddings are normalized again.
 """
 

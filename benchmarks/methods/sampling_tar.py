@@ -80,7 +80,7 @@ class SamplingTar:
         """Score the heads and choose the threshold.
 
         Raises:
-            NotApplicableError: The task has no training pictures with twins, or the host no heads of this kind.
+            NotApplicableError: The task has no training pictures with twins, or the CLIP no heads of this kind.
         """
         import torch
 

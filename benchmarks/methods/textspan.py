@@ -139,7 +139,7 @@ class TextSpan:
         """Describe the late heads and choose.
 
         Raises:
-            NotApplicableError: The task has no training pictures with words or attributes, or the host no heads of this
+            NotApplicableError: The task has no training pictures with words or attributes, or the CLIP no heads of this
                 kind.
         """
         from defense.benchmarks.methods.heads import all_heads, vision_with_heads

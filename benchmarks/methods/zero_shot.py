@@ -28,7 +28,7 @@ class ZeroShot:
         return cls(name)
 
     def settings(self) -> Mapping[str, Any]:
-        """Return nothing: the host decides all."""
+        """Return nothing: the CLIP decides all."""
         return {}
 
     def fit(self, clip: Clip, task: Task) -> None:
@@ -36,5 +36,5 @@ class ZeroShot:
 
     @contextmanager
     def apply(self, clip: Clip) -> Iterator[Encoder]:
-        """Yield the host's own embeddings."""
+        """Yield the CLIP's own embeddings."""
         yield Stock(clip)

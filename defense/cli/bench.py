@@ -67,7 +67,7 @@ def bench(
         if suite in _WITHOUT_DATA:
             _refuse_options(ctx, suite, _WITHOUT_DATA[suite])
             raise typer.Exit(_speed(model, out) if suite == "speed" else _latents(out))
-        from defense.benchmarks import datasets, robust, tables
+        from defense.benchmarks import datasets, named_clip, robust, tables
         from defense.store.defenses import find_defense
 
         check_pretrained(model, pretrained)
@@ -75,14 +75,14 @@ def bench(
         tasks = _tasks(suite, data, datasets.Options(allow_partial, font, seed))
         model, pretrained = (model, pretrained) if model is not None else _named_by(found, tasks)
         jobs = _jobs(tasks, methods, found, model)
-        clip = robust.load_named_host(model, pretrained, device=device)
+        clip = named_clip.load_named_clip(model, pretrained, device=device)
         with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
             results = robust.run(
                 clip, jobs, out, seed=seed, command=_command(),
                 track=lambda chunks, what: progress.track(chunks, description=what),
             )  # fmt: skip
         put(tables.markdown(results))
-        robust.report(out)
+        robust.lay_out(out)
         if any(result["robust"]["n_unreadable"] for result in results):
             say("some pictures could not be read; the results name them", "red")
             raise typer.Exit(EXIT_INPUTS)
@@ -153,9 +153,9 @@ def _speed(model: str | None, out: Path) -> int:
 
 
 def _latents(out: Path) -> int:
-    from defense.benchmarks import latents
+    from defense.benchmarks import latents, latents_report
 
-    put(latents.table(latents.run(out / latents.FILE, command=_command(), report=say)))
+    put(latents_report.table(latents.run(out / latents.FILE, command=_command(), report=say)))
     return 0
 
 

@@ -92,6 +92,7 @@ def test_clip_benchmark_measures_the_accuracy_that_we_measure(defense_folder, ti
     from defense.benchmarks.datasets import Dataset, Example, Task
     from defense.benchmarks.datasets.folders import read_classified
     from defense.benchmarks.methods import make_methods
+    from defense.benchmarks.named_clip import load_named_clip
 
     names = ["cloud", "rose", "zebra", "fish", "king", "river"]
     (tmp_path / "shards" / "test").mkdir(parents=True)
@@ -122,7 +123,7 @@ def test_clip_benchmark_measures_the_accuracy_that_we_measure(defense_folder, ti
     found = read_classified(tmp_path / "shards")
     examples = tuple(Example(key, picture, label) for key, picture, label in found.pictures)
     dataset = Dataset("colors", "clean", examples, found.class_names, found.templates)
-    named = robust.load_named_host(name, None)
+    named = load_named_clip(name, None)
     methods = make_methods(["defense"], defenses.load(defense_folder))
     (ours,) = robust.run(named, [(Task("colors", "colors", (dataset,)), methods)], tmp_path / "out")
     assert theirs["metrics"] == pytest.approx(ours["metrics"])

@@ -16,7 +16,9 @@ pytest.importorskip("onnxruntime")
 import open_clip
 import torch
 
-from defense.benchmarks import export, speed
+from defense.benchmarks import export, export_graphs
+from defense.benchmarks.cost import Ratio
+from defense.benchmarks.export_graphs import GraphRow, check_embeds
 from defense.errors import ConfigError
 
 
@@ -31,36 +33,30 @@ def tiny_model(monkeypatch):
                 text_cfg={"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1},
             )
 
-    monkeypatch.setattr(speed, "create_model", create)
+    monkeypatch.setattr(export_graphs, "create_model", create)
 
 
 @pytest.mark.parametrize(("rough", "shift"), [(False, 1e-3), (True, 1.0)])
-def test_an_arm_that_computes_something_else_is_not_timed(rough, shift):
+def test_a_variant_that_computes_something_else_is_not_timed(rough, shift):
     want = torch.nn.functional.normalize(torch.ones(2, 4), dim=-1)
     got = want.numpy().copy()
     got[:, 0] -= shift
     with pytest.raises(ConfigError, match="arm differs by"):
-        export.check_arm("arm", got, want, rough=rough)
-    assert export.check_arm("arm", want.numpy(), want, rough=rough) == 0
+        check_embeds("arm", got, want, rough=rough)
+    assert check_embeds("arm", want.numpy(), want, rough=rough) == 0
 
 
 def test_tables_show_every_row_and_say_what_they_rest_on():
-    one, more = export.Ratio(1.0, 1.0, 1.0), export.Ratio(1.021, 1.01, 1.03)
-    plain = export.GraphRow("ONNX, plain CLIP", 10.0, 9.0, 11.0, one, None, 2e-7, (10.0,))
-    rows = [asdict(plain), asdict(export.GraphRow("ONNX int8", 10.2, 9.1, 11.3, more, one, 3e-7, (10.2,)))]
+    one, more = Ratio(1.0, 1.0, 1.0), Ratio(1.021, 1.01, 1.03)
+    plain = GraphRow("ONNX, plain CLIP", 10.0, 9.0, 11.0, one, None, 2e-7, (10.0,))
+    rows = [asdict(plain), asdict(GraphRow("ONNX int8", 10.2, 9.1, 11.3, more, one, 3e-7, (10.2,)))]
     head, rule, *lines = export.graph_table(rows).splitlines()
     assert lines[1] == ("| ONNX int8 | 10.2 (9.1-11.3) | 1.021 (1.010-1.030) | 1.000 (1.000-1.000) | 3e-07 |")
     assert head.count("|") == rule.count("|") == lines[0].count("|")
 
 
-def test_ratios_are_taken_within_rounds():
-    """Both arms were slow in the second round: neither lost."""
-    ratio = export.Ratio.of(np.array([2.0, 20.0, 2.0]), np.array([1.0, 10.0, 1.0]))
-    assert (ratio.p20, ratio.median, ratio.p80) == (2.0, 2.0, 2.0)
-
-
 @pytest.mark.slow
-def test_a_run_measures_every_arm_and_the_runtime(tiny_model, tmp_path, capsys):
+def test_a_run_measures_every_variant_and_the_runtime(tiny_model, tmp_path, capsys):
     out = tmp_path / "export.json"
     sizes = ["--model=tiny", "--batch=2", "--d-sae=128", "--k=8", "--n-set=8", "--block=1", "--rounds=2", "--seed=3"]
     assert export.main([*sizes, "--threads=1", "--pictures=8", "--no-compile", "--out", str(out)]) == 0

@@ -13,7 +13,9 @@ pytest.importorskip("open_clip")
 import torch
 
 from defense.benchmarks import latents
-from defense.benchmarks.latents import Bench, Choice, Chooser, Settings, arms, summary, table, verdict
+from defense.benchmarks.latents import Bench, Settings
+from defense.benchmarks.latents_choosing import ABLATIONS, RULES, Choice, Chooser, variants
+from defense.benchmarks.latents_report import packed, summary, table, unpacked, verdict
 from defense.errors import ConfigError
 from defense.fit.config import FitConfig
 from defense.fit.material import Pairs
@@ -88,7 +90,7 @@ def test_random_latents_are_none_of_ours_and_the_first_of_like_activity(chooser)
     assert max(like) <= 45
 
 
-@pytest.mark.parametrize("rule", latents.RULES[1:])
+@pytest.mark.parametrize("rule", RULES[1:])
 def test_equal_size_means_as_many_as_ours_removed_in_full(chooser, rule) -> None:
     choice = chooser.as_many(rule)
     assert len(choice.latents) == len(chooser.ours.latents)
@@ -146,7 +148,7 @@ def test_without_the_joint_step_candidates_are_removed_in_full_in_their_order(ch
 
 
 def test_without_learned_gains_the_same_are_removed_in_full(chooser) -> None:
-    choice = chooser.without("learned gains")
+    choice = chooser.without("learnt gains")
     n = min(len(choice.latents), len(chooser.ours.latents))
     assert choice.latents[:n] == chooser.ours.latents[:n]
     assert n > 0
@@ -181,11 +183,11 @@ def test_gains_are_in_force_when_measured(bench) -> None:
 
 def test_packing_keeps_every_answer() -> None:
     answers = np.random.default_rng(0).random(13) < 0.5
-    np.testing.assert_array_equal(latents._unpacked(latents._packed(answers), 13), answers)
+    np.testing.assert_array_equal(unpacked(packed(answers), 13), answers)
 
 
 def record(arm: str, seed: int, clean: list[int], attacked: list[int]) -> dict:
-    correct = {"clean": latents._packed(np.array(clean, bool)), "attacked": latents._packed(np.array(attacked, bool))}
+    correct = {"clean": packed(np.array(clean, bool)), "attacked": packed(np.array(attacked, bool))}
     return {"arm": arm, "seed": seed, "latents": [1] * (seed + 1), "correct": correct}
 
 
@@ -244,7 +246,7 @@ def results_of(result: dict) -> dict:
 
 def test_a_run_that_was_interrupted_goes_on_to_the_same_result(run_tiny, tmp_path) -> None:
     whole = run_tiny(tmp_path / "whole.json")
-    assert [each["arm"] for each in whole["arms"]] == list(arms())
+    assert [each["arm"] for each in whole["arms"]] == list(variants())
     n_done = 0
 
     def interrupt(_line: str) -> None:
@@ -261,10 +263,10 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_result(run_tiny, tmp_pat
         table(stored)
     again: list[str] = []
     assert results_of(run_tiny(tmp_path / "cut", report=again.append)) == results_of(whole)
-    assert len(again) == len(arms()) - 6
+    assert len(again) == len(variants()) - 6
     assert results_of(json.loads((tmp_path / "whole.json").read_text())) == results_of(whole)
     text = table(whole)
-    assert all(f"| {name} |" in text for name in (*latents.RULES, *latents.ABLATIONS))
+    assert all(f"| {name} |" in text for name in (*RULES, *ABLATIONS))
 
 
 def test_another_run_is_not_overwritten(run_tiny, tmp_path) -> None:

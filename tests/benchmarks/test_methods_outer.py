@@ -25,7 +25,7 @@ from defense.benchmarks.methods.leace import erasure_of
 from defense.benchmarks.methods.mirror_clip import visual_part
 from defense.benchmarks.methods.orth_cali import calibrated_projection
 from defense.benchmarks.methods.roboshot import steered
-from defense.benchmarks.robust import weights_sha256
+from defense.benchmarks.named_clip import weights_sha256
 from defense.classify.classifier import RobustClassifier
 from defense.data.labels import Prompts
 from defense.errors import BackendError, ConfigError

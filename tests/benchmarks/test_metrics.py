@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
-from math import erfc
+from math import comb, erfc
 
 import numpy as np
 import pytest
 
+pytest.importorskip("scipy")
+
 from defense.benchmarks import metrics
-from defense.errors import ConfigError, ShapeError
+from defense.errors import ConfigError, MissingDependencyError, ShapeError
 
 
 def answers(label, prediction, word=None, group=None) -> metrics.Answers:
@@ -150,6 +153,33 @@ def test_a_share_of_0_or_1_is_not_certain(n):
     assert (everything.low, everything.high) == (pytest.approx(1 - nothing.high), 1)
 
 
+def test_wilson_interval_equals_the_textbook():
+    # Newcombe 1998, table I: 81 of 263.
+    low, high = metrics.wilson(100 * 81 / 263, 263)
+    assert low == pytest.approx(25.53, abs=0.01)
+    assert high == pytest.approx(36.62, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("percent", "n", "low", "high"),
+    [
+        (0.0, 12, 0.0, 24.249401),
+        (100.0, 1, 20.654931, 100.0),
+        (0.35, 2000, 0.169643, 0.720720),
+        (23.15, 2000, 21.353981, 25.048964),
+        (99.4, 2000, 98.954155, 99.656441),
+        (50.0, 40, 35.199527, 64.800473),
+    ],
+)
+def test_wilson_interval_equals_the_closed_form(percent, n, low, high):
+    """(p + z2 / 2n +- z sqrt(p (1 - p) / n + z2 / 4n2)) / (1 + z2 / n), with z = 1.959964."""
+    assert metrics.wilson(percent, n) == pytest.approx((low, high), abs=2e-6)
+
+
+def test_wilson_interval_of_a_mean_of_draws_is_that_of_the_nearest_whole_picture():
+    assert metrics.wilson(90 + 1 / 3, 2000) == metrics.wilson(100 * 1807 / 2000, 2000)
+
+
 def test_groups_are_resampled_each_by_itself():
     """A tiny group cannot drop out of a resample, and its uncertainty is that of its own n."""
     label = np.array([0] * 1000 + [1] * 4)
@@ -200,6 +230,21 @@ def test_a_lonely_group_has_no_gap():
 def test_mcnemar_is_the_sign_test(n_better, n_worse, p):
     assert metrics.mcnemar(n_better, n_worse) == pytest.approx(p)
     assert metrics.mcnemar(n_worse, n_better) == pytest.approx(p)
+
+
+def test_mcnemar_is_twice_a_tail_of_the_binomial():
+    for n_better, n_worse in ((30, 13), (8, 77), (200, 901)):
+        n, least = n_better + n_worse, min(n_better, n_worse)
+        tail = sum(comb(n, i) for i in range(least + 1))
+        assert metrics.mcnemar(n_better, n_worse) == pytest.approx(2 * tail / 2**n, rel=1e-9)
+
+
+def test_without_scipy_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    assert metrics.mean_figure(np.array([True, False]), seed=0).value == 0.5
+    for needs_scipy in (lambda: metrics.wilson(50, 2), lambda: metrics.mcnemar(1, 2)):
+        with pytest.raises(MissingDependencyError, match=r"scipy is not installed.*clip-defense\[bench\]"):
+            needs_scipy()
 
 
 def test_mcnemar_holds_for_large_counts():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("open_clip")
+pytest.importorskip("scipy")
 
 from defense.benchmarks import plots, report, robust
-from defense.benchmarks.embedded import wilson
+from defense.benchmarks.named_clip import load_named_clip
+from defense.benchmarks.robust_results import collect, read_results
 from defense.errors import ConfigError
 from defense.store.defenses import find_defense
 
@@ -57,15 +61,15 @@ def measured(tmp_path_factory):
         assert [task.name for task in tasks] == list(SUITES["mini"])
         text = make_methods(["zero-shot", "defense", "defense@0.5"], find_defense("embedded"))
         jobs = [(tasks[0], text), *((task, text[:1]) for task in tasks[1:])]
-        robust.run(robust.load_named_host("embedded", None), jobs, folder / "out", command="defense bench typed")
-    robust.collect(folder / "out", folder / "mini.json")
+        robust.run(load_named_clip("embedded", None), jobs, folder / "out", command="defense bench typed")
+    collect(folder / "out", folder / "mini.json")
     for name in ("embedded.json", "speed-cpu.json"):
         shutil.copy(RESULTS / name, folder)
     return folder
 
 
 def test_a_main_table_of_nothing_is_refused(measured):
-    results = robust.read_results(measured / "mini.json")
+    results = read_results(measured / "mini.json")
     parts = [result for result in results if result["method"] == "defense@0.5"]
     elsewhere = [{**result, "dataset": "another"} for result in results]
     assert parts
@@ -75,11 +79,11 @@ def test_a_main_table_of_nothing_is_refused(measured):
 
 
 def test_one_file_holds_what_a_folder_does(measured):
-    assert robust.read_results(measured / "mini.json") == robust.read_results(measured / "out")
+    assert read_results(measured / "mini.json") == read_results(measured / "out")
 
 
 def test_the_main_table_has_a_row_per_method_and_the_jsons_figures(measured):
-    results = robust.read_results(measured / "mini.json")
+    results = read_results(measured / "mini.json")
     by_place = {(r["dataset"], r["method"]): r["robust"]["figures"] for r in results}
     rows = [line for line in report.robustness(measured).partition("Beside")[2].splitlines() if line.startswith("|")]
     headings = [cell.strip() for cell in rows[0].strip("|").split("|")]
@@ -100,7 +104,7 @@ def test_the_main_table_has_a_row_per_method_and_the_jsons_figures(measured):
 
 def test_the_page_shows_tables_plots_and_commands(measured):
     pytest.importorskip("matplotlib")
-    plots.draw(robust.read_results(measured / "mini.json"), measured)
+    plots.draw(read_results(measured / "mini.json"), measured)
     page = report.results_page(measured)
     assert "### Mini-typographic" in page
     for path in measured.glob("*.png"):
@@ -115,15 +119,17 @@ def test_a_readme_without_markers_is_refused():
         report.filled("no markers", RESULTS)
 
 
-def test_wilson_interval_equals_the_textbook():
-    # Newcombe 1998, table I: 81 of 263.
-    low, high = wilson(100 * 81 / 263, 263)
-    assert low == pytest.approx(25.53, abs=0.01)
-    assert high == pytest.approx(36.62, abs=0.01)
-
-
 def test_every_shipped_font_is_in_the_notice():
     folder = ROOT / "defense" / "world"
     notice = (folder / "NOTICE.md").read_text(encoding="utf-8")
     listed = {line.split("`")[1] for line in notice.splitlines() if line.startswith("| `fonts/")}
     assert listed == {f"fonts/{path.name}" for path in (folder / "fonts").iterdir()}
+
+
+def test_tables_that_the_demo_shows_load_neither_torch_nor_onnx():
+    code = (
+        "import sys; from pathlib import Path; from defense.benchmarks.report import embedded_table, speed_table; "
+        "folder = Path(sys.argv[1]); embedded_table(folder / 'embedded.json'); speed_table(folder / 'speed-cpu.json'); "
+        "sys.exit(', '.join({'torch', 'open_clip', 'onnx', 'onnxruntime'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(RESULTS)], check=True)

@@ -7,10 +7,15 @@ import open_clip
 import pytest
 import torch
 
-from defense.benchmarks import speed
+from defense.benchmarks import speed, speed_timing
+from defense.benchmarks.environment import environment_of
+from defense.benchmarks.firing import firing_bias
+from defense.benchmarks.speed_rows import Case, load_rows, table
+from defense.benchmarks.speed_variants import NaiveProject, NaiveSplice, SparseDecode, make_rivals
+from defense.benchmarks.speed_workloads import make_workloads, set_stage
 from defense.errors import ConfigError
 
-CASE = speed.Case(model="tiny", batch=2, d_sae=512, k=8, n_set=16, block=1, rounds=2, seed=3)
+CASE = Case(model="tiny", batch=2, d_sae=512, k=8, n_set=16, block=1, rounds=2, seed=3)
 ARGUMENTS = [
     "--model=tiny",
     "--batch=2",
@@ -42,17 +47,17 @@ def tiny_model(monkeypatch):
 @pytest.fixture
 def stage():
     with torch.inference_mode():
-        yield speed.set_stage(tiny_clip(CASE), CASE)
+        yield set_stage(tiny_clip(CASE), CASE)
 
 
 @pytest.fixture
 def field(stage):
-    return [speed.make_rivals(stage, workload) for workload in speed.make_workloads(stage)]
+    return [make_rivals(stage, workload) for workload in make_workloads(stage)]
 
 
 def test_gate_passes_and_all_times_are_positive(stage, field):
-    assert speed.gate(stage, field) == []
-    rows = speed.measure(stage, field, speed.environment_of("test"))
+    assert speed_timing.gate(stage, field) == []
+    rows = speed_timing.time_variants(stage, field, environment_of("test"))
     assert [row.arm for row in rows] == [
         "plain CLIP",
         "naive splice",
@@ -89,11 +94,11 @@ def test_share_of_firing_tokens_is_as_asked(field):
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99, 1.0])
 def test_firing_bias_is_exact_for_peaks_of_either_sign(share):
     peaks = np.random.default_rng(0).standard_normal(100) - 5
-    assert (peaks + speed.firing_bias(peaks, share) > 0).sum() == 100 * share
+    assert (peaks + firing_bias(peaks, share) > 0).sum() == 100 * share
 
 
-@pytest.mark.parametrize("broken", [speed.NaiveSplice, speed.NaiveProject, speed.SparseDecode])
-def test_broken_arm_fails_the_gate_and_nothing_is_timed(tiny_model, monkeypatch, tmp_path, capsys, broken):
+@pytest.mark.parametrize("broken", [NaiveSplice, NaiveProject, SparseDecode])
+def test_broken_variant_fails_the_gate_and_nothing_is_timed(tiny_model, monkeypatch, tmp_path, capsys, broken):
     monkeypatch.setattr(broken, "forward", lambda _self, resid: resid * 1.01 + 0.1 * resid[:, :1])
     assert speed.main([*ARGUMENTS, "--out", str(tmp_path / "rows.json")]) == 1
     printed = capsys.readouterr()
@@ -102,17 +107,17 @@ def test_broken_arm_fails_the_gate_and_nothing_is_timed(tiny_model, monkeypatch,
     assert not (tmp_path / "rows.json").exists()
 
 
-def test_gate_refuses_an_edit_too_small_to_tell_arms_apart(stage, field, monkeypatch):
-    monkeypatch.setattr(speed, "_ATOL", 10.0)
-    assert all("cannot tell arms apart" in failure for failure in speed.gate(stage, field))
-    assert len(speed.gate(stage, field)) == 5
+def test_gate_refuses_an_edit_too_small_to_tell_variants_apart(stage, field, monkeypatch):
+    monkeypatch.setattr(speed_timing, "_ATOL", 10.0)
+    assert all("cannot tell variants apart" in failure for failure in speed_timing.gate(stage, field))
+    assert len(speed_timing.gate(stage, field)) == 5
 
 
 def test_main_prints_the_table_of_the_rows_it_saves(tiny_model, tmp_path, capsys):
     out = tmp_path / "rows.json"
     assert speed.main([*ARGUMENTS, "--out", str(out)]) == 0
-    rows = speed.load_rows(out)
-    assert speed.table(rows) in capsys.readouterr().out
+    rows = load_rows(out)
+    assert table(rows) in capsys.readouterr().out
     assert {row.case for row in rows} == {replace(CASE, threads=1)}
     assert rows[0].environment.command.endswith(f"--out {out}")
     for fields in json.loads(out.read_text()):
@@ -120,24 +125,12 @@ def test_main_prints_the_table_of_the_rows_it_saves(tiny_model, tmp_path, capsys
 
 
 def test_table_has_one_line_per_row_and_a_dash_where_nothing_was_measured(stage, field):
-    rows = speed.measure(stage, field, speed.environment_of("test"), memory=False)
-    head, rule, *lines = speed.table(rows).splitlines()
+    rows = speed_timing.time_variants(stage, field, environment_of("test"), memory=False)
+    head, rule, *lines = table(rows).splitlines()
     assert head == "| arm | ms (p20-p80) | x plain | floor ms | extra MiB |"
     assert set(rule) == set("|-")
     assert len(lines) == len(rows)
     assert re.fullmatch(r"\| plain CLIP \| [\d.]+ \([\d.]+-[\d.]+\) \| 1\.00 \| - \| - \|", lines[0])
-
-
-def test_interleaved_jobs_run_equally_often_after_one_unmeasured_call():
-    calls = []
-    times = speed.time_interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=4, seed=0)
-    assert [sorted(calls[start : start + 3]) for start in range(0, 15, 3)] == [list("abc")] * 5
-    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
-
-
-@pytest.mark.skipif(speed.peak_rise_mib(int) is None, reason="runs where /proc/self/clear_refs can be written")
-def test_peak_rise_sees_memory_that_is_freed_before_the_job_ends():
-    assert speed.peak_rise_mib(lambda: torch.ones(64, 2**18).sum()) == pytest.approx(64, abs=4)
 
 
 @pytest.mark.parametrize("fields", [{"rounds": 0}, {"k": 600}, {"n_set": 600}, {"dtype": "float16"}])

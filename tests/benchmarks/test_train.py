@@ -57,6 +57,6 @@ def test_the_other_trainer_gives_an_sae_of_ours(variant):
 
 
 def test_without_the_other_package_the_command_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "_version", lambda _package: None)
+    monkeypatch.setattr(benchmark, "installed_version", lambda _package: None)
     assert benchmark.main([]) == 3
     assert "pip install dictionary-learning" in capsys.readouterr().err

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from defense.benchmarks import kernel
-from defense.benchmarks.kernel import exact_edit, n_unequal
+from defense.benchmarks import kernel, kernel_cases, kernel_rows, kernel_sections, kernel_timing
+from defense.benchmarks.kernel_cases import Case
+from defense.benchmarks.kernel_parity import exact_edit, gate, n_unequal
 from defense.core import ops
 from defense.core.latents import LatentSet
 from defense.core.ops import fused, reference
@@ -405,20 +406,25 @@ def test_gradients_are_refused():
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="a GPU runs the benchmark itself")
 def test_the_benchmark_runs_on_small_shapes(monkeypatch, tmp_path, capsys):
-    cases = [kernel.Case("ViT-B-32", 2, 5, 48, 300, 8)]
-    gpu = kernel.Gpu("interpreter", *["-"] * 5)
-    for name, value in {
-        "DEVICE": "cpu", "CASES": cases, "SET_SIZES": (8, 64), "SHARES": (0.05, 1.0), "check_gpu": lambda: None,
-        "PARITY": [(cases[0], torch.float32, "topk", "none"), (cases[0], torch.bfloat16, "jumprelu", "layer_norm")],
-        "gpu_of": lambda: gpu, "compiled": lambda job: job, "peak_mib": lambda _job: 0.5, "_sparsify": lambda: None,
-        "SECTIONS": (kernel.suppress_rows, kernel.encode_rows, kernel.relu_rows),
+    cases = [Case("ViT-B-32", 2, 5, 48, 300, 8)]
+    gpu = kernel_rows.Gpu("interpreter", *["-"] * 5)
+    sections = (kernel_sections.suppress_rows, kernel_sections.encode_rows, kernel_sections.relu_rows)
+    parity = [(cases[0], torch.float32, "topk", "none"), (cases[0], torch.bfloat16, "jumprelu", "layer_norm")]
+    for module, changed in {
+        kernel_cases: {
+            "DEVICE": "cpu", "CASES": cases, "SET_SIZES": (8, 64), "SHARES": (0.05, 1.0), "PARITY": parity,
+        },
+        kernel: {"check_gpu": lambda: None, "gpu_of": lambda: gpu, "SECTIONS": sections},
+        kernel_sections: {"compiled": lambda job: job, "sparsify": lambda: None},
+        kernel_timing: {"peak_mib": lambda _job: 0.5},
     }.items():  # fmt: skip
-        monkeypatch.setattr(kernel, name, value)
-    monkeypatch.setattr(kernel.Bench, "time", lambda _self, job: (job(), (2.0, 1.0, 3.0))[1])
+        for name, value in changed.items():
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(kernel_timing.Bench, "time", lambda _self, job: (job(), (2.0, 1.0, 3.0))[1])
     out = tmp_path / "kernel.json"
     assert kernel.main(["--out", str(out)]) == 0, capsys.readouterr().err
-    rows, printed = kernel.load_rows(out), capsys.readouterr().out
-    assert kernel.table(kernel.short(rows)) in printed
+    rows, printed = kernel_rows.load_rows(out), capsys.readouterr().out
+    assert kernel_rows.table(kernel_rows.short(rows)) in printed
     assert "rounding decides" in printed
     assert {row.arm for row in rows if row.operation == "encode_topk"} == {"kernels", "eager", "eager, compiled"}
     ours = [row for row in rows if row.operation == "suppress" and row.arm == "kernels"]
@@ -431,12 +437,12 @@ def test_the_benchmark_runs_on_small_shapes(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="a GPU runs the benchmark itself")
 def test_the_gate_of_the_benchmark_sees_a_kernel_that_is_wrong(monkeypatch):
-    monkeypatch.setattr(kernel, "DEVICE", "cpu")
-    monkeypatch.setattr(kernel, "PARITY", [(kernel.Case("x", 2, 5, 48, 300, 8), torch.float32, "topk", "none")])
-    assert kernel.gate() == []
+    monkeypatch.setattr(kernel_cases, "DEVICE", "cpu")
+    monkeypatch.setattr(kernel_cases, "PARITY", [(Case("x", 2, 5, 48, 300, 8), torch.float32, "topk", "none")])
+    assert gate() == []
     right = fused.topk_suppress
     monkeypatch.setattr(fused, "topk_suppress", lambda *args: right(*args[:-1], 1))
-    assert "tokens are wrong" in kernel.gate()[0]
+    assert "tokens are wrong" in gate()[0]
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="runs where there is a GPU")

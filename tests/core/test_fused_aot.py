@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from defense.benchmarks.kernel import CASES, TILES, Case
+from defense.benchmarks.kernel_cases import CASES, TILES, Case
 from defense.core.ops import fused
 from defense.core.ops.fused import Tile, encode, launching
 
