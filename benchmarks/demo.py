@@ -28,7 +28,7 @@ from typing import Any
 
 import httpx
 
-from defense.benchmarks.environment import environment_of
+from defense.benchmarks.environment import environment_of, write_json
 
 _PATIENCE_S = 120.0
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -219,8 +219,7 @@ def main() -> None:
     print(table(result))
     print(f"\nstart-up {result['start_s']:.1f} s, page {result['page_ms']:.0f} ms")
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Three models: the plain CLIP, the defended one, and the CLIP with as many random
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks.environment import environment_of
+from defense.benchmarks.environment import environment_of, write_json
 from defense.benchmarks.metrics import wilson
 from defense.data.labels import resolve_templates
 from defense.hosts.clip import EMBEDDED, embedded_folder, load_clip
@@ -87,8 +86,7 @@ def main() -> None:
     )
     print(table(result))
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.out, result)
 
 
 if __name__ == "__main__":

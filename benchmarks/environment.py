@@ -5,6 +5,7 @@ Every stored result holds an `Environment`. To read or show one takes neither to
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -14,6 +15,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from defense.store.folders import replacing
 
 
 @dataclass(frozen=True)
@@ -129,3 +132,14 @@ def _cpu_model() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a result as JSON, making its folder where it is missing; what was there is replaced only by a whole one.
+
+    Raises:
+        ValueError: A number is NaN or infinite.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")

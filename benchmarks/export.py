@@ -22,7 +22,6 @@ Not measured: GPUs; half precision, which is for CUDA.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks.environment import checkout_words, environment_of
+from defense.benchmarks.environment import checkout_words, environment_of, write_json
 from defense.benchmarks.speed_rows import Case
 from defense.errors import ConfigError
 
@@ -126,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(out, result)
     print(graph_table(result["graphs"]), runtime_table(result["runtime"]), caption(result), sep="\n\n")
     return 0
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from defense.benchmarks.environment import Environment, checkout_words
+from defense.benchmarks.environment import Environment, checkout_words, write_json
 from defense.benchmarks.kernel_cases import DEFAULT_SET, DEFAULT_SHARE, SEED, Case
 
 
@@ -76,9 +76,7 @@ class Row:
 
 def save_rows(rows: Sequence[Row], path: Path) -> None:
     """Write rows as a JSON list; a file that was there is replaced only by a whole one."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(path, [asdict(row) for row in rows])
 
 
 def load_rows(path: Path) -> list[Row]:

@@ -125,7 +125,7 @@ def encode_rows(bench: Bench) -> Iterator[Row]:
 
 
 def tile_rows(bench: Bench) -> Iterator[Row]:
-    """Time the suppression with every token firing for several tiles: what the choice in `fused/launching.py` rests on."""
+    """Time the suppression, every token firing, for several tiles: what the choice in `fused/launching.py` rests on."""
     from defense.core.ops.fused import Tile, launching
 
     workload = draw(kernel_cases.CASES[0], HALF[0], DEFAULT_SET, 1.0)

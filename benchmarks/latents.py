@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defense.benchmarks.environment import environment_of
+from defense.benchmarks.environment import environment_of, write_json
 from defense.benchmarks.latents_choosing import Choice, Chooser, variants
 from defense.benchmarks.latents_report import TEST_KINDS, packed, summary, table
 from defense.core.latents import LatentSet
@@ -168,10 +167,10 @@ def run(
         done = [record["arm"] for record in result["arms"] if record["seed"] == seed]
         for record in measure_choices(bench, settings.fit, found.columns["steerability"], seed, done):
             result["arms"].append(record)
-            _write(path, result)
+            write_json(path, result)
             report(f"seed {seed}: {record['arm']}, {len(record['latents'])} latents, {record['seconds']:.0f} s")
     result["rows"] = summary(result["arms"], settings.n_test)
-    _write(path, result)
+    write_json(path, result)
     return result
 
 
@@ -197,12 +196,6 @@ def _started(path: Path, made_with: Mapping[str, Any], command: str) -> dict[str
     versions = {name: version(name) for name in ("clip-defense", "pillow")}
     environment = asdict(environment_of(command))
     return {**made_with, "environment": environment, "versions": versions, "rows": None, "arms": []}
-
-
-def _write(path: Path, result: Mapping[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from defense.benchmarks import plots, speed_rows, tables
 from defense.benchmarks.environment import machine_words
 from defense.benchmarks.robust_results import read_results
 from defense.errors import ConfigError
+from defense.store.folders import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI = "mini.json"
@@ -300,7 +301,8 @@ def main() -> None:
     if arguments.check:
         raise SystemExit(int(before != after))
     for path, text in after.items():
-        path.write_text(text, encoding="utf-8")
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ import numpy as np
 
 from defense.benchmarks import metrics
 from defense.benchmarks.datasets import Dataset, Task
+from defense.benchmarks.environment import write_json
 from defense.benchmarks.named_clip import NamedClip
 from defense.benchmarks.robust_measuring import Measured
 from defense.errors import ConfigError
+from defense.store.folders import replacing
 
 if TYPE_CHECKING:
     from defense.benchmarks.methods import Method  # some import torch
@@ -146,9 +148,7 @@ def write_result(result: Mapping[str, Any], out: Path) -> Path:
     """Write a result into a folder, under a name made of what it is, and return the path."""
     parts = (result["dataset"], result["model"], result["pretrained"], result["method"])
     path = out / ("_".join(re.sub(r"[^\w.@-]+", "-", part) for part in parts) + ".json")
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.rename(path)
+    write_json(path, result)
     return path
 
 
@@ -180,6 +180,5 @@ def collect(folder: Path, path: Path) -> None:
         ConfigError: See `read_results`.
     """
     lines = [json.dumps(result, allow_nan=False) for result in read_results(folder)]
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text("[" + ",\n".join(lines) + "]\n", encoding="utf-8")
-    unfinished.rename(path)
+    with replacing(path) as partial:
+        partial.write_text("[" + ",\n".join(lines) + "]\n", encoding="utf-8")

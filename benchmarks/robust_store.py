@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from defense.store.folders import read_tensors
+from defense.store.folders import read_tensors, replacing
 
 _VERSION = 1
 """Part of every key: to be raised where the code gives other embeddings than before."""
@@ -37,10 +36,10 @@ class Store:
         """
         path = self.folder / f"{key}.safetensors"
         if not path.exists():
-            unfinished = path.with_name(f"{key}.{os.getpid()}.partial")
             # safetensors writes the memory behind a view, not what the view shows
-            save_file({name: np.ascontiguousarray(array) for name, array in compute().items()}, unfinished)
-            unfinished.rename(path)
+            arrays = {name: np.ascontiguousarray(array) for name, array in compute().items()}
+            with replacing(path) as partial:
+                save_file(arrays, partial)
         return read_tensors(path)
 
 

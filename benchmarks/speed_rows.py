@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from defense.benchmarks.environment import Environment, machine_words
+from defense.benchmarks.environment import Environment, machine_words, write_json
 from defense.errors import ConfigError
 
 
@@ -120,7 +120,7 @@ class Row:
 
 def save_rows(rows: Sequence[Row], path: Path) -> None:
     """Write rows as a JSON list."""
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    write_json(path, [asdict(row) for row in rows])
 
 
 def load_rows(path: Path) -> list[Row]:

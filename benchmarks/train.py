@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shlex
 import statistics
 import sys
@@ -36,7 +35,7 @@ import torch
 from torch import Tensor
 
 from defense.benchmarks.cost import torch_threads
-from defense.benchmarks.environment import checkout_words, environment_of, installed_version
+from defense.benchmarks.environment import checkout_words, environment_of, installed_version, write_json
 from defense.core.config import SAEConfig, Variant
 from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError
@@ -376,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "defense.benchmarks.train", *argv])
     result = run(Case(**fields), [OURS] if alone else [OURS, THEIRS], command)
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(out, result)
     print(table(result), caption(result), sep="\n\n")
     return 0
 

@@ -22,10 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from defense.data.sources import PICTURE_SUFFIXES
 from defense.export.batch import BatchPredictor
 from defense.store.folders import replacing
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
 def list_shards(source: Path, rows: int) -> list[dict[str, Any]]:
@@ -47,7 +46,7 @@ def list_shards(source: Path, rows: int) -> list[dict[str, Any]]:
                 shards.append({"name": _name(f"{name}#{group}"), "parquet": name, "row_group": group, "files": []})
         return shards
     files = sorted(
-        path.relative_to(source).as_posix() for path in source.rglob("*") if path.suffix.lower() in _SUFFIXES
+        path.relative_to(source).as_posix() for path in source.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES
     )
     for start in range(0, len(files), rows):
         chosen = files[start : start + rows]

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from defense.data.sources import PICTURE_SUFFIXES
 from defense.errors import ConfigError
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 _JUNK = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _LFS_SIZE = re.compile(rb"^size (\d+)", re.MULTILINE)
 

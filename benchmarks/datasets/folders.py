@@ -23,7 +23,6 @@ from PIL import Image
 
 from defense.benchmarks.datasets.base import File, Picture
 from defense.benchmarks.datasets.files import (
-    PICTURE_SUFFIXES,
     check_bytes,
     is_junk,
     is_picture,
@@ -34,6 +33,7 @@ from defense.benchmarks.datasets.files import (
 )
 from defense.data.images import decode
 from defense.data.labels import TEMPLATES, resolve_templates
+from defense.data.sources import PICTURE_SUFFIXES
 from defense.errors import ConfigError, InvalidImageError
 
 TITLE = "An image folder"

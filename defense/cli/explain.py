@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +29,7 @@ from defense.cli.common import (
     stderr,
 )
 from defense.core.latents import Removal
+from defense.store.folders import replacing
 
 if TYPE_CHECKING:
     from defense.classify.classifier import RobustClassifier
@@ -119,12 +118,9 @@ def _catalogues_of(clf: RobustClassifier, source: str) -> dict[str, Catalogue]:
 
 
 def _write(out: Path, page: str | Image.Image) -> None:
-    """Write a file beside its final place and only then give it its name: a failure leaves what was there before."""
-    target = out.resolve()  # through a link: what it leads to is replaced, not the link
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as workshop:
-        staging = Path(workshop) / target.name
+    """Write a page or a picture; a failure leaves what was there before."""
+    with replacing(out) as partial:
         if isinstance(page, str):
-            staging.write_text(page, encoding="utf-8")
+            partial.write_text(page, encoding="utf-8")
         else:
-            page.save(staging, "PNG")
-        os.replace(staging, target)
+            page.save(partial, "PNG")

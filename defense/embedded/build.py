@@ -122,8 +122,8 @@ def build_clip(work: Path, recipe: Recipe) -> Path:
     state["token_embedding.weight"][~_known_tokens()] = 0  # rows that no caption used hold noise; zeros compress
     folder.mkdir(exist_ok=True)
     shutil.copy(HERE / "clip" / "open_clip_config.json", folder)
-    save_file(state, folder / "open_clip_model.safetensors.partial")
-    (folder / "open_clip_model.safetensors.partial").rename(folder / "open_clip_model.safetensors")
+    with folders.replacing(folder / "open_clip_model.safetensors") as partial:
+        save_file(state, partial)
     return folder
 
 

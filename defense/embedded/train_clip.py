@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from defense.store.folders import replacing
 from defense.world import draws, scenes
 from defense.world.draws import QUESTIONS, SEED, THINGS, draw_example
 from defense.world.scenes import Scene
@@ -98,9 +99,8 @@ def _draw_shard(job: tuple[Path, int]) -> None:
         pixels[row] = np.asarray(scenes.render(example.scene))
         answers[row] = questions.index(example.question), example.answer
         letters[row] = scenes.letters_at(example.scene, centers)
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, pixels=pixels, answers=answers, letters=letters)
-    partial.rename(path)
+    with replacing(path) as partial, partial.open("wb") as file:  # given a path, savez would add its suffix
+        np.savez(file, pixels=pixels, answers=answers, letters=letters)
 
 
 def draw_shards(folder: Path, n_pictures: int) -> list[Path]:
@@ -247,9 +247,8 @@ def save_state(path: Path, step: int, model: nn.Module, optimizer: torch.optim.O
     tensors = {f"model.{key}": value.contiguous() for key, value in model.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"step": str(step)})
-    partial.rename(path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"step": str(step)})
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -35,6 +35,7 @@ from torch.nn import functional
 from defense.core.config import SAEConfig, Tokens, Variant
 from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError, ConfigError
+from defense.store.folders import replacing
 
 from .parallel import World
 
@@ -310,9 +311,9 @@ class Trainer:
             tensors[name] = parameter.detach()
             tensors |= {f"{name}.{moment}": value for moment, value in self.optimizer.state[parameter].items()}
         numbers = {"step": self.step, "scale": self.scale, "batches": batches, "made_with": made_with}
-        partial = path.with_name(f"{path.name}.partial")
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, {"state": json.dumps(numbers)})
-        partial.replace(path)
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        with replacing(path) as partial:
+            save_file(whole, partial, {"state": json.dumps(numbers)})
 
     def restore(self, saved: SavedState) -> None:
         """Go back to a saved state."""
