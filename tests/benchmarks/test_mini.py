@@ -238,11 +238,11 @@ def test_cost_is_measured_by_its_own_benchmark(tmp_path, monkeypatch):
 
 def test_ways_of_choosing_latents_are_compared_by_their_own_benchmark(tmp_path, monkeypatch):
     pytest.importorskip("open_clip")
-    from defense.benchmarks import latents
+    from defense.benchmarks import latents, latents_report
 
     seen = []
     monkeypatch.setattr(latents, "run", lambda out, **_: seen.append(out) or {"rows": 1})
-    monkeypatch.setattr(latents, "table", lambda result: f"a table of {result['rows']} row")
+    monkeypatch.setattr(latents_report, "table", lambda result: f"a table of {result['rows']} row")
     assert bench("latents", "--out", tmp_path / "out")[:2] == (0, "a table of 1 row\n")
     assert seen == [tmp_path / "out" / "latents.json"]
     code, _, err = bench("latents", "--model", "ViT-B-32")

@@ -7,11 +7,20 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import SimpleNamespace
 
 STUCK = "stuck"
 WITHOUT_TORCH = ("torch", "open_clip", "onnx", "onnxscript")
+
+
+class NotInstalled(MetaPathFinder):
+    """Finds none of `WITHOUT_TORCH`. A None in `sys.modules` would not do: scipy takes that for an imported torch."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        if fullname.partition(".")[0] in WITHOUT_TORCH:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
 
 
 @contextmanager
@@ -35,7 +44,7 @@ def served(what: str | Path = "embedded") -> Iterator[str]:
 def main(what: str) -> None:
     """Serve until stdin ends."""
     if what != "embedded":
-        sys.modules.update(dict.fromkeys(WITHOUT_TORCH))  # as if they were not installed
+        sys.meta_path.insert(0, NotInstalled())
     from defense.demo.app import serving
     from defense.demo.engine import DemoTask, Engine
     from defense.demo.loading import bundled, defended
