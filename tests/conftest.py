@@ -7,18 +7,20 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from defense.core.config import SAEConfig
 from defense.core.latents import LatentSet
-from defense.core.sae import SparseAutoencoder
 from defense.hosts.clip import Clip
 from defense.hosts.defense import ClipId, Defense, Site
 
 from .demo.serving import STUCK, served
+
+if TYPE_CHECKING:  # torch is imported where it is used: some tests run without it
+    from defense.core.sae import SparseAutoencoder
 
 D_MODEL, D_SAE = 64, 160
 
@@ -53,6 +55,8 @@ def random_parameters(config: SAEConfig, seed: int = 0) -> dict[str, np.ndarray]
 
 def random_sae(seed: int = 0, **fields) -> SparseAutoencoder:
     """A random SAE; `fields` override a ReLU configuration of D_MODEL x D_SAE."""
+    from defense.core.sae import SparseAutoencoder
+
     config = SAEConfig(**{"d_model": D_MODEL, "d_sae": D_SAE, "act": "relu", **fields})
     return SparseAutoencoder(config, random_parameters(config, seed))
 

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from defense.fit.control import activity_of
-
 pytest.importorskip("open_clip")
 
 import torch
@@ -37,6 +35,7 @@ from defense.core.latents import LatentSet
 from defense.core.sae import SparseAutoencoder
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import ConfigError
+from defense.fit.control import activity_of
 from defense.hosts.clip import Clip
 from defense.hosts.families import tower_of
 from defense.hosts.tower import VisionTower

@@ -3,8 +3,10 @@ import re
 from dataclasses import replace
 
 import numpy as np
-import open_clip
 import pytest
+
+pytest.importorskip("open_clip")
+import open_clip
 import torch
 
 from defense.benchmarks import speed, speed_timing

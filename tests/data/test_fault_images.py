@@ -203,7 +203,7 @@ def cmyk_picture():
     inks = np.array([[c, m, y, k] for c in (0, 255) for m in (0, 200) for y in (0, 100) for k in (0, 60)], np.uint8)
     patches = np.kron(inks.reshape(4, 4, 4), np.ones((16, 16, 1), np.uint8))
     rgb = (255 - patches[..., :3].astype(int)) * (255 - patches[..., 3:].astype(int)) / 255
-    return Image.fromarray(patches, "CMYK"), rgb
+    return Image.frombytes("CMYK", (64, 64), patches.tobytes()), rgb
 
 
 def test_fault_09_cmyk_tiff_has_the_colors_of_the_reference():

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from defense.fit.control import activity_of, random_control
-
 pytest.importorskip("open_clip")
 import torch
 from typer.testing import CliRunner
@@ -18,6 +16,7 @@ from defense.classify.classifier import RobustClassifier
 from defense.cli import app
 from defense.embedded import build
 from defense.errors import CheckpointError
+from defense.fit.control import activity_of, random_control
 from defense.hosts.clip import embedded_folder, load_clip
 from defense.hosts.defense import Defense, join
 from defense.hosts.golden import golden_difference

@@ -10,8 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from defense.hosts.families import tower_of
-
 pytest.importorskip("open_clip")
 import torch
 from PIL import Image
@@ -28,6 +26,7 @@ from defense.explain.naming import mean_jacobians, sparse_words, steerability
 from defense.explain.sums import Example
 from defense.hosts.attach import wrap
 from defense.hosts.clip import Clip
+from defense.hosts.families import tower_of
 
 from ..conftest import D_SAE, random_defense, random_sae
 

@@ -9,6 +9,9 @@ import threading
 from dataclasses import replace
 
 import pytest
+
+pytest.importorskip("open_clip")
+import open_clip
 import torch
 
 from defense.core.latents import LatentSet
@@ -19,8 +22,6 @@ from defense.hosts.families import tower_of
 from defense.hosts.tower import block_of
 
 from ..conftest import D_MODEL, random_defense, random_sae
-
-open_clip = pytest.importorskip("open_clip")
 
 TOPK = {"act": "topk", "k": 8}
 
