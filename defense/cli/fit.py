@@ -65,6 +65,7 @@ class _Source:
     spurious: str | None
 
 
+# Longer than functions here are: the options of a command are its parameters, one line each.
 @app.command()
 def fit(
     out: Annotated[Path, typer.Argument(help="Folder for the defense.")],

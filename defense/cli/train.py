@@ -34,6 +34,7 @@ _N_HELD_OUT = 1000
 """Pictures that are kept from training, to measure on."""
 
 
+# Longer than functions here are: the options of a command are its parameters, one line each.
 @app.command()
 def train(
     pictures: Annotated[
