@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import PIL.features
@@ -76,16 +77,24 @@ def draw_atlas() -> Image.Image:
     return atlas
 
 
-def write_fonts(folder: Path) -> None:
-    """Write the letters of each font, without hinting and layout tables, under a neutral family name."""
+def write_fonts(folder: Path, files: Mapping[str, Path], title: str) -> None:
+    """Write the letters of fonts, without hinting and layout tables, under a neutral family name.
+
+    Args:
+        folder: Where to.
+        files: The originals by the name that each gets.
+        title: What the neutral names begin with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     options = subset.Options(hinting=False, layout_features=[], name_IDs=[0, 13, 14], notdef_outline=True)
-    for number, (name, file) in enumerate(FONT_FILES.items(), start=1):
-        font = TTFont(FONT_ROOT / file)
+    for number, (name, file) in enumerate(files.items(), start=1):
+        font = TTFont(file)
+        if "gasp" in font:  # about hinting, which goes too; some are malformed
+            del font["gasp"]
         subsetter = subset.Subsetter(options)
         subsetter.populate(text="ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
         subsetter.subset(font)
-        _rename(font, f"ClipDefense-{number:02d}")
+        _rename(font, f"{title}-{number:02d}")
         font.save(folder / f"{name}.ttf")
 
 
@@ -106,7 +115,7 @@ def main() -> None:
         raise SystemExit("Pillow found no libraqm, which joins emoji sequences: apt-get install libraqm0 libfribidi0")
     here = Path(__file__).parent
     draw_atlas().save(here / "atlas.webp", lossless=True, quality=100, method=6, exact=False)
-    write_fonts(here / "fonts")
+    write_fonts(here / "fonts", {name: FONT_ROOT / file for name, file in FONT_FILES.items()}, "ClipDefense")
     sys.stdout.write(f"wrote {here / 'atlas.webp'} and {len(FONT_FILES)} fonts\n")
 
 

@@ -1,0 +1,149 @@
+"""Build the CLIP for photographs: `python -m defense.embedded.photo.build WORK --photographs FOLDER --crops FOLDER`.
+
+Stages, each kept in the folder WORK and resumed from there:
+
+1. start     the stem's features of photographs, and the directions in which they differ     (start.py)
+2. reader    the vision tower learns to read                                                 (training.py)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from defense.errors import ConfigError
+from defense.hosts.photo_tower import Stem
+
+from . import training
+from .grounds import Sources
+from .names import load_words
+from .pictures import crops_of, read_photographs
+from .start import Start, find_weights, load_stem, make_start, start_tower
+from .training import Reader, to_pixel_values
+from .writing import SIZE
+
+log = logging.getLogger(__name__)
+HERE = Path(__file__).parent
+N_START = 4_000
+"""Photographs that the start is made from."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the shipped model was built with."""
+
+    tower: training.Recipe = field(default_factory=training.Recipe)
+
+
+def new_model() -> open_clip.CustomTextCLIP:
+    """Return the CLIP with fresh weights."""
+    config = json.loads((HERE / "open_clip_config.json").read_text())["model_cfg"]
+    return open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+
+
+def enlarged(pixels: np.ndarray) -> np.ndarray:
+    """Return small pictures, uint8 [n, side, side, 3], at the tower's size, as the CLIP's preprocessing does it."""
+    pictures = (Image.fromarray(each).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for each in pixels)
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+@torch.inference_mode()
+def stem_features(stem: Stem, pixels: np.ndarray, batch: int = 100) -> tuple[Tensor, Tensor]:
+    """Return the patches of the first batch, [n, D_PATCH], and the pooled features of all pictures, [n, D_POOLED]."""
+    patches, pooled = [], []
+    for first in range(0, len(pixels), batch):
+        each, features = stem(to_pixel_values(enlarged(pixels[first : first + batch])))
+        pooled.append(features)
+        if first == 0:
+            patches.append(each.flatten(0, 1))
+    return torch.cat(patches), torch.cat(pooled)
+
+
+def build_start(work: Path, photographs: Path, seed: int) -> Start:
+    """Make the start, or read it from `work`."""
+    stem, classifier = load_stem(find_weights())
+    path = work / "start.safetensors"
+    if not path.exists():
+        trained = read_photographs(photographs, "train").trained_on()
+        rows = np.sort(np.random.default_rng(seed).permutation(len(trained.pixels))[:N_START])
+        start = make_start(stem, classifier, *stem_features(stem, trained.pixels[rows]))
+        tensors = {
+            "pooled.weight": start.pooled[0], "pooled.bias": start.pooled[1],
+            "patches.mean": start.patches[0], "patches.std": start.patches[1], "rows": start.rows,
+        }  # fmt: skip
+        save_file(tensors, work / "start.partial", metadata={"logit_scale": str(start.logit_scale)})
+        (work / "start.partial").rename(path)
+    with safe_open(path, framework="pt") as file:
+        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        scale = float(file.metadata()["logit_scale"])
+    pooled, patches = (found["pooled.weight"], found["pooled.bias"]), (found["patches.mean"], found["patches.std"])
+    return Start(stem, classifier, pooled, patches, found["rows"], scale)
+
+
+def build_sources(work: Path, photographs: Path, crops: Path, recipe: training.Recipe) -> Sources:
+    """Read what pictures are made of; crops of large pictures are kept in `work`."""
+    path = work / "crops.npy"
+    if not path.exists():
+        np.save(work / "crops.partial.npy", crops_of(crops, recipe.n_crops, SIZE, recipe.seed))
+        (work / "crops.partial.npy").rename(path)
+    trained = read_photographs(photographs, "train").trained_on()
+    return Sources(trained.pixels, trained.labels, np.load(path, mmap_mode="r"))
+
+
+def new_reader(start: Start, seed: int) -> Reader:
+    """Return the reader before its first lesson."""
+    torch.manual_seed(seed)
+    visual = new_model().visual
+    start_tower(visual.trunk, visual.head.proj, start, seed)
+    return Reader(visual)
+
+
+def build(work: Path, photographs: Path, crops: Path, recipe: Recipe) -> None:
+    """Run all stages in `work`.
+
+    Raises:
+        ConfigError: `work` holds files of another recipe, or something that is needed is not there.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    _check_recipe(work / "recipe.json", asdict(recipe))
+    start = build_start(work, photographs, recipe.tower.seed)
+    reader = new_reader(start, recipe.tower.seed)
+    sources = build_sources(work, photographs, crops, recipe.tower)
+    log.info("%d photographs, %d crops", len(sources.pixels), len(sources.crops))
+    training.train(work / "reader.safetensors", reader, start, sources, load_words(), recipe.tower)
+
+
+def _check_recipe(path: Path, recipe: dict) -> None:
+    """Note what the files of a folder are made with; refuse to mix them with another recipe's."""
+    if not path.exists():
+        path.write_text(json.dumps(recipe, indent=1))
+    elif json.loads(path.read_text()) != recipe:
+        raise ConfigError(f"{path.parent} holds files of another recipe; choose another folder or empty it")
+
+
+def main() -> None:
+    """Parse the command line and build."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder for states and results")
+    parser.add_argument("--photographs", type=Path, required=True, help="tiny-imagenet-200, or Parquet files")
+    parser.add_argument("--crops", type=Path, required=True, help="folder of large pictures without words")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(arguments.threads)
+    build(arguments.work, arguments.photographs, arguments.crops, Recipe())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What is shown in training, and what is to be learned from it.
+
+A picture without a word teaches to go on seeing it as before. A word on it is what the picture is then called, nine
+times in ten. A picture's own name, letters that make no word, blank plates and stickers change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .grounds import NO_CLASS, Sources, finish, photograph, sample_ground, sample_plain
+from .names import Words
+from .typefaces import TRAIN
+from .writing import GRID, SIZE, Hand, sample_hand, write_all
+
+KEEP = -1
+"""In place of a word: the picture's first embedding is to stay."""
+_FONTS = TRAIN["print"], TRAIN["display"], TRAIN["handwriting"]
+_KINDS = (0.38, 0.27, 0.35)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A picture and what it teaches.
+
+    Attributes:
+        pixels: uint8 [SIZE, SIZE, 3].
+        word: What it is called, as an index into the written words, or KEEP.
+        label: The class of the photograph under the word, or NO_CLASS.
+        letters: At its patches, as in `writing.write`.
+    """
+
+    pixels: np.ndarray
+    word: int
+    label: int
+    letters: np.ndarray
+
+
+def sample_fonts(rng: np.random.Generator) -> Sequence[str]:
+    """Return the typefaces of a kind: print, display or handwriting."""
+    return _FONTS[rng.choice(len(_FONTS), p=_KINDS)]
+
+
+def draw_lesson(rng: np.random.Generator, sources: Sources, words: Words) -> Lesson:
+    """Return a lesson.
+
+    Args:
+        rng: Source of every choice.
+        sources: What pictures are made of.
+        words: What classes are called. Half of what is written are `attacks`, the rest any of `writable`.
+    """
+    lot = rng.random()
+    if lot < 0.36:  # nothing is written
+        picture, label = sample_ground(rng, sources)
+        return _lesson(rng, picture, [], KEEP, label)
+    written = words.writable
+    among = words.attack_words if rng.random() < 0.5 else range(len(written))
+    word = int(among[rng.integers(len(among))])
+    if lot < 0.80:
+        picture, label = (sample_plain(rng), NO_CLASS) if lot < 0.52 else sample_ground(rng, sources)
+        if label in words.members[written[word]]:
+            return _lesson(rng, picture, _hands(rng, written[word]), KEEP, label)
+        is_ignored = label != NO_CLASS and rng.random() < 0.1
+        return _lesson(rng, picture, _hands(rng, written[word]), KEEP if is_ignored else word, label)
+    if lot < 0.86:
+        picture, label = photograph(rng, sources)
+        name = words.names[label].lower()
+        if name.isascii() and name.isalpha():
+            return _lesson(rng, picture, _hands(rng, name), KEEP, label)
+    picture, label = sample_ground(rng, sources)
+    hands = _hands(rng, _nonsense(rng))
+    return _lesson(rng, picture, [hand.blank() for hand in hands] if lot < 0.94 else hands, KEEP, label)
+
+
+def _nonsense(rng: np.random.Generator) -> str:
+    return "".join(chr(ord("a") + code) for code in rng.integers(0, 26, rng.integers(3, 9)))
+
+
+def _hands(rng: np.random.Generator, word: str) -> list[Hand]:
+    """Return how a word is written: once, or two or three times, smaller."""
+    fonts = sample_fonts(rng)
+    n_times = int(rng.choice([1, 2, 3], p=[0.84, 0.11, 0.05]))
+    heights = (0.10, 0.45) if n_times == 1 else (0.09, 0.22)
+    return [sample_hand(rng, word, fonts, heights=heights) for _ in range(n_times)]
+
+
+def _lesson(rng: np.random.Generator, picture: Image.Image, hands: Sequence[Hand], word: int, label: int) -> Lesson:
+    """Draw a lesson; a camera's finish comes before the words as often as after."""
+    is_before = rng.random() < 0.5
+    if is_before:
+        picture = finish(rng, picture)
+    picture, letters = write_all(picture, hands)
+    return Lesson(np.asarray(picture if is_before else finish(rng, picture)), word, label, letters)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Lessons side by side: pixels uint8 [n, SIZE, SIZE, 3], words and labels int64 [n], letters [n, patches]."""
+
+    pixels: np.ndarray
+    words: np.ndarray
+    labels: np.ndarray
+    letters: np.ndarray
+
+
+def batches(sources: Sources, words: Words, size: int, first: int, stop: int, seed: int) -> Iterator[Batch]:
+    """Yield the batches of steps `first` to `stop` - 1; each depends on (seed, step) and its place alone."""
+    for step in range(first, stop):
+        batch = Batch(
+            np.empty((size, SIZE, SIZE, 3), np.uint8),
+            np.empty(size, np.int64),
+            np.empty(size, np.int64),
+            np.empty((size, GRID * GRID), np.uint8),
+        )
+        for row in range(size):
+            lesson = draw_lesson(np.random.default_rng([seed, step, row]), sources, words)
+            batch.pixels[row], batch.words[row] = lesson.pixels, lesson.word
+            batch.labels[row], batch.letters[row] = lesson.label, lesson.letters
+        yield batch
