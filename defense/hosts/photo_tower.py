@@ -1,8 +1,8 @@
-"""The vision tower of the CLIP for photographs, under timm's name `vit_photo_lite0_160`.
+r"""The vision tower of the CLIP for photographs, under timm's name `vit_photo_lite0_160`.
 
 Importing this registers it, so that open_clip builds it from a configuration that names it as `timm_model_name`.
 
-    pixel_values -> stem (EfficientNet-Lite0, frozen) --multi-scale map--> patch tokens \\
+    pixel_values -> stem (EfficientNet-Lite0, frozen) --multi-scale map--> patch tokens \
                                                       --pooled features--> CLS token     -> blocks -> CLS token
 
 The tower is a vision transformer whose patches are the stem's features instead of pixels, and whose CLS token holds

@@ -13,6 +13,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -124,7 +125,7 @@ def build(work: Path, photographs: Path, crops: Path, recipe: Recipe) -> None:
     training.train(work / "reader.safetensors", reader, start, sources, load_words(), recipe.tower)
 
 
-def _check_recipe(path: Path, recipe: dict) -> None:
+def _check_recipe(path: Path, recipe: dict[str, Any]) -> None:
     """Note what the files of a folder are made with; refuse to mix them with another recipe's."""
     if not path.exists():
         path.write_text(json.dumps(recipe, indent=1))

@@ -152,7 +152,7 @@ def _strokes(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     height = float(rng.uniform(6, 40))
     ink, width = scenes.random_color(rng), max(1, round(height * float(rng.uniform(0.08, 0.2))))
-    for line in range(int(rng.integers(1, max(2, SIZE / height / 1.6)))):
+    for line in range(int(rng.integers(1, max(2, int(SIZE / height / 1.6))))):
         x, base = float(rng.uniform(2, 40)), float(rng.uniform(0, height)) + line * height * 1.5
         while x < SIZE - height * rng.uniform(0.3, 3):
             points = rng.uniform(0, 1, (int(rng.integers(2, 5)), 2)) * (height * 0.7, height) + (x, base)

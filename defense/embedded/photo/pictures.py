@@ -122,9 +122,9 @@ def crops_of(folder: Path, n: int, side: int, seed: int) -> np.ndarray:
     crops = np.empty((n, side, side, 3), np.uint8)
     for number, rows in enumerate(np.array_split(np.arange(n), len(pictures))):
         rng = np.random.default_rng([seed, number])
-        picture = Image.open(pictures[number])
-        picture.draft("RGB", (1600, 1600))  # of a JPEG, no more is decoded than that
-        picture = picture.convert("RGB")
+        file = Image.open(pictures[number])
+        file.draft("RGB", (1600, 1600))  # of a JPEG, no more is decoded than that
+        picture = file.convert("RGB")
         picture.thumbnail((1600, 1600))
         for row in rows:
             extent = side * (min(picture.size) / side) ** rng.uniform(0, 1)

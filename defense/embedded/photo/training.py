@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from defense.embedded.train_clip import load_state, save_state
+from defense.errors import ConfigError
 
 from .grounds import NO_CLASS, Sources
 from .lessons import KEEP, Batch, batches
@@ -81,10 +83,10 @@ class Reader(nn.Module):
         visual.trunk.patch_embed.stem.register_forward_hook(self._keep_pooled)
         visual.trunk.blocks[LETTER_BLOCK].register_forward_hook(self._keep_middle)
 
-    def _keep_pooled(self, _module: nn.Module, _inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def _keep_pooled(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         self._kept["pooled"] = output[1]
 
-    def _keep_middle(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+    def _keep_middle(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._kept["middle"] = output
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,6 +158,21 @@ def losses_of(reader: Reader, batch: Batch, start: Start, answers: Answers) -> d
         "caption": CAPTION_WEIGHT * caption / n,
         "letters": functional.cross_entropy(letter_logits.flatten(0, 1), letters, class_weight),
     }
+
+
+def load_reader(state: Path, reader: Reader) -> int:
+    """Set the weights of a reader from a state, in place; return its step.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    if not state.exists():
+        raise ConfigError(f"{state} is not there; run the build first")
+    with safe_open(state, framework="pt") as file:
+        weights = {key[6:]: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}  # noqa: SIM118
+        step = int(file.metadata()["step"])
+    reader.load_state_dict(weights)
+    return step
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

@@ -44,7 +44,6 @@ FILES = {
     "because-create": "opentype/bwht/BecauseWeCreate-Regular.otf",
     "because-learn": "opentype/bwht/BecauseWeLearn-Regular.otf",
     "because-mentor": "opentype/bwht/BecauseWeMentor-Regular.otf",
-    "breip": "truetype/breip/Breip.ttf",
     "dancing-script": "opentype/dancingscript/DancingScript-Bold.otf",
     "dkg": "truetype/fifthhorseman/dkgBd.ttf",
     "havana": "opentype/havana/Havana-Regular.otf",
@@ -74,7 +73,7 @@ TRAIN = {
 TEST = {
     "print": scenes.TEST_FONTS,
     "display": ("allerta-stencil", "comfortaa", "jua", "league-spartan", "reggae"),
-    "handwriting": ("because-mentor", "breip", "dkg", "nanum-pen"),
+    "handwriting": ("because-mentor", "dkg", "nanum-pen"),
 }
 """By kind; no typeface is in both."""
 

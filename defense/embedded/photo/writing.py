@@ -114,7 +114,7 @@ def sample_hand(
         heights: Of the capitals, as fractions of the picture; a long word is smaller than its height says.
     """
     font = str(rng.choice(list(fonts)))
-    text = cased(word, cases[rng.integers(len(cases))], rng)
+    text = cased(word, cases[int(rng.integers(len(cases)))], rng)
     low, high = heights
     height = low * (high / low) ** float(rng.uniform(0, 1))
     width = text_width(text, font)  # in heights of a capital
