@@ -16,8 +16,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from defense.store.folders import replacing
-
 
 @dataclass(frozen=True)
 class Environment:
@@ -140,6 +138,8 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         ValueError: A number is NaN or infinite.
     """
+    from defense.store.folders import replacing  # loads safetensors, which the timing of kernels does without
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")

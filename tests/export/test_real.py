@@ -37,9 +37,7 @@ def test_a_real_architecture_answers_as_torch_does(name, tmp_path):
     preprocess = Preprocess.from_open_clip(open_clip.get_model_preprocess_cfg(model))
     config = SAEConfig(tower.d_model, D_SAE, "topk", k=32)
     block = len(tower.blocks) * 2 // 3
-    site = Site(
-        f"blocks.{block}.hook_resid_post", config, random_parameters(config), (LatentSet("text", (3, 5, 8)),)
-    )
+    site = Site(f"blocks.{block}.hook_resid_post", config, random_parameters(config), (LatentSet("text", (3, 5, 8)),))
     spec = ClipId(name, None, tower.fingerprint(), tower.quick_gelu, tower.d_model, len(tower.blocks))
     clf = RobustClassifier(Clip(model, preprocess, ClipTokenizer(77)), Defense(spec, preprocess, (site,)))
     clf.set_labels([f"label {index}" for index in range(10)])
