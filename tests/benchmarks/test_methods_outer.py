@@ -514,7 +514,7 @@ def test_each_picture_keeps_its_own_words(clip):
     found = ocr.find_words([blank, with_word(), blank, with_word(160)])
     assert [len(boxes) for boxes in found] == [0, 1, 0, 1]
     assert max(found[3][0]) <= 160
-    encoder = ocr._Blurred(RobustClassifier(clip))
+    encoder = ocr._Blurred(clip)
     shown = [blank, with_word(), blank]
     stock = RobustClassifier(clip).transform(shown)
     embeds = encoder.image_embeds(shown)
