@@ -1,4 +1,4 @@
-"""The vision tower of the CLIP for photographs, under timm's name `vit_photo_lite0_160`.
+r"""The vision tower of the CLIP for photographs, under timm's name `vit_photo_lite0_160`.
 
 Importing this registers it, so that open_clip builds it from a configuration that names it as `timm_model_name`.
 
