@@ -6,6 +6,7 @@ times in ten. A picture's own name, letters that make no word, blank plates and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,39 +41,44 @@ class Lesson:
     letters: np.ndarray
 
 
-def sample_fonts(rng: np.random.Generator) -> Sequence[str]:
-    """Return the typefaces of a kind: print, display or handwriting."""
+def sample_fonts(rng: np.random.Generator, difficulty: float) -> Sequence[str]:
+    """Return the typefaces of a kind: print, and the more difficult the more often display or handwriting."""
+    if rng.random() > difficulty:
+        return _FONTS[0]
     return _FONTS[rng.choice(len(_FONTS), p=_KINDS)]
 
 
-def draw_lesson(rng: np.random.Generator, sources: Sources, words: Words) -> Lesson:
+def draw_lesson(rng: np.random.Generator, sources: Sources, words: Words, progress: float) -> Lesson:
     """Return a lesson.
 
     Args:
         rng: Source of every choice.
         sources: What pictures are made of.
-        words: What classes are called. Half of what is written are `attacks`, the rest any of `writable`.
+        words: What classes are called. Half of what is written at last, and all at first, are `attacks`; the rest are
+            any of `writable`.
+        progress: From 0, where words are easy to read and many, to 1. At 1 there are easy ones among them still.
     """
+    difficulty = progress * math.sqrt(rng.random())
     lot = rng.random()
-    if lot < 0.36:  # nothing is written
+    if lot < 0.20 + 0.16 * progress:  # nothing is written
         picture, label = sample_ground(rng, sources)
         return _lesson(rng, picture, [], KEEP, label)
-    written = words.writable
-    among = words.attack_words if rng.random() < 0.5 else range(len(written))
+    among = words.attack_words if rng.random() > progress / 2 else range(len(words.writable))
     word = int(among[rng.integers(len(among))])
+    said = words.writable[word]
     if lot < 0.80:
-        picture, label = (sample_plain(rng), NO_CLASS) if lot < 0.52 else sample_ground(rng, sources)
-        if label in words.members[written[word]]:
-            return _lesson(rng, picture, _hands(rng, written[word]), KEEP, label)
+        is_alone = lot < 0.40 + 0.12 * progress
+        picture, label = (sample_plain(rng), NO_CLASS) if is_alone else sample_ground(rng, sources)
         is_ignored = label != NO_CLASS and rng.random() < 0.1
-        return _lesson(rng, picture, _hands(rng, written[word]), KEEP if is_ignored else word, label)
+        is_kept = is_ignored or label in words.members[said]
+        return _lesson(rng, picture, _hands(rng, said, difficulty), KEEP if is_kept else word, label)
     if lot < 0.86:
         picture, label = photograph(rng, sources)
         name = words.names[label].lower()
         if name.isascii() and name.isalpha():
-            return _lesson(rng, picture, _hands(rng, name), KEEP, label)
+            return _lesson(rng, picture, _hands(rng, name, difficulty), KEEP, label)
     picture, label = sample_ground(rng, sources)
-    hands = _hands(rng, _nonsense(rng))
+    hands = _hands(rng, _nonsense(rng), difficulty)
     return _lesson(rng, picture, [hand.blank() for hand in hands] if lot < 0.94 else hands, KEEP, label)
 
 
@@ -80,12 +86,12 @@ def _nonsense(rng: np.random.Generator) -> str:
     return "".join(chr(ord("a") + code) for code in rng.integers(0, 26, rng.integers(3, 9)))
 
 
-def _hands(rng: np.random.Generator, word: str) -> list[Hand]:
+def _hands(rng: np.random.Generator, word: str, difficulty: float) -> list[Hand]:
     """Return how a word is written: once, or two or three times, smaller."""
-    fonts = sample_fonts(rng)
+    fonts = sample_fonts(rng, difficulty)
     n_times = int(rng.choice([1, 2, 3], p=[0.84, 0.11, 0.05]))
     heights = (0.10, 0.45) if n_times == 1 else (0.09, 0.22)
-    return [sample_hand(rng, word, fonts, heights=heights) for _ in range(n_times)]
+    return [sample_hand(rng, word, fonts, heights=heights, difficulty=difficulty) for _ in range(n_times)]
 
 
 def _lesson(rng: np.random.Generator, picture: Image.Image, hands: Sequence[Hand], word: int, label: int) -> Lesson:
@@ -107,9 +113,15 @@ class Batch:
     letters: np.ndarray
 
 
-def batches(sources: Sources, words: Words, size: int, first: int, stop: int, seed: int) -> Iterator[Batch]:
-    """Yield the batches of steps `first` to `stop` - 1; each depends on (seed, step) and its place alone."""
+def batches(
+    sources: Sources, words: Words, size: int, first: int, stop: int, seed: int, *, climb: int
+) -> Iterator[Batch]:
+    """Yield the batches of steps `first` to `stop` - 1; each depends on (seed, step) alone.
+
+    Over the first `climb` steps the lessons go from easy to all there are.
+    """
     for step in range(first, stop):
+        progress = min(1.0, step / climb)
         batch = Batch(
             np.empty((size, SIZE, SIZE, 3), np.uint8),
             np.empty(size, np.int64),
@@ -117,7 +129,7 @@ def batches(sources: Sources, words: Words, size: int, first: int, stop: int, se
             np.empty((size, GRID * GRID), np.uint8),
         )
         for row in range(size):
-            lesson = draw_lesson(np.random.default_rng([seed, step, row]), sources, words)
+            lesson = draw_lesson(np.random.default_rng([seed, step, row]), sources, words, progress)
             batch.pixels[row], batch.words[row] = lesson.pixels, lesson.word
             batch.labels[row], batch.letters[row] = lesson.label, lesson.letters
         yield batch

@@ -102,6 +102,7 @@ def sample_hand(
     cases: Sequence[Case] = ("lower", "lower", "title", "upper", "upper", "mixed"),
     max_angle: float = 30.0,
     heights: tuple[float, float] = (0.10, 0.45),
+    difficulty: float = 1.0,
 ) -> Hand:
     """Return a way to write a word.
 
@@ -112,23 +113,26 @@ def sample_hand(
         cases: Cases to choose from.
         max_angle: Half of all words are turned, by up to so many degrees; the others hardly.
         heights: Of the capitals, as fractions of the picture; a long word is smaller than its height says.
+        difficulty: 1 for all of this; towards 0, words are rather large, straight and rich in contrast.
     """
     font = str(rng.choice(list(fonts)))
     text = cased(word, cases[int(rng.integers(len(cases)))], rng)
     low, high = heights
+    low += (1 - difficulty) * 0.4 * (high - low)
     height = low * (high / low) ** float(rng.uniform(0, 1))
     width = text_width(text, font)  # in heights of a capital
     height = min(height, MAX_WIDTH / width)
-    angle = float(rng.uniform(-max_angle, max_angle) if rng.random() < 0.5 else rng.uniform(-4, 4))
+    reach = max_angle * difficulty if rng.random() < 0.5 else min(4.0, max_angle)
+    angle = float(rng.uniform(-reach, reach))
     half = height * (width * abs(math.cos(math.radians(angle))) + abs(math.sin(math.radians(angle)))) / 2
     rise = height * (width * abs(math.sin(math.radians(angle))) + 1) / 2
     x, y = (float(rng.uniform(margin, 1 - margin)) if margin < 0.5 else 0.5 for margin in (half + 0.01, rise + 0.02))
     paper: Paper = ("plate", "tape", "sticker", "bare")[rng.choice(4, p=[0.35, 0.1, 0.1, 0.45])]
-    ink, paper_color = sample_colors(rng)
+    ink, paper_color = sample_colors(rng, _LEAST_CONTRAST + (1 - difficulty) * 70.0)
     return Hand(
         text, font, paper, (x, y), height, angle,
-        tilt=float(rng.uniform(-0.35, 0.35)) if rng.random() < 0.3 else 0.0,
-        bend=float(rng.uniform(-0.6, 0.6)) if rng.random() < 0.2 else 0.0,
+        tilt=float(rng.uniform(-0.35, 0.35)) * difficulty if rng.random() < 0.3 else 0.0,
+        bend=float(rng.uniform(-0.6, 0.6)) * difficulty if rng.random() < 0.2 else 0.0,
         ink=ink, paper_color=paper_color,
         outline=float(rng.uniform(0.06, 0.16)) if rng.random() < (0.6 if paper == "bare" else 0.1) else 0.0,
     )  # fmt: skip
