@@ -6,6 +6,7 @@ import importlib
 import operator
 import pickle
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -391,3 +392,14 @@ def test_every_package_on_disk_is_listed_in_pyproject() -> None:
         name if name.split(".")[0] == "defense" else f"defense.{name}" for name in names
     }
     assert setuptools["package-dir"] == {f"defense.{name}": name for name in MAPPED}
+
+
+def test_the_lowest_version_is_the_one_that_a_requirement_states() -> None:
+    (lowest,) = runpy.run_path(str(ROOT / ".ci" / "lowest.py"))["lowest"](["name[a,b-c]>=1.2,<3"])
+    assert lowest == "name==1.2"
+
+
+@pytest.mark.parametrize("requirement", ["torchvision", "name<3", "name==1"])
+def test_a_requirement_without_a_lowest_version_is_refused(requirement: str) -> None:
+    with pytest.raises(ValueError, match=requirement):
+        runpy.run_path(str(ROOT / ".ci" / "lowest.py"))["lowest"]([requirement])
