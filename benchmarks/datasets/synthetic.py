@@ -24,6 +24,7 @@ from defense.benchmarks.datasets.base import Dataset, Example, Options, Picture,
 from defense.benchmarks.datasets.files import listed
 from defense.benchmarks.datasets.folders import read_classified
 from defense.errors import ConfigError
+from defense.store.folders import sha256_of
 
 RECIPE = "defense-prefix-1"
 SIZE = 224
@@ -142,7 +143,7 @@ class Overlay:
 
 @lru_cache(maxsize=256)
 def _sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256_of(path)
 
 
 def cropped(image: Image.Image) -> Image.Image:

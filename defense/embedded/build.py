@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -31,7 +30,6 @@ from defense.core.sae import SparseAutoencoder
 from defense.data import labels
 from defense.data.labels import Prompts
 from defense.embedded import train_clip
-from defense.errors import ConfigError
 from defense.fit.config import FitConfig
 from defense.fit.control import activity_of, random_control
 from defense.fit.encoded import Encoded
@@ -114,7 +112,7 @@ class Recipe:
 def build_clip(work: Path, recipe: Recipe) -> Path:
     """Train the CLIP and write it as an open_clip `local-dir:` folder; return the folder."""
     folder = work / "clip"
-    _check_recipe(work / "recipe.json", {"clip": asdict(recipe.clip), "world": world_sha256()})
+    train_clip.check_recipe(work / "recipe.json", {"clip": asdict(recipe.clip), "world": world_sha256()})
     if (folder / "open_clip_model.safetensors").exists():
         return folder
     clip = train_clip.train(work, recipe.clip)
@@ -125,14 +123,6 @@ def build_clip(work: Path, recipe: Recipe) -> Path:
     with folders.replacing(folder / "open_clip_model.safetensors") as partial:
         save_file(state, partial)
     return folder
-
-
-def _check_recipe(path: Path, made_with: dict[str, Any]) -> None:
-    """Note what the files of a folder are made with; refuse to mix them with another recipe's."""
-    if not path.exists():
-        path.write_text(json.dumps(made_with, indent=1))
-    elif json.loads(path.read_text()) != made_with:
-        raise ConfigError(f"{path.parent} holds files of another recipe or world; choose another folder or empty it")
 
 
 def _known_tokens() -> Tensor:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from defense.errors import ConfigError
 from defense.store.folders import replacing
 from defense.world import draws, scenes
 from defense.world.draws import QUESTIONS, SEED, THINGS, draw_example
@@ -242,6 +243,33 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 # --- training -------------------------------------------------------------------------------------
 
 
+def check_recipe(path: Path, made_with: dict[str, Any]) -> None:
+    """Note in a work folder what its files are made with; refuse to mix them with another recipe's.
+
+    Args:
+        path: The note, a JSON file in the folder.
+        made_with: Everything that the files depend on, as JSON values.
+
+    Raises:
+        ConfigError: The note says something else.
+    """
+    if not path.exists():
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(made_with, indent=1))
+    elif json.loads(path.read_text()) != made_with:
+        raise ConfigError(f"{path.parent} holds files of another recipe or world; choose another folder or empty it")
+
+
+def new_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Return AdamW over what is trained of a model; only matrices decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+
+
 def save_state(path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write weights, optimizer moments and the step as one safetensors file."""
     tensors = {f"model.{key}": value.contiguous() for key, value in model.state_dict().items()}
@@ -312,10 +340,7 @@ def train(work: Path, recipe: Recipe) -> open_clip.CLIP:
     torch.manual_seed(SEED)
     reader = Reader().train()
     normalize = Normalize(load_config()["preprocess_cfg"]["mean"], load_config()["preprocess_cfg"]["std"])
-    decayed = [p for p in reader.parameters() if p.ndim >= 2]
-    plain = [p for p in reader.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+    optimizer = new_optimizer(reader, recipe.lr, recipe.weight_decay)
     state_path = work / "clip.state.safetensors"
     step = load_state(state_path, reader, optimizer)
     if step < recipe.steps:

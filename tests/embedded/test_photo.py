@@ -18,6 +18,8 @@ from defense.embedded.photo.start import D_EMBED, Start
 from defense.embedded.photo.training import Reader, Recipe, train
 from defense.embedded.photo.typefaces import FILES, TEST, TRAIN
 from defense.embedded.photo.writing import GRID, SIZE, sample_hand, write
+from defense.embedded.train_clip import check_recipe
+from defense.errors import ConfigError
 from defense.hosts.families import tower_of
 from defense.hosts.photo_tower import D_PATCH, D_POOLED, Stem, fold_norms
 
@@ -150,3 +152,11 @@ def test_training_that_was_interrupted_comes_to_the_same_weights(sources, tmp_pa
     whole, resumed = trained(tmp_path / "a", 3), trained(tmp_path / "b", 2, 3)
     for want, got in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(want, got)
+
+
+def test_a_work_folder_is_gone_on_with_by_its_own_recipe_alone(tmp_path):
+    for _ in range(2):
+        check_recipe(tmp_path / "recipe.json", {"steps": 3})
+    with pytest.raises(ConfigError, match="another recipe"):
+        check_recipe(tmp_path / "recipe.json", {"steps": 4})
+    check_recipe(tmp_path / "recipe.json", {"steps": 3})

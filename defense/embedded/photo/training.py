@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from defense.embedded.train_clip import load_state, save_state
+from defense.embedded.train_clip import load_state, new_optimizer, save_state
 from defense.errors import ConfigError
 
 from .grounds import NO_CLASS, Sources
@@ -183,16 +183,6 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.lr * min((step + 1) / recipe.warmup, max(0.02, min(1.0, left)))
 
 
-def new_optimizer(reader: Reader, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return AdamW over what is trained; only matrices decay."""
-    trained = [parameter for parameter in reader.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-
-
 def train(
     state: Path, reader: Reader, start: Start, sources: Sources, words: Words, recipe: Recipe, *, every_s: float = 200.0
 ) -> None:
@@ -210,7 +200,7 @@ def train(
         every_s: Seconds between two states.
     """
     reader.visual.trunk.patch_embed.stem.to(memory_format=torch.channels_last)
-    optimizer = new_optimizer(reader, recipe)
+    optimizer = new_optimizer(reader, recipe.lr, recipe.weight_decay)
     answers = answers_of(start, words)
     step = load_state(state, reader, optimizer)
     begun, saved, first = time.monotonic(), time.monotonic(), step
