@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -439,3 +440,11 @@ def test_fault_70_without_gradio_the_command_says_what_to_install():
     done = without(["gradio"], "from defense.cli import main; sys.argv = ['defense', 'demo']; main()")
     assert done.returncode == 3
     assert 'pip install "clip-defense[demo]"' in done.stderr.replace("\n", "")
+
+
+def test_no_rule_for_narrow_pages_names_the_container_since_gradio_puts_it_before_each_selector():
+    sheet = (Path(loading.__file__).parent / "page.css").read_text(encoding="utf-8")
+    narrow = sheet.partition("@media (max-width")[2]
+    rules = narrow.partition("\n")[2]
+    assert ".columns" in rules
+    assert ".gradio-container" not in rules
