@@ -270,29 +270,34 @@ def new_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.opt
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
-def save_state(path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write weights, optimizer moments and the step as one safetensors file."""
+def save_state(path: Path, step: int, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+    """Write weights, the optimizers' moments and the step as one safetensors file."""
     tensors = {f"model.{key}": value.contiguous() for key, value in model.state_dict().items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    for which, optimizer in enumerate(optimizers):
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{which}.{index}.{name}": torch.as_tensor(each) for name, each in moments.items()}
     with replacing(path) as partial:
         save_file(tensors, partial, metadata={"step": str(step)})
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore what `save_state` wrote; return its step, or 0 where there is no file."""
+def load_state(path: Path, model: nn.Module, *optimizers: torch.optim.Optimizer) -> int:
+    """Restore what `save_state` wrote; return its step, or 0 where there is no file.
+
+    Without optimizers, the weights alone.
+    """
     if not path.exists():
         return 0
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         step = int(file.metadata()["step"])
     model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for which, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"optimizer.{which}."):
+                _, _, index, name = key.split(".", 3)
+                state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return step
 
 

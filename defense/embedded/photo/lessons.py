@@ -16,7 +16,7 @@ from PIL import Image
 from .grounds import NO_CLASS, Sources, finish, photograph, sample_ground, sample_plain
 from .names import Words
 from .typefaces import TRAIN
-from .writing import GRID, SIZE, Hand, sample_hand, write_all
+from .writing import Hand, sample_hand, write_all
 
 KEEP = -1
 """In place of a word: the picture's first embedding is to stay."""
@@ -33,12 +33,14 @@ class Lesson:
         word: What it is called, as an index into the written words, or KEEP.
         label: The class of the photograph under the word, or NO_CLASS.
         letters: At its patches, as in `writing.write`.
+        spelled: Which of the 26 letters are written, bool [26].
     """
 
     pixels: np.ndarray
     word: int
     label: int
     letters: np.ndarray
+    spelled: np.ndarray
 
 
 def sample_fonts(rng: np.random.Generator, difficulty: float) -> Sequence[str]:
@@ -100,17 +102,35 @@ def _lesson(rng: np.random.Generator, picture: Image.Image, hands: Sequence[Hand
     if is_before:
         picture = finish(rng, picture)
     picture, letters = write_all(picture, hands)
-    return Lesson(np.asarray(picture if is_before else finish(rng, picture)), word, label, letters)
+    pixels = np.asarray(picture if is_before else finish(rng, picture))
+    return Lesson(pixels, word, label, letters, _spelled(hands))
+
+
+def _spelled(hands: Sequence[Hand]) -> np.ndarray:
+    spelled = np.zeros(26, bool)
+    for hand in hands:
+        if not hand.is_blank:
+            spelled[[ord(letter) - ord("a") for letter in hand.text.lower()]] = True
+    return spelled
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Lessons side by side: pixels uint8 [n, SIZE, SIZE, 3], words and labels int64 [n], letters [n, patches]."""
+    """Lessons side by side.
+
+    Attributes:
+        pixels: uint8 [n, SIZE, SIZE, 3].
+        words: int64 [n].
+        labels: int64 [n].
+        letters: uint8 [n, patches].
+        spelled: bool [n, 26].
+    """
 
     pixels: np.ndarray
     words: np.ndarray
     labels: np.ndarray
     letters: np.ndarray
+    spelled: np.ndarray
 
 
 def batches(
@@ -122,14 +142,13 @@ def batches(
     """
     for step in range(first, stop):
         progress = min(1.0, step / climb)
-        batch = Batch(
-            np.empty((size, SIZE, SIZE, 3), np.uint8),
-            np.empty(size, np.int64),
-            np.empty(size, np.int64),
-            np.empty((size, GRID * GRID), np.uint8),
+        lessons = [
+            draw_lesson(np.random.default_rng([seed, step, row]), sources, words, progress) for row in range(size)
+        ]
+        yield Batch(
+            np.stack([lesson.pixels for lesson in lessons]),
+            np.array([lesson.word for lesson in lessons]),
+            np.array([lesson.label for lesson in lessons]),
+            np.stack([lesson.letters for lesson in lessons]),
+            np.stack([lesson.spelled for lesson in lessons]),
         )
-        for row in range(size):
-            lesson = draw_lesson(np.random.default_rng([seed, step, row]), sources, words, progress)
-            batch.pixels[row], batch.words[row] = lesson.pixels, lesson.word
-            batch.labels[row], batch.letters[row] = lesson.label, lesson.letters
-        yield batch

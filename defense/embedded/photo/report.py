@@ -68,9 +68,10 @@ class Answers:
 @torch.inference_mode()
 def scores_of(reader: Reader, start: Start, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the scores of the thousand names by the network, its start, and the stem alone, [n, 1000] each."""
-    image_embeds, _, pooled = reader(pixel_values)
+    reading = reader(pixel_values)
     weight, bias = start.classifier
-    return image_embeds @ start.rows.T, first_embeds(start, pooled) @ start.rows.T, pooled @ weight.T + bias
+    first = first_embeds(start, reading.pooled)
+    return reading.image_embeds @ start.rows.T, first @ start.rows.T, reading.pooled @ weight.T + bias
 
 
 def answers_to(reader: Reader, start: Start, pixels: np.ndarray, batch: int = 100) -> Answers:
