@@ -4,6 +4,8 @@ Stages, each kept in the folder WORK and resumed from there:
 
 1. start     the stem's features of photographs, and the directions in which they differ     (start.py)
 2. reader    the vision tower learns to read                                                 (training.py)
+3. texts     the text tower learns where captions lie                                        (texts.py)
+4. clip      both, as an open_clip `local-dir:` folder in fp16: WORK/clip
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,13 +24,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from defense.embedded.train_clip import check_recipe
 from defense.hosts.photo_tower import Stem
 from defense.store.folders import replacing
 
-from . import training
+from . import texts, training
 from .grounds import Sources
 from .names import load_words
 from .pictures import crops_of, read_photographs
@@ -45,6 +49,7 @@ class Recipe:
     """What the shipped model was built with."""
 
     tower: training.Recipe = field(default_factory=training.Recipe)
+    texts: texts.Recipe = field(default_factory=texts.Recipe)
 
 
 def new_model() -> open_clip.CustomTextCLIP:
@@ -110,8 +115,31 @@ def new_reader(start: Start, seed: int) -> Reader:
     return Reader(visual)
 
 
-def build(work: Path, photographs: Path, crops: Path, recipe: Recipe) -> None:
-    """Run all stages in `work`.
+def build_texts(work: Path, start: Start, recipe: texts.Recipe) -> nn.Module:
+    """Train the text tower, or go on with it; return it."""
+    torch.manual_seed(recipe.seed)
+    text = new_model().text
+    words = load_words()
+    texts.train(work / "texts.safetensors", text, texts.Rows(start.rows, words), recipe)
+    log.info("texts: %s", texts.report(text.eval(), start.rows, words))
+    return text
+
+
+def write_clip(folder: Path, visual: nn.Module, text: nn.Module, logit_scale: float) -> None:
+    """Write both towers as an open_clip `local-dir:` folder, weights in fp16."""
+    clip = new_model()
+    clip.visual, clip.text = visual, text
+    with torch.no_grad():
+        clip.logit_scale.fill_(math.log(logit_scale))
+    state = {name: tensor.half().contiguous() for name, tensor in clip.state_dict().items() if name != "text.attn_mask"}
+    folder.mkdir(exist_ok=True)
+    shutil.copy(HERE / "open_clip_config.json", folder)
+    with replacing(folder / "open_clip_model.safetensors") as partial:
+        save_file(state, partial)
+
+
+def build(work: Path, photographs: Path, crops: Path, recipe: Recipe) -> Path:
+    """Run all stages in `work`; return the folder of the CLIP.
 
     Raises:
         ConfigError: `work` holds files of another recipe, or something that is needed is not there.
@@ -123,6 +151,9 @@ def build(work: Path, photographs: Path, crops: Path, recipe: Recipe) -> None:
     sources = build_sources(work, photographs, crops, recipe.tower)
     log.info("%d photographs, %d crops", len(sources.pixels), len(sources.crops))
     training.train(work / "reader.safetensors", reader, start, sources, load_words(), recipe.tower)
+    text = build_texts(work, start, recipe.texts)
+    write_clip(work / "clip", reader.visual, text, start.logit_scale)
+    return work / "clip"
 
 
 def main() -> None:
