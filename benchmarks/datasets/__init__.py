@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from defense.benchmarks.datasets import celeba, disentangling, mini, named, scam, synthetic, waterbirds
+from defense.benchmarks.datasets import celeba, disentangling, mini, named, photo, scam, synthetic, waterbirds
 from defense.benchmarks.datasets.base import Dataset, Example, File, Options, Picture, Task
 from defense.errors import ConfigError
 
@@ -38,6 +38,8 @@ READERS: Mapping[str, Reader] = {
     "waterbirds": Reader("waterbirds", waterbirds.read),
     "celeba-blond": Reader("celeba", partial(celeba.read, direction=celeba.BLOND)),
     "celeba-male": Reader("celeba", partial(celeba.read, direction=celeba.MALE)),
+    "photo": Reader("photos100", photo.read),
+    "photo-1000": Reader("photos100", photo.read_thousand),
     "mini-typographic": Reader(None, mini.typographic),
     "mini-waterbirds": Reader(None, mini.waterbirds),
     "mini-celeba": Reader(None, mini.celeba),
@@ -49,6 +51,7 @@ SUITES: Mapping[str, tuple[str, ...]] = {
     "typographic": ("rta100", "paint", "disentangling", "scam", "synthetic", "mini-typographic"),
     "waterbirds": ("waterbirds", "mini-waterbirds"),
     "celeba": ("celeba-blond", "celeba-male", "mini-celeba"),
+    "photo": ("photo", "photo-1000"),
     "all": tuple(READERS),
 }
 """Name of several -> their names. Those that are drawn are always there."""

@@ -69,7 +69,7 @@ def sample_plain(rng: np.random.Generator) -> Image.Image:
         return _drawing(rng)
     picture = _cloudy(rng) if rng.random() < 0.6 else Image.new("RGB", (SIZE, SIZE), scenes.random_color(rng))
     if lot < 0.6:
-        return _strokes(rng, picture)
+        return draw_strokes(rng, picture)
     if lot < 0.75:
         return _pattern(rng, picture)
     return picture
@@ -147,7 +147,7 @@ def _pattern(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _strokes(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
+def draw_strokes(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
     """Draw strokes in lines: from afar they look like text, and no one can read them."""
     draw = ImageDraw.Draw(picture)
     height = float(rng.uniform(6, 40))

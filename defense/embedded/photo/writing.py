@@ -69,6 +69,10 @@ class Hand:
         """Return the twin without ink."""
         return replace(self, is_blank=True)
 
+    def turned(self, angle: float, center: tuple[float, float]) -> Hand:
+        """Return the twin at another angle and place."""
+        return replace(self, angle=angle, center=center)
+
 
 def cased(text: str, case: Case, rng: np.random.Generator) -> str:
     """Return a text in a case; "mixed" draws each letter's."""
