@@ -10,7 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from defense.benchmarks.datasets import celeba, disentangling, mini, named, photo, scam, synthetic, waterbirds
+from defense.benchmarks.datasets import (
+    celeba,
+    disentangling,
+    mini,
+    named,
+    photo,
+    real_names,
+    scam,
+    synthetic,
+    waterbirds,
+)
 from defense.benchmarks.datasets.base import Dataset, Example, File, Options, Picture, Task
 from defense.errors import ConfigError
 
@@ -29,6 +39,10 @@ class Reader(NamedTuple):
     read: Callable[[Path, Options], Task]
 
 
+def _known(read: Callable[[Path, Options], Task], folder: Path, options: Options) -> Task:
+    return real_names.known_only(read(folder, options))
+
+
 READERS: Mapping[str, Reader] = {
     "rta100": Reader("rta100", partial(named.read, published=named.RTA100)),
     "paint": Reader("paint", partial(named.read, published=named.PAINT)),
@@ -40,6 +54,9 @@ READERS: Mapping[str, Reader] = {
     "celeba-male": Reader("celeba", partial(celeba.read, direction=celeba.MALE)),
     "photo": Reader("photos100", photo.read),
     "photo-1000": Reader("photos100", photo.read_thousand),
+    "rta100-known": Reader("rta100", partial(_known, partial(named.read, published=named.RTA100))),
+    "paint-known": Reader("paint", partial(_known, partial(named.read, published=named.PAINT))),
+    "scam-known": Reader("scam", partial(_known, scam.read)),
     "mini-typographic": Reader(None, mini.typographic),
     "mini-waterbirds": Reader(None, mini.waterbirds),
     "mini-celeba": Reader(None, mini.celeba),
@@ -51,7 +68,7 @@ SUITES: Mapping[str, tuple[str, ...]] = {
     "typographic": ("rta100", "paint", "disentangling", "scam", "synthetic", "mini-typographic"),
     "waterbirds": ("waterbirds", "mini-waterbirds"),
     "celeba": ("celeba-blond", "celeba-male", "mini-celeba"),
-    "photo": ("photo", "photo-1000"),
+    "photo": ("photo", "photo-1000", "rta100-known", "paint-known", "scam-known"),
     "all": tuple(READERS),
 }
 """Name of several -> their names. Those that are drawn are always there."""
