@@ -26,11 +26,11 @@ import numpy as np
 from PIL import Image
 
 from defense.benchmarks.datasets.base import Dataset, Example, Options, Task
-from defense.embedded.photo.grounds import draw_strokes
+from defense.data.hands import Case, Hand, sample_hand, write_all
+from defense.data.typefaces import TEST, TRAIN
+from defense.embedded.photo.grounds import SIZE, draw_strokes
 from defense.embedded.photo.names import load_words
 from defense.embedded.photo.pictures import Photographs, Split, read_photographs
-from defense.embedded.photo.typefaces import TEST, TRAIN
-from defense.embedded.photo.writing import SIZE, Case, Hand, sample_hand, write_all
 
 N_TEST = 400
 """Pictures of each variant."""
@@ -116,10 +116,11 @@ class Written:
 @lru_cache(maxsize=1)
 def _code_sha256() -> str:
     """Return a digest of the modules that draw, and of the typefaces."""
-    from defense.embedded.photo import grounds, writing
+    from defense.data import hands
+    from defense.embedded.photo import grounds
 
-    folder = Path(writing.__file__).parent
-    files = [Path(grounds.__file__), Path(writing.__file__), *sorted((folder / "fonts").glob("*.ttf"))]
+    fonts = sorted((Path(hands.__file__).parent / "fonts").glob("*.ttf"))
+    files = [Path(grounds.__file__), Path(hands.__file__), *fonts]
     return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
 
 

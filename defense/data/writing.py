@@ -8,22 +8,26 @@ from __future__ import annotations
 import gzip
 import re
 import unicodedata
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from defense.world.scenes import TRAIN_FONTS, load_font
+from .hands import sample_hand, write
+from .typefaces import TRAIN
 
 _N_WORDS = 10_000
 _LETTERS = range(3, 11)
-_HEIGHT = (0.08, 0.22)
-"""Font size, as a fraction of the shorter side."""
-_GAP = 0.3
-"""Between two words, as a fraction of the font size."""
-_LEAST_CONTRAST = 110
-"""Between ink and paper, in gray levels."""
+_HEIGHT = (0.06, 0.18)
+"""Of capitals, as a fraction of the shorter side."""
+_LEAST_CONTRAST = 110.0
+"""Between ink and paper, in gray levels: what nobody can read fools nobody."""
+_OUTLINE = 0.1
+"""Around bare words, in heights of a capital."""
+_SHARES = {"print": 0.5, "display": 0.2, "handwriting": 0.3}
+"""Of the kinds of typefaces."""
 
 
 @cache
@@ -53,46 +57,23 @@ def write_word(
 ) -> Image.Image:
     """Return a picture with a word on it, within its central square, which a model's crop keeps.
 
+    Words are written as people write them, in print, display and handwriting typefaces (`hands`).
+
     Args:
         image: Mode RGB; left as it is.
-        rng: Decides the typeface (one of `scenes.TRAIN_FONTS`), size, case, place, colors, and whether the word
-            stands on a plate.
+        rng: Decides how the word is written.
         word: One word of letters A-Z and a-z or several with a space between; one of `common_words` where None.
-        height: Least and largest font size, as fractions of the shorter side. A long word is written smaller.
-        blank: Leave out the letters: draw the plate alone, or nothing where the word would have no plate.
+        height: Of the capitals, least and largest, as fractions of the shorter side. A long word is written smaller.
+        blank: Leave out the letters: draw the paper alone, or nothing where the word would have none.
     """
     text = common_words()[rng.integers(_N_WORDS)] if word is None else word
-    text = (text, text.capitalize(), text.upper())[rng.integers(3)]
+    fonts = TRAIN[str(rng.choice(list(_SHARES), p=list(_SHARES.values())))]
+    hand = sample_hand(rng, text, fonts, heights=height, least_contrast=_LEAST_CONTRAST)
+    if hand.paper == "bare" and not hand.outline:
+        hand = replace(hand, outline=_OUTLINE)  # ink alone may be as dark as the picture below it
     side = min(image.size)
-    name = str(rng.choice(TRAIN_FONTS))
-    px = rng.uniform(*height) * side
-    words = text.split()  # the fonts hold letters and no space
-    widths = [load_font(name, 64).getlength(each) / 64 for each in words]
-    unit_width = sum(widths) + _GAP * (len(words) - 1)
-    px = max(6, round(min(px, 0.9 * side / (unit_width + 0.6))))
-    half_width, half_height = (unit_width / 2 + 0.3) * px, 0.68 * px
-    x = image.width / 2 + rng.uniform(-1, 1) * max(0, side / 2 - half_width)
-    y = image.height / 2 + rng.uniform(-1, 1) * max(0, side / 2 - half_height)
-    ink, paper = _contrasting(rng)
+    corner = ((image.width - side) // 2, (image.height - side) // 2)
+    square = image.crop((*corner, corner[0] + side, corner[1] + side))
     picture = image.copy()
-    draw = ImageDraw.Draw(picture)
-    has_plate = rng.random() < 0.5
-    if has_plate:
-        draw.rectangle((x - half_width, y - half_height, x + half_width, y + half_height), fill=paper)
-    if blank:
-        return picture
-    stroke = 0 if has_plate else max(1, round(0.06 * px))
-    middle = x - unit_width / 2 * px
-    for each, width in zip(words, widths, strict=True):
-        middle += width / 2 * px
-        draw.text((middle, y), each, ink, load_font(name, px), anchor="mm", stroke_width=stroke, stroke_fill=paper)
-        middle += (width / 2 + _GAP) * px
+    picture.paste(write(square, hand.blank() if blank else hand)[0], corner)
     return picture
-
-
-def _contrasting(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    luminance = np.array([0.299, 0.587, 0.114])
-    while True:
-        ink, paper = rng.integers(0, 256, (2, 3))
-        if abs(float((ink - paper) @ luminance)) >= _LEAST_CONTRAST:
-            return tuple(ink.tolist()), tuple(paper.tolist())

@@ -32,8 +32,8 @@ from defense.errors import ConfigError
 from .material import Groups, Material, Pairs
 from .metadata import Metadata
 
-WORD_HEIGHT = (0.14, 0.28)
-"""Font size of the written label, as a fraction of the picture's shorter side."""
+WORD_HEIGHT = (0.10, 0.28)
+"""Of the written label's capitals, as a fraction of the picture's shorter side."""
 
 _DECODED_AT_ONCE = 16
 """Whole pictures are large: 36 MB for one of 12 megapixels."""

@@ -9,8 +9,8 @@ from PIL import Image
 pytest.importorskip("open_clip")
 
 from defense.benchmarks.datasets import Options, photo
+from defense.data.typefaces import TEST, TRAIN
 from defense.embedded.photo.names import load_words
-from defense.embedded.photo.typefaces import TEST, TRAIN
 from defense.errors import ConfigError
 
 NAMES = ("lemon", "wok", "abacus", "acorn", "altar", "Granny Smith")

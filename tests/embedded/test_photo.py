@@ -10,18 +10,20 @@ pytest.importorskip("open_clip")
 import torch
 from torch.nn import functional
 
+from defense.data.hands import sample_hand, write
+from defense.data.typefaces import FILES, TEST, TRAIN
 from defense.embedded.photo.build import new_model
-from defense.embedded.photo.grounds import Sources
+from defense.embedded.photo.grounds import SIZE, Sources
 from defense.embedded.photo.lessons import KEEP, batches
 from defense.embedded.photo.names import load_words
 from defense.embedded.photo.start import D_EMBED, Start
 from defense.embedded.photo.training import Reader, Recipe, train
-from defense.embedded.photo.typefaces import FILES, TEST, TRAIN
-from defense.embedded.photo.writing import GRID, SIZE, sample_hand, write
 from defense.embedded.train_clip import check_recipe
 from defense.errors import ConfigError
 from defense.hosts.families import tower_of
 from defense.hosts.photo_tower import D_PATCH, D_POOLED, Stem, fold_norms
+
+GRID = 10
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +73,8 @@ def test_a_word_changes_the_picture_only_where_its_letters_and_their_paper_are(s
     rng = np.random.default_rng(seed)
     ground = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8))
     hand = sample_hand(rng, "lemon", TRAIN["print"], heights=(0.2, 0.3))
-    written, letters = write(ground, hand)
-    blank, none = write(ground, hand.blank())
+    written, letters = write(ground, hand, GRID)
+    blank, none = write(ground, hand.blank(), GRID)
     assert none.max() == 0
     assert set(letters[letters > 0].tolist()) <= {ord(letter) - ord("a") + 1 for letter in "lemon"}
     assert letters.any()

@@ -31,12 +31,11 @@ from defense.hosts.photo_tower import Stem
 from defense.store.folders import replacing
 
 from . import texts, training
-from .grounds import Sources
+from .grounds import SIZE, Sources
 from .names import load_words
 from .pictures import crops_of, read_photographs
 from .start import Start, find_weights, load_stem, make_start, start_tower
 from .training import Reader, to_pixel_values
-from .writing import SIZE
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent

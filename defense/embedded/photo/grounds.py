@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from defense.world import draws, scenes
 
 from .pictures import SIDE
-from .writing import SIZE
 
+SIZE = 160
+"""Width and height of a picture, in pixels."""
 NO_CLASS = -1
 
 

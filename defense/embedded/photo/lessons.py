@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .grounds import NO_CLASS, Sources, finish, photograph, sample_ground, sample_plain
+from defense.data.hands import Hand, sample_hand, write_all
+from defense.data.typefaces import TRAIN
+from defense.hosts.photo_tower import STRIDE
+
+from .grounds import NO_CLASS, SIZE, Sources, finish, photograph, sample_ground, sample_plain
 from .names import Words
-from .typefaces import TRAIN
-from .writing import Hand, sample_hand, write_all
 
 KEEP = -1
 """In place of a word: the picture's first embedding is to stay."""
@@ -32,7 +34,7 @@ class Lesson:
         pixels: uint8 [SIZE, SIZE, 3].
         word: What it is called, as an index into the written words, or KEEP.
         label: The class of the photograph under the word, or NO_CLASS.
-        letters: At its patches, as in `writing.write`.
+        letters: At its patches, as in `hands.write`.
         spelled: Which of the 26 letters are written, bool [26].
     """
 
@@ -101,7 +103,7 @@ def _lesson(rng: np.random.Generator, picture: Image.Image, hands: Sequence[Hand
     is_before = rng.random() < 0.5
     if is_before:
         picture = finish(rng, picture)
-    picture, letters = write_all(picture, hands)
+    picture, letters = write_all(picture, hands, SIZE // STRIDE)
     pixels = np.asarray(picture if is_before else finish(rng, picture))
     return Lesson(pixels, word, label, letters, _spelled(hands))
 

@@ -20,8 +20,10 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from defense.data.hands import Case, Hand, sample_hand, write
 from defense.data.images import decode
 from defense.data.preprocess import Preprocess
+from defense.data.typefaces import TEST
 from defense.store.folders import replacing
 
 from .build import HERE, build_start, enlarged, new_reader
@@ -30,8 +32,6 @@ from .names import Words, load_words
 from .pictures import Photographs, read_photographs
 from .start import Start, first_embeds
 from .training import Reader, load_reader, to_pixel_values
-from .typefaces import TEST
-from .writing import Case, Hand, sample_hand, write
 
 log = logging.getLogger(__name__)
 SEED = 97

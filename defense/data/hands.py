@@ -1,4 +1,4 @@
-"""Words on pictures as people write them: on plates, tape and stickers, turned, bent, in perspective, several times.
+"""Words on square pictures as people write them: on plates, tape and stickers, turned, bent, in perspective.
 
 A `Hand` holds every choice, so a picture's twins (the blank plate, no writing) come from the same one; `write` draws
 it, and says which letter lies at each patch.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -21,14 +22,12 @@ from .typefaces import letter_height, load_font
 Paper = Literal["plate", "tape", "sticker", "bare"]
 Case = Literal["lower", "upper", "title", "mixed"]
 Color = tuple[int, int, int]
-SIZE = 160
-"""Width and height of a picture, in pixels."""
-GRID = 10
-"""Patches along each side of it."""
 MAX_WIDTH = 0.95
 """Of a word, as a fraction of the picture."""
 _LEAST_PX = 9
-"""Height of capitals below which nobody can read a word at this size."""
+"""Height of capitals below which nobody can read a word."""
+_GAP = 0.45
+"""Between two words, in heights of a capital: the typefaces hold no space."""
 _LEAST_CONTRAST = 40.0
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
@@ -38,7 +37,7 @@ class Hand:
     """How a word is written.
 
     Attributes:
-        text: Letters A-Z and a-z, in the case in which they are written. The typefaces hold no space.
+        text: Words of letters A-Z and a-z, in the case in which they are written, with a space between.
         font: One of `typefaces`.
         paper: What is behind the word. "tape" crosses the whole picture.
         center: Fractions of the picture.
@@ -106,17 +105,19 @@ def sample_hand(
     cases: Sequence[Case] = ("lower", "lower", "title", "upper", "upper", "mixed"),
     max_angle: float = 30.0,
     heights: tuple[float, float] = (0.10, 0.45),
+    least_contrast: float = _LEAST_CONTRAST,
     difficulty: float = 1.0,
 ) -> Hand:
     """Return a way to write a word.
 
     Args:
         rng: Source of every choice.
-        word: Letters a-z.
+        word: Letters A-Z and a-z; several words have a space between.
         fonts: Names to choose from.
         cases: Cases to choose from.
         max_angle: Half of all words are turned, by up to so many degrees; the others hardly.
         heights: Of the capitals, as fractions of the picture; a long word is smaller than its height says.
+        least_contrast: Between ink and paper, in gray levels.
         difficulty: 1 for all of this; towards 0, words are rather large, straight and rich in contrast.
     """
     font = str(rng.choice(list(fonts)))
@@ -132,7 +133,7 @@ def sample_hand(
     rise = height * (width * abs(math.sin(math.radians(angle))) + 1) / 2
     x, y = (float(rng.uniform(margin, 1 - margin)) if margin < 0.5 else 0.5 for margin in (half + 0.01, rise + 0.02))
     paper: Paper = ("plate", "tape", "sticker", "bare")[rng.choice(4, p=[0.35, 0.1, 0.1, 0.45])]
-    ink, paper_color = sample_colors(rng, _LEAST_CONTRAST + (1 - difficulty) * 70.0)
+    ink, paper_color = sample_colors(rng, least_contrast + (1 - difficulty) * 70.0)
     return Hand(
         text, font, paper, (x, y), height, angle,
         tilt=float(rng.uniform(-0.35, 0.35)) * difficulty if rng.random() < 0.3 else 0.0,
@@ -144,7 +145,21 @@ def sample_hand(
 
 def text_width(text: str, font: str) -> float:
     """Return a text's width in heights of a capital."""
-    return load_font(font, 64).getlength(text) / 64 / letter_height(font)
+    return _layout(text, font, 64, _GAP * 64 * letter_height(font))[1][-1] / 64 / letter_height(font)
+
+
+def _layout(text: str, font: str, px: int, gap: float) -> tuple[list[tuple[str, float]], tuple[float, ...]]:
+    """Return where words stand from the left, and the right edge of each letter and space, in pixels."""
+    loaded = load_font(font, px)
+    words: list[tuple[str, float]] = []
+    edges, left = [0.0], 0.0
+    for word in text.split(" "):
+        if words:
+            left = edges[-1] + gap
+            edges.append(left)
+        words.append((word, left))
+        edges += [left + loaded.getlength(word[: i + 1]) for i in range(len(word))]
+    return words, tuple(edges[1:])
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------
@@ -160,15 +175,16 @@ class _Canvas:
     rows: tuple[float, float]
 
 
-def _draw_canvas(hand: Hand, capital_px: float) -> _Canvas:
-    """Draw a word upright and straight, its capitals `capital_px` high, with its paper around it."""
+def _draw_canvas(hand: Hand, capital_px: float, side: int) -> _Canvas:
+    """Draw words upright and straight, capitals `capital_px` high, with their paper, which may be `side` longer."""
     px = max(8, round(capital_px / letter_height(hand.font)))
     font = load_font(hand.font, px)
-    edges = tuple(font.getlength(hand.text[: i + 1]) for i in range(len(hand.text)))
+    words, edges = _layout(hand.text, hand.font, px, _GAP * capital_px)
     stroke = round(hand.outline * capital_px)
     pad = round(0.45 * capital_px) + stroke
-    reach = SIZE if hand.paper == "tape" else 0
-    left, top, right, bottom = font.getbbox(hand.text, anchor="ls")
+    reach = side if hand.paper == "tape" else 0
+    left, top, _, bottom = font.getbbox(hand.text.replace(" ", ""), anchor="ls")
+    right = words[-1][1] + font.getbbox(words[-1][0], anchor="ls")[2]
     above, below = max(-top, capital_px), max(bottom, 0.25 * capital_px)
     left, right = min(left, 0), max(right, edges[-1])
     size = (math.ceil(right - left) + 2 * (pad + reach), math.ceil(above + below) + 2 * pad)
@@ -183,10 +199,11 @@ def _draw_canvas(hand: Hand, capital_px: float) -> _Canvas:
         draw.rectangle(box, fill=(*hand.paper_color, 255))
     origin, baseline = pad + reach - left, pad + above
     if not hand.is_blank:
-        draw.text(
-            (origin, baseline), hand.text, font=font, anchor="ls", fill=(*hand.ink, 255),
-            stroke_width=stroke, stroke_fill=(*hand.paper_color, 255) if stroke else None,
-        )  # fmt: skip
+        for word, offset in words:
+            draw.text(
+                (origin + offset, baseline), word, font=font, anchor="ls", fill=(*hand.ink, 255),
+                stroke_width=stroke, stroke_fill=(*hand.paper_color, 255) if stroke else None,
+            )  # fmt: skip
     return _Canvas(picture, origin, edges, (baseline - capital_px, baseline))
 
 
@@ -210,77 +227,79 @@ def _sag(columns: np.ndarray, width: int, drop: float) -> np.ndarray:
     return drop * (2 * columns / width - 1) ** 2
 
 
-def _onto_picture(hand: Hand, canvas: _Canvas) -> np.ndarray:
+def _onto_picture(hand: Hand, canvas: _Canvas, side: int) -> np.ndarray:
     """Return the 3 x 3 matrix from points (x, y, 1) of the picture to points of the canvas, both in pixels."""
     turn = math.radians(hand.angle)
-    x, y = hand.center[0] * SIZE, hand.center[1] * SIZE
+    x, y = hand.center[0] * side, hand.center[1] * side
     middle = canvas.left + canvas.edges[-1] / 2, sum(canvas.rows) / 2
     turned = np.array(
         [[math.cos(turn), -math.sin(turn), 0.0], [math.sin(turn), math.cos(turn), 0.0], [0.0, 0.0, 1.0]]
     ) @ np.array([[1.0, 0.0, -x], [0.0, 1.0, -y], [0.0, 0.0, 1.0]])
     span = max(canvas.edges[-1], 1.0)
     tilted = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [-hand.tilt / span, 0.0, 1.0]])
-    return np.array([[1.0, 0.0, middle[0]], [0.0, 1.0, middle[1]], [0.0, 0.0, 1.0]]) @ tilted @ turned
+    matrix: np.ndarray = np.array([[1.0, 0.0, middle[0]], [0.0, 1.0, middle[1]], [0.0, 0.0, 1.0]]) @ tilted @ turned
+    return matrix
 
 
-def write(picture: Image.Image, hand: Hand) -> tuple[Image.Image, np.ndarray]:
-    """Return a picture with a word on it, and the letters at its patches.
+def write(picture: Image.Image, hand: Hand, grid: int = 1) -> tuple[Image.Image, np.ndarray]:
+    """Return a picture with words on it, and the letters at its patches.
 
     Args:
-        picture: RGB, SIZE x SIZE; left as it is.
+        picture: RGB, as wide as high; left as it is.
         hand: How.
+        grid: Patches along each side.
 
     Returns:
-        The picture, and uint8 [GRID * GRID], row by row: the letter at a patch's center, 1 to 26 for a to z in either
+        The picture, and uint8 [grid * grid], row by row: the letter at a patch's center, 1 to 26 for a to z in either
         case, 0 for none.
     """
-    capital_px = max(_LEAST_PX, hand.height * SIZE)
-    canvas = _draw_canvas(hand, capital_px)
+    side = picture.width
+    capital_px = max(_LEAST_PX, hand.height * side)
+    canvas = _draw_canvas(hand, capital_px, side)
     drop = hand.bend * capital_px
     if drop:
         canvas = _bent(canvas, drop)
-    matrix = _onto_picture(hand, canvas)
+    matrix = _onto_picture(hand, canvas, side)
     coefficients = (matrix / matrix[2, 2]).flatten()[:8].tolist()
     layer = canvas.picture.transform(
-        (SIZE, SIZE), Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BICUBIC,
+        (side, side), Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BICUBIC,
         fillcolor=(*hand.paper_color, 0),
     )  # fmt: skip
     written = picture.copy()
     written.paste(layer, (0, 0), layer)
     if hand.is_blank:
-        return written, np.zeros(GRID * GRID, np.uint8)
-    return written, _letters_at(hand.text, canvas, matrix, drop)
+        return written, np.zeros(grid * grid, np.uint8)
+    return written, _letters_at(hand.text, canvas, _patch_centers(side, grid) @ matrix.T, drop)
 
 
-def _patch_centers() -> np.ndarray:
-    """Return the center of each patch in pixels, row by row, [GRID * GRID, 3]: x, y and 1."""
-    axis = (np.arange(GRID) + 0.5) * SIZE / GRID
+@cache
+def _patch_centers(side: int, grid: int) -> np.ndarray:
+    """Return the center of each patch in pixels, row by row, [grid * grid, 3]: x, y and 1."""
+    axis = (np.arange(grid) + 0.5) * side / grid
     x, y = np.meshgrid(axis, axis)
-    return np.stack([x, y, np.ones_like(x)], -1).reshape(-1, 3)
+    centers: np.ndarray = np.column_stack([x.ravel(), y.ravel(), np.ones(grid * grid)])
+    return centers
 
 
-_CENTERS = _patch_centers()
-
-
-def _letters_at(text: str, canvas: _Canvas, matrix: np.ndarray, drop: float) -> np.ndarray:
-    points = _CENTERS @ matrix.T
+def _letters_at(text: str, canvas: _Canvas, points: np.ndarray, drop: float) -> np.ndarray:
+    """Return the letters at points of a canvas, [n, 3] in homogeneous pixels."""
     points = points[:, :2] / points[:, 2:]
     along = points[:, 0] - canvas.left
     top, bottom = canvas.rows
     down = points[:, 1] - (_sag(points[:, 0], canvas.picture.width, drop) if drop else 0.0)
     slack = 0.3 * (bottom - top)
     inside = (along >= 0) & (along < canvas.edges[-1]) & (down > top - slack) & (down < bottom + slack)
-    codes = np.array([ord(letter) - ord("a") + 1 for letter in text.lower()], np.uint8)
+    codes = np.array([0 if letter == " " else ord(letter) - ord("a") + 1 for letter in text.lower()], np.uint8)
     which = np.searchsorted(np.array(canvas.edges), along[inside], side="right").clip(max=len(text) - 1)
     letters = np.zeros(len(points), np.uint8)
     letters[inside] = codes[which]
     return letters
 
 
-def write_all(picture: Image.Image, hands: Sequence[Hand]) -> tuple[Image.Image, np.ndarray]:
-    """Return a picture with several words, later ones over earlier ones, and the letters at its patches."""
-    letters = np.zeros(GRID * GRID, np.uint8)
+def write_all(picture: Image.Image, hands: Sequence[Hand], grid: int = 1) -> tuple[Image.Image, np.ndarray]:
+    """Return a picture with several hands' words, later ones over earlier ones, and the letters at its patches."""
+    letters = np.zeros(grid * grid, np.uint8)
     for hand in hands:
-        picture, more = write(picture, hand)
+        picture, more = write(picture, hand, grid)
         letters = np.where(more > 0, more, letters)
     return picture, letters

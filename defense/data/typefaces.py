@@ -1,4 +1,4 @@
-"""The typefaces that words on photographs are written in: `python -m defense.embedded.photo.typefaces` remakes them.
+"""The typefaces that words on pictures are written in: `python -m defense.data.typefaces` remakes them.
 
 Three kinds: print, which are the drawn world's own (`defense.world.fonts`), display and handwriting, which lie beside
 this file. Of each kind some are held out of training. Remaking takes Debian's packages (NOTICE.md) and fontTools.
