@@ -2,9 +2,10 @@
 
     python -m defense.benchmarks.demo --out benchmarks/results/demo.json
 
-The server runs in a process of its own, on loopback. Each visitor opens the page's configuration, then types letters
-into the box for the word, as the browser does it: an event joins the queue, its answer comes back as a stream. The next
-letter follows after the answer and a pause. Nothing is cached between letters; the picture stays the example.
+The server runs in a process of its own, on loopback. Each visitor opens the page's configuration, uploads the same
+picture at the same time as all others, then types letters into the box for the word, as the browser does it: an event
+joins the queue, its answer comes back as a stream. The next letter follows after the answer and a pause. Nothing is
+cached between letters.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from typing import Any
 import httpx
 
 from defense.benchmarks.environment import environment_of, write_json
+from defense.hosts.clip import embedded_folder
 
 _PATIENCE_S = 120.0
+_PICTURE = embedded_folder("examples") / "apple-pizza.png"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -81,10 +84,13 @@ class Visitor:
         self.http = httpx.Client(timeout=_PATIENCE_S)
         config = self.http.get(f"{address}config").json()
         by_id = {each["id"]: each for each in config["components"]}
-        self.word = next(i for i, each in by_id.items() if each["props"].get("elem_id") == "word")
-        event = next(each for each in config["dependencies"] if [self.word, "change"] in each["targets"])
-        self.fn_index, self.inputs = event["id"], event["inputs"]
-        self.values = {i: by_id[i]["props"].get("value") for i in self.inputs}
+        by_name = {each["props"].get("elem_id"): i for i, each in by_id.items()}
+        self.word, self.button = by_name["word"], by_name["upload"]
+        self.typed, self.uploaded = (
+            next(each for each in config["dependencies"] if target in each["targets"])
+            for target in ([self.word, "change"], [self.button, "upload"])
+        )
+        self.values = {i: each["props"].get("value") for i, each in by_id.items()}
 
     def page(self) -> float:
         """Return how long the page itself takes to arrive, in milliseconds."""
@@ -98,8 +104,27 @@ class Visitor:
         Raises:
             RuntimeError: The demo answered with an error.
         """
-        values = [word if i == self.word else self.values[i] for i in self.inputs]
-        body = {"data": values, "fn_index": self.fn_index, "session_hash": self.session}
+        return self._ask(self.typed, {self.word: word})
+
+    def upload(self, picture: Path) -> float:
+        """Put a picture on the page, and return how long the page's answer takes, in milliseconds.
+
+        Raises:
+            RuntimeError: The demo answered with an error.
+        """
+        started = time.perf_counter()
+        with picture.open("rb") as file:
+            answer = self.http.post(f"{self.address}gradio_api/upload", files={"files": (picture.name, file)})
+        if answer.status_code != 200:
+            raise RuntimeError(answer.text)
+        data = {"path": answer.json()[0], "orig_name": picture.name, "meta": {"_type": "gradio.FileData"}}
+        self._ask(self.uploaded, {self.button: data})
+        return 1000 * (time.perf_counter() - started)
+
+    def _ask(self, event: dict[str, Any], given: dict[int, Any]) -> float:
+        """Fire an event of the page, and return how long its answer takes, in milliseconds."""
+        values = [given.get(i, self.values[i]) for i in event["inputs"]]
+        body = {"data": values, "fn_index": event["id"], "session_hash": self.session}
         started = time.perf_counter()
         joined = self.http.post(f"{self.address}gradio_api/queue/join", json=body)
         if joined.status_code != 200:
@@ -107,6 +132,9 @@ class Visitor:
         answer = self._answer(joined.json()["event_id"])
         if not answer["success"]:
             raise RuntimeError(str(answer["output"]))
+        said = str(answer["output"]["data"][-1])
+        if 'role="alert"' in said:
+            raise RuntimeError(said)
         return 1000 * (time.perf_counter() - started)
 
     def _answer(self, event: str) -> dict[str, Any]:
@@ -129,16 +157,20 @@ def visit(address: str, n_users: int, n_letters: int, pause_s: float) -> dict[st
         n_letters: Updates of each.
         pause_s: Between an answer and the next letter.
     """
+    uploads: list[float] = []
     times: list[float] = []
     errors: list[str] = []
+    together = threading.Barrier(n_users)
 
     def write(number: int) -> None:
         try:
             visitor = Visitor(address)
+            together.wait(_PATIENCE_S)
+            uploads.append(visitor.upload(_PICTURE))
             for i in range(n_letters):
                 times.append(visitor.write(_LETTERS[(number + i) % len(_LETTERS)]))
                 time.sleep(pause_s)
-        except (RuntimeError, httpx.HTTPError, ValueError) as error:
+        except (RuntimeError, httpx.HTTPError, ValueError) as error:  # a broken barrier is a RuntimeError
             errors.append(f"{type(error).__name__}: {error}")
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(n_users)]
@@ -156,6 +188,7 @@ def visit(address: str, n_users: int, n_letters: int, pause_s: float) -> dict[st
         "errors": sorted(set(errors))[:5],
         "updates_per_s": len(times) / took,
         **{f"{name}_ms": value for name, value in quantiles(times).items()},
+        **{f"upload_{name}_ms": value for name, value in quantiles(uploads).items()},
     }
 
 
@@ -195,11 +228,11 @@ def measure_demo(n_users: int, n_letters: int, pause_s: float, command: str) -> 
 def table(result: dict[str, Any]) -> str:
     """Return the Markdown table of a result of `measure_demo`."""
     lines = [
-        "| users | updates | errors | median ms | p95 ms | largest ms | updates/s |",
-        "|---|---|---|---|---|---|---|",
+        "| users | updates | errors | median ms | p95 ms | largest ms | upload p95 ms | updates/s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in (result["alone"], result["many"]):
-        times = " | ".join(f"{row.get(f'{name}_ms', float('nan')):.0f}" for name in ("p50", "p95", "max"))
+        times = " | ".join(f"{row.get(f'{name}_ms', float('nan')):.0f}" for name in ("p50", "p95", "max", "upload_p95"))
         lines.append(
             f"| {row['n_users']} | {row['n_updates']} | {row['n_errors']} | {times} | {row['updates_per_s']:.1f} |"
         )

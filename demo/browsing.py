@@ -28,11 +28,11 @@ class Browsing:
 
     def open(self, key: str, form: Form) -> tuple[Any, ...]:
         """Return the latent's key, the slider for it, no answers yet, and its card."""
-        place = views.place_of(key)
-        columns = self.engine.catalogues[place[0]].columns
-        largest = float(columns["largest_activation"][place[1]]) if "largest_activation" in columns else 0.0
+        latent_key = views.key_of(key)
+        columns = self.engine.catalogues[latent_key[0]].columns
+        largest = float(columns["largest_activation"][latent_key[1]]) if "largest_activation" in columns else 0.0
         slider = gr.update(value=0.0, maximum=round(1.5 * largest, 1) or _STEER_MAX, interactive=True)
-        return key, slider, "", cards.card(self.engine, self.gallery, place, form.picture)
+        return key, slider, "", cards.card(self.engine, self.gallery, latent_key, form.picture)
 
     def steer(self, key: str, value: float, form: Form) -> tuple[str]:
         """Return the plain answer for the visitor's picture, and the one with a latent set."""
@@ -41,11 +41,11 @@ class Browsing:
             return (views.message(_STEERED),)
         from defense.hosts.controls import Controls
 
-        place = views.place_of(key)
+        latent_key = views.key_of(key)
         question = self.trying.question(form)
         unsteered = self.engine.classify(picture, _with(question, Controls(strength=0.0)))
-        steered = self.engine.classify(picture, _with(question, Controls(strength=0.0, steer={place: value})))
-        return (views.answers(unsteered, steered, names=("plain CLIP", f"latent {place[1]} at {value:g}")),)
+        steered = self.engine.classify(picture, _with(question, Controls(strength=0.0, steer={latent_key: value})))
+        return (views.answers(unsteered, steered, names=("plain CLIP", f"latent {latent_key[1]} at {value:g}")),)
 
 
 def _with(question: Any, controls: Any) -> Any:

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 from html import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -13,10 +14,12 @@ from PIL import Image
 from defense.core.latents import LatentSet
 from defense.demo import views
 from defense.demo.engine import Engine
-from defense.demo.views import Place
 from defense.errors import ConfigError, DefenseError
 from defense.explain.catalogue import BIN_EDGES, Catalogue, picture, search
 from defense.explain.heat import overlay
+
+if TYPE_CHECKING:
+    from defense.hosts.controls import LatentKey
 
 NO_CATALOGUE = "This defense comes without a catalogue of its latents, so they have numbers and no names or pictures."
 
@@ -41,32 +44,32 @@ COLUMNS = {
 SORTS = ("steerability", "monosemanticity", "contrast", "effect", "frequency", "largest_activation")
 
 
-def card(engine: Engine, gallery: Gallery, place: Place, here: Image.Image | None = None) -> str:
+def card(engine: Engine, gallery: Gallery, latent_key: LatentKey, here: Image.Image | None = None) -> str:
     """Return a latent's card.
 
     Args:
         engine: The model.
         gallery: For the pictures.
-        place: The latent.
+        latent_key: The latent.
         here: The visitor's picture, to show where it fires there.
     """
-    hook_point, latent = place
+    hook_point, latent = latent_key
     catalogue = engine.catalogues.get(hook_point)
     name = engine.name_of(hook_point, latent)
     latent_set = engine.set_of(hook_point, latent)
     role = f"removed, as one of the set {escape(latent_set.name)}" if latent_set else "left alone by the defense"
     title = f"Latent {latent}" + (f" <em>{escape(name)}</em>" if name else "")
-    known = _known(gallery, place, catalogue) if catalogue is not None else f'<p class="empty">{NO_CATALOGUE}</p>'
+    known = _known(gallery, latent_key, catalogue) if catalogue is not None else f'<p class="empty">{NO_CATALOGUE}</p>'
     why = _why(latent_set, latent) if latent_set is not None else ""
     return (
         f'<article class="card" aria-label="Latent {latent}"><header><h2>{title}</h2>'
         f"<p>{escape(views.block_of(hook_point))} · {role}</p></header>"
-        f"{_here(engine, place, here) if here is not None else ''}{known}{why}</article>"
+        f"{_here(engine, latent_key, here) if here is not None else ''}{known}{why}</article>"
     )
 
 
-def _here(engine: Engine, place: Place, image: Image.Image) -> str:
-    map = engine.activation_map(image, *place)
+def _here(engine: Engine, latent_key: LatentKey, image: Image.Image) -> str:
+    map = engine.activation_map(image, *latent_key)
     peak = float(map.max(initial=0.0))
     return (
         '<section class="here"><h3>in this picture</h3><figure>'
@@ -76,8 +79,8 @@ def _here(engine: Engine, place: Place, image: Image.Image) -> str:
     )
 
 
-def _known(gallery: Gallery, place: Place, catalogue: Catalogue) -> str:
-    latent = place[1]
+def _known(gallery: Gallery, latent_key: LatentKey, catalogue: Catalogue) -> str:
+    latent = latent_key[1]
     names = catalogue.names_of(latent)
     words = "".join(f"<li>{escape(word)} <span>{score:.2f}</span></li>" for word, score in names)
     none = '<p class="empty">no word is near, or it fires on all classes alike</p>'
@@ -85,7 +88,7 @@ def _known(gallery: Gallery, place: Place, catalogue: Catalogue) -> str:
     return (
         f"<section><h3>names it might have</h3>{names_html}</section>"
         f"<section><h3>activation, tokens by octave</h3>{histogram(catalogue.histogram[latent])}</section>"
-        f"{_pictures(gallery, place, catalogue)}"
+        f"{_pictures(gallery, latent_key, catalogue)}"
         f'<section class="wide"><h3>measured</h3>{_numbers(_row(catalogue.columns, latent), COLUMNS)}</section>'
     )
 
@@ -148,19 +151,20 @@ def histogram(counts: np.ndarray) -> str:
     )
 
 
-def _pictures(gallery: Gallery, place: Place, catalogue: Catalogue) -> str:
+def _pictures(gallery: Gallery, latent_key: LatentKey, catalogue: Catalogue) -> str:
     try:
-        figures = _top_pictures(gallery, place, catalogue)
+        figures = _top_pictures(gallery, latent_key, catalogue)
     except ConfigError as error:  # files that are not here
         figures = f'<p class="empty">{escape(str(error))}</p>'
     return f'<section class="tops"><h3>fires most on</h3><div class="strip">{figures}</div></section>'
 
 
-def _top_pictures(gallery: Gallery, place: Place, catalogue: Catalogue) -> str:
+def _top_pictures(gallery: Gallery, latent_key: LatentKey, catalogue: Catalogue) -> str:
     figures = []
-    for key, activation in top_keys(catalogue, place[1], _N_PICTURES):
+    for key, activation in top_keys(catalogue, latent_key[1], _N_PICTURES):
         figures.append(
-            f'<figure><img src="{gallery.with_map(key, *place)}" alt="A picture on which the latent fires, with where">'
+            f'<figure><img src="{gallery.with_map(key, *latent_key)}" '
+            'alt="A picture on which the latent fires, with where">'
             f"<figcaption>{activation:.1f}</figcaption></figure>"
         )
     return "".join(figures) or '<p class="empty">it fired on no picture</p>'
@@ -233,7 +237,7 @@ def _chosen(engine: Engine, catalogue: Catalogue, query: str, sort: str) -> tupl
 
 def _tile(engine: Engine, gallery: Gallery, hook_point: str, latent: int, sort: str) -> str:
     catalogue = engine.catalogues[hook_point]
-    key = escape(views.place_key((hook_point, latent)), quote=True)
+    key = escape(views.text_of((hook_point, latent)), quote=True)
     names = ", ".join(word for word, _ in catalogue.names_of(latent)) or "no name"
     column = catalogue.columns.get(sort)
     value = "" if column is None else f"{sort.replace('_', ' ')} {number(float(column[latent]))}"

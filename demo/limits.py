@@ -16,6 +16,10 @@ from defense.data.images import Decoded, Limits
 from defense.errors import ConfigError, DefenseError, InvalidImageError
 
 MAX_FILE_BYTES = 10_000_000
+MAX_UPLOAD_BYTES = MAX_FILE_BYTES + 100_000
+"""Of a request that uploads: one file, and what announces it."""
+MAX_BODY_BYTES = 3_000_000
+"""Of any other request: `MAX_LABELS` of `MAX_LABEL_LENGTH` as JSON writes the longest characters, and as much again."""
 MAX_QUEUE = 32
 """Requests that wait; the next one is told that the demo is busy."""
 MAX_AT_ONCE = 2

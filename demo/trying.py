@@ -91,7 +91,7 @@ class Trying:
             return None
         from defense.hosts.controls import Controls
 
-        off = frozenset(views.place_of(key) for key in form.off)
+        off = frozenset(views.key_of(key) for key in form.off)
         return Controls(form.strength, EDITS[form.edit], tuple(form.tasks), off)
 
     # --- what is shown ---
@@ -115,8 +115,8 @@ class Trying:
         return stage, answers, self._removed(picture, found, form), self._notes(question)
 
     def _removed(self, picture: Image.Image, found: Any, form: Form) -> str:
-        off = [views.place_of(key) for key in form.off]
-        focus = views.place_of(form.focus) if form.focus else None
+        off = [views.key_of(key) for key in form.off]
+        focus = views.key_of(form.focus) if form.focus else None
         return views.removed(picture, found, name_of=self.engine.name_of, off=off, focus=focus)
 
     def _notes(self, question: Question) -> str:
@@ -160,7 +160,7 @@ class Trying:
             form = replace(form, off=off)
             return form.off, form.focus, gr.skip(), *self.show(form)
         form = replace(form, focus=key)
-        card = cards.card(self.engine, self.gallery, views.place_of(key), form.picture) if key else ""
+        card = cards.card(self.engine, self.gallery, views.key_of(key), form.picture) if key else ""
         return form.off, key, card, *self.show(form)
 
     def counterfactual(self, form: Form) -> str:

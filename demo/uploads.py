@@ -3,11 +3,17 @@
 Gradio's own image component opens a file before we do, and fetches one whose "path" is an address. A component that
 went through `untouched` does neither. What was uploaded lies in a private folder (see `app.serving`) until it is read
 here, once.
+
+Gradio names an upload by its content, so that two visitors with the same file would share one, and the first to be
+answered would take it from the other. Therefore every request has a folder of its own within the private one.
 """
 
 from __future__ import annotations
 
+import os
+import secrets
 from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,9 +23,42 @@ from gradio.utils import get_upload_folder
 from gradio_client import utils as client_utils
 
 from defense.demo import limits
+from defense.demo.guard import App, Receive, Scope, Send
 from defense.errors import InvalidImageError
 
 Component = TypeVar("Component", bound=gr.components.Component)
+_request: ContextVar[str] = ContextVar("_request", default="")
+"""Name of the folder of the request that is being answered; "" where it uploads nothing."""
+
+
+class Apart:
+    """ASGI middleware that gives each upload a folder of its own.
+
+    Args:
+        app: What answers.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].endswith("/upload"):
+            _request.set(secrets.token_hex(16))
+        await self.app(scope, receive, send)
+
+
+class Folder(os.PathLike[str]):
+    """Where Gradio puts what the current request uploads.
+
+    Args:
+        root: The private folder.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def __fspath__(self) -> str:
+        return os.path.join(self.root, _request.get())
 
 
 def untouched(component: Component) -> Component:
@@ -48,7 +87,8 @@ def take(path: Path) -> bytes:
     Raises:
         gr.Error: It is no upload, or is gone: it was read before.
     """
-    if not path.resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+    root = Path(get_upload_folder()).resolve()
+    if not path.resolve().is_relative_to(root):
         raise _refused("not_found")
     try:
         with path.open("rb") as file:
@@ -57,8 +97,10 @@ def take(path: Path) -> bytes:
         raise _refused("not_found") from None
     finally:
         path.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: somebody else's, of the same content, is being read
-            path.parent.rmdir()
+        for folder in path.parents[:2]:  # named by content and by request
+            with suppress(OSError):  # not empty: other files of the same request
+                if folder.resolve() != root:
+                    folder.rmdir()
 
 
 def _refused(code: str) -> gr.Error:

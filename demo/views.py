@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from defense.classify.explanation import Explanation, Removed
     from defense.classify.zeroshot import Prediction
     from defense.explain.counterfactual import Counterfactual
-
-Place = tuple[str, int]
-"""(hook_point, latent)"""
+    from defense.hosts.controls import LatentKey
 
 _STAGE_SIDE = 440
 _MAP_SIDE = 300
@@ -42,14 +40,14 @@ def data_uri(image: Image.Image, side: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def place_key(place: Place) -> str:
-    """Return a latent's key in the page: "blocks.2.hook_resid_post:17"."""
-    return f"{place[0]}:{place[1]}"
+def text_of(latent_key: LatentKey) -> str:
+    """Return a latent's key as the page has it: "blocks.2.hook_resid_post:17"."""
+    return f"{latent_key[0]}:{latent_key[1]}"
 
 
-def place_of(key: str) -> Place:
-    """Return the latent of `place_key`; raise ValueError for anything else."""
-    hook_point, _, latent = key.rpartition(":")
+def key_of(text: str) -> LatentKey:
+    """Return the key of `text_of`; raise ValueError for any other text."""
+    hook_point, _, latent = text.rpartition(":")
     return hook_point, int(latent)
 
 
@@ -159,8 +157,8 @@ def removed(
     explanation: Explanation,
     *,
     name_of: Any,
-    off: Iterable[Place] = (),
-    focus: Place | None = None,
+    off: Iterable[LatentKey] = (),
+    focus: LatentKey | None = None,
 ) -> str:
     """Return where something was removed, and the table of latents.
 
@@ -205,12 +203,12 @@ def _summary(explanation: Explanation) -> str:
     )
 
 
-def _latents(items: Sequence[Removed], name_of: Any, off: Iterable[Place], one: Removed | None) -> str:
+def _latents(items: Sequence[Removed], name_of: Any, off: Iterable[LatentKey], one: Removed | None) -> str:
     left = sorted(set(off))
     if not items and not left:
         return '<p class="empty">No latent of the defense fires on this picture.</p>'
     rows = "".join(_latent_row(item, name_of, item is one) for item in items[:_N_LATENTS])
-    rows += "".join(_off_row(place, name_of) for place in left)
+    rows += "".join(_off_row(latent_key, name_of) for latent_key in left)
     rest = items[_N_LATENTS:]
     more = (
         f'<p class="more">and {len(rest)} more with {100 * sum(item.share for item in rest):.1f} % of the energy</p>'
@@ -227,12 +225,12 @@ def _latents(items: Sequence[Removed], name_of: Any, off: Iterable[Place], one: 
 
 
 def _latent_row(item: Removed, name_of: Any, is_focus: bool) -> str:
-    place = (item.hook_point, item.latent)
-    key = escape(place_key(place), quote=True)
+    latent_key = (item.hook_point, item.latent)
+    key = escape(text_of(latent_key), quote=True)
     return (
-        f'<tr class="{"focus" if is_focus else ""}"><td>{_switch(place, True)}</td>'
+        f'<tr class="{"focus" if is_focus else ""}"><td>{_switch(latent_key, True)}</td>'
         f'<th scope="row"><button type="button" class="link" data-event="focus" data-place="{key}" '
-        f'data-key="open-{key}">{latent_name(place, name_of)}</button></th>'
+        f'data-key="open-{key}">{latent_name(latent_key, name_of)}</button></th>'
         f"<td>{escape(item.set_name)}</td><td>{escape(block_of(item.hook_point))}</td>"
         f'<td class="n">{item.activation:.1f}</td><td class="n">{_short(item.energy)}</td>'
         f'<td class="share"><span class="bar robust" style="width:{100 * item.share:.1f}%"></span>'
@@ -240,27 +238,27 @@ def _latent_row(item: Removed, name_of: Any, is_focus: bool) -> str:
     )
 
 
-def _off_row(place: Place, name_of: Any) -> str:
+def _off_row(latent_key: LatentKey, name_of: Any) -> str:
     return (
-        f'<tr class="off"><td>{_switch(place, False)}</td><th scope="row">{latent_name(place, name_of)}</th>'
-        f'<td colspan="5">left alone (at {escape(block_of(place[0]))})</td></tr>'
+        f'<tr class="off"><td>{_switch(latent_key, False)}</td><th scope="row">{latent_name(latent_key, name_of)}</th>'
+        f'<td colspan="5">left alone (at {escape(block_of(latent_key[0]))})</td></tr>'
     )
 
 
-def _switch(place: Place, is_on: bool) -> str:
+def _switch(latent_key: LatentKey, is_on: bool) -> str:
     # Not a checkbox: Gradio patches the page, and what a visitor ticked would stay ticked on whatever row comes next.
-    key = escape(place_key(place), quote=True)
+    key = escape(text_of(latent_key), quote=True)
     return (
         f'<button type="button" class="switch" role="switch" aria-checked="{str(is_on).lower()}" data-event="switch" '
         f'data-place="{key}" data-key="switch-{key}" data-on="{"" if is_on else "1"}" '
-        f'aria-label="remove latent {place[1]}"></button>'
+        f'aria-label="remove latent {latent_key[1]}"></button>'
     )
 
 
-def latent_name(place: Place, name_of: Any) -> str:
+def latent_name(latent_key: LatentKey, name_of: Any) -> str:
     """Return a latent's number and, where it has one, its name, as HTML."""
-    name = name_of(*place)
-    return f"{place[1]}" + (f" <em>{escape(name)}</em>" if name else "")
+    name = name_of(*latent_key)
+    return f"{latent_key[1]}" + (f" <em>{escape(name)}</em>" if name else "")
 
 
 def _short(value: float) -> str:
@@ -275,7 +273,9 @@ def counterfactual(found: Counterfactual, name_of: Any) -> str:
             f'<p class="message note" role="status">No latents of the defense change the answer "{said}" '
             f"({found.n_tried} subsets tried).</p>"
         )
-    names = ", ".join(latent_name(place, name_of) + f" at {escape(block_of(place[0]))}" for place in found.latents)
+    names = ", ".join(
+        latent_name(latent_key, name_of) + f" at {escape(block_of(latent_key[0]))}" for latent_key in found.latents
+    )
     n = len(found.latents)
     which = "this one latent" if n == 1 else f"these {n} latents"
     return (

@@ -175,6 +175,8 @@ class RobustClassifier(ZeroShotClassifier):
         """
         import torch
 
+        if len(pixel_values) == 0:  # open_clip's tower does not take none
+            return self._encode_image(np.zeros((1, 3, *self.preprocess.size), np.float32), plain=plain)[:0]
         with self._lock, torch.inference_mode():
             if controls is not None:
                 active: AbstractContextManager[object] = self._applied(controls)

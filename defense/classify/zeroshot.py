@@ -279,15 +279,19 @@ class ZeroShotClassifier(ABC):
         return self._encode_image(finite(pixel_values))
 
 
-def finite(pixel_values: np.ndarray) -> np.ndarray:
-    """Return an array as contiguous float32.
+def finite(pixel_values: Any) -> np.ndarray:
+    """Return an array, or a tensor on any device, as contiguous float32.
 
     Raises:
-        NonFiniteError: It holds NaN or infinity.
+        NonFiniteError: It holds NaN or infinity, or what is infinite in float32.
     """
-    if not np.isfinite(pixel_values).all():
+    if hasattr(pixel_values, "detach"):
+        pixel_values = pixel_values.detach().cpu().float().numpy()
+    with np.errstate(over="ignore"):
+        pixels = np.ascontiguousarray(pixel_values, np.float32)
+    if not np.isfinite(pixels).all():
         raise NonFiniteError("input")
-    return np.ascontiguousarray(pixel_values, np.float32)
+    return pixels
 
 
 def warn_of_unknown_words(

@@ -40,6 +40,7 @@ def demo(
     template: Annotated[str | None, typer.Option(help='A prompt with {}; "a photo of a {}." by default.')] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free from 7860 on.")] = None,
+    root_path: Annotated[str, typer.Option(help="Where a proxy shows it: /clip, or https://example.org/clip.")] = "",
     device: Device = "auto",
 ) -> None:
     """Open the demo: write a word on a picture, and see what falls, what stands, and what was removed."""
@@ -48,6 +49,7 @@ def demo(
     with exit_codes():
         if find_spec("gradio") is None:
             raise MissingDependencyError("gradio", "demo")
+        from defense.demo import guard
         from defense.demo.app import serving
         from defense.demo.loading import bundled, defended
 
@@ -63,7 +65,12 @@ def demo(
             is_given = labels is not None or labels_file is not None or not uses_embedded
             given = chosen_labels(labels, labels_file, uses_embedded) if is_given else None
             engine = defended(defense, given, template, model=model, pretrained=pretrained, device=device)
-        with serving(engine, host=host, port=port) as address:
+        if guard.is_open(host):
+            say(
+                f"warning: --host {host} opens the demo to everybody who can reach this machine, without a login and "
+                "without TLS; a proxy with both belongs in front of it (see --root-path)"
+            )
+        with serving(engine, host=host, port=port, root_path=root_path) as address:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder of uploads is deleted
             say(f"{engine.title}: {address}   Ctrl-C ends it.")
             while True:

@@ -50,10 +50,10 @@ def _problems() -> Iterator[str]:
         import torch  # noqa: F401
     except ModuleNotFoundError:
         return  # not installed, which the list says
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # OSError: a library that it links to is not there
         yield f'torch cannot be imported ({error}); the torch backend needs: pip install "clip-defense[torch]"'
         return
     try:
         import torchvision  # noqa: F401
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         yield f"torch and torchvision do not belong together ({error}); reinstall both in one pip command"

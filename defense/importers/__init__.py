@@ -15,7 +15,8 @@
 | openai | the `.pt` files of openai/sparse_autoencoder |
 
 Each module has `detect` and `read`, and its docstring states the layout it reads and every transpose and fold.
-`common.py` holds what they share, `pickles.py` reads pickles without running them. What a file does not say is never
+`common.py` holds what they share, `pickles.py` and
+`opcodes.py` read pickles without running them. What a file does not say is never
 guessed: the caller states it, or the import is refused with the name of what is missing.
 """
 
@@ -100,9 +101,9 @@ def read_vector(path: Path) -> np.ndarray:
             raise CheckpointError(f"{path} holds {len(arrays)} arrays; it must hold one")
         return arrays[0]
     try:
-        array: np.ndarray = np.load(path, allow_pickle=False)
-        return array
-    except (OSError, ValueError, EOFError) as error:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: its header may promise more than is there
+        return np.array(mapped)
+    except (OSError, ValueError, EOFError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a readable .npy file: {error}") from error
 
 

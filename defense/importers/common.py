@@ -25,6 +25,9 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".pkl.gz")
 _COMPANIONS = re.compile(r"sparsity|whitening|activations_store|trainer_state|optimizer")
 _BLOCK = re.compile(r"blocks\.\d+\.hook_resid_post")
 _HF_LAYER = re.compile(r"(?:.*\.)?(?:layers|resblocks)\.(\d+)")
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_UNKNOWN_DTYPE = (AttributeError, KeyError, TypeError, RuntimeError)
+"""What safetensors raises for numbers that torch does not know."""
 
 OPTIONS = {
     "hook_point": "blocks.{L}.hook_resid_post with L counted from 0, or pooled for an SAE of image embeddings",
@@ -98,17 +101,21 @@ class Source:
 
     @cached_property
     def payload(self) -> Any:
-        """What was saved, with tensors on the CPU; read on first use."""
+        """What was saved, with tensors on the CPU; read on first use.
+
+        A prefix that all names of a state dict share is left out: a wrapper of the model, such as DataParallel or
+        `torch.compile`, has put it there.
+        """
         if self.path.suffix == ".safetensors":
             try:
-                return load_file(self.path)
-            except (safetensors.SafetensorError, OSError, ValueError) as error:
+                return _without_prefix(load_file(self.path))
+            except (safetensors.SafetensorError, OSError, ValueError, *_UNKNOWN_DTYPE) as error:
                 raise CheckpointError(f"{self} is not a readable safetensors file: {error}") from error
         with self.path.open("rb") as file:
             if self.header is None:
-                return pickles.load(file, str(self))
+                return _without_prefix(pickles.load(file, str(self)))
             file.readline()
-            return pickles.load(io.BytesIO(file.read()), str(self))
+            return _without_prefix(pickles.load(io.BytesIO(file.read()), str(self)))
 
     @property
     def keys(self) -> set[str]:
@@ -132,7 +139,8 @@ class Source:
         """Return exactly the wanted tensors, in float32.
 
         Raises:
-            CheckpointError: One is missing or no tensor of floating point, or there is one that nobody knows.
+            CheckpointError: One is missing or no tensor of 16, 32 or 64 bit floating point, or there is one that nobody
+                knows.
         """
         present = set(state) if isinstance(state, Mapping) else set()
         missing, unknown = sorted(set(wanted) - present), sorted(present - set(wanted) - set(ignored))
@@ -141,8 +149,12 @@ class Source:
                 f"{self} should hold the tensors {sorted(wanted)}; missing {missing}, unknown {unknown}"
             )
         for name in wanted:
-            if not isinstance(state[name], Tensor) or not state[name].is_floating_point():
-                raise CheckpointError(f"{self}: {name} is no tensor of floating point numbers")
+            if not isinstance(state[name], Tensor) or state[name].dtype not in _FLOATS:
+                kind = state[name].dtype if isinstance(state[name], Tensor) else type(state[name]).__name__
+                raise CheckpointError(
+                    f"{self}: {name} is {kind}; want a tensor of {', '.join(map(str, _FLOATS))}. Convert it, with its "
+                    "scales if it was quantized"
+                )
         return {name: state[name].detach().float() for name in wanted}
 
     def check_sizes(self, W_dec: Tensor, d_model: Any = None, d_sae: Any = None) -> tuple[int, int]:
@@ -290,6 +302,19 @@ def fold(
         if "b_mag" in double:
             double["b_mag"] = double["b_mag"] - moved * double["r_mag"].exp()
     return {name: tensor.float() for name, tensor in double.items()}
+
+
+def _without_prefix(saved: Any) -> Any:
+    """Return what was saved; names of state dicts in it lose the dotted parts that they all begin with."""
+    if not isinstance(saved, Mapping):
+        return saved
+    found = {key: _without_prefix(value) for key, value in saved.items()}
+    while len(found) > 1 and all(isinstance(key, str) and "." in key for key in found):
+        (first, *others) = {key.partition(".")[0] for key in found}
+        if others or not any(isinstance(value, Tensor) for value in found.values()):
+            break
+        found = {key.removeprefix(f"{first}."): value for key, value in found.items()}
+    return found
 
 
 def _weights_in(folder: Path) -> Path:

@@ -335,8 +335,9 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         tensors = load_file(path)
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, AttributeError, TypeError) as error:
+        # the last two: numbers that numpy does not know, such as float8 and bfloat16
+        raise CheckpointError(f"{path} is not a readable safetensors file, or not of numpy's types: {error}") from error
     for name, tensor in tensors.items():
         if np.issubdtype(tensor.dtype, np.floating) and not np.isfinite(tensor).all():
             raise NonFiniteError(f"{path.name}: {name}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 STUCK = "stuck"
 WITHOUT_TORCH = ("torch", "open_clip", "onnx", "onnxscript")
@@ -24,14 +27,20 @@ class NotInstalled(MetaPathFinder):
 
 
 @contextmanager
-def served(what: str | Path = "embedded") -> Iterator[str]:
+def served(
+    what: str | Path = "embedded", environment: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[str]:
     """Serve a demo in another process, and yield its address.
 
     Args:
         what: "embedded"; `STUCK`, whose model never answers; or a bundle's folder, without torch.
+        environment: Variables beside those of this process.
+        options: See `defense.demo.app.serving`.
     """
-    command = [sys.executable, "-P", __file__, str(what)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-P", __file__, str(what), json.dumps(options)]
+    variables = {**os.environ, **(environment or {})}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=variables, **pipes) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -41,7 +50,7 @@ def served(what: str | Path = "embedded") -> Iterator[str]:
             process.wait(60)
 
 
-def main(what: str) -> None:
+def main(what: str, options: Mapping[str, Any]) -> None:
     """Serve until stdin ends."""
     if what != "embedded":
         sys.meta_path.insert(0, NotInstalled())
@@ -60,11 +69,11 @@ def main(what: str) -> None:
         engine = Stuck(SimpleNamespace(bundle=SimpleNamespace(text_model=None)), (DemoTask("", "", ("dog", "cat")),))
     else:
         engine = defended(device="cpu") if what == "embedded" else bundled(what)
-    with serving(engine) as address:
+    with serving(engine, **options) as address:
         print(address, flush=True)  # noqa: T201
         sys.stdin.read()
         never.set()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -160,7 +160,7 @@ def test_text_from_outside_is_escaped_everywhere(tab, form):
 
 def test_a_latent_is_named_by_a_key_that_can_be_read_back():
     place = ("blocks.2.hook_resid_post", 17)
-    assert views.place_of(views.place_key(place)) == place
+    assert views.key_of(views.text_of(place)) == place
 
 
 # --- the first tab ----------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_labels_that_the_model_never_saw_are_named_each_time(tab, form):
 
 def test_a_latent_is_switched_off_and_on_again(tab, form):
     latent = tab.engine.explain(form.picture, tab.question(form)).removed[0]
-    key = views.place_key((latent.hook_point, latent.latent))
+    key = views.text_of((latent.hook_point, latent.latent))
     off, _, _, _, answers, removed, _ = tab.latent("switch", key, False, form)
     assert off == (key,)
     assert "left alone" in removed
@@ -238,7 +238,7 @@ def test_a_latent_is_switched_off_and_on_again(tab, form):
 
 def test_pressing_a_latent_shows_its_own_map_and_its_card(tab, form):
     latent = tab.engine.explain(form.picture, tab.question(form)).removed[1]
-    key = views.place_key((latent.hook_point, latent.latent))
+    key = views.text_of((latent.hook_point, latent.latent))
     _, focus, card, _, _, removed, _ = tab.latent("focus", key, True, form)
     assert focus == key
     assert f"where · latent {latent.latent}" in removed
@@ -390,7 +390,7 @@ def test_steering_starts_from_the_plain_answer_and_moves_it(catalogued, form):
     browsing = Browsing(catalogued, cards.Gallery(catalogued))
     hook_point = next(iter(catalogued.catalogues))
     latent = catalogued.explain(form.picture, browsing.trying.question(form)).removed[0].latent
-    key, slider, _, card = browsing.open(views.place_key((hook_point, latent)), form)
+    key, slider, _, card = browsing.open(views.text_of((hook_point, latent)), form)
     assert slider["maximum"] == 12.0
     assert f"Latent {latent}" in card
     (shown,) = browsing.steer(key, 60.0, form)

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from defense.errors import ConfigError
 from defense.hosts.photo_tower import D_PATCH, D_POOLED, STEM, PhotoTransformer, Stem, fold_norms
+from defense.importers import pickles
 from defense.store.folders import sha256_of
 
 D_EMBED = 256
@@ -83,7 +84,8 @@ def find_weights() -> Path:
 def load_stem(path: Path) -> tuple[Stem, tuple[Tensor, Tensor]]:
     """Return the stem and its classifier (weight and bias). The file's tensors come in the order of timm's."""
     network = timm.create_model(STEM).eval()
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file:
+        tensors = pickles.load(file, str(path))
     network.load_state_dict(dict(zip(network.state_dict(), tensors.values(), strict=True)))
     classifier = network.classifier.weight.detach().clone(), network.classifier.bias.detach().clone()
     network.classifier = nn.Identity()
