@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .hosts.controls import Controls as Controls
     from .hosts.defense import Defense as Defense
 
-# ONNX Runtime 1.29 and newer sends telemetry and leaves files in HOME and TMPDIR unless this is set when it is imported.
+# ONNX Runtime 1.29 and newer sends telemetry and leaves files in HOME and TMPDIR unless this is set at its import.
 # Whatever imports it for us comes after this line, and processes that we start inherit it. 0 allows telemetry.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
