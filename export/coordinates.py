@@ -69,7 +69,9 @@ def onnx_coordinates(fires: FLOAT, gram: DOUBLE, dots: DOUBLE) -> DOUBLE:
     right_side = op.Mul(op.GatherElements(dots, active, axis=1), mask)
     augmented = op.Concat(system, op.Unsqueeze(right_side, two), axis=2)
     step = op.Identity(zero)
-    goes_on = op.Squeeze(op.Less(step, n_active))  # stated from the start: a Loop without it is taken for one of no steps
+    goes_on = op.Squeeze(
+        op.Less(step, n_active)
+    )  # stated from the start: a Loop without it is taken for one of no steps
     while goes_on:
         row = op.Gather(augmented, step, axis=1)
         row = op.Div(row, op.Gather(row, step, axis=2))

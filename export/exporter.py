@@ -25,10 +25,11 @@ from defense.data import images
 from defense.errors import ConfigError
 from defense.export import bundle, readme
 from defense.export.layouts import Dtype, Layout, Mode, arrange
+from defense.export.runtime import STRENGTH
 from defense.export.sessions import HALF_OPTIONS
 from defense.export.text import TextGraph, trace_text
 from defense.export.verify import BATCHES, N_ROWS, PLAIN, Batch, Expected, Parity, Tolerance, verify
-from defense.export.vision import STRENGTH, VisionGraph, silent_bias, silent_biases, trace_vision, write
+from defense.export.vision import VisionGraph, silent_bias, silent_biases, trace_vision, write
 from defense.hosts.attach import attached, is_wrapped
 from defense.hosts.clip import embedded_folder
 from defense.store import folders

@@ -39,6 +39,7 @@ from defense.errors import ConfigError
 from defense.export.coordinates import TRANSLATION, coordinates
 from defense.export.layouts import Mode
 from defense.export.operators import rewritten
+from defense.export.runtime import STRENGTH
 from defense.hosts.attach import EditedBlock, attached, is_wrapped
 from defense.hosts.families import tower_of
 
@@ -47,7 +48,6 @@ _TRACED_BATCH = 3  # traced with 1, the exporter fixes the batch at 1 whatever i
 _TRACED_LABELS = 5
 _MAX_SIZE = 2**16
 OUTPUTS = ("image_embeds", "logits_per_image")
-STRENGTH = "strength"
 _SILENT = -1e30  # far below what any residual makes of a bias, and far from float32's end
 ONE_FILE_BYTES = 2**31 - 2**20
 """Weights beyond this go to a file beside the graph: protobuf holds no more than 2 GiB."""

@@ -18,6 +18,7 @@ from defense.cli import app
 from defense.core.latents import LatentSet
 from defense.export import bundle, exporter
 from defense.export.verify import ParityError
+from defense.hosts.attach import attached
 from defense.store import defenses
 
 from ..conftest import random_defense, random_sae
@@ -46,7 +47,13 @@ def test_export_then_info(defense_folder, tmp_path):
     assert manifest in printed
     code, printed, _ = run("info", out, "--expect", manifest)
     assert code == 0
-    for expected in ("2, fixed", "relu SAE", "text: 60 latents", "golden      reproduced on CPUExecutionProvider"):
+    for expected in (
+        "2, fixed",
+        "relu SAE",
+        "text: 60 latents",
+        "strength    0 to 1",
+        "golden      reproduced on CPUExecutionProvider",
+    ):
         assert expected in printed
 
 
@@ -64,6 +71,28 @@ def test_classify_takes_a_bundle(tiny_bundle, picture):
     code, printed, _ = run("classify", picture, "--defense", tiny_bundle, "--labels", "stone,tree", "--json")
     assert code == 0
     assert {row["label"] for row in json.loads(printed)["robust"]} == {"stone", "tree"}
+
+
+def test_strength_switches_the_defense_of_a_bundle_off(tiny_bundle, tiny_classifier, seven_pictures, tmp_path):
+    Image.fromarray(seven_pictures[0]).save(tmp_path / "noise.png")
+    code, printed, _ = run("classify", tmp_path, "--defense", tiny_bundle, "--json", "--strength", "0")
+    assert code == 0
+    with attached(tiny_classifier.clip.model).bypassed():
+        want = {row["label"]: row["score"] for row in tiny_classifier(seven_pictures[0])}
+    got = {row["label"]: row["score"] for row in json.loads(printed)["robust"]}
+    assert got == pytest.approx(want, abs=1e-4)
+    _, printed, _ = run("classify", tmp_path, "--defense", tiny_bundle, "--json")
+    assert {row["label"]: row["score"] for row in json.loads(printed)["robust"]} != pytest.approx(want, abs=1e-4)
+    code, _, err = run("classify", tmp_path, "--strength", "0")
+    assert code == 2
+    assert "--strength is a bundle's" in err
+
+
+@pytest.mark.parametrize("command", [["classify", "picture.png"], ["export", "out"]])
+def test_a_defense_that_is_not_there_is_told_before_labels_are_asked_for(command):
+    code, _, err = run(*command, "--defense", "/nope")
+    assert code == 5
+    assert "no defense at /nope" in err
 
 
 @pytest.mark.parametrize("option", [["--plain"], ["--model", "ViT-B-32"]])
