@@ -25,6 +25,7 @@ from defense.data import images
 from defense.errors import ConfigError
 from defense.export import bundle, readme
 from defense.export.layouts import Dtype, Layout, Mode, arrange
+from defense.export.manifest import check_logit_scale
 from defense.export.runtime import STRENGTH
 from defense.export.sessions import HALF_OPTIONS
 from defense.export.text import TextGraph, trace_text
@@ -151,6 +152,7 @@ def _check(clf: RobustClassifier, dtype: Dtype, layout: Layout) -> None:
     if layout not in get_args(Layout):
         raise ConfigError(f"layout={layout!r}; it must be one of {', '.join(get_args(Layout))}")
     clf.text_embeds()  # raises where no labels are set
+    check_logit_scale(clf.clip.logit_scale)
     for parameter in clf.clip.model.parameters():
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             raise ConfigError(

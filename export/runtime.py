@@ -236,8 +236,8 @@ class OnnxClassifier(ZeroShotClassifier):
             if key not in self._text_embeds:
                 if self.bundle.text_model is None or self.bundle.context_length is None:
                     raise ConfigError(
-                        f"this bundle has no text tower: it knows the labels {_some(self.bundle.prompts.labels)} in the "
-                        f"template {_template(self.bundle.prompts.templates)}, and any choice of these. For others "
+                        f"this bundle has no text tower: it knows the labels {_some(self.bundle.prompts.labels)} in "
+                        f"the template {_template(self.bundle.prompts.templates)}, and any choice of these. For others "
                         "export it with text=True (defense export --text), or hand embeddings to set_label_embeds"
                     )
                 tokenizer = ClipTokenizer(self.bundle.context_length)

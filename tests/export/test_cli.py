@@ -152,6 +152,34 @@ def test_a_parity_failure_exits_with_5_and_leaves_nothing(defense_folder, tiny_g
     assert {path.name for path in tmp_path.iterdir()} == {"defense"}
 
 
+TERMINATED = """
+import sys, time
+from defense.export import exporter
+def verify(*_):
+    print("verifying", flush=True)
+    time.sleep(60)
+exporter.verify = verify
+exporter.trace_vision = exporter.write = lambda *_: None
+from defense.cli import main
+sys.argv = ["defense", *sys.argv[1:]]
+main()
+"""
+
+
+def test_fault_75_sigterm_ends_an_export_as_ctrl_c_does(defense_folder, tmp_path):
+    command = [sys.executable, "-P", "-c", TERMINATED, "export", tmp_path / "bundle", "--labels", "dog,cat"]
+    with subprocess.Popen(
+        [*command, "--defense", defense_folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "verifying\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["defense"]
+
+
 def without(modules: list[str], *arguments: object) -> subprocess.CompletedProcess:
     script = (
         "import json, sys\nfor name in json.loads(sys.argv[1]): sys.modules[name] = None\n"
