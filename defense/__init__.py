@@ -9,6 +9,7 @@ Names are resolved on first use: `import defense` loads neither torch nor any ot
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from .hosts.attach import wrap as wrap
     from .hosts.controls import Controls as Controls
     from .hosts.defense import Defense as Defense
+
+# ONNX Runtime 1.29 and newer sends telemetry and leaves files in HOME and TMPDIR unless this is set at its import.
+# Whatever imports it for us comes after this line, and processes that we start inherit it. 0 allows telemetry.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "classify.classifier": ("RobustClassifier",),

@@ -5,5 +5,6 @@
 | vision.py, text.py | the graphs | torch, onnxscript |
 | verify.py | a graph's answers against torch's, in a process of its own | onnxruntime |
 | bundle.py | a folder with a graph and everything it takes to use it | |
+| manifest.py | which values of it are accepted | |
 | runtime.py | `OnnxClassifier`: the calls of `RobustClassifier` | onnxruntime |
 """

@@ -24,6 +24,7 @@ import numpy as np
 from defense.data.labels import Prompts
 from defense.data.preprocess import Preprocess
 from defense.errors import CheckpointError
+from defense.export import manifest as values
 from defense.hosts.defense import Defense
 from defense.store import folders
 from defense.store.defenses import MANIFEST
@@ -33,30 +34,6 @@ SCHEMA = 1
 BLANK_TOKENS = "blank_tokens"
 KIND = "clip-defense ONNX bundle"
 LABELS, GOLDEN, README, LICENSES = "labels.safetensors", "golden.safetensors", "README.md", "LICENCES.md"
-
-# What a manifest of this schema holds: key -> type of its value.
-_FIELDS = {
-    "schema": int,
-    "kind": str,
-    "package_version": str,
-    "host": dict,
-    "defense": dict | None,
-    "preprocess": dict,
-    "labels": list,
-    "templates": list,
-    "context_length": int | None,
-    "d_embed": int,
-    "logit_scale": float,
-    "model": str,
-    "text_model": str | None,
-    "mode": str,
-    "dtype": str,
-    "tolerance": dict,
-    "parity": dict,
-    "licence": str,
-    "files": dict,
-}
-_TOLERANCE_FIELDS = {"atol": float, "cosine": float, "agreement": float, "tie": float}
 
 
 @dataclass(frozen=True)
@@ -132,7 +109,8 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Bundle
         verify: "sha256" checks every byte of every file; "size" only the sizes.
 
     Raises:
-        CheckpointError: A file is missing, unexpected or unreadable, or was written by a newer version.
+        CheckpointError: A file is missing, unexpected or unreadable, was written by a newer version, or says what
+            cannot be right.
         IntegrityError: A file's bytes are not the ones that were written.
         NonFiniteError: An embedding is NaN or infinite.
         ConfigError: `verify` is neither of the two.
@@ -149,11 +127,12 @@ def _load(root: Path, verify: Verify) -> Bundle:
     for name in (manifest["model"], manifest["text_model"], LABELS, GOLDEN):
         if name is not None and name not in manifest["files"]:
             raise CheckpointError(f"{root / MANIFEST} names {name}, but does not list it among its files")
-    prompts = Prompts(tuple(manifest["labels"]), tuple(manifest["templates"]))
-    tensors = read_tensors(root / LABELS)
+    prompts = values.check_values(manifest)
+    tensors, golden = read_tensors(root / LABELS), read_tensors(root / GOLDEN)
     text_embeds = tensors["text_embeds"]
-    if text_embeds.ndim != 2 or len(text_embeds) != len(prompts.labels):
-        raise CheckpointError(f"{root / LABELS} is {list(text_embeds.shape)}, for {len(prompts.labels)} labels")
+    values.check_embeds(f"{root / LABELS}: text_embeds", text_embeds, (len(prompts.labels), manifest["d_embed"]))
+    values.check_blank_tokens(tensors.get(BLANK_TOKENS), str(root / LABELS))
+    values.check_golden(golden, manifest["d_embed"], str(root / GOLDEN))
     return Bundle(
         folder=root,
         clip=manifest["host"],
@@ -166,12 +145,12 @@ def _load(root: Path, verify: Verify) -> Bundle:
         text_model=manifest["text_model"],
         mode=manifest["mode"],
         dtype=manifest["dtype"],
-        tolerance=folders.typed("tolerance", manifest["tolerance"], _TOLERANCE_FIELDS),
+        tolerance=manifest["tolerance"],
         parity=manifest["parity"],
         license=manifest["licence"],
         text_embeds=text_embeds,
         blank_tokens=tensors.get(BLANK_TOKENS),
-        golden=read_tensors(root / GOLDEN),
+        golden=golden,
         manifest_sha256=folders.sha256_of(root / MANIFEST),
     )
 
@@ -183,7 +162,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     manifest = folders.read_manifest(path, SCHEMA, "a bundle")
     if manifest.get("kind") != KIND:
         raise CheckpointError(f"{path} is not the manifest of a bundle; `defense export` writes one")
-    return folders.typed(str(path), manifest, _FIELDS)
+    return folders.typed(str(path), manifest, values.FIELDS)
 
 
 def describe_defense(defense: Defense) -> dict[str, Any]:

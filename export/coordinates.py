@@ -54,7 +54,10 @@ def onnx_coordinates(fires: FLOAT, gram: DOUBLE, dots: DOUBLE) -> DOUBLE:
     # As many rows as latents fire at any one token: the firing ones first, then idle ones, which a 1 decouples.
     counts = op.ReduceSum(op.Cast(fires, to=INT64.dtype), one, keepdims=0)
     n_active = op.ReduceMax(op.Concat(counts, one, axis=0), keepdims=1)
-    _, active = op.TopK(fires, n_active, axis=1)
+    # TopK sees an idle row more, since of an empty batch there are none.
+    idle_row = op.ConstantOfShape(op.Concat(one, op.Shape(gram, start=0, end=1), axis=0))
+    _, active = op.TopK(op.Concat(fires, idle_row, axis=0), n_active, axis=1)
+    active = op.Slice(active, zero, op.Neg(one), zero)  # [tokens, n_active]
     mask = op.Cast(op.GatherElements(fires, active, axis=1), to=_DOUBLE)  # [tokens, n_active]
     pairs = op.Add(op.Mul(op.Unsqueeze(active, two), op.Shape(gram, start=0, end=1)), op.Unsqueeze(active, one))
     system = op.Gather(op.Reshape(gram, op.Constant(value_ints=[-1])), pairs)  # [tokens, n_active, n_active]
@@ -65,12 +68,17 @@ def onnx_coordinates(fires: FLOAT, gram: DOUBLE, dots: DOUBLE) -> DOUBLE:
     system = op.Add(system, op.Mul(identity, op.Unsqueeze(idle, one)))
     right_side = op.Mul(op.GatherElements(dots, active, axis=1), mask)
     augmented = op.Concat(system, op.Unsqueeze(right_side, two), axis=2)
-    for i in range(op.Squeeze(n_active)):
-        step = op.Reshape(i, one)
+    step = op.Identity(zero)
+    goes_on = op.Squeeze(
+        op.Less(step, n_active)
+    )  # stated from the start: a Loop without it is taken for one of no steps
+    while goes_on:
         row = op.Gather(augmented, step, axis=1)
         row = op.Div(row, op.Gather(row, step, axis=2))
         factors = op.Sub(op.Gather(augmented, step, axis=2), op.Unsqueeze(op.Gather(identity, step, axis=1), zero))
         augmented = op.Sub(augmented, op.Mul(factors, row))
+        step = op.Add(step, one)
+        goes_on = op.Squeeze(op.Less(step, n_active))
     solution = op.Squeeze(op.Gather(augmented, n_active, axis=2), two)
     return op.ScatterElements(op.Sub(dots, dots), active, op.Mul(solution, mask), axis=1)
 

@@ -7,23 +7,31 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.numpy import save_file
 
 from defense.classify.classifier import RobustClassifier
+from defense.classify.zeroshot import batched
+from defense.core.suppress import Suppressor
 from defense.data import images
 from defense.errors import ConfigError
 from defense.export import bundle, readme
 from defense.export.layouts import Dtype, Layout, Mode, arrange
+from defense.export.manifest import check_logit_scale
+from defense.export.runtime import STRENGTH
 from defense.export.sessions import HALF_OPTIONS
 from defense.export.text import TextGraph, trace_text
-from defense.export.verify import N_ROWS, Expected, Parity, Tolerance, verify
-from defense.export.vision import VisionGraph, trace_vision, write
+from defense.export.verify import BATCHES, N_ROWS, PLAIN, Batch, Expected, Parity, Tolerance, verify
+from defense.export.vision import VisionGraph, silent_bias, silent_biases, trace_vision, write
+from defense.hosts.attach import attached, is_wrapped
 from defense.hosts.clip import embedded_folder
 from defense.store import folders
 from defense.store.defenses import MANIFEST
@@ -45,6 +53,8 @@ int8 has a tie: on a picture that shows none of the labels several of them score
 _N_DRAWN = 200
 """How many pictures a graph in fp16 or int8 is compared on; each of them is 0.5 % of the agreement."""
 _GOLDEN_PICTURES = 3
+_N_QUIET = 2
+"""How many pictures a graph is run on with every latent silent."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,7 @@ def _check(clf: RobustClassifier, dtype: Dtype, layout: Layout) -> None:
     if layout not in get_args(Layout):
         raise ConfigError(f"layout={layout!r}; it must be one of {', '.join(get_args(Layout))}")
     clf.text_embeds()  # raises where no labels are set
+    check_logit_scale(clf.clip.logit_scale)
     for parameter in clf.clip.model.parameters():
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             raise ConfigError(
@@ -175,7 +186,7 @@ def _write_vision(folder: Path, clf: RobustClassifier, graph: VisionGraph, mode:
     else:
         write(model, folder / MODEL, metadata)
     options = HALF_OPTIONS if dtype == "fp16" else {}
-    return verify(folder / MODEL, _expected_of_vision(clf, dtype), TOLERANCES[dtype], options)
+    return verify(folder / MODEL, _expected_of_vision(clf, graph, dtype), TOLERANCES[dtype], options)
 
 
 def _write_text(folder: Path, clf: RobustClassifier, graph: TextGraph) -> Parity:
@@ -251,25 +262,68 @@ def _pictures(clf: RobustClassifier, dtype: Dtype) -> np.ndarray:
     return rows
 
 
-def _expected_of_vision(clf: RobustClassifier, dtype: Dtype) -> Expected:
+def _expected_of_vision(clf: RobustClassifier, graph: VisionGraph, dtype: Dtype) -> Expected:
     """Return what the vision graph must answer: pictures with torch's embeddings and logits."""
     pixel_values = _pictures(clf, dtype)
-    text_embeds = clf.text_embeds()
-    image_embeds = np.concatenate([clf.encode_pixels(rows) for rows in np.array_split(pixel_values, 5)])
-    scale = clf.clip.model.logit_scale.detach().exp().item()
-    bias = getattr(clf.clip.model, "logit_bias", None)
-    logits = scale * image_embeds @ text_embeds.T + (0 if bias is None else bias.item())
+    outputs = _answers(clf, pixel_values)
+    image_embeds = outputs["image_embeds"]
     return Expected(
         inputs={"pixel_values": pixel_values},
         input_axes={"pixel_values": ["batch", 3, *clf.clip.preprocess.size]},
-        outputs={"image_embeds": image_embeds, "logits_per_image": logits.astype(np.float32)},
+        outputs=outputs,
         output_axes={
             "image_embeds": ["batch", image_embeds.shape[1]],
             "logits_per_image": ["batch", "n_labels"],
         },
         logits="logits_per_image",
-        logit_scale=scale,
+        logit_scale=clf.clip.model.logit_scale.detach().exp().item(),
+        further=_further_batches(clf, graph, pixel_values),
     )
+
+
+def _answers(clf: RobustClassifier, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
+    """Return torch's answers to pixel_values [n, 3, height, width], by the names of the graph's outputs."""
+    image_embeds = np.concatenate([clf.encode_pixels(np.stack(rows)) for rows in batched(pixel_values, BATCHES[-1])])
+    scale = clf.clip.model.logit_scale.detach().exp().item()
+    bias = getattr(clf.clip.model, "logit_bias", None)
+    logits = scale * image_embeds @ clf.text_embeds().T + (0 if bias is None else bias.item())
+    return {"image_embeds": image_embeds, "logits_per_image": logits.astype(np.float32)}
+
+
+def _further_batches(clf: RobustClassifier, graph: VisionGraph, pixel_values: np.ndarray) -> dict[str, Batch]:
+    """Return an empty batch; and with a defense one at strength 0, and one on which no latent of S fires.
+
+    Pictures from which a defense takes nothing may be hard to find: so biases stand in that keep every latent silent,
+    in the graph as in torch.
+    """
+    n_labels, d_embed = clf.text_embeds().shape
+    shapes = {"image_embeds": (0, d_embed), "logits_per_image": (0, n_labels)}
+    nothing = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+    further = {"empty": Batch({"pixel_values": pixel_values[:0]}, nothing)}
+    if not is_wrapped(clf.clip.model):
+        return further
+    defense = attached(clf.clip.model)
+    with defense.bypassed():
+        further[PLAIN] = Batch(
+            {"pixel_values": pixel_values, STRENGTH: np.zeros((), np.float32)}, _answers(clf, pixel_values)
+        )
+    few = pixel_values[:_N_QUIET]
+    with _silenced(defense.suppressors()):
+        further["quiet"] = Batch({"pixel_values": few}, _answers(clf, few), silent_biases(graph))
+    return further
+
+
+@contextmanager
+def _silenced(suppressors: Sequence[Suppressor]) -> Iterator[None]:
+    """Keep the latents of suppressors from firing for as long as the context lasts."""
+    before = [suppressor.b_S.clone() for suppressor in suppressors]
+    try:
+        for suppressor in suppressors:
+            suppressor.b_S.copy_(silent_bias(suppressor))
+        yield
+    finally:
+        for suppressor, bias in zip(suppressors, before, strict=True):
+            suppressor.b_S.copy_(bias)
 
 
 def _expected_of_text(clf: RobustClassifier, graph: TextGraph) -> Expected:
@@ -289,8 +343,6 @@ def _expected_of_text(clf: RobustClassifier, graph: TextGraph) -> Expected:
 
 def _golden(clf: RobustClassifier) -> dict[str, np.ndarray]:
     """Return pictures uint8 [n, height, width, 3] with torch's image_embeds, by which a bundle is checked later."""
-    from PIL import Image
-
     if clf.defense is not None and clf.defense.golden is not None:
         pictures = clf.defense.golden.pictures
     else:

@@ -134,6 +134,9 @@ spec:
       protocolVersion: v2  # without it KServe finds no runtime for ONNX
       runtime: kserve-tritonserver
       storageUri: pvc://models/{REPOSITORY}  # where you put that folder of this bundle
+      env:
+        - name: ORT_DISABLE_TELEMETRY
+          value: "1"
       resources:
         requests:
           cpu: "1"

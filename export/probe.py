@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,27 +18,51 @@ from safetensors.numpy import load_file, save_file
 
 from defense.export.sessions import make_options
 
+_kept: list[Any] = []
+"""What sessions use and do not own."""
 JOB, INPUTS, SIGNATURE, OUTPUTS = "job.json", "inputs.safetensors", "signature.json", "outputs.safetensors"
 
 
 def probe(folder: Path) -> None:
-    """Check the graph of a job, run it on every batch of the job and record its signature and answers."""
+    """Check the graph of a job, run it on every batch of the job and record its signature and answers.
+
+    An answer's name is "<output>.<first row>.<last row>", that of a further batch "<output>.<its name>".
+    """
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     onnx.checker.check_model(job["model"], full_check=True)
-    session = ort.InferenceSession(job["model"], make_options(job["options"]), providers=["CPUExecutionProvider"])
+    session = _session(job, {})
     signature = {
         "inputs": {value.name: value.shape for value in session.get_inputs()},
         "outputs": {value.name: value.shape for value in session.get_outputs()},
     }
     (folder / SIGNATURE).write_text(json.dumps(signature), encoding="utf-8")
     inputs = load_file(folder / INPUTS)
-    names = list(signature["outputs"])
+    feeds = {
+        f"{start}.{stop}": {name: np.ascontiguousarray(inputs[name][start:stop]) for name in signature["inputs"]}
+        for start, stop in job["batches"]
+    }
     answers: dict[str, np.ndarray] = {}
-    for start, stop in job["batches"]:
-        feed = {name: np.ascontiguousarray(rows[start:stop]) for name, rows in inputs.items()}
-        for name, array in zip(names, session.run(names, feed), strict=True):
-            answers[f"{name}.{start}.{stop}"] = np.ascontiguousarray(array)
+
+    def answer(batch: str, session: Any, feed: dict[str, np.ndarray]) -> None:
+        for name, array in zip(signature["outputs"], session.run(list(signature["outputs"]), feed), strict=True):
+            answers[f"{name}.{batch}"] = np.ascontiguousarray(array)
+
+    for batch, feed in feeds.items():
+        answer(batch, session, feed)
+    for batch, fields in job["further"].items():
+        constants, feed = ({name: inputs[f"{batch}.{name}"] for name in fields[key]} for key in ("constants", "inputs"))
+        answer(batch, _session(job, constants) if constants else session, feed)
     save_file(answers, folder / OUTPUTS)
+
+
+def _session(job: dict[str, Any], constants: dict[str, np.ndarray]) -> Any:
+    """Return a session of the job's graph, in which `constants` stand in for initializers of these names."""
+    options = make_options(job["options"])
+    for name, array in constants.items():
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        options.add_initializer(name, value)
+        _kept.append(value)
+    return ort.InferenceSession(job["model"], options, providers=["CPUExecutionProvider"])
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ minus the mean, over the standard deviation. `logits_per_image` is [batch, n_lab
 
 ```python
 import json
+import os
 import numpy as np
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: otherwise ONNX Runtime 1.29 and newer phones home
 import onnxruntime
 from PIL import Image
 
@@ -97,8 +99,8 @@ On KServe: put `model_repository` where `storageUri` in `inference-service.yaml`
     return f"""
 ## With NVIDIA Triton
 
-`tritonserver --model-repository=model_repository` serves `clip_defense`. The client prepares pictures, e.g. with this
-bundle and `pip install "tritonclient[http]"`:
+`ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository=model_repository` serves `clip_defense`. The client prepares
+pictures, e.g. with this bundle and `pip install "tritonclient[http]"`:
 
 ```py
 import numpy as np

@@ -1,7 +1,7 @@
 """A bundle behind the calls of `ZeroShotClassifier`, with ONNX Runtime and without torch.
 
 image  --images.decode, Preprocess, in a thread pool-->  pixel_values [batch, 3, height, width]
-       --model.onnx-->                                   image_embeds [batch, d_embed], normalized
+       --model.onnx, at a strength-->                    image_embeds [batch, d_embed], normalized
 labels --text.onnx, or baked in-->                       text_embeds [n_labels, d_embed], normalized
        --logit_scale * cos, softmax-->                   scores [batch, n_labels]
 """
@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,10 @@ from defense.store.folders import Verify
 
 log = logging.getLogger(__name__)
 
+STRENGTH = "strength"
+"""The input of a graph that says how much its defense removes."""
+
+_N_SHOWN = 10
 _left_behind: list[Any] = []
 """Sessions and thread pools of a parent process, kept so that they are never ended here: see `_start`."""
 
@@ -48,12 +53,15 @@ class OnnxClassifier(ZeroShotClassifier):
             many threads as this process may use cores.
         batch_size: Pictures decoded and encoded at once.
         verify: "sha256" checks every byte of the bundle; "size" only the sizes.
+        strength: Factor on what the defense removes, in [0, 1]. 0 switches it off: the answers are those of the CLIP
+            without its defense, as near as `bundle.parity["plain_diff"]` says.
 
     Attributes:
         bundle: What is in the folder.
 
     Raises:
         CheckpointError, IntegrityError: The bundle cannot be used.
+        ConfigError: `strength` lies outside [0, 1]; or it is not 1, and the graph has no such input.
         BackendError: A provider does not start, or a fp16 graph is to run on the CPU.
         MissingDependencyError: onnxruntime is not installed.
     """
@@ -66,13 +74,49 @@ class OnnxClassifier(ZeroShotClassifier):
         session_options: Mapping[str, Any] | None = None,
         batch_size: int = 32,
         verify: Verify = "sha256",
+        strength: float = 1.0,
     ) -> None:
         self.bundle = bundle.load(source, verify=verify)
         super().__init__(batch_size, self.bundle.prompts)
         self.providers = None if providers is None else tuple(providers)
         self.session_options = dict(session_options or {})
-        self._given = {self.bundle.prompts.sha256(): self.bundle.text_embeds}  # not to be had from a text tower
+        self.strength = _checked_strength(strength)
+        self._given = {self.bundle.prompts: self.bundle.text_embeds}  # not to be had from a text tower
         self._start()
+        self._check_strength()
+
+    def with_strength(self, strength: float) -> OnnxClassifier:
+        """Return a classifier with the same graphs, labels and embeddings that differs in its strength alone.
+
+        For shadow runs: `clf.with_strength(0)` beside `clf` takes no second session. Labels that are set on one of them
+        later are not set on the other.
+
+        Raises:
+            ConfigError: See the class.
+        """
+        self._own_process()
+        other = object.__new__(type(self))
+        other.__dict__.update(vars(self))
+        other.strength = _checked_strength(strength)
+        other._check_strength()
+        return other
+
+    @property
+    def has_strength(self) -> bool:
+        """Whether the graph has a strength to set; one without a defense, or of an older version, has none."""
+        self._own_process()
+        return any(value.name == STRENGTH for value in self._session(self.bundle.model).get_overridable_initializers())
+
+    def _check_strength(self) -> None:
+        if self.strength != 1 and not self.has_strength:
+            raise ConfigError(
+                f"strength={self.strength:g}, but the graph in {self.bundle.folder} has no strength: "
+                + (
+                    "there is no defense inside"
+                    if self.bundle.defense is None
+                    else "export the defense again to get one"
+                )
+            )
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> OnnxClassifier:
@@ -174,7 +218,7 @@ class OnnxClassifier(ZeroShotClassifier):
         if np.shape(text_embeds) != want:
             raise ShapeError(f"text_embeds is {list(np.shape(text_embeds))}, want {list(want)} for these labels")
         prompts = Prompts(names, ("{}",))
-        self._given[prompts.sha256()] = labels.average_templates(text_embeds, len(names), 1)
+        self._given[prompts] = labels.average_templates(text_embeds, len(names), 1)
         self.prompts = prompts
         return self
 
@@ -185,20 +229,35 @@ class OnnxClassifier(ZeroShotClassifier):
 
     def _embeds_of(self, prompts: Prompts) -> np.ndarray:
         self._own_process()
+        if (given := self._given_embeds(prompts)) is not None:
+            return given
         key = prompts.sha256()
-        if key in self._given:
-            return self._given[key]
         with self._lock:
             if key not in self._text_embeds:
                 if self.bundle.text_model is None or self.bundle.context_length is None:
                     raise ConfigError(
-                        f"this bundle knows {len(self.bundle.prompts.labels)} labels and has no text tower for others; "
-                        "export it with text=True (defense export --text), or hand over embeddings to set_label_embeds"
+                        f"this bundle has no text tower: it knows the labels {_some(self.bundle.prompts.labels)} in "
+                        f"the template {_template(self.bundle.prompts.templates)}, and any choice of these. For others "
+                        "export it with text=True (defense export --text), or hand embeddings to set_label_embeds"
                     )
                 tokenizer = ClipTokenizer(self.bundle.context_length)
                 warn_of_unknown_words(prompts.labels, tokenizer, self.bundle.blank_tokens)
                 self._text_embeds[key] = labels.encode_prompts(prompts, tokenizer, self.encode_text)
             return self._text_embeds[key]
+
+    def _given_embeds(self, prompts: Prompts) -> np.ndarray | None:
+        """Return text_embeds [n_labels, d_embed] of labels that were baked in or handed over, or of some of them.
+
+        None where that is not so. Of several sets that hold them the last one that was handed over is meant.
+        """
+        if prompts in self._given:
+            return self._given[prompts]
+        for given, embeds in reversed(self._given.items()):
+            row_of = {label: row for row, label in enumerate(given.labels)}
+            if given.templates == prompts.templates and row_of.keys() >= set(prompts.labels):
+                chosen: np.ndarray = embeds[[row_of[label] for label in prompts.labels]]
+                return chosen
+        return None
 
     def encode_text(self, input_ids: np.ndarray) -> np.ndarray:
         """Return the text tower's answer, float32 [n, d_embed], to ids int64 [n, context_length].
@@ -252,7 +311,10 @@ class OnnxClassifier(ZeroShotClassifier):
         if len(pixel_values) == 0:
             return np.empty((0, self.bundle.text_embeds.shape[1]), np.float32)
         try:
-            image_embeds: np.ndarray = session.run(["image_embeds"], {"pixel_values": pixel_values})[0]
+            feed = {"pixel_values": pixel_values}
+            if self.strength != 1:
+                feed[STRENGTH] = np.array(self.strength, np.float32)
+            image_embeds: np.ndarray = session.run(["image_embeds"], feed)[0]
             return image_embeds
         except Exception as error:  # onnxruntime's own exceptions share no base class
             if "allocate" not in str(error) or len(pixel_values) == 1:
@@ -271,7 +333,7 @@ class OnnxClassifier(ZeroShotClassifier):
             CheckpointError: It is larger than the bundle allows.
         """
         want = self.bundle.golden["image_embeds"]
-        got = self.transform(list(self.bundle.golden["pictures"]))
+        got = self.with_strength(1).transform(list(self.bundle.golden["pictures"]))
         difference = float(np.abs(got - want).max())
         cosine = float((got * want).sum(1).min())
         tolerance = self.bundle.tolerance
@@ -281,3 +343,22 @@ class OnnxClassifier(ZeroShotClassifier):
                 f"{tolerance['atol']:.2g} ({tolerance['cosine']}): this runtime does not compute what was exported"
             )
         return difference
+
+
+def _checked_strength(strength: float) -> float:
+    if not isinstance(strength, Real) or not 0 <= strength <= 1:
+        raise ConfigError(
+            f"strength={strength!r}; it must lie in [0, 1]: 0 is the CLIP without its defense, 1 all of it"
+        )
+    return float(strength)
+
+
+def _some(texts: Sequence[str]) -> str:
+    """Return the first few texts, quoted, and how many more there are."""
+    shown = ", ".join(map(repr, texts[:_N_SHOWN]))
+    return shown if len(texts) <= _N_SHOWN else f"{shown} and {len(texts) - _N_SHOWN} more"
+
+
+def _template(templates: tuple[str, ...]) -> str:
+    """Return templates as `set_labels` takes them: the name of a set of them, or the texts."""
+    return next((repr(name) for name, texts in labels.TEMPLATES.items() if texts == templates), _some(templates))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ class Parity:
         cosine: Smallest cosine of an embedding with torch's.
         agreement: Share of rows with the same best label; 1.0 for a graph without labels.
         batch_diff: Largest difference between a row's embedding in a batch and alone.
+        plain_diff: Largest difference of an embedding's entry, at strength 0, from the CLIP without its defense; 0.0
+            for a graph without strength.
     """
 
     rows: int
@@ -89,6 +91,26 @@ class Parity:
     cosine: float
     agreement: float
     batch_diff: float
+    plain_diff: float = 0.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of its own, and what a graph must answer to it.
+
+    Attributes:
+        inputs: Name -> all that is fed.
+        outputs: Name -> rows.
+        constants: Name of an initializer -> what stands in for it.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+    constants: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+PLAIN = "plain"
+"""Name of the further batch that is fed strength 0."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +124,7 @@ class Expected:
         output_axes: Name -> names and sizes of its axes.
         logits: Name of the output that holds logits, [n, n_labels]; None where none does.
         logit_scale: Factor between cosines and logits.
+        further: Name -> a batch that the rows above do not make, e.g. one of no rows, or one on which nothing fires.
     """
 
     inputs: Mapping[str, np.ndarray]
@@ -110,6 +133,7 @@ class Expected:
     output_axes: Mapping[str, list[str | int]]
     logits: str | None = None
     logit_scale: float = 1.0
+    further: Mapping[str, Batch] = field(default_factory=dict)
 
     @property
     def n_rows(self) -> int:
@@ -170,9 +194,20 @@ def _run(
     """
     from defense.export.probe import INPUTS, JOB, OUTPUTS, SIGNATURE
 
-    job = {"model": str(model.resolve()), "batches": list(batches(expected.n_rows)), "options": dict(options)}
+    job = {
+        "model": str(model.resolve()),
+        "batches": list(batches(expected.n_rows)),
+        "further": {
+            name: {"inputs": list(batch.inputs), "constants": list(batch.constants)}
+            for name, batch in expected.further.items()
+        },
+        "options": dict(options),
+    }
     (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
-    save_file({name: np.ascontiguousarray(rows) for name, rows in expected.inputs.items()}, folder / INPUTS)
+    inputs = dict(expected.inputs)
+    for name, batch in expected.further.items():
+        inputs |= {f"{name}.{each}": array for each, array in {**batch.inputs, **batch.constants}.items()}
+    save_file({name: np.ascontiguousarray(array) for name, array in inputs.items()}, folder / INPUTS)
     try:
         done = subprocess.run(
             # -P: a checkout that is the working folder must not stand in for what is installed.
@@ -208,7 +243,7 @@ def _compare_values(answers: Mapping[str, np.ndarray], expected: Expected, toler
     """Return how far a graph's answers are from what is expected.
 
     Args:
-        answers: "<output>.<first row>.<last row>" -> rows, for each output and each of `batches`.
+        answers: As `probe` names them, for each output and each of `batches` and of the further ones.
         expected: What torch says.
         tolerance: What is allowed.
 
@@ -219,7 +254,7 @@ def _compare_values(answers: Mapping[str, np.ndarray], expected: Expected, toler
     if failures := _malformed(answers, expected):
         raise ParityError(tuple(failures), float("nan"), tolerance.atol, embeds)
     parity = _measured(answers, expected, max(_TIE, tolerance.tie * expected.logit_scale))
-    if failures := _excesses(parity, tolerance, embeds):
+    if failures := _excesses(parity, tolerance, embeds) + _further_excesses(answers, expected, tolerance):
         raise ParityError(tuple(failures), parity.max_abs_diff, tolerance.atol, embeds)
     return parity
 
@@ -227,14 +262,37 @@ def _compare_values(answers: Mapping[str, np.ndarray], expected: Expected, toler
 def _malformed(answers: Mapping[str, np.ndarray], expected: Expected) -> list[str]:
     """Return what is wrong with the answers whatever their values should be: shapes, and numbers that are none."""
     failures: dict[str, None] = {}  # in order, and each once: several batches have one row
-    for name, rows in expected.outputs.items():
-        for start, stop in batches(expected.n_rows):
-            part, shape = answers[f"{name}.{start}.{stop}"], rows[start:stop].shape
-            if part.shape != shape:
-                failures[f"{name} is {list(part.shape)} at batch {stop - start}, want {list(shape)}"] = None
-            elif not np.isfinite(part).all():
-                failures[f"{name} holds NaN or infinity at batch {stop - start}"] = None
+    wanted = {
+        (f"{name}.{start}.{stop}", f"batch {stop - start}", name): rows[start:stop].shape
+        for name, rows in expected.outputs.items()
+        for start, stop in batches(expected.n_rows)
+    }
+    for kind, batch in expected.further.items():
+        wanted |= {(f"{name}.{kind}", f"the {kind} batch", name): rows.shape for name, rows in batch.outputs.items()}
+    for (key, words, name), shape in wanted.items():
+        if answers[key].shape != shape:
+            failures[f"{name} is {list(answers[key].shape)} at {words}, want {list(shape)}"] = None
+        elif not np.isfinite(answers[key]).all():
+            failures[f"{name} holds NaN or infinity at {words}"] = None
     return list(failures)
+
+
+def _further_excesses(answers: Mapping[str, np.ndarray], expected: Expected, tolerance: Tolerance) -> list[str]:
+    """Return in what well-formed answers to the further batches are farther from torch than is allowed."""
+    failures = []
+    embeds = next(iter(expected.outputs))
+    for kind, batch in expected.further.items():
+        got, want = answers[f"{embeds}.{kind}"], batch.outputs[embeds]
+        difference = _largest_difference(got, want)
+        if difference > tolerance.atol:
+            failures.append(
+                f"{embeds} differs by {difference:.2g} at the {kind} batch, allowed are {tolerance.atol:.2g}"
+            )
+    return failures
+
+
+def _largest_difference(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.abs(got - want).max(initial=0))
 
 
 def _measured(answers: Mapping[str, np.ndarray], expected: Expected, tie: float) -> Parity:
@@ -249,13 +307,15 @@ def _measured(answers: Mapping[str, np.ndarray], expected: Expected, tie: float)
     embeds = next(iter(expected.outputs))
     got, want, alone = together[embeds], expected.outputs[embeds], rows_of(embeds, singles)
     first = singles[0][0]
+    plain = expected.further.get(PLAIN)
     return Parity(
         rows=expected.n_rows,
         batches=BATCHES,
-        max_abs_diff=float(np.abs(got - want).max()),
+        max_abs_diff=_largest_difference(got, want),
         cosine=float((got * want).sum(1).min()),
         agreement=_agreement(together, expected, tie),
-        batch_diff=float(np.abs(alone - got[first : first + len(alone)]).max()),
+        batch_diff=_largest_difference(alone, got[first : first + len(alone)]),
+        plain_diff=_largest_difference(answers[f"{embeds}.{PLAIN}"], plain.outputs[embeds]) if plain else 0.0,
     )
 
 

@@ -1,10 +1,12 @@
 """The vision tower with the defense inside, in a form that goes through torch.onnx.
 
     pixel_values [batch, 3, height, width] --host.visual, edited after block L--> image_embeds [batch, d_embed]
+    strength [] --factor on what is removed: 1 where nothing is fed, 0 is the CLIP without its defense--^
     text_embeds [n_labels, d_embed] --logit_scale * image_embeds @ text_embeds.T--> logits_per_image [batch, n_labels]
 
 The Suppressor of the library branches on its data, which a graph cannot. So `TracedEdit` restates the one formula from
-a Suppressor's own buffers, and a test holds it equal to `wrap`. Only plain ONNX operators come out of it.
+a Suppressor's own buffers, and a test holds it equal to `wrap`. Only plain ONNX operators come out of it. None of them
+meets an empty tensor because of what is in a picture, and TopK never one: up to ONNX Runtime 1.30 it ends the process.
 
 | mode | a TopK rule ... | the other rules |
 |---|---|---|
@@ -19,9 +21,11 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -35,6 +39,7 @@ from defense.errors import ConfigError
 from defense.export.coordinates import TRANSLATION, coordinates
 from defense.export.layouts import Mode
 from defense.export.operators import rewritten
+from defense.export.runtime import STRENGTH
 from defense.hosts.attach import EditedBlock, attached, is_wrapped
 from defense.hosts.families import tower_of
 
@@ -43,6 +48,7 @@ _TRACED_BATCH = 3  # traced with 1, the exporter fixes the batch at 1 whatever i
 _TRACED_LABELS = 5
 _MAX_SIZE = 2**16
 OUTPUTS = ("image_embeds", "logits_per_image")
+_SILENT = -1e30  # far below what any residual makes of a bias, and far from float32's end
 ONE_FILE_BYTES = 2**31 - 2**20
 """Weights beyond this go to a file beside the graph: protobuf holds no more than 2 GiB."""
 
@@ -51,7 +57,7 @@ class TracedEdit(nn.Module):
     """What one Suppressor subtracts from a residual, without a branch.
 
     Args:
-        suppressor: In float32. Its strength becomes a constant.
+        suppressor: In float32. Its strength becomes a constant, beside the one that the graph is fed.
         mode: See the module.
     """
 
@@ -63,18 +69,19 @@ class TracedEdit(nn.Module):
         self.mode = mode
         self.register_buffer("removal", suppressor.removal * suppressor.strength, persistent=False)
 
-    def forward(self, resid: Tensor) -> Tensor:
-        """Return the share of resid [batch, pos, d_model] to remove, at every pos."""
+    def forward(self, resid: Tensor, strength: Tensor) -> Tensor:
+        """Return what to remove from resid [batch, pos, d_model], at every pos; nothing where strength [] is 0."""
         s = self.suppressor
+        removal = self.removal * strength
         rows = resid.reshape(-1, s.d_model)
         z, scale, _ = normalize(rows, s.norm)
         acts = reference.acts_of_set(z, s.encoder()) if s.W_enc is None else self._topk_acts(z)
         if s.values is not None:
-            delta = reference.steered(acts, self.removal, s.W_dec_S, s.values)
+            delta = reference.steered(acts, removal, s.W_dec_S, s.values)
         elif s.latent_set.edit == "project":
-            delta = self._projected(acts, z - s.b_dec)
+            delta = self._projected(acts, removal, z - s.b_dec)
         else:
-            delta = reference.scaled(acts, self.removal, s.W_dec_S)
+            delta = reference.scaled(acts, removal, s.W_dec_S)
         return (delta if scale is None else delta * scale).reshape(resid.shape)
 
     def _topk_acts(self, z: Tensor) -> Tensor:
@@ -87,7 +94,7 @@ class TracedEdit(nn.Module):
             values = values.relu()
         if self.mode == "static" or s.negative_counts:
             return values * self._survives(z)
-        rows = (values > 0).any(1).nonzero()[:, 0]
+        rows = _rows_where(values > 0)
         kept = values.index_select(0, rows) * self._survives(z.index_select(0, rows))
         return torch.zeros_like(values).index_copy(0, rows, kept)
 
@@ -95,16 +102,27 @@ class TracedEdit(nn.Module):
         s = self.suppressor
         assert s.W_enc is not None
         assert s.b is not None
-        everything = z @ s.W_enc + s.b
+        everything = F.pad(z, (0, 0, 0, 1)) @ s.W_enc + s.b  # a token more, so that of an empty batch there is one too
         kth_largest = everything.topk(s.k, dim=1).values[:, -1:]
-        return everything.index_select(1, s.latents) >= kth_largest  # [:, latents] would transpose it in ONNX
+        survives = everything.index_select(1, s.latents) >= kth_largest  # [:, latents] would transpose it in ONNX
+        return survives[:-1]
 
-    def _projected(self, acts: Tensor, centered: Tensor) -> Tensor:
-        rows = (acts != 0).any(1).nonzero()[:, 0]
+    def _projected(self, acts: Tensor, removal: Tensor, centered: Tensor) -> Tensor:
+        rows = _rows_where(acts != 0)
         W_dec_S = self.suppressor.W_dec_S.double()
         shares = coordinates((acts[rows] != 0).float(), W_dec_S @ W_dec_S.T, centered[rows].double() @ W_dec_S.T)
-        delta = ((shares * self.removal) @ W_dec_S).to(centered.dtype)
+        delta = ((shares * removal) @ W_dec_S).to(centered.dtype)
         return torch.zeros_like(centered).index_copy(0, rows, delta)
+
+
+def _rows_where(fires: Tensor) -> Tensor:
+    """Return the tokens at which any latent fires, int64 [n]: and the first one, so that there is one in every picture.
+
+    Args:
+        fires: Bool, [tokens, n_S].
+    """
+    is_first = torch.arange(fires.shape[0]) == 0  # len() would fix the number
+    return (fires.any(1) | is_first).nonzero()[:, 0]
 
 
 class TracedBlock(nn.Module):
@@ -117,12 +135,12 @@ class TracedBlock(nn.Module):
         self.slices = [token_slice(part.scope, block.n_prefix) for part in parts]
         self.batch_first = block.batch_first
 
-    def hook(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def edited(self, strength: Tensor, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the edited output of the block; each edit sees the unedited one."""
         resid = (output if self.batch_first else output.transpose(0, 1)).float()
         edited = resid
         for edit, tokens in zip(self.edits, self.slices, strict=True):
-            delta = edit(resid[:, tokens])
+            delta = edit(resid[:, tokens], strength)
             before, after = tokens.start or 0, 0 if tokens.stop is None else resid.shape[1] - tokens.stop
             edited = edited - F.pad(delta, (0, 0, before, after))
         edited = edited.to(output.dtype)
@@ -170,28 +188,54 @@ class VisionGraph(nn.Module):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the traced edits stand in for the library's own, and `operators` for the tower's."""
+        """Keep the library's own edits out of the tower, and let `operators` stand in for its modules."""
         with ExitStack() as stack:
             stack.enter_context(rewritten(self.visual))
             if self._attached is not None:
                 stack.enter_context(self._attached.bypassed())
+            yield
+
+    def forward(
+        self, pixel_values: Tensor, text_embeds: Tensor, strength: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return image_embeds [batch, d_embed], normalized, and logits_per_image [batch, n_labels].
+
+        Args:
+            pixel_values: [batch, 3, height, width].
+            text_embeds: [n_labels, d_embed], normalized.
+            strength: Factor on what is removed, float32 []; 1 by default.
+        """
+        with self._edits(torch.ones(()) if strength is None else strength):
+            image_embeds = F.normalize(self.visual(pixel_values.to(self.tower.dtype)).float(), dim=-1)
+        return image_embeds, self.scale * image_embeds @ text_embeds.T + self.bias
+
+    @contextmanager
+    def _edits(self, strength: Tensor) -> Iterator[None]:
+        """Edit the blocks of the tower for as long as the context lasts."""
+        with ExitStack() as stack:
             for hook_point, block in zip(self.hook_points, self.blocks, strict=True):
                 assert isinstance(block, TracedBlock)
-                handle = self.tower.block(hook_point).register_forward_hook(block.hook)
+                handle = self.tower.block(hook_point).register_forward_hook(partial(block.edited, strength))
                 stack.callback(handle.remove)
             yield
 
-    def forward(self, pixel_values: Tensor, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Return image_embeds [batch, d_embed], normalized, and logits_per_image [batch, n_labels]."""
-        image_embeds = F.normalize(self.visual(pixel_values.to(self.tower.dtype)).float(), dim=-1)
-        return image_embeds, self.scale * image_embeds @ text_embeds.T + self.bias
+
+def silent_bias(suppressor: Suppressor) -> Tensor:
+    """Return a bias [n_S] with which none of a suppressor's latents fires, or its own where a negative one could."""
+    return suppressor.b_S if suppressor.negative_counts else torch.full_like(suppressor.b_S, _SILENT)
+
+
+def silent_biases(graph: VisionGraph) -> dict[str, np.ndarray]:
+    """Return such biases for all edits of a graph, by the names that they have in ONNX."""
+    edits = {name: module for name, module in graph.named_modules() if isinstance(module, TracedEdit)}
+    return {f"{name}.suppressor.b_S": silent_bias(edit.suppressor).numpy() for name, edit in edits.items()}
 
 
 def trace_vision(graph: VisionGraph, size: tuple[int, int], text_embeds: Tensor) -> ir.Model:
-    """Return the graph in ONNX, with labels baked in that a caller may replace.
+    """Return the graph in ONNX, with labels and strength baked in that a caller may replace.
 
-    `text_embeds` is an initializer that is also an input: what is fed under this name, for any number of labels, stands
-    in for it.
+    `text_embeds` and `strength` are initializers that are also inputs: what is fed under these names, for any number of
+    labels, stands in for them. A CLIP without a defense has no strength.
 
     Args:
         graph: What to trace.
@@ -202,11 +246,15 @@ def trace_vision(graph: VisionGraph, size: tuple[int, int], text_embeds: Tensor)
         "pixel_values": torch.zeros(_TRACED_BATCH, 3, *size),
         "text_embeds": torch.zeros(_TRACED_LABELS, text_embeds.shape[1]),
     }
+    defaults = {"text_embeds": text_embeds}
+    if len(graph.blocks):
+        example[STRENGTH] = defaults[STRENGTH] = torch.ones(())
     with graph.in_place():
         model = trace(graph, example, {"pixel_values": "batch", "text_embeds": "n_labels"}, OUTPUTS)
-    labels = next(value for value in model.graph.inputs if value.name == "text_embeds")
-    labels.const_value = ir.tensor(text_embeds.numpy(), name="text_embeds")
-    model.graph.register_initializer(labels)
+    for value in model.graph.inputs:
+        if value.name in defaults:
+            value.const_value = ir.tensor(defaults[value.name].numpy(), name=value.name)
+            model.graph.register_initializer(value)
     return model
 
 

@@ -6,6 +6,7 @@ was rejected, 130 interrupted.
 
 from __future__ import annotations
 
+import signal
 from importlib.metadata import version
 from typing import Annotated
 
@@ -27,5 +28,6 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line. SIGTERM ends a command as Ctrl-C does: what is half done is cleaned up."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()

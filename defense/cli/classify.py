@@ -58,6 +58,9 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
     on_error: Annotated[OnError, typer.Option(help="What becomes of a picture that cannot be read.")] = "skip",
     top_k: Annotated[int, typer.Option(min=1, help="How many labels to print.")] = 3,
+    strength: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Of a bundle: factor on what is removed; 0 is plain CLIP.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Classify pictures with plain and with defended CLIP, side by side."""
@@ -73,12 +76,18 @@ def classify(
             raise typer.BadParameter(f"no pictures in {', '.join(map(str, pictures or []))}")
         if bundle.is_bundle(defense):
             if plain or model is not None:
-                raise typer.BadParameter("a bundle holds one defended model; --plain and --model do not go with it")
+                raise typer.BadParameter(
+                    "a bundle holds one defended model; --plain and --model do not go with it, --strength 0 does"
+                )
             given = None if labels is None and labels_file is None else chosen_labels(labels, labels_file, False)
-            _classify_with_bundle(defense, paths, given, template, as_json=as_json, on_error=on_error, top_k=top_k)
+            _classify_with_bundle(
+                defense, paths, given, template, strength, as_json=as_json, on_error=on_error, top_k=top_k
+            )
             return
+        if strength is not None:
+            raise typer.BadParameter("--strength is a bundle's; a defense is shown beside plain CLIP, or see --plain")
         uses_embedded = defense == EMBEDDED and model in (None, EMBEDDED)
-        chosen = chosen_labels(labels, labels_file, uses_embedded)
+        chosen = chosen_labels(labels, labels_file, uses_embedded, defense)
         if plain:
             clf = _undefended(defense, model, pretrained, device)
         else:
@@ -148,6 +157,7 @@ def _classify_with_bundle(
     paths: Sequence[Path],
     chosen: Sequence[str] | None,
     template: str,
+    strength: float | None,
     *,
     as_json: bool,
     on_error: OnError,
@@ -156,7 +166,7 @@ def _classify_with_bundle(
     """Print an answer per picture, without torch."""
     from defense.export.runtime import OnnxClassifier
 
-    clf = OnnxClassifier(folder)
+    clf = OnnxClassifier(folder, strength=1.0 if strength is None else strength)
     if chosen is not None:
         clf.set_labels(chosen, template)
     n_failed = 0

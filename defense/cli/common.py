@@ -69,8 +69,13 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(code) from None
 
 
-def chosen_labels(labels: str | None, labels_file: Path | None, uses_embedded: bool) -> Sequence[str]:
-    """Return the labels given by either option, or the embedded model's own."""
+def chosen_labels(
+    labels: str | None, labels_file: Path | None, uses_embedded: bool, defense: str | None = None
+) -> Sequence[str]:
+    """Return the labels given by either option, or the embedded model's own.
+
+    Where none are given but are needed, a defense that is not there is told first.
+    """
     if labels is not None and labels_file is not None:
         raise typer.BadParameter("give --labels or --labels-file, not both")
     if labels_file is not None:
@@ -80,6 +85,10 @@ def chosen_labels(labels: str | None, labels_file: Path | None, uses_embedded: b
     if labels is not None:
         return [label.strip() for label in labels.split(",")]
     if not uses_embedded:
+        if defense is not None:
+            from defense.store.defenses import find_defense
+
+            find_defense(defense)
         raise typer.BadParameter('--labels or --labels-file is missing, e.g. --labels "dog,cat"')
     from defense.world.scenes import OBJECTS
 

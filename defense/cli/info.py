@@ -120,6 +120,7 @@ def _print_bundle(source: str, expect: str | None, *, check: bool) -> None:
             raise
         say(f"golden embeddings not checked: {error}")
         return
+    put(f"strength    {'0 to 1, 1 by default' if clf.has_strength else 'fixed'}")
     put(f"golden      reproduced on {clf.running_on}, max difference {clf.check_golden():.1e}")
 
 

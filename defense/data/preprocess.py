@@ -15,6 +15,7 @@ from defense.errors import ConfigError, InvalidImageError
 __all__ = ["Preprocess"]
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_STD = (1e-3, 1e3)  # 1/255, for towers that want 0 to 255, is well inside
 _RESIZE_MODES = ("shortest", "longest", "squash")
 
 # What open_clip's PreprocessCfg fills in for keys that a model does not set.
@@ -34,8 +35,8 @@ class Preprocess:
 
     Attributes:
         size: Height and width of the result, in pixels.
-        mean: Subtracted from red, green and blue, which lie in 0 to 1.
-        std: Divides the difference.
+        mean: Subtracted from red, green and blue, which lie in 0 to 1; so does it.
+        std: Divides the difference; 0.001 to 1000.
         interpolation: "bicubic" or "bilinear".
         resize_mode: "shortest" fills the frame and crops the longer side at both ends, "longest" fits the picture in
             and pads, "squash" changes its aspect ratio.
@@ -55,9 +56,10 @@ class Preprocess:
     def __post_init__(self) -> None:
         if not (_are(int, self.size, 2) and min(self.size) > 0):
             raise ConfigError(f"size is {self.size!r}; want a tuple of height and width, in pixels, both above 0")
-        if not (_are(float, self.mean, 3) and _are(float, self.std, 3) and np.array(self.std, np.float32).all()):
+        if not (_are_within(self.mean, 0, 1) and _are_within(self.std, *_STD)):
             raise ConfigError(
-                f"mean is {self.mean!r}, std {self.std!r}; want tuples of three finite floats, no std of zero"
+                f"mean is {self.mean!r}, std {self.std!r}; want tuples of three finite floats: mean in 0 to 1, std in "
+                f"{_STD[0]:g} to {_STD[1]:g}, so no std of zero"
             )
         if self.interpolation not in _RESAMPLING:
             raise ConfigError(f"interpolation is {self.interpolation!r}; want one of {', '.join(_RESAMPLING)}")
@@ -164,6 +166,11 @@ def _are(kind: type, values: object, count: int) -> bool:
         and len(values) == count
         and all(type(value) in kinds and math.isfinite(value) for value in values)
     )
+
+
+def _are_within(values: Any, low: float, high: float) -> bool:
+    """Return whether `values` is a tuple of three floats of that range."""
+    return _are(float, values, 3) and all(low <= value <= high for value in values)
 
 
 def _offset(frame: int, side: int) -> int:

@@ -87,8 +87,8 @@ def test_fault_51_a_bad_manifest_is_refused(copied, text, message):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("labels", ["dog", "cat"], "for 2 labels"),
-        ("labels", [], "Prompts got labels"),
+        ("labels", ["dog", "cat"], r"\[3, 32\]; want float32 \[2, 32\]"),
+        ("labels", [], "no label was given"),
         ("logit_scale", "high", "logit_scale is 'high'"),
         ("model", "other.onnx", "names other.onnx"),
         ("preprocess", {"size": [32, 32]}, "preprocess has the keys"),
@@ -98,6 +98,88 @@ def test_fault_51_a_bad_manifest_is_refused(copied, text, message):
 def test_fault_51_a_field_that_does_not_go_with_the_rest_is_refused(copied, field, value, message):
     with pytest.raises(CheckpointError, match=message):
         bundle.load(restated(copied, **{field: value}))
+
+
+SET = {"name": "text", "latents": 20, "edit": "project", "scope": "all"}
+SITE = {"hook_point": "blocks.1.hook_resid_post", "act": "topk", "d_sae": 160, "sets": [SET]}
+PREPROCESS = {
+    "size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest",
+    "fill_color": 0,
+}  # fmt: skip
+TOLERANCE = {"atol": 1e-5, "cosine": 0.99999, "agreement": 1.0, "tie": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("logit_scale", 1e308, "logit_scale is 1e.308"),
+        ("logit_scale", -100.0, "logit_scale is -100.0"),
+        ("logit_scale", 0.0, "logit_scale is 0.0"),
+        ("logit_scale", True, "logit_scale is True"),
+        ("preprocess", {**PREPROCESS, "mean": [1e30] * 3}, "mean in 0 to 1"),
+        ("preprocess", {**PREPROCESS, "mean": [-0.5] * 3}, "mean in 0 to 1"),
+        ("preprocess", {**PREPROCESS, "std": [1e-30] * 3}, "std in 0.001 to 1000"),
+        ("preprocess", {**PREPROCESS, "std": [0.5, -0.5, 0.5]}, "std in 0.001 to 1000"),
+        ("preprocess", {**PREPROCESS, "std": 0.5}, "std 0.5"),
+        ("labels", ["dog", "cat", 7], "labels.2. = 7 is of type int"),
+        ("labels", ["dog", "cat", "dog"], "repeats labels.0."),
+        ("labels", ["dog", "cat", " dog "], "repeats labels.0."),
+        ("labels", ["dog", "cat", "<|endoftext|>"], "can start or end a prompt"),
+        ("labels", ["dog", "cat", "a\nb"], "control character"),
+        ("labels", ["dog", "cat", ""], "is blank"),
+        ("templates", ["a photo"], "wants exactly one"),
+        ("templates", [], "no template"),
+        ("templates", [1], "of type int"),
+        ("mode", "fast", "mode is 'fast'; want one of delta, exact, static"),
+        ("dtype", "fp8", "dtype is 'fp8'; want one of"),
+        ("d_embed", 0, "d_embed is 0"),
+        ("d_embed", 33, r"want float32 \[3, 33\]"),
+        ("context_length", None, "without the other"),
+        ("context_length", -1, "context_length is -1"),
+        ("tolerance", {**TOLERANCE, "atol": 1e9}, "atol is 1000000000.0"),
+        ("tolerance", {**TOLERANCE, "cosine": -1.0}, "cosine is -1.0"),
+        ("tolerance", {**TOLERANCE, "tie": "0"}, "tie is '0'"),
+        ("host", {}, "sha256"),
+        ("host", {"sha256": "abc"}, "sha256"),
+        ("host", {"sha256": "0" * 64, "model": 3}, "model is 3"),
+        ("defense", {}, "defense has the keys"),
+        ("defense", {"manifest_sha256": None, "sites": [{**SITE, "sets": [{"name": "text"}]}]}, "a set of the defense"),
+        ("defense", {"manifest_sha256": None, "sites": ["text"]}, "a site of the defense"),
+    ],
+)  # fmt: skip
+def test_fault_a_value_that_the_api_would_refuse_is_refused_in_a_manifest(copied, field, value, message):
+    with pytest.raises(CheckpointError, match=message):
+        bundle.load(restated(copied, **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor", "change", "message"),
+    [
+        ("labels", "text_embeds", lambda a: a * 0, "row 0 has the length 0"),
+        ("labels", "text_embeds", lambda a: a * 1000, "row 0 has the length 1000"),
+        ("labels", "text_embeds", lambda a: a.astype(np.float64), "float64"),
+        ("labels", "text_embeds", lambda a: a[:, :31], r"want float32 \[3, 32\]"),
+        ("labels", "blank_tokens", lambda a: a.astype(np.int64), "want bool"),
+        ("golden", "image_embeds", lambda a: a * 0, "row 0 has the length 0"),
+        ("golden", "image_embeds", lambda a: a[:1], r"want float32 \[3, 32\]"),
+        ("golden", "pictures", lambda a: a[:0], "want uint8"),
+        ("golden", "pictures", lambda a: a.astype(np.float32), "want uint8"),
+    ],
+)
+def test_fault_tensors_that_cannot_be_right_are_refused(copied, file, tensor, change, message):
+    path = copied / f"{file}.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, tensor: np.ascontiguousarray(change(tensors[tensor]))}, path)
+    with pytest.raises(CheckpointError, match=message):
+        bundle.load(restated(copied))
+
+
+@pytest.mark.parametrize(("file", "tensor"), [("labels", "text_embeds"), ("golden", "pictures")])
+def test_fault_a_tensor_that_is_missing_is_refused(copied, file, tensor):
+    path = copied / f"{file}.safetensors"
+    save_file({name: array for name, array in load_file(path).items() if name != tensor}, path)
+    with pytest.raises(CheckpointError, match=tensor):
+        bundle.load(restated(copied))
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path):

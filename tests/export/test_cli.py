@@ -18,6 +18,7 @@ from defense.cli import app
 from defense.core.latents import LatentSet
 from defense.export import bundle, exporter
 from defense.export.verify import ParityError
+from defense.hosts.attach import attached
 from defense.store import defenses
 
 from ..conftest import random_defense, random_sae
@@ -46,7 +47,13 @@ def test_export_then_info(defense_folder, tmp_path):
     assert manifest in printed
     code, printed, _ = run("info", out, "--expect", manifest)
     assert code == 0
-    for expected in ("2, fixed", "relu SAE", "text: 60 latents", "golden      reproduced on CPUExecutionProvider"):
+    for expected in (
+        "2, fixed",
+        "relu SAE",
+        "text: 60 latents",
+        "strength    0 to 1",
+        "golden      reproduced on CPUExecutionProvider",
+    ):
         assert expected in printed
 
 
@@ -64,6 +71,28 @@ def test_classify_takes_a_bundle(tiny_bundle, picture):
     code, printed, _ = run("classify", picture, "--defense", tiny_bundle, "--labels", "stone,tree", "--json")
     assert code == 0
     assert {row["label"] for row in json.loads(printed)["robust"]} == {"stone", "tree"}
+
+
+def test_strength_switches_the_defense_of_a_bundle_off(tiny_bundle, tiny_classifier, seven_pictures, tmp_path):
+    Image.fromarray(seven_pictures[0]).save(tmp_path / "noise.png")
+    code, printed, _ = run("classify", tmp_path, "--defense", tiny_bundle, "--json", "--strength", "0")
+    assert code == 0
+    with attached(tiny_classifier.clip.model).bypassed():
+        want = {row["label"]: row["score"] for row in tiny_classifier(seven_pictures[0])}
+    got = {row["label"]: row["score"] for row in json.loads(printed)["robust"]}
+    assert got == pytest.approx(want, abs=1e-4)
+    _, printed, _ = run("classify", tmp_path, "--defense", tiny_bundle, "--json")
+    assert {row["label"]: row["score"] for row in json.loads(printed)["robust"]} != pytest.approx(want, abs=1e-4)
+    code, _, err = run("classify", tmp_path, "--strength", "0")
+    assert code == 2
+    assert "--strength is a bundle's" in err
+
+
+@pytest.mark.parametrize("command", [["classify", "picture.png"], ["export", "out"]])
+def test_a_defense_that_is_not_there_is_told_before_labels_are_asked_for(command):
+    code, _, err = run(*command, "--defense", "/nope")
+    assert code == 5
+    assert "no defense at /nope" in err
 
 
 @pytest.mark.parametrize("option", [["--plain"], ["--model", "ViT-B-32"]])
@@ -121,6 +150,34 @@ def test_a_parity_failure_exits_with_5_and_leaves_nothing(defense_folder, tiny_g
     assert code == 5
     assert "image_embeds differs by 1" in err
     assert {path.name for path in tmp_path.iterdir()} == {"defense"}
+
+
+TERMINATED = """
+import sys, time
+from defense.export import exporter
+def verify(*_):
+    print("verifying", flush=True)
+    time.sleep(60)
+exporter.verify = verify
+exporter.trace_vision = exporter.write = lambda *_: None
+from defense.cli import main
+sys.argv = ["defense", *sys.argv[1:]]
+main()
+"""
+
+
+def test_fault_75_sigterm_ends_an_export_as_ctrl_c_does(defense_folder, tmp_path):
+    command = [sys.executable, "-P", "-c", TERMINATED, "export", tmp_path / "bundle", "--labels", "dog,cat"]
+    with subprocess.Popen(
+        [*command, "--defense", defense_folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "verifying\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["defense"]
 
 
 def without(modules: list[str], *arguments: object) -> subprocess.CompletedProcess:

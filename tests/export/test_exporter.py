@@ -66,10 +66,10 @@ def test_bundle_holds_what_was_asked_for(tiny_bundle, tiny_classifier):
     assert "blocks.1.hook_resid_post" in metadata["defense"]
 
 
-def wrong(tiny_classifier, monkeypatch, change, dtype="fp32") -> None:
+def wrong(monkeypatch, change) -> None:
     """Let torch expect something else than what the graph computes."""
-    right = exporter._expected_of_vision(tiny_classifier, dtype)
-    monkeypatch.setattr(exporter, "_expected_of_vision", lambda _clf, _dtype: change(right))
+    right = exporter._expected_of_vision
+    monkeypatch.setattr(exporter, "_expected_of_vision", lambda *arguments: change(right(*arguments)))
 
 
 def shifted(expected: verify.Expected) -> verify.Expected:
@@ -86,7 +86,7 @@ def shifted(expected: verify.Expected) -> verify.Expected:
     ids=["values", "names"],
 )
 def test_a_graph_that_answers_otherwise_is_not_written(tiny_classifier, tmp_path, monkeypatch, change, message):
-    wrong(tiny_classifier, monkeypatch, change)
+    wrong(monkeypatch, change)
     with pytest.raises(ParityError, match=message):
         export_onnx(tiny_classifier, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -98,7 +98,7 @@ def test_int8_that_changes_labels_is_not_written(tiny_classifier, tmp_path, monk
         logits[:3, :] = np.where(logits[:3] == logits[:3].max(1, keepdims=True), -99, logits[:3])  # 3 of 200
         return replace(expected, outputs={**expected.outputs, "logits_per_image": logits})
 
-    wrong(tiny_classifier, monkeypatch, flipped, "int8")
+    wrong(monkeypatch, flipped)
     with pytest.raises(ParityError, match=r"of 200 rows get another label; 99.0% must be the same"):
         export_onnx(tiny_classifier, tmp_path / "out", dtype="int8")
     assert list(tmp_path.iterdir()) == []

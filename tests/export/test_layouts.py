@@ -143,6 +143,15 @@ INFERENCE_SERVICE = {
                                 "protocolVersion": {"enum": ["v1", "v2", "grpc-v1", "grpc-v2"]},
                                 "runtime": {"type": "string"},
                                 "storageUri": {"type": "string", "pattern": "^(pvc|s3|gs|https|hf)://"},
+                                "env": {
+                                    "type": "array",
+                                    "items": {
+                                        "type": "object",
+                                        "additionalProperties": False,
+                                        "required": ["name", "value"],
+                                        "properties": {"name": {"type": "string"}, "value": {"type": "string"}},
+                                    },
+                                },
                                 "resources": {
                                     "type": "object",
                                     "additionalProperties": {
@@ -168,6 +177,7 @@ def test_the_inference_service_is_one(kserve):
     model = service["spec"]["predictor"]["model"]
     assert (model["modelFormat"]["name"], model["protocolVersion"]) == ("onnx", "v2")
     assert model["storageUri"].endswith(REPOSITORY)
+    assert model["env"] == [{"name": "ORT_DISABLE_TELEMETRY", "value": "1"}]
 
 
 def test_the_client_in_the_readme_sends_what_the_graph_takes(kserve):

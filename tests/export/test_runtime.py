@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
 import os
 import pickle
@@ -37,6 +38,7 @@ from defense.errors import (
 )
 from defense.export import sessions
 from defense.export.runtime import OnnxClassifier
+from defense.hosts.attach import attached
 
 from ..conftest import restated
 
@@ -90,6 +92,97 @@ def test_without_a_text_graph_labels_come_as_embeddings(copied, seven_pictures, 
     np.testing.assert_allclose(scores, want, atol=1e-4)
     with pytest.raises(ShapeError, match=r"\[2, 3\], want \[2, 32\]"):
         clf.set_label_embeds(["stone", "tree"], np.zeros((2, 3)))
+
+
+def test_some_of_the_labels_of_a_bundle_without_a_text_graph_are_candidates_too(copied, seven_pictures):
+    (copied / "text.onnx").unlink()
+    clf = OnnxClassifier(restated(copied, text_model=None, context_length=None))
+    whole = {row["label"]: row["score"] for row in clf(seven_pictures[0])}
+    two = clf(seven_pictures[0], ["red fish", "dog"])
+    assert {row["label"] for row in two} == {"red fish", "dog"}
+    odds = whole["red fish"] / whole["dog"]
+    scores = {row["label"]: row["score"] for row in two}
+    assert scores["red fish"] / scores["dog"] == pytest.approx(odds, rel=1e-4)
+    assert list(clf.set_labels(["cat", "dog"]).predict(seven_pictures[:1])) in (["cat"], ["dog"])
+    with pytest.raises(ConfigError, match=r"knows the labels 'dog', 'cat', 'red fish' in the template 'simple'"):
+        clf.set_labels(["dog", "stone"])
+    with pytest.raises(ConfigError, match="no text tower"):
+        clf.set_labels(["dog", "cat"], "a sketch of {}")
+
+
+def test_some_of_the_labels_that_were_handed_over_are_candidates_too(copied, seven_pictures):
+    clf = OnnxClassifier(copied)
+    text_embeds = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
+    clf.set_label_embeds(["stone", "tree", "dog"], text_embeds)
+    unit = text_embeds / np.linalg.norm(text_embeds, axis=1, keepdims=True)
+    clf.set_labels(["dog", "stone"], ["{}"])
+    np.testing.assert_allclose(clf.text_embeds(), unit[[2, 0]], atol=1e-6)
+
+
+# --- strength ---------------------------------------------------------------------------------------------------------
+
+
+def test_strength_0_is_the_clip_without_its_defense(tiny_bundle, tiny_classifier, seven_pictures):
+    clf = OnnxClassifier(tiny_bundle, strength=0)
+    defended = OnnxClassifier(tiny_bundle).transform(seven_pictures)
+    with attached(tiny_classifier.clip.model).bypassed():
+        plain = tiny_classifier.transform(seven_pictures)
+    assert np.abs(defended - plain).max() > 1e-3
+    np.testing.assert_allclose(clf.transform(seven_pictures), plain, atol=1e-6)
+    assert clf.bundle.parity["plain_diff"] <= 1e-6
+
+
+def test_a_strength_between_is_torch_s(tiny_bundle, tiny_classifier, seven_pictures):
+    defense = attached(tiny_classifier.clip.model)
+    defense.set_strength(0.5)
+    try:
+        want = tiny_classifier.transform(seven_pictures)
+    finally:
+        defense.set_strength(1)
+    np.testing.assert_allclose(OnnxClassifier(tiny_bundle, strength=0.5).transform(seven_pictures), want, atol=1e-5)
+
+
+def test_a_shadow_run_takes_the_same_session_and_leaves_the_other_alone(tiny_bundle, seven_pictures):
+    clf = OnnxClassifier(tiny_bundle)
+    want = clf.transform(seven_pictures)
+    shadow = clf.with_strength(0)
+    assert shadow._session("model.onnx") is clf._session("model.onnx")
+    with ThreadPoolExecutor(4) as pool:
+        both = list(pool.map(lambda made: made.transform(seven_pictures), [clf, shadow] * 8))
+    for got, plain in zip(both[::2], both[1::2], strict=True):
+        np.testing.assert_array_equal(got, want)
+        assert np.abs(got - plain).max() > 1e-3
+    shadow.set_labels(["stone", "tree"])
+    assert list(clf.classes_) == ["dog", "cat", "red fish"]
+    again = pickle.loads(pickle.dumps(shadow))
+    np.testing.assert_array_equal(again.transform(seven_pictures), both[1])
+    assert shadow.check_golden() <= 1e-5
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), "1", None])
+def test_a_strength_out_of_range_is_refused(tiny_bundle, clf, strength):
+    for make in (lambda: OnnxClassifier(tiny_bundle, strength=strength), lambda: clf.with_strength(strength)):
+        with pytest.raises(ConfigError, match="must lie in"):
+            make()
+
+
+def without_strength(folder: Path) -> Path:
+    """A bundle as older versions wrote it: strength is a constant of the graph."""
+    model = onnx.load(folder / "model.onnx")
+    model.graph.input.remove(next(value for value in model.graph.input if value.name == "strength"))
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    parity = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["parity"]
+    del parity["plain_diff"]
+    return restated(folder, parity=parity)
+
+
+def test_an_older_bundle_still_works_and_says_that_it_has_no_strength(copied, clf, seven_pictures):
+    old = OnnxClassifier(without_strength(copied))
+    np.testing.assert_array_equal(old.transform(seven_pictures), clf.transform(seven_pictures))
+    assert (old.has_strength, clf.has_strength) == (False, True)
+    for make in (lambda: OnnxClassifier(copied, strength=0), lambda: old.with_strength(0)):
+        with pytest.raises(ConfigError, match="has no strength: export the defense again"):
+            make()
 
 
 def test_forgotten_labels_are_encoded_again_and_given_ones_stay(tiny_bundle, tiny_classifier):

@@ -14,6 +14,7 @@ pytest.importorskip("onnxruntime")
 import onnx
 import onnxruntime as ort
 import torch
+from onnx.reference import ReferenceEvaluator
 
 from defense.classify.classifier import RobustClassifier
 from defense.core.latents import LatentSet
@@ -167,6 +168,96 @@ def test_labels_are_baked_in_and_replaced_by_what_is_fed(topk):
     assert session.run(None, {"pixel_values": pixels(2)})[1].shape == (2, 3)
 
 
+# --- nothing fires, or there is nothing ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def proto(tiny_graphs) -> onnx.ModelProto:
+    """The graph of the TopK defense that projects."""
+    return vision.ir.to_proto(tiny_graphs["trace_vision"])
+
+
+def with_bias(proto: onnx.ModelProto, bias: float) -> onnx.ModelProto:
+    """The same graph with another bias of the latents of S: with a low one none of them ever fires."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    (tensor,) = [tensor for tensor in changed.graph.initializer if tensor.name.endswith(".b_S")]
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(tensor.dims, bias, np.float32), tensor.name))
+    return changed
+
+
+def everything_in(proto: onnx.ModelProto, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
+    """What every operator gives and takes, by onnx's own implementation."""
+    run = ReferenceEvaluator(proto).run
+    results = run(None, {"pixel_values": pixel_values}, intermediate=True)
+    return {name: value for name, value in results.items() if isinstance(value, np.ndarray)}
+
+
+def test_fault_85_no_operator_meets_an_empty_tensor_where_nothing_fires(proto):
+    values = everything_in(with_bias(proto, -1e30), pixels(2))
+    assert [node.op_type for node in proto.graph.node].count("TopK") == 2
+    assert len(values) > 100
+    used = {name for node in proto.graph.node for name in (*node.input, *node.output)}
+    assert [name for name, value in values.items() if name in used and value.ndim and value.size == 0] == []
+
+
+def test_fault_85_topk_meets_a_row_in_an_empty_batch_too(proto):
+    values = everything_in(proto, pixels(1)[:0])
+    assert values["image_embeds"].shape == (0, 32)
+    ranked = [node.input[0] for node in proto.graph.node if node.op_type == "TopK"]
+    assert [len(values[name]) for name in ranked] == [1, 1]
+
+
+@pytest.mark.parametrize("bias", [None, -1e30], ids=["firing", "quiet"])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_onnx_s_own_implementation_agrees(proto, bias, batch):
+    changed = proto if bias is None else with_bias(proto, bias)
+    session = ort.InferenceSession(changed.SerializeToString(), providers=["CPUExecutionProvider"])
+    pixel_values = pixels(3)[:batch]
+    got = ReferenceEvaluator(changed).run(None, {"pixel_values": pixel_values})
+    np.testing.assert_allclose(got[0], session.run(None, {"pixel_values": pixel_values})[0], atol=1e-6)
+
+
+def test_a_loop_says_from_the_start_whether_it_runs(proto):
+    loops = [node for node in proto.graph.node if node.op_type == "Loop"]
+    assert len(loops) == 1
+    assert all(node.input[1] for node in loops)
+
+
+def test_silent_biases_have_the_names_that_the_graph_gives_them(tiny_classifier, proto):
+    biases = vision.silent_biases(vision.VisionGraph(tiny_classifier.clip.model))
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    assert {name: bias.shape for name, bias in biases.items()} == {"blocks.0.edits.0.suppressor.b_S": (20,)}
+    assert biases.keys() <= shapes.keys()
+
+
+def openvino_answers(path, pixel_values: np.ndarray) -> np.ndarray:
+    """The embeddings by OpenVINO; the test is skipped where that is not installed."""
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return compiled([pixel_values])[0]
+
+
+@pytest.mark.parametrize("bias", [None, -1e30], ids=["firing", "quiet"])
+def test_openvino_agrees(proto, tmp_path, bias):
+    onnx.save(proto if bias is None else with_bias(proto, bias), tmp_path / "model.onnx")
+    session = session_of(tmp_path / "model.onnx")
+    for batch in (0, 1, 3):
+        pixel_values = pixels(3)[:batch]
+        got = openvino_answers(tmp_path / "model.onnx", pixel_values)
+        np.testing.assert_allclose(got, session.run(None, {"pixel_values": pixel_values})[0], atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+def test_openvino_agrees_on_every_rule(tiny_clip, tmp_path, name):
+    pytest.importorskip("openvino")
+    mode, sites = RULES[name]
+    session = written(traced(classifier(tiny_clip, sites), mode), tmp_path)
+    got = openvino_answers(tmp_path / "model.onnx", pixels(5))
+    np.testing.assert_allclose(got, session.run(None, {"pixel_values": pixels(5)})[0], atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_goes_through_onnx_with_plain_operators(tiny_clip, tmp_path, name):
@@ -176,6 +267,13 @@ def test_every_rule_goes_through_onnx_with_plain_operators(tiny_clip, tmp_path, 
     for batch in (1, 2, 5):
         got = session.run(None, {"pixel_values": pixels(batch)})
         np.testing.assert_allclose(got[0], expected(clf, pixels(batch))[0], atol=1e-5)
+    empty = session.run(None, {"pixel_values": pixels(1)[:0]})
+    assert [array.shape for array in empty] == [(0, 32), (0, 3)]
+    if sites[0][2].latents:
+        with attached(clf.clip.model).bypassed():
+            plain = expected(clf, pixels(5))[0]
+        got = session.run(None, {"pixel_values": pixels(5), "strength": np.zeros((), np.float32)})
+        np.testing.assert_allclose(got[0], plain, atol=1e-6)
     model = onnx.load(tmp_path / "model.onnx")
     assert {entry.domain for entry in model.opset_import} == {""}
     data_dependent = {"NonZero", "Loop"} & {node.op_type for node in model.graph.node}
