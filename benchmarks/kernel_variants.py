@@ -21,9 +21,10 @@ Edit = Callable[[Workload], Tensor]
 def kernels(workload: Workload) -> Tensor:
     """Return the edited residual, by the kernels of `ops.fused`."""
     resid, encoder, W_dec_S = workload.resid, workload.encoder, workload.W_dec_S
-    return ops.fused_suppress(
-        resid, resid, token_slice("all", 1), workload.norm, encoder, W_dec_S, workload.removal
-    )  # fmt: skip
+    everywhere = token_slice("all", 1)
+    edited = ops.fused_suppress(resid, resid, everywhere, workload.norm, encoder, W_dec_S, workload.removal)
+    assert edited is not None
+    return edited
 
 
 def plain_reference(workload: Workload) -> Tensor:

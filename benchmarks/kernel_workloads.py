@@ -94,6 +94,7 @@ def draw(
         b=b if is_topk else None,
         latents=latents if is_topk else None,
         k=case.k if is_topk else 0,
+        b_others=b.index_fill(0, latents, -torch.inf) if is_topk else None,
     )
     W_dec = directions.to(dtype)
     return Workload(case, norm, share, resid, encoder, latents, W_dec, W_dec[latents], removal.to(dtype))

@@ -81,7 +81,8 @@ class SparseAutoencoder(nn.Module):
         check_parameters(config, parameters)
         self.config = config
         for name, array in parameters.items():
-            self.register_buffer(name, torch.from_numpy(np.array(array, dtype=np.float32)))
+            # In C order: a transposed checkpoint would be copied at every call of the kernels.
+            self.register_buffer(name, torch.from_numpy(np.array(array, dtype=np.float32, order="C")))
         bias = self.b_enc - self.b_dec @ self.W_enc if config.subtract_b_dec else self.b_enc
         self.register_buffer("folded_bias", bias, persistent=False)
 

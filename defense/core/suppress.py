@@ -68,6 +68,7 @@ class Suppressor(nn.Module):
     b_mag_S: Tensor | None
     W_enc: Tensor | None
     b: Tensor | None
+    b_others: Tensor | None
 
     _EXACT = ("threshold_S", "latents")
     """Buffers whose values must survive `.half()`: a rounded threshold decides differently."""
@@ -126,7 +127,7 @@ class Suppressor(nn.Module):
         """Return the encoder parts needed for the activations of the latents in S; ask anew after `.to()`."""
         return Encoder(
             self.W_S, self.b_S, self.threshold_S, self.W_mag_S, self.b_mag_S,
-            self.W_enc, self.b, self.latents, self.k, self.negative_counts,
+            self.W_enc, self.b, self.latents, self.k, self.negative_counts, self.b_others,
         )  # fmt: skip
 
     def acts(self, resid: Tensor) -> Tensor:
@@ -171,7 +172,10 @@ class Suppressor(nn.Module):
         if ops.runs_fused(self.backend, resid, encoder, self.latent_set.edit):
             self._check(resid)
             removal = self.removal * self.strength
-            return ops.fused_suppress(edited, resid, tokens, self.norm, encoder, self.W_dec_S, removal)
+            parts = edited, resid, tokens, self.norm, encoder, self.W_dec_S, removal
+            fused = ops.fused_suppress(*parts, backend=self.backend)
+            if fused is not None:
+                return fused
         edited = edited.to(torch.promote_types(edited.dtype, torch.float32), copy=edited is resid)
         edited[:, tokens] -= self.removed(resid[:, tokens], acts)
         return edited
@@ -218,6 +222,7 @@ def _encoder_tensors(sae: SparseAutoencoder, latents: Tensor) -> dict[str, Tenso
         "b_mag_S": b_mag,
         "W_enc": sae.W_enc if config.act == "topk" else None,
         "b": bias if config.act == "topk" else None,
+        "b_others": bias.index_fill(0, latents, -torch.inf) if config.act == "topk" else None,
     }
 
 

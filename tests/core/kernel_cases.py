@@ -14,7 +14,7 @@ from defense.benchmarks.kernel_parity import exact_edit, gate, n_unequal
 from defense.core import ops
 from defense.core.latents import LatentSet
 from defense.core.ops import fused, reference
-from defense.core.ops.fused import decode, encode, threshold, topk
+from defense.core.ops.fused import decode, encode, suppression, topk
 from defense.core.ops.reference import Encoder
 from defense.core.suppress import Suppressor, suppress
 from defense.errors import BackendError
@@ -71,7 +71,7 @@ def _poisoned_memory(monkeypatch):
 
     names = {name: getattr(torch, name) for name in dir(torch)}
     names |= {name: poisoned(names[name]) for name in ("empty", "empty_like")}
-    for module in (topk, threshold, encode, decode):
+    for module in (topk, suppression, encode, decode):
         monkeypatch.setattr(module, "torch", SimpleNamespace(**names))
     fused.launches.clear()
 
@@ -150,9 +150,8 @@ def integers(*shape: int, seed: int) -> torch.Tensor:
 def test_ties_at_rank_k_are_all_kept_as_in_the_reference(dtype, k):
     W_enc, z = integers(64, 300, seed=0), integers(1, 40, 64, seed=1)
     latents, b = torch.arange(0, 200, 5, device=DEVICE), torch.zeros(300, device=DEVICE)
-    encoder = Encoder(
-        W_enc[:, latents], b[latents], None, None, None, W_enc, b, latents, k
-    )  # fmt: skip
+    encoder = Encoder(W_enc[:, latents], b[latents], None, None, None, W_enc, b, latents, k)
+    others = b.index_fill(0, latents, -torch.inf)
     everything = (z[0] @ W_enc).sort(descending=True).values
     assert (everything[:, k - 1] == everything[:, k]).any(), "the case must have ties"
     # Decoder rows of one hot column each: every activation can be read off, exactly in every dtype.
@@ -160,7 +159,8 @@ def test_ties_at_rank_k_are_all_kept_as_in_the_reference(dtype, k):
     want = reference.acts_of_set(z[0], encoder) / 64
     parts = [tensor.to(dtype) for tensor in (W_enc[:, latents], b[latents], rows, torch.ones(40, device=DEVICE))]
     zero = torch.zeros(1, 40, 64, device=DEVICE)
-    got = fused.topk_suppress(zero, z.to(dtype), 0, 40, "none", *parts, W_enc.to(dtype), b.to(dtype), latents, k)
+    whole = W_enc.to(dtype), others.to(dtype), k
+    got = fused.suppress(zero, z.to(dtype), 0, 40, "none", *parts, None, *whole)
     assert want.count_nonzero() > 0
     assert torch.equal(-got[0, :, :40], want)
 
@@ -174,9 +174,10 @@ def test_a_candidate_is_left_out_of_its_own_count_by_its_index():
     is_at_rank_k = torch.zeros_like(h, dtype=torch.bool).scatter(1, h.topk(8, dim=1).indices[:, 7:], True)
     is_tested = (is_at_rank_k & (gap > 1e-3)[:, None] & (h > 1e-3))[:, :64]
     assert is_tested.sum() > 20
-    got = fused.topk_suppress(
+    got = fused.suppress(
         torch.zeros_like(resid), resid, 0, 150, "none", W_enc[:, :64] * (1 - 1e-5), b[:64],
-        torch.eye(64, device=DEVICE), torch.ones(64, device=DEVICE), W_enc, b, latents, 8,
+        torch.eye(64, device=DEVICE), torch.ones(64, device=DEVICE), None, W_enc,
+        b.index_fill(0, latents, -torch.inf), 8,
     )  # fmt: skip
     torch.testing.assert_close(-got[0][is_tested], h[:, :64][is_tested], atol=1e-3, rtol=0)
 
@@ -376,9 +377,9 @@ def test_opcheck():
     suppressor = kernels(sae, some_set(4, 160))
     W_S, b_S, W_dec_S, removal = suppressor.W_S, suppressor.b_S, suppressor.W_dec_S, suppressor.removal
     of_set = (resid, resid, 1, 3, "none", W_S, b_S)
-    whole = (suppressor.W_enc, suppressor.b, suppressor.latents, 8)
-    torch.library.opcheck(fused.topk_suppress, (*of_set, W_dec_S, removal, *whole))
-    torch.library.opcheck(fused.threshold_suppress, (*of_set, None, W_dec_S, removal))
+    whole = (suppressor.W_enc, suppressor.b_others, 8)
+    torch.library.opcheck(fused.suppress, (*of_set, W_dec_S, removal, None, *whole))
+    torch.library.opcheck(fused.suppress, (*of_set, W_dec_S, removal, None, None, None, 0))
     torch.library.opcheck(fused.encode_topk, (resid[0], suppressor.W_enc, suppressor.b, 8))
     acts, indices = fused.encode_topk(resid[0], suppressor.W_enc, suppressor.b, 8)
     W_dec, b_dec = sae.W_dec.to(DEVICE), sae.b_dec.to(DEVICE)
@@ -440,8 +441,8 @@ def test_the_gate_of_the_benchmark_sees_a_kernel_that_is_wrong(monkeypatch):
     monkeypatch.setattr(kernel_cases, "DEVICE", "cpu")
     monkeypatch.setattr(kernel_cases, "PARITY", [(Case("x", 2, 5, 48, 300, 8), torch.float32, "topk", "none")])
     assert gate() == []
-    right = fused.topk_suppress
-    monkeypatch.setattr(fused, "topk_suppress", lambda *args: right(*args[:-1], 1))
+    right = fused.suppress
+    monkeypatch.setattr(fused, "suppress", lambda *args: right(*args[:-1], 1))
     assert "tokens are wrong" in gate()[0]
 
 

@@ -211,7 +211,7 @@ def test_chunks_of_the_whole_encoder_do_not_change_the_result(monkeypatch):
     sae, resid = random_sae(**RULES["topk-before"]), residuals(197)
     suppressor = Suppressor(sae, some_set())
     whole = suppressor.acts(resid)
-    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 3 * D_SAE)
+    monkeypatch.setattr(reference, "_CHUNK_ROWS", 3)
     torch.testing.assert_close(suppressor.acts(resid), whole, atol=1e-6, rtol=0)
 
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ Backend = Literal["auto", "fused", "reference"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _logged: set[str] = set()
+_unable: dict[str, str] = {}
+"""Why a kernel could not be launched, by device."""
+_Result = TypeVar("_Result")
 
 
 def check_backend(backend: str, encoder: Encoder, edit: str) -> None:
@@ -44,7 +48,7 @@ def check_backend(backend: str, encoder: Encoder, edit: str) -> None:
     if backend not in get_args(Backend):
         raise ConfigError(f"backend={backend!r}; it must be one of {', '.join(get_args(Backend))}")
     if backend == "fused" and (missing := _missing_kernel(encoder, edit)):
-        raise _cannot_run(missing)
+        _fall_back(backend, missing)
 
 
 def runs_fused(backend: Backend, resid: Tensor, encoder: Encoder, edit: str) -> bool:
@@ -64,8 +68,12 @@ def fused_suppress(
     encoder: Encoder,
     W_dec_S: Tensor,
     removal: Tensor,
-) -> Tensor:
+    *,
+    backend: Backend = "fused",
+) -> Tensor | None:
     """Return `edited` less what the latents of S write into some positions of `resid`; call `runs_fused` first.
+
+    None where `backend` is "auto" and a kernel cannot be launched: the reference has to do it.
 
     Args:
         edited: [batch, pos, d_model]; `resid` itself, or what other sets left of it.
@@ -75,19 +83,18 @@ def fused_suppress(
         encoder: The parts of the SAE.
         W_dec_S: Decoder rows of S, [n, d_model].
         removal: 1 - gain_i, [n].
+        backend: "fused" or "auto".
+
+    Raises:
+        BackendError: `backend` is "fused", and a kernel cannot be launched.
     """
     from . import fused
 
     first, last, _ = tokens.indices(resid.shape[1])
-    of_set = (edited, resid, first, max(first, last), norm, encoder.W_S.contiguous(), encoder.b_S.contiguous())
-    rows = W_dec_S.contiguous()
-    out: Tensor
-    if encoder.W_enc is None:
-        out = fused.threshold_suppress(*of_set, encoder.threshold_S, rows, removal)
-    else:
-        of_all = (encoder.W_enc.contiguous(), encoder.b, encoder.latents, encoder.k)
-        out = fused.topk_suppress(*of_set, rows, removal, *of_all)
-    return out
+    of_set = edited, resid, first, max(first, last), norm, encoder.W_S.contiguous(), encoder.b_S.contiguous()
+    W_enc = None if encoder.W_enc is None else encoder.W_enc.contiguous()
+    of_rule = encoder.threshold_S, W_enc, encoder.b_others, encoder.k
+    return _launched(backend, resid.device, lambda: fused.suppress(*of_set, W_dec_S.contiguous(), removal, *of_rule))
 
 
 def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -121,12 +128,12 @@ def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int, *, backend: Backend
         from . import fused
 
         if fused.n_selected_among(d_sae, k) <= fused.MAX_SELECT:
-            largest: tuple[Tensor, Tensor] = fused.encode_topk(z, W_enc.contiguous(), b.contiguous(), k)
-            return largest
-        too_many = f"k={k} of {d_sae} latents are too many for a program to select"
-        if backend == "fused":
-            raise _cannot_run(too_many)
-        _log_once(too_many)
+            tensors = z, W_enc.contiguous(), b.contiguous(), k
+            largest: tuple[Tensor, Tensor] | None = _launched(backend, z.device, lambda: fused.encode_topk(*tensors))
+            if largest is not None:
+                return largest
+        else:
+            _fall_back(backend, f"k={k} of {d_sae} latents are too many for a program to select")
     return reference.encode_topk(z, W_enc, b, k)
 
 
@@ -154,8 +161,9 @@ def sparse_decode(acts: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, *
         from . import fused
 
         tensors = (acts.contiguous(), indices.contiguous(), W_dec.contiguous(), b_dec.contiguous())
-        decoded: Tensor = fused.sparse_decode(*tensors)
-        return decoded
+        decoded: Tensor | None = _launched(backend, acts.device, lambda: fused.sparse_decode(*tensors))
+        if decoded is not None:
+            return decoded
     return reference.sparse_decode(acts, indices, W_dec, b_dec)
 
 
@@ -177,10 +185,27 @@ def _chosen(backend: Backend, tensor: Tensor, weight: Tensor, missing: str | Non
     reason = missing or _obstacle(tensor, weight)
     if reason is None:
         return True
-    if backend == "fused":
-        raise _cannot_run(reason)
-    _log_once(reason)
+    _fall_back(backend, reason)
     return False
+
+
+def _launched(backend: Backend, device: torch.device, job: Callable[[], _Result]) -> _Result | None:
+    """Return what kernels compute; None where "auto" has to do without them, on this device from now on."""
+    try:
+        return job()
+    except BackendError as error:
+        _unable[str(device)] = str(error)
+        _fall_back(backend, str(error), error)
+    return None
+
+
+def _fall_back(backend: str, reason: str, cause: Exception | None = None) -> None:
+    """Log, once, why the reference runs instead of the kernels; raise where the kernels were demanded."""
+    if backend == "fused":
+        raise BackendError(f"backend='fused' cannot run: {reason}. Use 'auto' or 'reference'") from cause
+    if not torch.compiler.is_compiling() and reason not in _logged:
+        _logged.add(reason)
+        log.warning("running the reference instead of the fused kernels: %s", reason)
 
 
 def _obstacle(tensor: Tensor, weight: Tensor) -> str | None:
@@ -195,17 +220,7 @@ def _obstacle(tensor: Tensor, weight: Tensor) -> str | None:
         return f"the tensors are on {tensor.device}; the kernels need a CUDA device"
     try:
         from . import fused
-    except ImportError as error:
+    except Exception as error:  # a broken triton raises anything
         return f"triton cannot be imported ({error})"
-    obstacle: str | None = fused.obstacle(str(tensor.device))
-    return obstacle
-
-
-def _cannot_run(reason: str) -> BackendError:
-    return BackendError(f"backend='fused' cannot run: {reason}. Use 'auto' or 'reference'")
-
-
-def _log_once(reason: str) -> None:
-    if not torch.compiler.is_compiling() and reason not in _logged:
-        _logged.add(reason)
-        log.warning("running the reference instead of the fused kernels: %s", reason)
+    device = str(tensor.device)
+    return _unable.get(device) or fused.obstacle(device)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 _RIDGE = 1e-9
-_CHUNK_ELEMENTS = 2**24
-"""Pre-activations held at once for tokens that need the whole encoder (64 MiB in float32)."""
+_CHUNK_ROWS = 128
+"""Tokens that get the whole encoder at once: their pre-activations fit a CPU's cache while they are ranked."""
 
 
 class Encoder(NamedTuple):
@@ -42,6 +42,8 @@ class Encoder(NamedTuple):
     """TopK: how many latents count at a token."""
     negative_counts: bool = False
     """TopK without a ReLU: a negative latent among the k largest counts too."""
+    b_others: Tensor | None = None
+    """TopK, read by the kernels alone: `b` with -inf for the latents of S, so that none of them is above another."""
 
 
 def acts_of_set(z: Tensor, encoder: Encoder) -> Tensor:
@@ -72,7 +74,7 @@ def _topk_acts(
     acts = torch.zeros_like(values)
     if len(rows) == 0:
         return acts
-    for chunk in rows.split(max(1, _CHUNK_ELEMENTS // W_enc.shape[1])):
+    for chunk in rows.split(_CHUNK_ROWS):
         everything = torch.addmm(b, z[chunk], W_enc)
         # i is among the k largest iff fewer than k are larger, which is iff it is not below the k-th largest.
         kth_largest = everything.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
@@ -92,7 +94,7 @@ def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Te
         k: Latents per token.
     """
     acts, indices = [], []
-    for chunk in z.split(max(1, _CHUNK_ELEMENTS // W_enc.shape[1])):
+    for chunk in z.split(_CHUNK_ROWS):
         largest = torch.addmm(b, chunk, W_enc).relu().topk(k, dim=1, sorted=False)
         acts.append(largest.values)
         indices.append(largest.indices)

@@ -1,11 +1,12 @@
 """Triton kernels: what `reference.py` defines, for inference on a GPU. The only package that imports triton.
 
-    topk_suppress        resid - s * sum over i in S of (1 - gain_i) * h_i * [h_i is among the k largest] * W_dec[i]
+    suppress             resid - s * sum over i in S of (1 - gain_i) * f_i * W_dec[i]; a TopK rule takes
         _candidates_kernel   h_i for i in S; the positive ones are listed at their token, and their tokens in one list
-        _order_kernel        puts each token's list in rising order
-        _count_kernel        streams the encoder over the listed tokens and counts the latents above each candidate
+        _order_kernel        puts each token's list in rising order, and writes the listed tokens' z in a row
+        _count_kernel        streams the encoder over these and counts the latents outside of S above each candidate
         _subtract_kernel     the difference, for the candidates with fewer than k above them
-    threshold_suppress   the same for rules that do not couple latents (relu, jumprelu), in one kernel
+                         and rules that do not couple latents (relu, jumprelu, batchtopk)
+        _threshold_kernel    all of it
     encode_topk          the k largest latents of every token
         _encode_kernel       pre_acts, and the maximum of each group of latents
         _select_kernel       the k groups with the largest maxima, which contain the k largest latents; then these
@@ -13,24 +14,29 @@
 
 Exactness. Every product is accumulated in float32, of float32 operands in float32 ("ieee": tf32 would change which
 latents are among the k largest). A candidate's own value was computed in another tile than the one that it is counted
-against, and may differ in its last bit: it is left out of the count by its index, never by its value. All latents tied
-at rank k are kept, as in the reference. Unlike the reference, nothing is rounded to half precision before it is
-compared, so the two may differ on latents that are tied within the rounding of that dtype.
+against, and may differ in its last bit. So the stream holds no latent of S: their bias in it is -inf. Candidates are
+compared with each other by the values that they are listed with, and only the others are counted. All latents tied at
+rank k are kept, as in the reference. Unlike the reference, nothing is rounded to half precision before it is compared,
+so the two may differ on latents that are tied within the rounding of that dtype.
 
-Memory. `topk_suppress` holds 12 bytes per token and latent of S; a tile of the encoder is counted in registers and
-dropped. The number of listed tokens stays on the device: `_count_kernel` is launched with a fixed number of programs,
-each of which takes every so many-th tile of the work that there is.
+Memory. A TopK rule holds 12 bytes per token and latent of S, for so many pictures at a time that they stay below 192
+MiB, and z of the tokens; a tile of the encoder is counted in registers and dropped. The number of listed tokens stays
+on the device: `_count_kernel` is launched with a fixed number of programs, each of which takes every so many-th tile of
+the work that there is.
 
 Time. Counting costs two instructions per candidate and element of a tile. As candidates come in rising order, a tile
-is done at the first that no latent in it exceeds. A token stays to the end even where all its candidates are decided
-before: a tile could be left out only where that holds for all of its tokens.
+is done at the first that no latent in it exceeds. A candidate with k above it is out, and so are those below it: each
+token remembers the first slot of its list that may be in, where later tiles begin. A token stays to the end even where
+all its candidates are decided before: a tile could be left out only where that holds for all of its tokens.
+
+NaN and infinity. A token that holds either stays without a finite result, as in the reference; other tokens, and
+positions outside of the scope, are what they would be without it.
 """
 
 from .decode import sparse_decode
 from .encode import MAX_SELECT, encode_topk, group_size, n_selected_among
 from .launching import Tile, launches, obstacle
-from .threshold import threshold_suppress
-from .topk import topk_suppress
+from .suppression import suppress
 
 __all__ = [
     "MAX_SELECT",
@@ -41,6 +47,5 @@ __all__ = [
     "n_selected_among",
     "obstacle",
     "sparse_decode",
-    "threshold_suppress",
-    "topk_suppress",
+    "suppress",
 ]

@@ -34,12 +34,15 @@ def _encode_kernel(
         z_ptr + row * stride_z_row, stride_z_d, unused, unused, W_ptr, D_SAE, b_ptr, offs_n, D_SAE,
         D_MODEL, "none", BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    h = tl.where(h > 0, h, 0.0)  # unlike max(h, 0) never -0.0: `_select_kernel` compares bits
+    # `_select_kernel` compares bits: never -0.0, and NaN, which ranks first as in torch, without its sign.
+    h = tl.where(h > 0, h, tl.where(h == h, 0.0, float("nan")))
+    h = tl.where((offs_n < D_SAE)[None, :], h, 0.0)
     mask = mask_m[:, None] & (offs_n < D_SAE)[None, :]
     tl.store(pre_acts_ptr + row[:, None] * D_SAE + offs_n[None, :], h, mask=mask)
     n_groups: tl.constexpr = (D_SAE + GROUP - 1) // GROUP
     offs_g = latent_tile * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
-    maxima = tl.max(tl.reshape(h, [BLOCK_M, BLOCK_N // GROUP, GROUP]), 2)
+    bits = tl.reshape(h.to(tl.int32, bitcast=True), [BLOCK_M, BLOCK_N // GROUP, GROUP])
+    maxima = tl.max(bits, 2).to(tl.float32, bitcast=True)  # as floats, NaN would get lost
     mask = mask_m[:, None] & (offs_g < n_groups)[None, :]
     tl.store(maxima_ptr + row[:, None] * n_groups + offs_g[None, :], maxima, mask=mask)
 

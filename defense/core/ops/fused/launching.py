@@ -1,9 +1,18 @@
-"""How a kernel is launched: tiles by device and dtype, the number of programs, and a count of what ran."""
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# (Triton itself reads the annotations of a kernel's arguments, so they hold no Python types; its decorators have none.)
+"""How a kernel is launched: whether a device can, tiles by device and dtype, the number of programs, what ran."""
 
+from __future__ import annotations
+
+import functools
 from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
+
+from defense.errors import BackendError
 
 launches: Counter[str] = Counter()
 """How often each kernel was launched, by name: tests ask which path ran."""
@@ -24,11 +33,15 @@ class Tile(NamedTuple):
     """Programs that share a multiprocessor, where their number is fixed."""
 
 
-# Half precision on Hopper and newer: 85 operations per byte read keep the tensor cores ahead of the L2 cache, and the
-# three stages (144 KiB of shared memory) leave room for one program per multiprocessor.
-_STREAM_HOPPER = Tile(128, 256, 64, num_warps=8, num_stages=3)
-# Half precision elsewhere: fits the 99 KiB of shared memory of consumer GPUs.
-_STREAM_AMPERE = Tile(128, 128, 32, num_warps=8, num_stages=3)
+# Half precision, by architecture; `tests/core/test_fused_aot.py` holds what each takes against what there is.
+# A100: its 163 KiB of shared memory take a deeper pipeline than the 99 KiB of consumer GPUs (86, 89, 120).
+_STREAM_80 = Tile(128, 128, 64, num_warps=8, num_stages=3)
+_STREAM_SMALL = Tile(128, 128, 32, num_warps=8, num_stages=3)
+# Hopper: 85 operations per byte read keep the tensor cores ahead of the L2 cache, and the three stages (144 KiB of
+# shared memory) leave room for one program per multiprocessor.
+_STREAM_90 = Tile(128, 256, 64, num_warps=8, num_stages=3)
+# Blackwell's data center GPUs: the sums lie in a memory of their own, and 256 columns of them spill when they are read.
+_STREAM_100 = Tile(128, 128, 64, num_warps=8, num_stages=4)
 # float32 runs on the general cores, where a larger tile only costs registers.
 _STREAM_FLOAT32 = Tile(64, 64, 32, num_warps=8, num_stages=2, per_sm=2)
 # The product with the columns of S alone: small, and the lists take registers.
@@ -36,19 +49,58 @@ SET = Tile(64, 64, 64, num_warps=8, num_stages=3)
 SET_FLOAT32 = Tile(32, 32, 32, num_warps=4, num_stages=2)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it without types
+@torch.compiler.assume_constant_result
 def obstacle(device: str) -> str | None:
-    """Return what about a device keeps the kernels from running, if anything."""
-    if device.startswith("cuda") and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return None
+    """Return what about a device keeps the kernels from running, if anything.
+
+    A device that looks right has to run a small kernel, once: without a C compiler, Python's headers or a driver that
+    goes with triton, only that tells.
+    """
+    if device.startswith("cuda"):
+        if torch.version.hip is not None:
+            return f"the kernels are for NVIDIA GPUs; this torch is built for ROCm {torch.version.hip}"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+            return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None  # to read a result would end the capture; what is captured has run before
+    return _failure(device)
+
+
+@functools.cache
+def _failure(device: str) -> str | None:
+    """Return how a small kernel fails on a device, if it does."""
+    try:
+        x = torch.eye(16, dtype=torch.float16, device=device)
+        out = torch.zeros_like(x)
+        with torch.cuda.device_of(x):
+            _trial_kernel[(1,)](x, out)
+        is_right = torch.equal(out, x)
+    except Exception as error:
+        return f"a small kernel fails on {device} ({_cause(error)})"
+    return None if is_right else f"a small kernel computes a wrong result on {device}"
+
+
+@triton.jit
+def _trial_kernel(x_ptr, out_ptr):
+    """Write the product of x with itself, [16, 16]."""
+    offs = tl.arange(0, 16)
+    at = offs[:, None] * 16 + offs[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, tl.dot(x, x))
+
+
+def set_tile(dtype: torch.dtype) -> Tile:
+    """Return how the product with the columns of S is cut up, for weights of `dtype`."""
+    return SET_FLOAT32 if dtype == torch.float32 else SET
 
 
 def stream_tile(device: torch.device, dtype: torch.dtype) -> Tile:
     """Return how the product with the whole encoder is cut up, for weights of `dtype`."""
     if dtype == torch.float32:
         return _STREAM_FLOAT32
-    return _STREAM_HOPPER if capability(device) >= (9, 0) else _STREAM_AMPERE
+    major, minor = capability(device)
+    tiles = {8: _STREAM_SMALL if minor else _STREAM_80, 9: _STREAM_90, 10: _STREAM_100}
+    return tiles.get(major, _STREAM_SMALL)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -64,7 +116,22 @@ def n_programs(device: torch.device, per_sm: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Launch a kernel, and count it; on an empty grid neither."""
-    if 0 not in grid:
-        launches[kernel.fn.__name__] += 1
+    """Launch a kernel, and count it; on an empty grid neither.
+
+    Raises:
+        BackendError: It does not compile, or the device lacks what it takes.
+    """
+    if 0 in grid:
+        return
+    name = kernel.fn.__name__
+    try:
         kernel[grid](*args, **constants, enable_fp_fusion=True)
+    except Exception as error:
+        raise BackendError(f"{name} cannot be launched ({_cause(error)})") from error
+    launches[name] += 1
+
+
+def _cause(error: Exception) -> str:
+    """Return an error in a line: its kind and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

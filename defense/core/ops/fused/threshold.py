@@ -1,15 +1,13 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 # (Triton itself reads the annotations of a kernel's arguments, so they hold no Python types; its decorators have none.)
-"""`threshold_suppress`: the edit `scale` of rules that do not couple latents, in one kernel."""
+"""The edit `scale` of rules that do not couple latents, in one kernel."""
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launching
+from .edit import Edit
 from .shared import inverse_scale, norm_stats, pre_acts, row_ptrs
 
 _THRESHOLD_COLUMNS = 128
@@ -26,12 +24,13 @@ def _removed_acts(
         x_rows, stride_x_d, shift, inverse, W_ptr, n_set, b_ptr, offs_n, n_set,
         D_MODEL, NORM, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    fires = (h > 0) & in_scope[:, None]
+    # Asked this way around, NaN is an activation, as it is after torch's relu.
+    is_idle = (h <= 0) | ~in_scope[:, None] | (offs_n >= n_set)[None, :]
     if threshold_ptr is not None:
         threshold = tl.load(threshold_ptr + offs_n, mask=offs_n < n_set, other=0.0)
-        fires = fires & (h > threshold.to(tl.float32)[None, :])
+        is_idle = is_idle | (h <= threshold.to(tl.float32)[None, :])
     removal = tl.load(removal_ptr + offs_n, mask=offs_n < n_set, other=0.0)
-    return tl.where(fires, h, 0.0) * removal.to(tl.float32)[None, :]
+    return tl.where(is_idle, 0.0, h) * removal.to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_pos", "first", "last"])
@@ -79,54 +78,27 @@ def _threshold_kernel(
             W_dec = tl.load(W_dec_ptrs, mask=(offs_n < n_set)[:, None] & mask_d[None, :], other=0.0)
             delta = tl.dot(acts.to(W_dec.dtype), W_dec, delta, input_precision="ieee")
         if NORM != "none":
-            delta *= scale[:, None]
+            delta *= tl.where(in_scope, scale, 0.0)[:, None]  # where it is inf, 0 * scale would be NaN
         mask = mask_m[:, None] & mask_d[None, :]
         x = tl.load(edited_rows[:, None] + offs_d[None, :] * stride_edited_d, mask=mask, other=0.0)
         tl.store(out_rows[:, None] + offs_d[None, :] * stride_out_d, x.to(tl.float32) - delta, mask=mask)
 
 
-@torch.library.custom_op("clip_defense::threshold_suppress", mutates_args=())
-def threshold_suppress(
-    edited: Tensor,
-    resid: Tensor,
-    first: int,
-    last: int,
-    norm: str,
-    W_S: Tensor,
-    b_S: Tensor,
-    threshold_S: Tensor | None,
-    W_dec_S: Tensor,
-    removal: Tensor,
-) -> Tensor:
-    """Return `edited` less what a relu, jumprelu or batchtopk SAE's latents of S write into a part of `resid`.
+def subtract(edit: Edit, out: Tensor, threshold_S: Tensor | None) -> None:
+    """Write into `out` what the edit leaves.
 
     Args:
-        edited: See `topk_suppress`, as for all that is not here.
-        resid: As above.
-        first: As above.
-        last: As above.
-        norm: As above.
-        W_S: As above.
-        b_S: As above.
+        edit: What is edited.
+        out: [batch, pos, d_model].
         threshold_S: f = h where h > threshold, [n]; None for relu.
-        W_dec_S: As above.
-        removal: As above.
     """
-    out = torch.empty_like(edited)
+    edited, resid, n_set = edit.edited, edit.resid, edit.n_set
     batch, n_pos, d_model = resid.shape
-    n_set = len(b_S)
-    tile = launching.SET_FLOAT32 if W_S.dtype == torch.float32 else launching.SET
-    with torch.cuda.device_of(resid):
-        launching.launch(
-            _threshold_kernel, (triton.cdiv(batch * n_pos, tile.m),),
-            edited, resid, out, W_S, b_S, threshold_S, W_dec_S, removal,
-            batch * n_pos, n_pos, first, last, n_set, *edited.stride(), *resid.stride(), *out.stride(),
-            D_MODEL=d_model, NORM=norm, FITS=n_set <= tile.n, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-            BLOCK_D=_THRESHOLD_COLUMNS, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    return out
-
-
-@threshold_suppress.register_fake
-def _(edited: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(edited)
+    tile = launching.set_tile(edit.W_S.dtype)
+    launching.launch(
+        _threshold_kernel, (triton.cdiv(batch * n_pos, tile.m),),
+        edited, resid, out, edit.W_S, edit.b_S, threshold_S, edit.W_dec_S, edit.removal,
+        batch * n_pos, n_pos, edit.first, edit.last, n_set, *edited.stride(), *resid.stride(), *out.stride(),
+        D_MODEL=d_model, NORM=edit.norm, FITS=n_set <= tile.n, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        BLOCK_D=_THRESHOLD_COLUMNS, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
