@@ -20,12 +20,14 @@ class ClipId:
     """The CLIP that a defense was fitted on.
 
     Attributes:
-        model: open_clip's name, e.g. "ViT-B-32", "hf-hub:..." or "embedded".
+        model: What `load_clip` takes, e.g. "ViT-B-32", "hf-hub:...", "transformers:..." or "embedded".
         pretrained: open_clip's tag; None where the name says it all.
         sha256: Fingerprint of the vision tower's weights (`VisionTower.fingerprint`).
         quick_gelu: Whether its MLPs use QuickGELU.
         d_model: Width of its residual stream.
         n_layers: Number of its blocks.
+        stream_sha256: Fingerprint of the weights that make its residual stream alone, by which a tower is known that
+            is held without its projection; None for a defense of before there was one.
     """
 
     model: str
@@ -34,6 +36,7 @@ class ClipId:
     quick_gelu: bool
     d_model: int
     n_layers: int
+    stream_sha256: str | None = None
 
     @property
     def name(self) -> str:
