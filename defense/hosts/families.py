@@ -54,6 +54,6 @@ def text_tower_of(model: nn.Module) -> TextTower:
         if tower is not None:
             return tower
     raise ConfigError(
-        f"{type(model).__name__} has no text tower, so there is nothing to compare pictures with; take their embeddings "
+        f"{type(model).__name__} has no text tower, so there is nothing to compare pictures with; take embeddings "
         "(transform), or a whole CLIP"
     )
