@@ -25,6 +25,7 @@ from defense.export.text import TextGraph, trace_text
 from defense.export.verify import N_ROWS, Expected, Parity, Tolerance, verify
 from defense.export.vision import VisionGraph, trace_vision, write
 from defense.hosts.clip import embedded_folder
+from defense.hosts.families import tower_of
 from defense.store import folders
 from defense.store.defenses import MANIFEST
 from defense.world.draws import typographic
@@ -154,7 +155,8 @@ def _tower(clf: RobustClassifier, dtype: Dtype) -> Any:
     if dtype != "fp16":
         return clf.clip.model
     model = copy.deepcopy(clf.clip.model)
-    model.visual.half()
+    for part in tower_of(model).parts:
+        part.half()
     return model
 
 
@@ -256,9 +258,8 @@ def _expected_of_vision(clf: RobustClassifier, dtype: Dtype) -> Expected:
     pixel_values = _pictures(clf, dtype)
     text_embeds = clf.text_embeds()
     image_embeds = np.concatenate([clf.encode_pixels(rows) for rows in np.array_split(pixel_values, 5)])
-    scale = clf.clip.model.logit_scale.detach().exp().item()
-    bias = getattr(clf.clip.model, "logit_bias", None)
-    logits = scale * image_embeds @ text_embeds.T + (0 if bias is None else bias.item())
+    scale = clf.clip.logit_scale
+    logits = scale * image_embeds @ text_embeds.T + clf.clip.logit_bias
     return Expected(
         inputs={"pixel_values": pixel_values},
         input_axes={"pixel_values": ["batch", 3, *clf.clip.preprocess.size]},

@@ -1,6 +1,6 @@
 """The vision tower with the defense inside, in a form that goes through torch.onnx.
 
-    pixel_values [batch, 3, height, width] --host.visual, edited after block L--> image_embeds [batch, d_embed]
+    pixel_values [batch, 3, height, width] --vision tower, edited after block L--> image_embeds [batch, d_embed]
     text_embeds [n_labels, d_embed] --logit_scale * image_embeds @ text_embeds.T--> logits_per_image [batch, n_labels]
 
 The Suppressor of the library branches on its data, which a graph cannot. So `TracedEdit` restates the one formula from
@@ -133,7 +133,7 @@ class VisionGraph(nn.Module):
     """From pixel_values to image_embeds and logits_per_image; to be called within `in_place`.
 
     Args:
-        model: An open_clip model on the CPU, defended or not. Its vision tower may be in half precision; what is in
+        model: A CLIP (see `wrap`) on the CPU, defended or not. Its vision tower may be in half precision; what is in
             front of it, the edits and the logits are in float32.
         mode: See the module.
 
@@ -148,11 +148,11 @@ class VisionGraph(nn.Module):
         super().__init__()
         if mode not in get_args(Mode):
             raise ConfigError(f"mode={mode!r}; it must be one of {', '.join(get_args(Mode))}")
-        self.visual = model.visual
         self.tower = tower_of(model)
-        self.register_buffer("scale", model.logit_scale.detach().exp())
+        self.parts = nn.ModuleList(self.tower.parts)  # their weights are the graph's
+        self.register_buffer("scale", model.logit_scale.detach().exp().reshape(()))
         bias = getattr(model, "logit_bias", None)
-        self.register_buffer("bias", torch.zeros(()) if bias is None else bias.detach().clone())
+        self.register_buffer("bias", torch.zeros(()) if bias is None else bias.detach().clone().reshape(()))
         self._attached = attached(model) if is_wrapped(model) else None
         edited = [] if self._attached is None else self._attached.edited_blocks()
         topk = [block.hook_point for block in edited for part in block.parts() if part.W_enc is not None]
@@ -172,7 +172,7 @@ class VisionGraph(nn.Module):
     def in_place(self) -> Iterator[None]:
         """Let the traced edits stand in for the library's own, and `operators` for the tower's."""
         with ExitStack() as stack:
-            stack.enter_context(rewritten(self.visual))
+            stack.enter_context(rewritten(self.parts))
             if self._attached is not None:
                 stack.enter_context(self._attached.bypassed())
             for hook_point, block in zip(self.hook_points, self.blocks, strict=True):
@@ -183,7 +183,7 @@ class VisionGraph(nn.Module):
 
     def forward(self, pixel_values: Tensor, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Return image_embeds [batch, d_embed], normalized, and logits_per_image [batch, n_labels]."""
-        image_embeds = F.normalize(self.visual(pixel_values.to(self.tower.dtype)).float(), dim=-1)
+        image_embeds = F.normalize(self.tower.encode(pixel_values.to(self.tower.dtype)).float(), dim=-1)
         return image_embeds, self.scale * image_embeds @ text_embeds.T + self.bias
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from defense.core.latents import Scope
@@ -149,23 +148,32 @@ def _dinov2_weights(vision: nn.Module) -> dict[str, Tensor]:
     return DINOV2.renamed(vision.state_dict())
 
 
-def _run(vision: Any, pixel_values: Tensor) -> Any:
-    """Return what a tower answers to pixel_values [batch, 3, height, width]."""
+def _run(vision: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a tower's last tokens [batch, pos, d_model], and what it pools of them, if it does.
+
+    Args:
+        vision: Its module.
+        pixel_values: [batch, 3, height, width].
+    """
     if not _is_one_of(vision, {"Siglip2VisionModel"}):
-        return vision(pixel_values=pixel_values, return_dict=True)
+        answer = vision(pixel_values=pixel_values, return_dict=True)
+        return answer.last_hidden_state, answer.pooler_output
+    # SigLIP 2 takes patches of pictures of many shapes, and stretches its table of places to each. Here they have the
+    # table's own shape, so none is stretched and none is padded.
     size = vision.config.patch_size
-    rows, columns = pixel_values.shape[2] // size, pixel_values.shape[3] // size
-    patches = pixel_values.unflatten(3, (columns, size)).unflatten(2, (rows, size))  # [batch, 3, row, y, column, x]
+    patches = pixel_values.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [batch, 3, row, y, column, x]
     patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [batch, n_patches, y * x * 3]
-    shapes = torch.tensor([[rows, columns]], device=pixel_values.device).expand(len(pixel_values), 2)
-    return vision(pixel_values=patches, pixel_attention_mask=None, spatial_shapes=shapes, return_dict=True)
+    embeddings = vision.embeddings
+    resid = embeddings.patch_embedding(patches) + embeddings.position_embedding.weight
+    tokens = vision.post_layernorm(vision.encoder(inputs_embeds=resid).last_hidden_state)
+    return tokens, vision.head(tokens) if vision.use_head else None
 
 
 def _pooled(vision: Any, projection: Any, pixel_values: Tensor) -> Tensor:
     """Return what the tower pools, projected; the mean of its tokens where it does not pool."""
-    answer = _run(vision, pixel_values)
-    pooled: Tensor = answer.last_hidden_state.mean(1) if answer.pooler_output is None else answer.pooler_output
-    return pooled if projection is None else projection(pooled)
+    tokens, pooled = _run(vision, pixel_values)
+    embeds = tokens.mean(1) if pooled is None else pooled
+    return embeds if projection is None else projection(embeds)
 
 
 def _read(vision: Any, n_read: int, n_prefix: int, reads: Scope, pixel_values: Tensor) -> Tensor:
