@@ -27,7 +27,7 @@ from defense.core.suppress import Suppression, Suppressor, suppress, suppress_an
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError
 
-from .defense import ClipId, Defense, Site
+from .defense import EMBEDDED, ClipId, Defense, Site, embedded_alone
 from .families import tower_of
 from .tower import VisionTower
 from .transformers_inputs import preprocess_of
@@ -214,6 +214,8 @@ def check_clip(tower: VisionTower, spec: ClipId) -> None:
         ShapeError: Another width.
     """
     name = spec.name
+    if spec.model == EMBEDDED and not tower.has_weights(spec.sha256, spec.stream_sha256):
+        raise ConfigError(embedded_alone())
     tower.check_width(spec.d_model, f"this defense (fitted on {name})")
     if len(tower.blocks) != spec.n_layers:
         raise ConfigError(
@@ -271,8 +273,8 @@ def wrap(
         model: A model of open_clip with a ViT, native or of timm; a ViT of timm; or of transformers a CLIP, SigLIP,
             SigLIP 2 or DINOv2, whole or the vision tower alone, or a LLaVA-type model that has one.
         defense: What to edit. Its CLIP may have been of another library, with the same weights.
-        processor: Processor or image processor of transformers that prepares the model's pictures; held against what
-            the defense was fitted on.
+        processor: What prepares the model's pictures, held against what the defense was fitted on: a processor or image
+            processor of transformers, or a `Preprocess`.
         allow_mismatch: Skip the checks that this is the model the defense was fitted on; widths are still checked.
         backend: What computes the edit: "auto" takes the Triton kernels on a GPU where they apply; "fused" takes them
             or raises; "reference" is plain PyTorch.

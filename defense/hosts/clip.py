@@ -21,6 +21,7 @@ from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, ConfigError, MissingDependencyError
 
+from .defense import EMBEDDED as EMBEDDED
 from .defense import ClipId, Defense, Site
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from .text import TextTower
     from .tower import VisionTower
 
-EMBEDDED = "embedded"
 TIMM = "timm:"
 """How the name of a vision transformer of timm begins that has no texts."""
 
@@ -78,11 +78,10 @@ class Clip:
         """
         from .transformers_inputs import preprocess_of, tokenizer_of
 
-        preprocess = processor if isinstance(processor, Preprocess) else preprocess_of(processor)
         texts = getattr(model.config, "text_config", None)
         n_positions = getattr(texts, "max_position_embeddings", None)
         tokenizer = None if n_positions is None else tokenizer_of(processor, n_positions)
-        return cls(model.eval(), preprocess, tokenizer or no_tokenizer)._checked()
+        return cls(model.eval(), preprocess_of(processor), tokenizer or no_tokenizer)._checked()
 
     @classmethod
     def from_timm(cls, model: Any, preprocess: Preprocess | None = None) -> Clip:
@@ -196,7 +195,9 @@ class Clip:
 
     def id_as(self, model: str, pretrained: str | None = None) -> ClipId:
         """Return what identifies this CLIP on disk; `model` and `pretrained` are what it was loaded by."""
-        tower = self.tower
+        from .open_clip_names import spelled
+
+        tower, model = self.tower, spelled(model)
         whole, stream = tower.fingerprints()
         return ClipId(model, pretrained, whole, tower.quick_gelu, tower.d_model, len(tower.blocks), stream)
 

@@ -26,17 +26,26 @@ _CONFIG = "open_clip_config.json"
 _SHA256 = re.compile("[0-9a-f]{64}|[0-9a-f]{8}")
 
 
+def spelled(model: str) -> str:
+    """Return open_clip's own name of a model that may be written as in papers: "ViT-B/32", "ViT-L/14@336px".
+
+    What is no model of open_clip is returned as it is.
+    """
+    names = open_clip.list_models()
+    plain = re.sub(r"@(\d+)(px)?$", r"-\1", model.replace("/", "-"))
+    return next((name for name in names if name.lower() == plain.lower()), model)
+
+
 def known_name(model: str) -> str:
-    """Return open_clip's own name of a model, which may be written as in papers: "ViT-B/32", "ViT-L/14@336px".
+    """Return open_clip's own name of a model, which may be written as in papers.
 
     Raises:
         ConfigError: There is no such model.
     """
     names = {name.lower(): name for name in open_clip.list_models()}
-    plain = re.sub(r"@(\d+)(px)?$", r"-\1", model.replace("/", "-"))
-    if plain.lower() in names:
-        return plain if plain in names.values() else names[plain.lower()]
-    near = [names[name] for name in difflib.get_close_matches(plain.lower(), names, n=3)]
+    if (found := spelled(model)).lower() in names:
+        return found
+    near = [names[name] for name in difflib.get_close_matches(model.lower().replace("/", "-"), names, n=3)]
     hint = f"did you mean {' or '.join(near)}?" if near else "`open_clip.list_models()` names them all"
     raise ConfigError(f"open_clip knows no model {model!r}; {hint}")
 

@@ -220,7 +220,7 @@ class VisionTower:
         if scope not in ("all", self.reads):
             token, others = ("the CLS token", "patches") if self.reads == "cls" else ("patches", "the CLS token")
             raise HookPointError(
-                f"scope={scope!r} at {hook_point}: after the last block that counts only {token} can reach the output, "
+                f"scope={scope!r} at {hook_point}: after the last block only {token} can reach the output, "
                 f"so editing {others} changes nothing; use {self.reads!r}, or an earlier block"
             )
         return self.reads

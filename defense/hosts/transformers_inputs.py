@@ -18,11 +18,13 @@ _PROBES = ("a photo of a cat.", "Crème brûlée, 3 for $2!", "naïve 東京")
 
 
 def preprocess_of(processor: Any) -> Preprocess:
-    """Return how a processor, or an image processor, of transformers prepares pictures.
+    """Return how a processor, or an image processor, of transformers prepares pictures; a `Preprocess` as it is.
 
     Raises:
         ConfigError: It is neither, or does something that there is no `Preprocess` for.
     """
+    if isinstance(processor, Preprocess):
+        return processor
     image_processor = getattr(processor, "image_processor", processor)
     if not hasattr(image_processor, "to_dict"):
         raise ConfigError(
