@@ -24,6 +24,7 @@ from defense.data.images import decode
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, MissingDependencyError
 from defense.hosts.clip import load_clip
+from defense.hosts.defense import check_own_model
 from defense.store.defenses import find_defense
 
 if TYPE_CHECKING:
@@ -73,8 +74,11 @@ def load_defended(
         CheckpointError: There is no such defense, or it cannot be used.
         ConfigError: It was fitted on another model.
     """
+    from defense.hosts.open_clip_names import spelled
+
+    check_own_model(pretrained, model_name)
     defense = find_defense(pretrained, cache_dir=cache_dir)
-    if model_name != defense.clip.model:
+    if spelled(model_name) != defense.clip.model:
         raise ConfigError(
             f"the defense {pretrained} was fitted on {defense.clip.model}, not on {model_name}; "
             f"give --model {defense.clip.model}"

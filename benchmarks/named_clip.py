@@ -60,6 +60,9 @@ def load_named_clip(model: str, pretrained: str | None, *, device: str = "cpu") 
         ConfigError: There is no such model, or random weights cannot be drawn for it.
     """
     clip = _random_clip(model, device) if pretrained == RANDOM else load_clip(model, pretrained, device=device)
+    from defense.hosts.open_clip_names import spelled  # open_clip is there by now
+
+    model = spelled(model)
     return NamedClip(clip, model, pretrained or model, weights_sha256(clip.model))
 
 
@@ -67,10 +70,11 @@ def _random_clip(model: str, device: str) -> Clip:
     try:
         import open_clip
         import torch
+
+        from defense.hosts.open_clip_names import known_name
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "torch") from error
-    if model not in open_clip.list_models():
-        raise ConfigError(f"open_clip knows no model {model!r}; `open_clip.list_models()` names them all")
+    model = known_name(model)
     text_cfg = open_clip.get_model_config(model)["text_cfg"]
     if text_cfg.get("hf_model_name") or text_cfg.get("hf_tokenizer_name"):
         raise ConfigError(f"{model} takes its text tower from Hugging Face; random weights are for CLIP's own")

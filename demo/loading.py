@@ -11,7 +11,7 @@ from defense.demo.engine import EMBEDDED_TASKS, DemoTask, Engine, tasks_of
 from defense.explain import catalogue
 from defense.explain.catalogue import Catalogue
 from defense.hosts.clip import EMBEDDED, load_clip
-from defense.hosts.defense import join
+from defense.hosts.defense import check_own_model, join
 from defense.store.defenses import embedded_defenses, find_defense
 
 
@@ -38,6 +38,7 @@ def defended(
         ConfigError, CheckpointError: See `RobustClassifier.from_pretrained`.
     """
     check_named(model, pretrained)
+    check_own_model(source, model, pretrained)
     sources = _embedded_sources() if source == EMBEDDED else [source]
     defense = join([find_defense(each) for each in sources]) if len(sources) > 1 else find_defense(sources[0])
     if model is None:

@@ -33,6 +33,7 @@ from defense.export.verify import BATCHES, N_ROWS, PLAIN, Batch, Expected, Parit
 from defense.export.vision import VisionGraph, silent_bias, silent_biases, trace_vision, write
 from defense.hosts.attach import attached, is_wrapped
 from defense.hosts.clip import embedded_folder
+from defense.hosts.families import tower_of
 from defense.store import folders
 from defense.store.defenses import MANIFEST
 from defense.world.draws import typographic
@@ -165,7 +166,8 @@ def _tower(clf: RobustClassifier, dtype: Dtype) -> Any:
     if dtype != "fp16":
         return clf.clip.model
     model = copy.deepcopy(clf.clip.model)
-    model.visual.half()
+    for part in tower_of(model).parts:
+        part.half()
     return model
 
 
@@ -284,9 +286,7 @@ def _expected_of_vision(clf: RobustClassifier, graph: VisionGraph, dtype: Dtype)
 def _answers(clf: RobustClassifier, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
     """Return torch's answers to pixel_values [n, 3, height, width], by the names of the graph's outputs."""
     image_embeds = np.concatenate([clf.encode_pixels(np.stack(rows)) for rows in batched(pixel_values, BATCHES[-1])])
-    scale = clf.clip.model.logit_scale.detach().exp().item()
-    bias = getattr(clf.clip.model, "logit_bias", None)
-    logits = scale * image_embeds @ clf.text_embeds().T + (0 if bias is None else bias.item())
+    logits = clf.clip.logit_scale * image_embeds @ clf.text_embeds().T + clf.clip.logit_bias
     return {"image_embeds": image_embeds, "logits_per_image": logits.astype(np.float32)}
 
 

@@ -1,6 +1,6 @@
 """The text tower, for bundles with an open vocabulary.
 
-input_ids int64 [n_texts, context_length] --host.encode_text--> text_embeds [n_texts, d_embed], normalized
+input_ids int64 [n_texts, context_length] --text tower--> text_embeds [n_texts, d_embed], normalized
 
 A graph of its own: pictures and texts come at different times and in different numbers.
 """
@@ -34,12 +34,13 @@ class TextGraph(nn.Module):
                 f"this host's tokenizer is {type(clf.clip.tokenizer).__name__}; a bundle can bring CLIP's own alone. "
                 "Leave --text out: labels are baked in, and embeddings of others can be handed over"
             )
-        self.model = clf.clip.model
+        self.model = clf.clip.model  # its weights are the graph's
+        self.tower = clf.clip.text_tower
         self.context_length = clf.clip.tokenizer.context_length
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return text_embeds [n_texts, d_embed], normalized."""
-        return F.normalize(self.model.encode_text(input_ids), dim=-1)
+        return F.normalize(self.tower.encode(input_ids), dim=-1)
 
 
 def trace_text(graph: TextGraph) -> ir.Model:

@@ -1,6 +1,6 @@
 """The vision tower with the defense inside, in a form that goes through torch.onnx.
 
-    pixel_values [batch, 3, height, width] --host.visual, edited after block L--> image_embeds [batch, d_embed]
+    pixel_values [batch, 3, height, width] --vision tower, edited after block L--> image_embeds [batch, d_embed]
     strength [] --factor on what is removed: 1 where nothing is fed, 0 is the CLIP without its defense--^
     text_embeds [n_labels, d_embed] --logit_scale * image_embeds @ text_embeds.T--> logits_per_image [batch, n_labels]
 
@@ -151,7 +151,7 @@ class VisionGraph(nn.Module):
     """From pixel_values to image_embeds and logits_per_image; to be called within `in_place`.
 
     Args:
-        model: An open_clip model on the CPU, defended or not. Its vision tower may be in half precision; what is in
+        model: A CLIP (see `wrap`) on the CPU, defended or not. Its vision tower may be in half precision; what is in
             front of it, the edits and the logits are in float32.
         mode: See the module.
 
@@ -166,11 +166,11 @@ class VisionGraph(nn.Module):
         super().__init__()
         if mode not in get_args(Mode):
             raise ConfigError(f"mode={mode!r}; it must be one of {', '.join(get_args(Mode))}")
-        self.visual = model.visual
         self.tower = tower_of(model)
-        self.register_buffer("scale", model.logit_scale.detach().exp())
+        self.parts = nn.ModuleList(self.tower.parts)  # their weights are the graph's
+        self.register_buffer("scale", model.logit_scale.detach().exp().reshape(()))
         bias = getattr(model, "logit_bias", None)
-        self.register_buffer("bias", torch.zeros(()) if bias is None else bias.detach().clone())
+        self.register_buffer("bias", torch.zeros(()) if bias is None else bias.detach().clone().reshape(()))
         self._attached = attached(model) if is_wrapped(model) else None
         edited = [] if self._attached is None else self._attached.edited_blocks()
         topk = [block.hook_point for block in edited for part in block.parts() if part.W_enc is not None]
@@ -190,7 +190,7 @@ class VisionGraph(nn.Module):
     def in_place(self) -> Iterator[None]:
         """Keep the library's own edits out of the tower, and let `operators` stand in for its modules."""
         with ExitStack() as stack:
-            stack.enter_context(rewritten(self.visual))
+            stack.enter_context(rewritten(self.parts))
             if self._attached is not None:
                 stack.enter_context(self._attached.bypassed())
             yield
@@ -206,7 +206,7 @@ class VisionGraph(nn.Module):
             strength: Factor on what is removed, float32 []; 1 by default.
         """
         with self._edits(torch.ones(()) if strength is None else strength):
-            image_embeds = F.normalize(self.visual(pixel_values.to(self.tower.dtype)).float(), dim=-1)
+            image_embeds = F.normalize(self.tower.encode(pixel_values.to(self.tower.dtype)).float(), dim=-1)
         return image_embeds, self.scale * image_embeds @ text_embeds.T + self.bias
 
     @contextmanager

@@ -71,23 +71,26 @@ SUITES: Mapping[str, tuple[str, ...]] = {
     "photo": ("photo", "photo-1000", "rta100-known", "paint-known", "scam-known"),
     "all": tuple(READERS),
 }
-"""Name of several -> their names. Those that are drawn are always there."""
+"""Name of several -> their names. Those that are drawn count where no other is there, or on request."""
 
 DATA = Path("data")
 """Where data sets are looked for unless a folder is given."""
 
 
-def read_tasks(suite: str, data: Path | None, options: Options) -> tuple[list[Task], list[str]]:
-    """Read the data sets of a suite: those below a folder, and those that are drawn.
+def read_tasks(
+    suite: str, data: Path | None, options: Options, *, with_drawn: bool = False
+) -> tuple[list[Task], list[str]]:
+    """Read the data sets of a suite: those below a folder; those that are drawn where none of them is there.
 
     Args:
         suite: Of `SUITES` or `READERS`.
         data: The folder that holds the data sets' folders (`Reader.folder`), by default `DATA`; for one data set also
             its own folder.
         options: For the readers.
+        with_drawn: Read those that are drawn beside real ones, too.
 
     Returns:
-        The tasks, and the names of the data sets that are not there.
+        The tasks, and the names of the data sets of the suite that are left out: not there, or drawn.
 
     Raises:
         ConfigError: There is no such suite, none of its data sets is there, or one that is there cannot be used.
@@ -96,8 +99,9 @@ def read_tasks(suite: str, data: Path | None, options: Options) -> tuple[list[Ta
         raise ConfigError(f"there is no folder {data}; --data takes the one that holds the data sets' folders")
     root = data or DATA
     if suite in READERS and (suite not in SUITES or data is not None):
-        others = (name for name in SUITES.get(suite, ()) if name != suite)
-        return [_read(name, root, options) for name in (suite, *others)], []
+        others = [name for name in SUITES.get(suite, ()) if name != suite]
+        read = (suite, *others) if with_drawn else (suite,)
+        return [_read(name, root, options) for name in read], [name for name in others if name not in read]
     if suite not in SUITES:
         raise ConfigError(f"there is no data set {suite!r}; there are {', '.join(dict.fromkeys([*SUITES, *READERS]))}")
     is_there = {name: _is_there(READERS[name], root) for name in SUITES[suite]}
@@ -107,6 +111,8 @@ def read_tasks(suite: str, data: Path | None, options: Options) -> tuple[list[Ta
             f"{data} holds none of {', '.join(fetched)}, each in a folder of its name; nothing is downloaded: "
             "ask for one of them by name to see where to get it"
         )
+    if not with_drawn and any(is_there[name] for name in fetched):
+        is_there |= {name: False for name in is_there if READERS[name].folder is None}
     tasks = [_read(name, root, options) for name, here in is_there.items() if here]
     return tasks, [name for name, here in is_there.items() if not here]
 

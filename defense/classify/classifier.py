@@ -20,7 +20,7 @@ from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, DefenseError
 from defense.hosts.clip import EMBEDDED, Clip, load_clip
 from defense.hosts.controls import Controls, applied
-from defense.hosts.defense import Defense, Site
+from defense.hosts.defense import Defense, Site, check_own_model
 from defense.store.defenses import find_defense
 
 from .explanation import Explanation, account
@@ -77,16 +77,13 @@ class RobustClassifier(ZeroShotClassifier):
         super().__init__(batch_size)
         if defense is None and is_wrapped(clip.model):
             raise ConfigError("this CLIP's model is defended already; load it again for a stock CLIP")
-        if defense is not None and not allow_mismatch and clip.preprocess != defense.preprocess:
-            raise ConfigError(
-                f"this defense was fitted on pictures prepared with {defense.preprocess}, but this CLIP prepares them "
-                f"with {clip.preprocess}; use the same, or pass allow_mismatch=True"
-            )
         self.clip = clip
         self.defense = defense
         self._saes: dict[int, SparseAutoencoder] = {}
         if defense is not None:
-            wrap(clip.model, defense, allow_mismatch=allow_mismatch, backend=backend)
+            wrap(
+                clip.model, defense, processor=clip.preprocess, allow_mismatch=allow_mismatch, backend=backend
+            )  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -109,7 +106,8 @@ class RobustClassifier(ZeroShotClassifier):
 
         Args:
             source: "embedded" (offline, nothing is downloaded), a folder, or a hub id.
-            model: open_clip's name of a CLIP, in place of the one that the defense names; its weights must be the same.
+            model: Name of a CLIP (see `load_clip`), in place of the one that the defense names; its weights must be the
+                same, whatever library they are of.
             pretrained: open_clip's tag of the weights of `model`.
             sets: The latent sets to use, by name; all by default.
             revision: Commit of the hub repository.
@@ -122,11 +120,13 @@ class RobustClassifier(ZeroShotClassifier):
             backend: See `wrap`.
 
         Raises:
-            ConfigError: `pretrained` without `model`, a set that the defense does not have, or see `load_clip`.
+            ConfigError: `pretrained` without `model`, an embedded defense for another model, a set that the defense
+                does not have, or see `load_clip`.
             CheckpointError: There is no such defense, or it cannot be used.
             ShapeError, HookPointError, BackendError: See `wrap`.
         """
         check_named(model, pretrained)
+        check_own_model(source, model, pretrained)
         defense = find_defense(
             source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )

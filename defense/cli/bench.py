@@ -56,6 +56,9 @@ def bench(
     out: Annotated[Path, typer.Option(help="Where results, tables and plots go; a second run goes on there.")] = Path(
         "results"
     ),
+    with_drawn: Annotated[
+        bool, typer.Option("--with-drawn", help="Add the drawn pictures of a suite to the real ones that are there.")
+    ] = False,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Take data that are not all there.")] = False,
     font: Annotated[Path | None, typer.Option(help="Font file for drawn words.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn, and of intervals.")] = 0,
@@ -70,9 +73,9 @@ def bench(
         from defense.benchmarks import datasets, named_clip, robust, tables
         from defense.store.defenses import find_defense
 
-        check_pretrained(model, pretrained)
+        check_pretrained(model, pretrained, defense)
         found = None if defense is None else find_defense(defense)
-        tasks = _tasks(suite, data, datasets.Options(allow_partial, font, seed))
+        tasks = _tasks(suite, data, datasets.Options(allow_partial, font, seed), with_drawn=with_drawn)
         model, pretrained = (model, pretrained) if model is not None else _named_by(found, tasks)
         jobs = _jobs(tasks, methods, found, model)
         clip = named_clip.load_named_clip(model, pretrained, device=device)
@@ -88,13 +91,16 @@ def bench(
             raise typer.Exit(EXIT_INPUTS)
 
 
-def _tasks(suite: str, data: Path | None, options: Options) -> list[Task]:
-    """Return the data sets of a suite that are there; say which are not."""
+def _tasks(suite: str, data: Path | None, options: Options, *, with_drawn: bool) -> list[Task]:
+    """Return the data sets of a suite that are there; say which are left out."""
     from defense.benchmarks import datasets
 
-    tasks, missing = datasets.read_tasks(suite, data, options)
-    if missing:
+    tasks, left_out = datasets.read_tasks(suite, data, options, with_drawn=with_drawn)
+    drawn = [name for name in left_out if datasets.READERS[name].folder is None]
+    if missing := [name for name in left_out if name not in drawn]:
         say(f"not in {data or datasets.DATA}, left out: {', '.join(missing)}")
+    if drawn:
+        say(f"drawn, left out beside real pictures: {', '.join(drawn)}; --with-drawn adds them")
     return tasks
 
 

@@ -70,7 +70,7 @@ def classify(
         from defense.export import bundle
         from defense.hosts.clip import EMBEDDED
 
-        check_pretrained(model, pretrained)
+        check_pretrained(model, pretrained, None if plain else defense)
         paths = _example_pictures() if not pictures else list(expand(pictures))
         if not paths:
             raise typer.BadParameter(f"no pictures in {', '.join(map(str, pictures or []))}")

@@ -32,8 +32,8 @@ Labels = Annotated[str | None, typer.Option(help='What to choose from, e.g. "dog
 LabelsFile = Annotated[Path | None, typer.Option(help="The same, one label a line.")]
 Template = Annotated[str, typer.Option(help='"simple", "hf", "openai", or a template with {}.')]
 DefenseSource = Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')]
-Model = Annotated[str, typer.Option(help="open_clip model.")]
-OtherModel = Annotated[str | None, typer.Option(help="open_clip model; by default the one the defense names.")]
+Model = Annotated[str, typer.Option(help='open_clip model, or "transformers:" and a folder or hub id.')]
+OtherModel = Annotated[str | None, typer.Option(help="The same; by default the one that the defense names.")]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")]
 Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')]
 
@@ -70,11 +70,23 @@ def exit_codes() -> Iterator[None]:
 
 
 def chosen_labels(
-    labels: str | None, labels_file: Path | None, uses_embedded: bool, defense: str | None = None
+    labels: str | None,
+    labels_file: Path | None,
+    uses_embedded: bool,
+    defense: str | None = None,
+    *,
+    needs_own: bool = False,
 ) -> Sequence[str]:
-    """Return the labels given by either option, or the embedded model's own.
+    """Return the labels given by either option; else the embedded model's own, or common nouns for another one.
 
-    Where none are given but are needed, a defense that is not there is told first.
+    Where labels are needed and none are given, a defense that is not there is told first.
+
+    Args:
+        labels: The labels, separated by commas.
+        labels_file: A file of them.
+        uses_embedded: Whether it is the embedded model that chooses.
+        defense: The option --defense, where there is one.
+        needs_own: Refuse to choose labels for another model: they would be baked into something.
     """
     if labels is not None and labels_file is not None:
         raise typer.BadParameter("give --labels or --labels-file, not both")
@@ -84,24 +96,40 @@ def chosen_labels(
         return read_labels(labels_file)
     if labels is not None:
         return [label.strip() for label in labels.split(",")]
-    if not uses_embedded:
-        if defense is not None:
-            from defense.store.defenses import find_defense
+    if uses_embedded:
+        from defense.world.scenes import OBJECTS
 
-            find_defense(defense)
+        return list(OBJECTS)
+    if defense is not None:
+        from defense.store.defenses import find_defense
+
+        find_defense(defense)
+    if needs_own:
         raise typer.BadParameter('--labels or --labels-file is missing, e.g. --labels "dog,cat"')
-    from defense.world.scenes import OBJECTS
+    from defense.data.labels import common_nouns
 
-    return list(OBJECTS)
+    nouns = common_nouns()
+    say(f'labels: {len(nouns)} common nouns, for want of --labels "dog,cat"')
+    return nouns
 
 
-def check_pretrained(model: str | None, pretrained: str | None) -> None:
-    """Refuse --pretrained without a --model that could have such weights; the embedded model has its own."""
+def check_pretrained(model: str | None, pretrained: str | None, defense: str | None = None) -> None:
+    """Refuse --pretrained without a --model that could have such weights, and an embedded defense for another model.
+
+    Args:
+        model: The option --model.
+        pretrained: The option --pretrained.
+        defense: The option --defense, where there is one that will be used.
+    """
+    from defense.hosts.defense import check_own_model
+
     if pretrained is not None and model in (None, "embedded"):
         raise typer.BadParameter(
             f"--pretrained {pretrained} says which weights a --model has, and there is none; give both, e.g. --model "
             "ViT-B-32 --pretrained openai, or neither"
         )
+    if defense is not None:
+        check_own_model(defense, model, pretrained)
 
 
 def expand(pictures: Sequence[Path]) -> Iterator[Path]:

@@ -60,7 +60,7 @@ def demo(
             given = None if labels is None and labels_file is None else chosen_labels(labels, labels_file, False)
             engine = bundled(bundle, given, template)
         else:
-            check_pretrained(model, pretrained)
+            check_pretrained(model, pretrained, defense)
             uses_embedded = defense.partition(":")[0] == "embedded" and model in (None, "embedded")
             is_given = labels is not None or labels_file is not None or not uses_embedded
             given = chosen_labels(labels, labels_file, uses_embedded) if is_given else None

@@ -65,7 +65,7 @@ def explain(
         from defense.hosts.clip import EMBEDDED
         from defense.hosts.controls import Controls
 
-        check_pretrained(model, pretrained)
+        check_pretrained(model, pretrained, defense)
         _check_target(out, picture)
         if bundle.is_bundle(defense):
             raise typer.BadParameter("a bundle cannot explain itself; give the defense that it was exported from")

@@ -78,7 +78,7 @@ def fit(
         typer.Option(help="SAE that `defense train` or `import` wrote; again for more blocks, fitted in this order."),
     ] = None,
     task: Annotated[FitTask, typer.Option(help="Against words in the picture, or what goes with a class.")] = "text",
-    labels: Annotated[str | None, typer.Option(help="Text: what to choose from; by default 102 things.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Text: what to choose from; by default common nouns.")] = None,
     labels_file: LabelsFile = None,
     classes: Annotated[str | None, typer.Option(help='Group: e.g. "landbird,waterbird".')] = None,
     metadata: Annotated[Path | None, typer.Option(help="Group: csv file, a row per picture; no test split.")] = None,
@@ -129,10 +129,10 @@ def fit(
         from defense.fit.config import FitConfig
         from defense.fit.placing import fit_defense
         from defense.fit.sites import plan_sites
-        from defense.hosts.clip import load_clip, resolve_device
+        from defense.hosts.clip import EMBEDDED, load_clip, resolve_device
 
         source = _Source(task, pictures or [], metadata, path_column, label_column, attribute_column, spurious)
-        answers = _answers(task, labels, labels_file, classes, template)
+        answers = _answers(task, labels, labels_file, classes, template, uses_embedded=model == EMBEDDED)
         _check_options(source, sae or [], scope=scope, is_swept=sweep)
         check_pretrained(model, pretrained)
         _check_targets(out, report)
@@ -201,7 +201,13 @@ def _check_targets(out: Path, report: Path | None) -> None:
 
 
 def _answers(
-    task: FitTask, labels: str | None, labels_file: Path | None, classes: str | None, template: str
+    task: FitTask,
+    labels: str | None,
+    labels_file: Path | None,
+    classes: str | None,
+    template: str,
+    *,
+    uses_embedded: bool,
 ) -> tuple[str, ...]:
     """Return what to choose from, checked; the template, which it goes into, is checked too."""
     from defense.data.labels import check_labels, resolve_templates
@@ -214,7 +220,7 @@ def _answers(
     elif classes is not None:
         raise typer.BadParameter("--classes goes with --task group; --task text has --labels")
     else:
-        answers = check_labels(chosen_labels(labels, labels_file, labels is None and labels_file is None))
+        answers = check_labels(chosen_labels(labels, labels_file, uses_embedded))
     if len(answers) < 2:
         raise typer.BadParameter(f"{answers[0]!r} is all there is to choose from; give two or more")
     return answers

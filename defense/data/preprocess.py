@@ -87,6 +87,41 @@ class Preprocess:
         return cls.from_dict(cfg)
 
     @classmethod
+    def from_image_processor(cls, cfg: Mapping[str, Any]) -> Preprocess:
+        """Return the transform that an image processor of transformers describes.
+
+        The two agree on what is done; pixels differ by what libraries' resizing does.
+
+        Args:
+            cfg: What its `to_dict` returns, or its file `preprocessor_config.json`.
+
+        Raises:
+            ConfigError: It does something that there is no `Preprocess` for, such as keeping a border to crop.
+        """
+        for step in ("do_resize", "do_rescale", "do_normalize"):
+            if not cfg.get(step, True):
+                raise ConfigError(f"this image processor has {step}=false; want one that resizes and normalizes")
+        if cfg.get("do_pad"):
+            raise ConfigError("this image processor pads pictures; pass the Preprocess that is meant instead")
+        factor = cfg.get("rescale_factor", 1 / 255)
+        if not math.isclose(factor, 1 / 255):
+            raise ConfigError(f"this image processor multiplies pixels by {factor}; want 1/255")
+        size, crop = _sides(cfg.get("size")), _sides(cfg.get("crop_size")) if cfg.get("do_center_crop") else None
+        if len(size) == 1 and crop == size * 2:
+            mode = "shortest"
+        elif len(size) == 2 and crop in (None, size):
+            mode = "squash"
+        else:
+            raise ConfigError(
+                f"this image processor resizes to {cfg.get('size')} and crops to {cfg.get('crop_size')}; a Preprocess "
+                "resizes to the very frame: pass the one that is meant instead"
+            )
+        interpolation = {int(value): name for name, value in _RESAMPLING.items()}.get(cfg.get("resample", 3))
+        mean, std = (tuple(cfg.get(key) or ()) for key in ("image_mean", "image_std"))
+        frame = size if mode == "squash" else size * 2
+        return cls(frame, mean, std, str(interpolation or cfg.get("resample")), mode)  # type: ignore[arg-type]  # checked
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Preprocess:
         """Return what `to_dict` was called on, from its result or that read back from JSON.
 
@@ -156,6 +191,16 @@ class Preprocess:
         frame = Image.new("RGB", (width, height), (self.fill_color,) * 3)
         frame.paste(image, (_offset(width, image.width), _offset(height, image.height)))
         return frame
+
+
+def _sides(size: Any) -> tuple[int, ...]:
+    """Return an image processor's size: the shorter side, or height and width; neither where it is another kind."""
+    if isinstance(size, int):
+        return size, size
+    given = {key: value for key, value in dict(size or {}).items() if value is not None}
+    if given.keys() == {"shortest_edge"}:
+        return (given["shortest_edge"],)
+    return (given["height"], given["width"]) if given.keys() == {"height", "width"} else ()
 
 
 def _are(kind: type, values: object, count: int) -> bool:

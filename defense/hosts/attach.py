@@ -1,6 +1,6 @@
-"""The drop-in: the same open_clip model, with its `encode_image` defended.
+"""The drop-in: the same model of open_clip, timm or transformers, with its vision tower defended.
 
-    wrap(model, defense)      model.encode_image(pixel_values) is defended from here on
+    wrap(model, defense)      what the model makes of pictures is defended from here on
     detach(model)             and is bit for bit what it was
 
 State-dict keys do not change, `.to()`, `.half()` and `.cuda()` reach the suppressors, and the model is still the
@@ -24,11 +24,13 @@ from defense.core.latents import LatentSet
 from defense.core.ops import Backend
 from defense.core.sae import SparseAutoencoder
 from defense.core.suppress import Suppression, Suppressor, suppress, suppress_and_tell
+from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError
 
-from .defense import ClipId, Defense, Site
+from .defense import EMBEDDED, ClipId, Defense, Site, embedded_alone
 from .families import tower_of
 from .tower import VisionTower
+from .transformers_inputs import preprocess_of
 from .weights import WeightGuard
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,8 +66,9 @@ class EditedBlock(nn.Module):
 
     def hook_into(self, tower: VisionTower) -> None:
         """Put the hook on the block."""
-        # A bound method: a deep copy of the model gets hooks that are bound to its own blocks.
-        self._handle = tower.block(self.hook_point).register_forward_hook(self.hook)
+        # A bound method: a deep copy of the model gets hooks that are bound to its own blocks. In front of other hooks:
+        # transformers records hidden states by hooks, and what a LLaVA-type model reads is what was recorded.
+        self._handle = tower.block(self.hook_point).register_forward_hook(self.hook, prepend=True)
 
     def mode(self) -> _Mode:
         """Return how the caller, a thread or an asyncio task, wants the block to act now."""
@@ -211,6 +214,8 @@ def check_clip(tower: VisionTower, spec: ClipId) -> None:
         ShapeError: Another width.
     """
     name = spec.name
+    if spec.model == EMBEDDED and not tower.has_weights(spec.sha256, spec.stream_sha256):
+        raise ConfigError(embedded_alone())
     tower.check_width(spec.d_model, f"this defense (fitted on {name})")
     if len(tower.blocks) != spec.n_layers:
         raise ConfigError(
@@ -222,34 +227,65 @@ def check_clip(tower: VisionTower, spec: ClipId) -> None:
             f"this defense was fitted on {name} with {want}, but this model uses {got}; create it with "
             f"force_quick_gelu={spec.quick_gelu}, or under the name that ends in '-quickgelu'"
         )
-    if (got_hash := tower.fingerprint()) != spec.sha256:
+    if tower.has_weights(spec.sha256, spec.stream_sha256):
+        return
+    own = tower.fingerprints()
+    if tower.is_whole or spec.stream_sha256 is not None:
+        want, got = (spec.sha256, own.whole) if tower.is_whole else (str(spec.stream_sha256), own.stream)
         raise ConfigError(
-            f"this defense was fitted on the weights of {name} (sha256 {spec.sha256[:16]}...); this model's vision "
-            f"tower is {got_hash[:16]}.... Load those weights (wrap before casting to bfloat16), or pass "
+            f"this defense was fitted on the weights of {name} (sha256 {want[:16]}...); this model's vision tower is "
+            f"{got[:16]}.... Load those weights (wrap before casting to bfloat16), or in Python pass "
             "allow_mismatch=True"
+        )
+    raise ConfigError(
+        f"this vision tower is held without its projection, and this defense, fitted on {name}, names the weights only "
+        "with it; save the defense again with the whole model's Clip.id_as, or in Python pass allow_mismatch=True"
+    )
+
+
+def check_preprocess(preprocess: Preprocess, defense: Defense) -> None:
+    """Hold how pictures are prepared against how they were when a defense was fitted.
+
+    Raises:
+        ConfigError: It is another way.
+    """
+    if preprocess != defense.preprocess:
+        raise ConfigError(
+            f"this defense was fitted on pictures prepared with {defense.preprocess}, but these are prepared with "
+            f"{preprocess}; use the same, or in Python pass allow_mismatch=True"
         )
 
 
-def wrap(model: Model, defense: Defense, *, allow_mismatch: bool = False, backend: Backend = "auto") -> Model:
-    """Put a defense into an open_clip model and return the same object.
+def wrap(
+    model: Model,
+    defense: Defense,
+    *,
+    processor: Any = None,
+    allow_mismatch: bool = False,
+    backend: Backend = "auto",
+) -> Model:
+    """Put a defense into a model and return the same object.
 
     Attach before torch.compile: a hook that comes later is ignored by compiled code. Until `detach`, loading a state
     dict with other weights of the vision tower raises `ConfigError`, unless `allow_mismatch` was given.
 
     Args:
-        model: A model of open_clip with a ViT, native or of timm.
-        defense: What to edit.
+        model: A model of open_clip with a ViT, native or of timm; a ViT of timm; or of transformers a CLIP, SigLIP,
+            SigLIP 2 or DINOv2, whole or the vision tower alone, or a LLaVA-type model that has one.
+        defense: What to edit. Its CLIP may have been of another library, with the same weights.
+        processor: What prepares the model's pictures, held against what the defense was fitted on: a processor or image
+            processor of transformers, or a `Preprocess`.
         allow_mismatch: Skip the checks that this is the model the defense was fitted on; widths are still checked.
         backend: What computes the edit: "auto" takes the Triton kernels on a GPU where they apply; "fused" takes them
             or raises; "reference" is plain PyTorch.
 
     Raises:
-        ConfigError: The model is compiled, wrapped already, or not the one that the defense was fitted on, or the
-            backend is unknown.
+        ConfigError: The model is compiled, wrapped already, or not the one that the defense was fitted on, its pictures
+            are prepared in another way, or the backend is unknown.
         BackendError: `backend` is "fused", and there is no kernel for an SAE or edit of this defense. (Where it is the
             device that cannot run one, `encode_image` raises.)
         ShapeError: The SAE has another width than the model.
-        HookPointError: The model has no such block, or the scope means nothing there.
+        HookPointError: The model has no such block, or an edit there, or of that scope, would do nothing.
     """
     if is_compiled(model):
         raise ConfigError("this model is compiled, and would ignore the defense; wrap it first, then compile")
@@ -258,9 +294,11 @@ def wrap(model: Model, defense: Defense, *, allow_mismatch: bool = False, backen
     tower = tower_of(model)
     if not allow_mismatch:
         check_clip(tower, defense.clip)
+        if processor is not None:
+            check_preprocess(preprocess_of(processor), defense)
     attach(model, defense.sites, backend)
     if not allow_mismatch:
-        attached(model).guard = WeightGuard(model, tower.visual)
+        attached(model).guard = WeightGuard(model, tower.parts)
     return model
 
 

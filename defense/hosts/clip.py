@@ -21,6 +21,7 @@ from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, ConfigError, MissingDependencyError
 
+from .defense import EMBEDDED as EMBEDDED
 from .defense import ClipId, Defense, Site
 
 if TYPE_CHECKING:
@@ -31,24 +32,80 @@ if TYPE_CHECKING:
     from defense.core.sae import SparseAutoencoder
 
     from .attach import AttachedDefense
+    from .text import TextTower
     from .tower import VisionTower
 
-EMBEDDED = "embedded"
+TIMM = "timm:"
+"""How the name of a vision transformer of timm begins that has no texts."""
+
+
+def no_tokenizer(_texts: list[str]) -> Any:
+    """Stand in for the tokenizer of a model that takes no texts.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise ConfigError("this model takes pictures alone; to classify by labels it takes a whole CLIP and its tokenizer")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP: its model, and what prepares its inputs.
+    """A CLIP: its model, and what prepares its inputs. Or a vision transformer alone, which embeds pictures.
 
     Attributes:
-        model: An open_clip model, in eval mode. Its own classes carry no types.
+        model: A model of open_clip, transformers or timm, in eval mode (see `wrap`). Their classes carry no types.
         preprocess: From a picture to pixel_values.
         tokenizer: From texts to token ids.
     """
 
     model: Any
     preprocess: Preprocess
-    tokenizer: Callable[[list[str]], Any]
+    tokenizer: Callable[[list[str]], Any] = no_tokenizer
+
+    @classmethod
+    def from_transformers(cls, model: Any, processor: Any) -> Clip:
+        """Return a CLIP around a model of transformers, which is put into eval mode.
+
+        Args:
+            model: CLIP, SigLIP, SigLIP 2 or DINOv2, whole or the vision tower alone; or a LLaVA-type model, of which
+                the embedding is the mean of the tokens that its language model is given.
+            processor: Its processor, whose tokenizer is the model's; or its image processor; or a `Preprocess` in
+                place of one that there is none for.
+
+        Raises:
+            ConfigError: The model has no vision tower that is known here, or the processor does something that there is
+                no `Preprocess` for.
+        """
+        from .transformers_inputs import preprocess_of, tokenizer_of
+
+        texts = getattr(model.config, "text_config", None)
+        n_positions = getattr(texts, "max_position_embeddings", None)
+        tokenizer = None if n_positions is None else tokenizer_of(processor, n_positions)
+        return cls(model.eval(), preprocess_of(processor), tokenizer or no_tokenizer)._checked()
+
+    @classmethod
+    def from_timm(cls, model: Any, preprocess: Preprocess | None = None) -> Clip:
+        """Return what embeds pictures by a vision transformer of timm, which is put into eval mode.
+
+        Args:
+            model: The vision transformer.
+            preprocess: How its pictures are prepared; by default as its `pretrained_cfg` says.
+
+        Raises:
+            ConfigError: It is none, or its `pretrained_cfg` says something that there is no `Preprocess` for.
+        """
+        from .timm_vit import preprocess_of
+
+        return cls(model.eval(), preprocess or preprocess_of(model))._checked()
+
+    def _checked(self) -> Clip:
+        """Return itself, where it has a vision tower that takes what `preprocess` gives."""
+        if self.tower.image_size != self.preprocess.size:
+            raise ConfigError(
+                f"this model takes pictures of {self.tower.image_size} pixels, and is given ones of "
+                f"{self.preprocess.size}; use the processor that goes with it"
+            )
+        return self
 
     @cached_property
     def tower(self) -> VisionTower:
@@ -62,16 +119,38 @@ class Clip:
 
         return tower_of(self.model)
 
+    @cached_property
+    def text_tower(self) -> TextTower:
+        """The text tower.
+
+        Raises:
+            ConfigError: The model has none.
+        """
+        from .families import text_tower_of
+
+        return text_tower_of(self.model)
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        device: torch.device = self.model.logit_scale.device
-        return device
+        return self.tower.device
 
     @property
     def logit_scale(self) -> float:
-        """Factor between cosines and logits."""
+        """Factor between cosines and logits.
+
+        Raises:
+            ConfigError: The model has no texts, and so no logits.
+        """
+        if getattr(self.model, "logit_scale", None) is None:
+            raise ConfigError(f"{type(self.model).__name__} compares no pictures with texts, so it has no logit_scale")
         return float(self.model.logit_scale.detach().float().exp())
+
+    @property
+    def logit_bias(self) -> float:
+        """What is added to logits, the same for all labels: 0 for CLIP, learned for SigLIP."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias.detach().float())
 
     def image_embeds(self, pixel_values: np.ndarray | Tensor) -> Tensor:
         """Return image_embeds, float32 [batch, d_embed], normalized, on the model's device.
@@ -92,26 +171,35 @@ class Clip:
         import torch
 
         with torch.inference_mode():
-            embeds: Tensor = self.model.encode_text(torch.from_numpy(input_ids).to(self.device))
+            embeds = self.text_tower.encode(torch.from_numpy(input_ids).to(self.device))
             return embeds.float().cpu().numpy()
 
     def text_embeds(self, prompts: Prompts, *, normalize_each: bool = True) -> np.ndarray:
-        """Return text_embeds, float32 [n_labels, d_embed], normalized; see `labels.encode_prompts`."""
+        """Return text_embeds, float32 [n_labels, d_embed], normalized; see `labels.encode_prompts`.
+
+        Raises:
+            ConfigError: The model has no text tower.
+        """
+        self.text_tower  # noqa: B018 - raises for a model without one, which then has no tokenizer either
         return encode_prompts(prompts, self.tokenizer, self.encode_text, normalize_each=normalize_each)
 
     def blank_tokens(self) -> np.ndarray | None:
         """Return for each token id whether the text tower has no embedding for it, bool [vocabulary]; None unknown."""
-        table = getattr(self.model, "token_embedding", None)
+        table = self.text_tower.table
         if table is None:
             return None
-        is_blank: np.ndarray = (table.weight == 0).all(1).cpu().numpy()
+        weight: Any = table.weight
+        is_blank: np.ndarray = (weight == 0).all(1).cpu().numpy()
         is_blank[0] = False  # padding
         return is_blank
 
     def id_as(self, model: str, pretrained: str | None = None) -> ClipId:
         """Return what identifies this CLIP on disk; `model` and `pretrained` are what it was loaded by."""
-        tower = self.tower
-        return ClipId(model, pretrained, tower.fingerprint(), tower.quick_gelu, tower.d_model, len(tower.blocks))
+        from .open_clip_names import spelled
+
+        tower, model = self.tower, spelled(model)
+        whole, stream = tower.fingerprints()
+        return ClipId(model, pretrained, whole, tower.quick_gelu, tower.d_model, len(tower.blocks), stream)
 
     @contextmanager
     def defended(
@@ -184,45 +272,81 @@ class Clip:
 
 
 def load_clip(model: str = EMBEDDED, pretrained: str | None = None, *, device: str = "cpu") -> Clip:
-    """Load a CLIP through open_clip.
+    """Load a CLIP by name.
 
     Args:
-        model: "embedded", or whatever open_clip takes: a name such as "ViT-B-32", "hf-hub:org/repo", "local-dir:path".
+        model: "embedded"; a name of open_clip such as "ViT-B-32", also written "ViT-B/32"; "hf-hub:org/repo" or
+            "local-dir:path" of open_clip; "transformers:" with a folder or hub id; "timm:" with a name or file of timm,
+            for embeddings alone.
         pretrained: open_clip's tag or a path, for a plain name. A tag that is not cached is downloaded.
         device: "cpu", "cuda", "cuda:1" or "auto".
 
     Raises:
-        MissingDependencyError: torch or open_clip is not installed.
-        ConfigError: A plain name without `pretrained`, or one that open_clip does not know.
+        MissingDependencyError: torch, open_clip, or for a name of it transformers is not installed.
+        ConfigError: A plain name without `pretrained`, one that its library does not know, or weights that were not
+            trained with the kind of GELU that the name asks for.
     """
+    from .transformers_inputs import SCHEME, load
+
+    device = resolve_device(device)
+    if model.startswith(SCHEME):
+        net, processor = load(model.removeprefix(SCHEME))
+        return Clip.from_transformers(net.to(device).requires_grad_(False), processor)
     try:
         import open_clip
+
+        from . import photo_tower  # noqa: F401 - registers the tower, which a configuration may name
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "torch") from error
-    has_schema = model.startswith(("hf-hub:", "local-dir:"))
+    if model.startswith(TIMM):
+        return _load_timm(model.removeprefix(TIMM), device)
     if model == EMBEDDED:
-        model, has_schema = f"local-dir:{embedded_folder('clip')}", True
-    if not has_schema:
-        if model not in open_clip.list_models():
-            raise ConfigError(f"open_clip knows no model {model!r}; `open_clip.list_models()` names them all")
+        model = f"local-dir:{embedded_folder('clip')}"
+    needs_quick_gelu = False
+    if not model.startswith(("hf-hub:", "local-dir:")):
+        from . import open_clip_names
+
+        model = open_clip_names.known_name(model)
         if pretrained is None:
             raise ConfigError(
                 f"{model} needs weights: give pretrained=, one of {open_clip.list_pretrained_tags_by_model(model)}"
             )
+        needs_quick_gelu = open_clip_names.needs_quick_gelu(model, pretrained)
     try:
-        net = open_clip.create_model(model, pretrained=pretrained, device=resolve_device(device))
+        net = open_clip.create_model(
+            model, pretrained=pretrained, device=device, force_quick_gelu=needs_quick_gelu, weights_only=True
+        )
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"open_clip cannot load {model!r} (pretrained={pretrained!r}): {error}") from error
     config = open_clip.get_model_config(model)
     if config is None:
         raise ConfigError(f"open_clip gives no configuration of {model!r}, so its tokenizer is unknown")
-    text_cfg = config["text_cfg"]
-    if text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name"):
-        tokenizer = open_clip.get_tokenizer(model)
-    else:
-        tokenizer = ClipTokenizer(text_cfg.get("context_length", 77))
     preprocess = Preprocess.from_open_clip(open_clip.get_model_preprocess_cfg(net))
-    return Clip(net.eval().requires_grad_(False), preprocess, tokenizer)
+    return Clip(net.eval().requires_grad_(False), preprocess, _open_clip_tokenizer(model, config["text_cfg"]))
+
+
+def _open_clip_tokenizer(model: str, text_cfg: dict[str, Any]) -> Callable[[list[str]], Any]:
+    """Return CLIP's own tokenizer, or the one of Hugging Face that a model names."""
+    import open_clip
+
+    if not (text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")):
+        return ClipTokenizer(text_cfg.get("context_length", 77))
+    try:
+        tokenizer: Callable[[list[str]], Any] = open_clip.get_tokenizer(model)
+    except (ImportError, NameError, AttributeError) as error:
+        raise MissingDependencyError("transformers", "transformers") from error
+    return tokenizer
+
+
+def _load_timm(name: str, device: str) -> Clip:
+    """Return a vision transformer of timm with its weights, for embeddings."""
+    import timm
+
+    try:
+        net = timm.create_model(name, pretrained=True, num_classes=0)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(f"timm cannot load {name!r}: {error}") from error
+    return Clip.from_timm(net.to(device).requires_grad_(False))
 
 
 def resolve_device(device: str) -> str:

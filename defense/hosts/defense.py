@@ -14,18 +14,23 @@ from defense.core.latents import LatentSet
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError
 
+EMBEDDED = "embedded"
+"""Name of the model that ships, and of its first defense; the others are "embedded:NAME"."""
+
 
 @dataclass(frozen=True)
 class ClipId:
     """The CLIP that a defense was fitted on.
 
     Attributes:
-        model: open_clip's name, e.g. "ViT-B-32", "hf-hub:..." or "embedded".
+        model: What `load_clip` takes, e.g. "ViT-B-32", "hf-hub:...", "transformers:..." or "embedded".
         pretrained: open_clip's tag; None where the name says it all.
         sha256: Fingerprint of the vision tower's weights (`VisionTower.fingerprint`).
         quick_gelu: Whether its MLPs use QuickGELU.
         d_model: Width of its residual stream.
         n_layers: Number of its blocks.
+        stream_sha256: Fingerprint of the weights that make its residual stream alone, by which a tower is known that
+            is held without its projection; None for a defense of before there was one.
     """
 
     model: str
@@ -34,6 +39,7 @@ class ClipId:
     quick_gelu: bool
     d_model: int
     n_layers: int
+    stream_sha256: str | None = None
 
     @property
     def name(self) -> str:
@@ -113,6 +119,34 @@ class Defense:
         kept = [(site, tuple(s for s in site.sets if s.name in names)) for site in self.sites]
         sites = tuple(Site(site.hook_point, site.sae_config, site.parameters, sets) for site, sets in kept if sets)
         return Defense(self.clip, self.preprocess, sites, None, self.license, self.provenance)
+
+
+def is_embedded(source: object) -> bool:
+    """Return whether the name of a defense is that of one that ships with the embedded model."""
+    return str(source).partition(":")[0] == EMBEDDED
+
+
+def check_own_model(source: object, model: str | None, pretrained: str | None = None) -> None:
+    """Refuse an embedded defense for a model that goes by another name; see `attach.check_clip` for its weights.
+
+    Args:
+        source: Name of the defense.
+        model: Name of a model; None for the one that the defense names.
+        pretrained: Tag of its weights, for the message.
+
+    Raises:
+        ConfigError: The model is another one.
+    """
+    if is_embedded(source) and model not in (None, EMBEDDED) and ":" not in str(model):
+        raise ConfigError(embedded_alone(f"{model} --pretrained {pretrained or 'TAG'}"))
+
+
+def embedded_alone(model: str = "MODEL --pretrained TAG") -> str:
+    """Return what there is to say where an embedded defense was to go into another model."""
+    return (
+        "the embedded defense fits the embedded model alone, which knows a hundred drawn things; one for this model "
+        f"comes from: defense protect {model}"
+    )
 
 
 def join(defenses: Sequence[Defense]) -> Defense:

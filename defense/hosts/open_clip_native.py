@@ -7,7 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .text import TextTower
 from .tower import VisionTower
+
+HEAD = ("ln_post.", "attn_pool", "proj")
+"""How the names begin of the weights that stand behind the last block."""
 
 
 def encode_image(model: Any, pixel_values: Tensor) -> Tensor:
@@ -23,17 +27,34 @@ def find(model: nn.Module) -> VisionTower | None:
     if not hasattr(transformer, "resblocks"):
         return None
     blocks = transformer.resblocks
+    pools_cls = getattr(visual, "attn_pool", None) is None and getattr(visual, "pool_type", "tok") == "tok"
     return VisionTower(
-        visual=visual,
+        parts=(visual,),
+        weights=visual.state_dict,
+        head=HEAD,
+        is_whole=True,
         blocks=blocks,
         encode=partial(encode_image, model),
         d_model=transformer.width,
         n_prefix=1,
         has_cls=True,
-        pools_cls=getattr(visual, "attn_pool", None) is None and getattr(visual, "pool_type", "tok") == "tok",
+        reads="cls" if pools_cls else "all",
+        n_read=len(blocks),
         # Read, not inferred from shapes: 50 tokens and a batch of 50 look alike. open_clip 4 has no such switch.
         batch_first=getattr(transformer, "batch_first", True),
         quick_gelu=any(type(module).__name__ == "QuickGELU" for module in blocks[0].modules()),
         grid_size=visual.grid_size,
         image_size=visual.image_size,
     )
+
+
+def find_text(model: nn.Module) -> TextTower | None:
+    """Return the text tower of any model of open_clip, else None."""
+    if not hasattr(model, "encode_text"):
+        return None
+    return TextTower(partial(_encode_text, model), getattr(model, "token_embedding", None))
+
+
+def _encode_text(model: Any, input_ids: Tensor) -> Tensor:
+    embeds: Tensor = model.encode_text(input_ids)
+    return embeds

@@ -5,16 +5,17 @@
     resid_post.L --the rest--> image_embeds             `embeds_from`  differentiable
 
 The last two put stand-ins into the model for as long as they run: not while another thread uses it. Nothing here
-depends on a library: `families.py` says what a tower of open_clip or timm looks like.
+depends on a library: `families.py` says what a tower of open_clip, timm or transformers looks like.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,38 +58,70 @@ class _Skip(nn.Module):
         return resid
 
 
+class Fingerprints(NamedTuple):
+    """What tells the weights of one vision tower from those of another.
+
+    Attributes:
+        whole: sha256 of all of them.
+        stream: sha256 of those that make the residual stream: without what stands behind the last block (final norm,
+            pooling, projection), which some towers are held without.
+    """
+
+    whole: str
+    stream: str
+
+
 @dataclass(frozen=True)
 class VisionTower:
     """The vision transformer of a CLIP.
 
     Attributes:
-        visual: The module that holds its weights.
+        parts: The modules that hold its weights, and no others'.
+        weights: Returns its weights by the names that open_clip has for them, whatever library holds them here.
+        head: How the names begin of the weights that stand behind the last block.
+        is_whole: Whether `weights` has all of the head, so that `encode` gives the embeddings that its CLIP compares
+            with texts.
         blocks: Its transformer blocks, in order.
         encode: From pixel_values [batch, 3, height, width], on the tower's device and in its dtype, to image
             embeddings [batch, d_embed], not normalized.
         d_model: Width of the residual stream.
         n_prefix: Tokens before the patches: CLS, registers. 0 for SigLIP.
         has_cls: Whether the first token is a CLS token.
-        pools_cls: Whether the image embedding is read from the CLS token alone.
+        reads: The tokens that count behind the last block that counts.
+        n_read: How many blocks count: all, but in a model that reads an earlier one.
         batch_first: Whether a block's output is [batch, pos, d_model], else [pos, batch, d_model].
         quick_gelu: Whether the MLPs use QuickGELU.
         grid_size: Patches down and across.
         image_size: Height and width of pixel_values.
     """
 
-    visual: nn.Module
+    parts: tuple[nn.Module, ...]
+    weights: Callable[[], Mapping[str, Tensor]]
+    head: tuple[str, ...]
+    is_whole: bool
     blocks: nn.ModuleList | nn.Sequential
     encode: Callable[[Tensor], Tensor]
     d_model: int
     n_prefix: int
     has_cls: bool
-    pools_cls: bool
+    reads: Scope
+    n_read: int
     batch_first: bool
     quick_gelu: bool
     grid_size: tuple[int, int]
     image_size: tuple[int, int]
 
     # --- what it is ---
+
+    @property
+    def visual(self) -> nn.Module:
+        """The module that holds its weights, all but those of a projection that stands beside it."""
+        return self.parts[0]
+
+    @property
+    def pools_cls(self) -> bool:
+        """Whether the image embedding is read from the CLS token alone."""
+        return self.reads == "cls"
 
     @property
     def device(self) -> torch.device:
@@ -110,16 +143,38 @@ class VisionTower:
 
     @property
     def _patch_weight(self) -> nn.Parameter:
-        return next(parameter for parameter in self.visual.parameters() if parameter.ndim == 4)
+        matrices = [parameter for parameter in self.visual.parameters() if parameter.ndim > 1]
+        # Of a convolution; where the patches come flattened, of the first linear layer.
+        return next((parameter for parameter in matrices if parameter.ndim == 4), matrices[0])
 
     def fingerprint(self) -> str:
-        """Return a sha256 of the tower's weights, equal for the same weights held in float32 or float16."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.visual.state_dict().items()):
-            if tensor.is_floating_point():
+        """Return a sha256 of the tower's weights; see `fingerprints`."""
+        return self.fingerprints().whole
+
+    def fingerprints(self) -> Fingerprints:
+        """Return what tells these weights from others.
+
+        Equal for the same weights in another library, and in float32 or float16.
+        """
+        whole, stream = hashlib.sha256(), hashlib.sha256()
+        for name, tensor in sorted(self.weights().items()):
+            if not tensor.is_floating_point():
+                continue
+            content = tensor.detach().to("cpu", torch.float16).contiguous().numpy().data
+            for digest in (whole,) if name.startswith(self.head) else (whole, stream):
                 digest.update(name.encode())
-                digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().data)
-        return digest.hexdigest()
+                digest.update(content)
+        return Fingerprints(whole.hexdigest(), stream.hexdigest())
+
+    def has_weights(self, sha256: str, stream_sha256: str | None) -> bool:
+        """Return whether these are the weights of two fingerprints; the second decides where the head is not here.
+
+        Args:
+            sha256: Of a whole tower.
+            stream_sha256: Of its residual stream; None where it is not known.
+        """
+        own = self.fingerprints()
+        return own.whole == sha256 or (not self.is_whole and own.stream == stream_sha256)
 
     def check_width(self, d_model: int, what: str) -> None:
         """Raise `ShapeError` where something made for `d_model` does not fit this tower."""
@@ -145,21 +200,30 @@ class VisionTower:
     def effective_scope(self, hook_point: str, scope: Scope) -> Scope:
         """Return the tokens that an edit of `scope` has to touch at a hook point.
 
-        After the last block of a tower that pools its CLS token, nothing but that token matters.
+        After the last block that counts, nothing but the tokens that are read there matters: the CLS token of a tower
+        that pools it, the patches for a language model that is given no other.
 
         Raises:
-            HookPointError: The scope means nothing there.
+            HookPointError: The scope means nothing there, or the block does not count.
         """
+        self.block(hook_point)
+        block = block_of(hook_point)
         if scope == "cls" and not self.has_cls:
             raise HookPointError("scope='cls', but this vision tower has no CLS token; use 'patch' or 'all'")
-        if block_of(hook_point) == len(self.blocks) - 1 and self.pools_cls:
-            if scope == "patch":
-                raise HookPointError(
-                    f"scope='patch' at {hook_point}: after the last block only the CLS token reaches the image "
-                    "embedding, so editing patches changes nothing; use 'cls', or an earlier block"
-                )
-            return "cls"
-        return scope
+        if block >= self.n_read:
+            raise HookPointError(
+                f"{hook_point}: this model reads its vision tower after block {self.n_read - 1}, so an edit there "
+                "changes nothing; use that block or an earlier one"
+            )
+        if block < self.n_read - 1 or self.reads == "all":
+            return scope
+        if scope not in ("all", self.reads):
+            token, others = ("the CLS token", "patches") if self.reads == "cls" else ("patches", "the CLS token")
+            raise HookPointError(
+                f"scope={scope!r} at {hook_point}: after the last block only {token} can reach the output, "
+                f"so editing {others} changes nothing; use {self.reads!r}, or an earlier block"
+            )
+        return self.reads
 
     def positions(self, hook_point: str, scope: Tokens = "all") -> slice:
         """Return the positions of the tokens that a scope touches at a hook point; see `effective_scope`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,16 @@ class WeightGuard:
 
     Args:
         model: The model that is defended.
-        visual: Its vision tower, or a part of it that holds the weights.
+        parts: The modules that hold the weights of its vision tower.
     """
 
-    def __init__(self, model: nn.Module, visual: nn.Module) -> None:
-        self._prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is visual)
+    def __init__(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
+        names = {id(module): name for name, module in model.named_modules()}
+        self._prefixes = tuple(f"{name}." if (name := names[id(part)]) else "" for part in parts)
         self._handles: list[RemovableHandle] = [model.register_load_state_dict_pre_hook(self._check_model)]
-        if self._prefix:
-            self._handles.append(visual.register_load_state_dict_pre_hook(self._check_visual))
+        for part, prefix in zip(parts, self._prefixes, strict=True):
+            if prefix:
+                self._handles.append(part.register_load_state_dict_pre_hook(self._check_part))
 
     def remove(self) -> None:
         """Let the model take any weights again."""
@@ -32,17 +34,19 @@ class WeightGuard:
             handle.remove()
 
     def _check_model(self, model: nn.Module, given: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        _refuse_others(model.state_dict(), given, self._prefix, prefix)
+        _refuse_others(model.state_dict(), given, self._prefixes, prefix)
 
-    def _check_visual(self, visual: nn.Module, given: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    def _check_part(self, part: nn.Module, given: Mapping[str, Any], prefix: str, *_: Any) -> None:
         if not prefix:  # else the model's own check has seen it
-            _refuse_others(visual.state_dict(), given, "", "")
+            _refuse_others(part.state_dict(), given, ("",), "")
 
 
-def _refuse_others(own: Mapping[str, Tensor], given: Mapping[str, Any], prefix: str, given_prefix: str) -> None:
+def _refuse_others(
+    own: Mapping[str, Tensor], given: Mapping[str, Any], prefixes: tuple[str, ...], given_prefix: str
+) -> None:
     for name, tensor in own.items():
         other = given.get(given_prefix + name)
-        if name.startswith(prefix) and isinstance(other, Tensor) and not _is_same(tensor, other):
+        if name.startswith(prefixes) and isinstance(other, Tensor) and not _is_same(tensor, other):
             raise ConfigError(
                 f"this model is defended, and its defense was fitted on the weights that it has; {name} of what is "
                 "being loaded differs. Call detach(model), load, and wrap with a defense fitted on the new weights"

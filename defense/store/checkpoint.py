@@ -114,17 +114,17 @@ class Checkpoint:
                 f"this SAE was trained on activations with quick_gelu={self.quick_gelu}, this tower has "
                 f"quick_gelu={tower.quick_gelu}; load the model that fits, or pass allow_mismatch=True"
             )
-        want = self._clip_sha256()
-        if want is not None and not allow_mismatch and (got := tower.fingerprint()) != want:
+        want, stream = self._clip_sha256("sha256"), self._clip_sha256("stream_sha256")
+        if want is not None and not allow_mismatch and not tower.has_weights(want, stream):
             raise ConfigError(
                 f"this SAE was trained on the weights of {self.host_model} (sha256 {want[:16]}...); this tower's are "
-                f"{got[:16]}.... Load those weights, or pass allow_mismatch=True"
+                f"{tower.fingerprint()[:16]}.... Load those weights, or pass allow_mismatch=True"
             )
 
-    def _clip_sha256(self) -> str | None:
-        """Return the fingerprint of the tower it was trained on, where `defense train` noted it."""
+    def _clip_sha256(self, key: str) -> str | None:
+        """Return a fingerprint of the tower it was trained on (see `ClipId`), where `defense train` noted it."""
         trained_on = self.provenance.get("host")
-        return trained_on.get("sha256") if isinstance(trained_on, Mapping) else None
+        return trained_on.get(key) if isinstance(trained_on, Mapping) else None
 
 
 def save(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> Path:

@@ -49,7 +49,10 @@ _HOST_FIELDS = {
     "quick_gelu": bool,
     "d_model": int,
     "n_layers": int,
+    "stream_sha256": str | None,
 }
+_SINCE_FIRST = {"stream_sha256": None}
+"""What a manifest of before a key of the host was there is read as having."""
 _SITE_FIELDS = {"hook_point": str, "sae": dict, "sets": list}
 
 
@@ -159,7 +162,7 @@ def _load(root: Path, verify: Verify) -> Defense:
         for site, file in zip(fields, site_files, strict=True)
     )
     defense = Defense(
-        ClipId(**typed("host", manifest["host"], _HOST_FIELDS)),
+        ClipId(**typed("host", {**_SINCE_FIRST, **manifest["host"]}, _HOST_FIELDS)),
         Preprocess.from_dict(manifest["preprocess"]),
         sites,
         Golden(**tensors[_GOLDEN]) if _GOLDEN in tensors else None,
