@@ -227,7 +227,9 @@ class OnnxClassifier(ZeroShotClassifier):
         iterator = iter(inputs)
 
         def start() -> list[Future[np.ndarray]]:
-            return [pool.submit(self._prepare, image) for image in itertools.islice(iterator, batch_size or self.batch_size)]
+            return [
+                pool.submit(self._prepare, image) for image in itertools.islice(iterator, batch_size or self.batch_size)
+            ]
 
         ahead = start()
         while ahead:

@@ -5,6 +5,7 @@ The data flow is in its docstring; each step is one function of the module named
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from defense.core.sae import SparseAutoencoder
     from defense.core.suppress import Suppression
     from defense.hosts.attach import AttachedDefense
+
+log = logging.getLogger(__name__)
 
 
 class RobustClassifier(ZeroShotClassifier):
@@ -74,6 +77,8 @@ class RobustClassifier(ZeroShotClassifier):
                 f"clip is a {type(clip).__name__}; want a Clip, as load_clip(...) returns it. RobustClassifier."
                 "from_pretrained(...) loads a CLIP and its defense by name"
             )
+        if defense is not None and not isinstance(defense, Defense):
+            raise ConfigError(f"defense is {defense!r:.80}; want a Defense, as find_defense(...) returns it")
         if defense is None and is_wrapped(clip.model):
             raise ConfigError("this CLIP's model is defended already; load it again for a stock CLIP")
         if defense is not None and not allow_mismatch and clip.preprocess != defense.preprocess:
@@ -85,6 +90,7 @@ class RobustClassifier(ZeroShotClassifier):
         self.defense = defense
         self.allow_mismatch = allow_mismatch
         self.backend = backend
+        self._pid = os.getpid()
         self._saes: dict[int, SparseAutoencoder] = {}
         if defense is not None:
             wrap(clip.model, defense, allow_mismatch=allow_mismatch, backend=backend)
@@ -92,6 +98,20 @@ class RobustClassifier(ZeroShotClassifier):
     def __getstate__(self) -> dict[str, Any]:
         # The SAEs are kept by the `id` of their sites, which a copy does not have; they are made anew when needed.
         return {**super().__getstate__(), "_saes": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pid = os.getpid()
+
+    def _own_process(self) -> None:
+        """Keep torch in a forked process from waiting for the threads of its pool, which stayed in the parent."""
+        import torch
+
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            if torch.get_num_threads() > 1 and self.clip.device.type == "cpu":
+                torch.set_num_threads(1)  # as torch's own loader does in its workers
+                log.warning("this process was forked: torch uses one thread in it; spawned processes use more")
 
     @classmethod
     def from_pretrained(
@@ -168,12 +188,14 @@ class RobustClassifier(ZeroShotClassifier):
         return self
 
     def _encode_prompts(self, prompts: Prompts) -> np.ndarray:
+        self._own_process()
         labels.check_distinct(prompts, self.clip.tokenizer)  # those of one call were not seen by `set_labels`
         warn_of_unknown_words(prompts.labels, self.clip.tokenizer, self.clip.blank_tokens())
         return self.clip.text_embeds(prompts)
 
     def encode_text(self, input_ids: np.ndarray) -> np.ndarray:
         """Return text embeddings, float32 [n, d_embed], not normalized, of ids int64 [n, context_length]."""
+        self._own_process()
         return self.clip.encode_text(input_ids)
 
     # --- images ---
@@ -190,6 +212,7 @@ class RobustClassifier(ZeroShotClassifier):
         """
         import torch
 
+        self._own_process()
         with self._lock, torch.inference_mode():
             if controls is not None:
                 active: AbstractContextManager[object] = self._applied(controls)
@@ -259,6 +282,7 @@ class RobustClassifier(ZeroShotClassifier):
         """Let the defense act as `controls` say, for as long as the context lasts; the caller holds the lock."""
         if self.defense is None:
             raise ConfigError("this classifier has no defense, so there is nothing to explain")
+        self._own_process()
         return applied(self.clip, self.defense, controls, self._sae_of)
 
     def _timed(self, pixel_values: np.ndarray, *, plain: bool = False) -> tuple[np.ndarray, float]:
@@ -306,6 +330,7 @@ class RobustClassifier(ZeroShotClassifier):
             ConfigError: There is no such latent, or see `sae`.
             InvalidImageError: The picture cannot be read.
         """
+        self._own_process()
         with self._lock:  # another thread's pass would undo the bypass
             return self.clip.latent_map(hook_point, self.sae(hook_point), latent, image)
 

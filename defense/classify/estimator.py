@@ -51,12 +51,13 @@ class Estimator(ABC):
         """Return the accuracy: the share of pictures whose best label is that of `y`.
 
         Raises:
-            ConfigError: There are as many labels as pictures in neither case, or no pictures.
+            ConfigError: There is not one label for each picture, or there are no pictures.
         """
         predicted, wanted = list(self.predict(X)), list(y)
         if len(predicted) != len(wanted) or not wanted:
             raise ConfigError(f"{len(predicted)} pictures and {len(wanted)} labels; give one label for each picture")
-        return sum(a == b for a, b in zip(predicted, wanted, strict=True)) / len(wanted)
+        n_right = sum(bool(a == b) for a, b in zip(predicted, wanted, strict=True))
+        return n_right / len(wanted)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the arguments that this was made with, by name; `deep` changes nothing."""

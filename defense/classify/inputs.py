@@ -24,7 +24,7 @@ def is_one_picture(given: Any) -> bool:
     if hasattr(given, "read"):
         return True
     if hasattr(given, "shape") and hasattr(given, "dtype"):
-        return not _is_column(given)
+        return not (len(given.shape) == 4 or _is_column(given))
     return not (isinstance(given, Iterable) or hasattr(given, "__getitem__"))
 
 
@@ -34,7 +34,7 @@ def _is_column(array: Any) -> bool:
 
 
 def many(given: Any) -> list[Any] | Iterator[Any]:
-    """Return pictures as a list where they are in memory (a list, a tuple, an array, a column), else as an iterator.
+    """Return pictures as a list where they are in memory (list, tuple, array, column), else as an iterator.
 
     Args:
         given: What is not one picture. The rows of a data set may be pictures, or have them under "image".
@@ -42,7 +42,7 @@ def many(given: Any) -> list[Any] | Iterator[Any]:
     if isinstance(given, (list, tuple)):
         return list(given)
     if hasattr(given, "shape") and hasattr(given, "dtype"):
-        return list(np.asarray(given).tolist())
+        return list(np.asarray(given).tolist()) if _is_column(given) else list(given)
     if hasattr(given, "__len__") and hasattr(given, "__getitem__"):  # not by `iter`: few of them end with IndexError
         return (_picture_of(given[index]) for index in range(len(given)))
     return map(_picture_of, given)

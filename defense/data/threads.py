@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from .images import Limits
@@ -76,10 +77,8 @@ def _settings(controller: str, name: str) -> Iterator[str]:
     # Within a container the group's path may be the host's, which is not there; the container's own files are at the
     # root then.
     for folder in (group, *group.parents):
-        try:
+        with suppress(OSError, ValueError):  # not there, or no text
             yield (folder / name).read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            pass
         if folder == root:
             return
 

@@ -27,7 +27,7 @@ from defense.core.suppress import Suppression, Suppressor, suppress, suppress_an
 from defense.errors import ConfigError
 
 from .defense import ClipId, Defense, Site
-from .families import tower_of
+from .families import check_module, tower_of
 from .tower import VisionTower
 from .weights import WeightGuard
 
@@ -251,6 +251,12 @@ def wrap(model: Model, defense: Defense, *, allow_mismatch: bool = False, backen
         ShapeError: The SAE has another width than the model.
         HookPointError: The model has no such block, or the scope means nothing there.
     """
+    check_module(model)
+    if not isinstance(defense, Defense):
+        raise ConfigError(
+            f"defense is {defense!r:.80} of type {type(defense).__name__}; want a Defense, as find_defense(...) or "
+            "defenses.load(...) returns it. RobustClassifier.from_pretrained(...) takes a name"
+        )
     if is_compiled(model):
         raise ConfigError("this model is compiled, and would ignore the defense; wrap it first, then compile")
     if is_wrapped(model):

@@ -13,23 +13,41 @@ from .tower import VisionTower
 
 FAMILIES = (open_clip_native, open_clip_timm)
 """Each has `find(model)`, which returns a `VisionTower`, or None where the model is not of that family."""
+_ADVICE = (
+    "pass a model of open_clip.create_model; it has OpenAI's weights too, e.g. open_clip.create_model('ViT-B-32', "
+    "pretrained='openai')"
+)
 
 
 def tower_of(model: nn.Module) -> VisionTower:
     """Return the vision tower of a CLIP.
 
     Raises:
-        ConfigError: `model` has no vision tower.
+        ConfigError: `model` is no model of open_clip: it has no vision tower, or one that is laid out otherwise.
         HookPointError: Its vision tower has no transformer blocks (ResNet, ConvNeXt).
     """
+    check_module(model)
     for family in FAMILIES:
-        tower: VisionTower | None = family.find(model)
+        try:
+            tower: VisionTower | None = family.find(model)
+        except AttributeError as error:  # as OpenAI's own package, which calls some parts by the same names
+            raise ConfigError(
+                f"the vision tower of this {type(model).__module__}.{type(model).__name__} is not laid out as "
+                f"open_clip's ({error}); {_ADVICE}"
+            ) from error
         if tower is not None:
             return tower
     visual: Any = getattr(model, "visual", None)
     if not isinstance(visual, nn.Module):
-        raise ConfigError(f"{type(model).__name__} has no vision tower; pass a model of open_clip.create_model")
+        inner = "; if it is one in a box, hand over its .module" if hasattr(model, "module") else ""
+        raise ConfigError(f"{type(model).__name__} has no vision tower; {_ADVICE}{inner}")
     raise HookPointError(
         f"the vision tower {type(getattr(visual, 'trunk', visual)).__name__} has no transformer blocks to edit; "
         "use a ViT, e.g. 'ViT-B-32'"
     )
+
+
+def check_module(model: object) -> None:
+    """Raise `ConfigError` where something is no model at all."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is {model!r:.80} of type {type(model).__name__}; {_ADVICE}")
