@@ -123,9 +123,11 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     constants = dict(launch.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     names: list[str] = launch.kernel.arg_names
-    source = _source(launch.kernel, dict(zip(names, launch.arguments, strict=False)) | constants)
+    arguments: dict[str, Any] = dict(zip(names, launch.arguments, strict=False))
+    source = _source(launch.kernel, arguments | constants)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
+    compile_options: dict[str, Any] = {**options, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=target, options=compile_options)
     usage, sass = _dumped(compiled.asm["cubin"])
     registers, stack_bytes = (int(_found(rf"{name}:(\d+)", usage)) for name in ("REG", "STACK"))
     n_warps, shared = int(compiled.metadata.num_warps), int(compiled.metadata.shared)

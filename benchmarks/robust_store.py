@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from defense.store.folders import read_tensors, replacing
+from defense.store.folders import read_tensors, replacing, write_tensors
 
 _VERSION = 1
 """Part of every key: to be raised where the code gives other embeddings than before."""
@@ -39,7 +39,7 @@ class Store:
             # safetensors writes the memory behind a view, not what the view shows
             arrays = {name: np.ascontiguousarray(array) for name, array in compute().items()}
             with replacing(path) as partial:
-                save_file(arrays, partial)
+                write_tensors(arrays, partial, save_file)
         return read_tensors(path)
 
 

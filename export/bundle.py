@@ -83,6 +83,7 @@ class Bundle:
 
 def is_bundle(folder: str | os.PathLike[str]) -> bool:
     """Return whether a folder says that it is a bundle (damaged or not)."""
+    folders.restore(Path(folder))
     try:
         manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -117,8 +118,7 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Bundle
     """
     folders.check_verify(verify)
     root = Path(folder)
-    with folders.reading(root / MANIFEST, SCHEMA):
-        return _load(root, verify)
+    return folders.read_whole(root / MANIFEST, SCHEMA, lambda: _load(root, verify))
 
 
 def _load(root: Path, verify: Verify) -> Bundle:

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from defense.classify.classifier import RobustClassifier
-from defense.classify.zeroshot import batched
+from defense.classify.inputs import batched
 from defense.core.suppress import Suppressor
 from defense.data import images
 from defense.errors import ConfigError
@@ -113,8 +113,8 @@ def export_onnx(
     with folders.publishing(target, read=bundle.load) as staging:
         parity = _write_vision(staging, clf, graph, mode, dtype)
         text_parity = None if text_graph is None else _write_text(staging, clf, text_graph)
-        save_file(_labels(clf, with_tokens=text), staging / bundle.LABELS)
-        save_file(_golden(clf), staging / bundle.GOLDEN)
+        folders.write_tensors(_labels(clf, with_tokens=text), staging / bundle.LABELS, save_file)
+        folders.write_tensors(_golden(clf), staging / bundle.GOLDEN, save_file)
         fields = _fields(clf, mode, dtype, text_graph, parity)
         fields |= arrange(staging, layout, fields)
         (staging / bundle.README).write_text(readme.render(fields, layout, staging), encoding="utf-8")

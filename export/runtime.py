@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from numbers import Real
@@ -22,11 +21,13 @@ import numpy as np
 from defense.classify.zeroshot import OnError, ZeroShotClassifier, warn_of_unknown_words
 from defense.data import labels
 from defense.data.labels import Prompts
+from defense.data.locks import fork_safe_lock
 from defense.data.preprocess import Preprocess
+from defense.data.threads import decoding_threads
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, CheckpointError, ConfigError, DefenseError, ShapeError
 from defense.export import bundle
-from defense.export.sessions import CPU, CUDA, HALF_OPTIONS, decoding_threads, open_session
+from defense.export.sessions import CPU, CUDA, HALF_OPTIONS, open_session
 from defense.store.folders import Verify
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class OnnxClassifier(ZeroShotClassifier):
     ) -> None:
         self.bundle = bundle.load(source, verify=verify)
         super().__init__(batch_size, self.bundle.prompts)
+        self.source, self.verify = source, verify
         self.providers = None if providers is None else tuple(providers)
         self.session_options = dict(session_options or {})
         self.strength = _checked_strength(strength)
@@ -128,7 +130,7 @@ class OnnxClassifier(ZeroShotClassifier):
         # Of a forked process: ending a session would wait for its threads, which stayed in the parent.
         _left_behind.append((vars(self).get("_sessions"), vars(self).get("_pool")))
         self._pid = os.getpid()
-        self._lock = threading.RLock()
+        self._lock = fork_safe_lock()
         self._pool: ThreadPoolExecutor | None = None
         self._sessions: dict[str, Any] = {}
         self._session(self.bundle.model)
@@ -231,19 +233,19 @@ class OnnxClassifier(ZeroShotClassifier):
         self._own_process()
         if (given := self._given_embeds(prompts)) is not None:
             return given
-        key = prompts.sha256()
-        with self._lock:
-            if key not in self._text_embeds:
-                if self.bundle.text_model is None or self.bundle.context_length is None:
-                    raise ConfigError(
-                        f"this bundle has no text tower: it knows the labels {_some(self.bundle.prompts.labels)} in "
-                        f"the template {_template(self.bundle.prompts.templates)}, and any choice of these. For others "
-                        "export it with text=True (defense export --text), or hand embeddings to set_label_embeds"
-                    )
-                tokenizer = ClipTokenizer(self.bundle.context_length)
-                warn_of_unknown_words(prompts.labels, tokenizer, self.bundle.blank_tokens)
-                self._text_embeds[key] = labels.encode_prompts(prompts, tokenizer, self.encode_text)
-            return self._text_embeds[key]
+        return super()._embeds_of(prompts)
+
+    def _encode_prompts(self, prompts: Prompts) -> np.ndarray:
+        if self.bundle.text_model is None or self.bundle.context_length is None:
+            raise ConfigError(
+                f"this bundle has no text tower: it knows the labels {_some(self.bundle.prompts.labels)} in the "
+                f"template {_template(self.bundle.prompts.templates)}, and any choice of these. For others export it "
+                "with text=True (defense export --text), or hand embeddings to set_label_embeds"
+            )
+        tokenizer = ClipTokenizer(self.bundle.context_length)
+        labels.check_distinct(prompts, tokenizer)
+        warn_of_unknown_words(prompts.labels, tokenizer, self.bundle.blank_tokens)
+        return labels.encode_prompts(prompts, tokenizer, self.encode_text)
 
     def _given_embeds(self, prompts: Prompts) -> np.ndarray | None:
         """Return text_embeds [n_labels, d_embed] of labels that were baked in or handed over, or of some of them.
@@ -274,7 +276,7 @@ class OnnxClassifier(ZeroShotClassifier):
     # --- images ---
 
     def chunks(
-        self, inputs: Iterable[Any], on_error: OnError = "raise"
+        self, inputs: Iterable[Any], on_error: OnError = "raise", batch_size: int | None = None
     ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
         """Yield as the base class says, pictures being decoded by several threads, one chunk ahead of the graph."""
         self._own_process()
@@ -285,7 +287,9 @@ class OnnxClassifier(ZeroShotClassifier):
         iterator = iter(inputs)
 
         def start() -> list[Future[np.ndarray]]:
-            return [pool.submit(self._prepare, image) for image in itertools.islice(iterator, self.batch_size)]
+            return [
+                pool.submit(self._prepare, image) for image in itertools.islice(iterator, batch_size or self.batch_size)
+            ]
 
         ahead = start()
         while ahead:

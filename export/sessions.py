@@ -7,20 +7,17 @@ container, and loads CUDA's libraries only when told to.
 from __future__ import annotations
 
 import logging
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from defense.data.images import Limits
+from defense.data.threads import usable_cores
 from defense.errors import BackendError, CheckpointError, ConfigError, MissingDependencyError
 
 log = logging.getLogger(__name__)
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_MAX_DECODING_THREADS = 8
 HALF_OPTIONS = {"graph_optimization_level": 2}
 """For half precision: the CPU's own optimizations, which are beyond level 2, can end the process on such a graph."""
 
@@ -54,34 +51,6 @@ def installed_wheels() -> list[str]:
             continue
         found.append(wheel)
     return found
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def decoding_threads() -> int:
-    """Return how many pictures to decode at once, 1 to 8: as many as there are cores to use.
-
-    Fewer where so many pictures, each as large as `images.Limits` allows, would take more than a quarter of the memory.
-    """
-    per_picture = 8 * Limits().max_pixels  # RGB, and RGBA beside it while transparency is seen to
-    return max(1, min(_MAX_DECODING_THREADS, usable_cores(), _memory_limit() // (4 * per_picture)))
-
-
-def _memory_limit() -> int:
-    """Return the bytes of memory that this process may use: the machine's, or fewer by a container's or ulimit's."""
-    if sys.platform == "win32":
-        return 8 * 2**30  # it does not tell
-    import resource
-
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(file).read_text(encoding="ascii").strip() if Path(file).is_file() else "max"
-        limits += [int(text)] if text.isdigit() else []
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return min(limits + ([soft] if soft != resource.RLIM_INFINITY else []))
 
 
 def make_options(fields: Mapping[str, Any]) -> Any:

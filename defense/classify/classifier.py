@@ -5,6 +5,7 @@ The data flow is in its docstring; each step is one function of the module named
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from defense.data import images
+from defense.data import images, labels
 from defense.data.labels import Prompts
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, DefenseError
@@ -24,22 +25,18 @@ from defense.hosts.defense import Defense, Site, check_own_model
 from defense.store.defenses import find_defense
 
 from .explanation import Explanation, account
-from .zeroshot import (
-    OnError,
-    Prediction,
-    ZeroShotClassifier,
-    batched,
-    check_top_k,
-    finite,
-    prediction_of,
-    warn_of_unknown_words,
-)
+from .inputs import batched, check_top_k, finite
+from .zeroshot import OnError, Prediction, ZeroShotClassifier, prediction_of, warn_of_unknown_words
 
 if TYPE_CHECKING:
+    import torch
+
     from defense.core.ops import Backend
     from defense.core.sae import SparseAutoencoder
     from defense.core.suppress import Suppression
     from defense.hosts.attach import AttachedDefense
+
+log = logging.getLogger(__name__)
 
 
 class RobustClassifier(ZeroShotClassifier):
@@ -75,15 +72,43 @@ class RobustClassifier(ZeroShotClassifier):
         from defense.hosts.attach import is_wrapped, wrap
 
         super().__init__(batch_size)
+        if not isinstance(clip, Clip):
+            raise ConfigError(
+                f"clip is a {type(clip).__name__}; want a Clip, as load_clip(...) returns it. RobustClassifier."
+                "from_pretrained(...) loads a CLIP and its defense by name"
+            )
+        if defense is not None and not isinstance(defense, Defense):
+            raise ConfigError(f"defense is {defense!r:.80}; want a Defense, as find_defense(...) returns it")
         if defense is None and is_wrapped(clip.model):
             raise ConfigError("this CLIP's model is defended already; load it again for a stock CLIP")
         self.clip = clip
         self.defense = defense
+        self.allow_mismatch = allow_mismatch
+        self.backend = backend
+        self._pid = os.getpid()
         self._saes: dict[int, SparseAutoencoder] = {}
         if defense is not None:
             wrap(
                 clip.model, defense, processor=clip.preprocess, allow_mismatch=allow_mismatch, backend=backend
             )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The SAEs are kept by the `id` of their sites, which a copy does not have; they are made anew when needed.
+        return {**super().__getstate__(), "_saes": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pid = os.getpid()
+
+    def _own_process(self) -> None:
+        """Keep torch in a forked process from waiting for the threads of its pool, which stayed in the parent."""
+        import torch
+
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            if torch.get_num_threads() > 1 and self.clip.device.type == "cpu":
+                torch.set_num_threads(1)  # as torch's own loader does in its workers
+                log.warning("this process was forked: torch uses one thread in it; spawned processes use more")
 
     @classmethod
     def from_pretrained(
@@ -97,7 +122,7 @@ class RobustClassifier(ZeroShotClassifier):
         cache_dir: str | None = None,
         local_files_only: bool = False,
         token: str | None = None,
-        device: str = "auto",
+        device: str | int | torch.device = "auto",
         allow_mismatch: bool = False,
         batch_size: int = 32,
         backend: Backend = "auto",
@@ -114,7 +139,7 @@ class RobustClassifier(ZeroShotClassifier):
             cache_dir: Where hub files are kept.
             local_files_only: Do not use the network.
             token: For private hub repositories.
-            device: "auto", "cpu", "cuda" or "cuda:1".
+            device: See `resolve_device`.
             allow_mismatch: See `wrap`.
             batch_size: Pictures decoded and encoded at once.
             backend: See `wrap`.
@@ -149,16 +174,28 @@ class RobustClassifier(ZeroShotClassifier):
 
     # --- labels ---
 
-    def _embeds_of(self, prompts: Prompts) -> np.ndarray:
-        key = prompts.sha256()
-        with self._lock:
-            if key not in self._text_embeds:
-                warn_of_unknown_words(prompts.labels, self.clip.tokenizer, self.clip.blank_tokens())
-                self._text_embeds[key] = self.clip.text_embeds(prompts)
-            return self._text_embeds[key]
+    def set_labels(
+        self, candidate_labels: Sequence[str], templates: str | Sequence[str] = "simple"
+    ) -> RobustClassifier:
+        """Choose what to classify into, and return self; see the base class.
+
+        Raises:
+            ConfigError: See the base class; two labels that are one to the text tower are refused here.
+        """
+        prompts = Prompts(labels.check_labels(candidate_labels), labels.resolve_templates(templates))
+        labels.check_distinct(prompts, self.clip.tokenizer)
+        self.prompts = prompts
+        return self
+
+    def _encode_prompts(self, prompts: Prompts) -> np.ndarray:
+        self._own_process()
+        labels.check_distinct(prompts, self.clip.tokenizer)  # those of one call were not seen by `set_labels`
+        warn_of_unknown_words(prompts.labels, self.clip.tokenizer, self.clip.blank_tokens())
+        return self.clip.text_embeds(prompts)
 
     def encode_text(self, input_ids: np.ndarray) -> np.ndarray:
         """Return text embeddings, float32 [n, d_embed], not normalized, of ids int64 [n, context_length]."""
+        self._own_process()
         return self.clip.encode_text(input_ids)
 
     # --- images ---
@@ -175,8 +212,7 @@ class RobustClassifier(ZeroShotClassifier):
         """
         import torch
 
-        if len(pixel_values) == 0:  # open_clip's tower does not take none
-            return self._encode_image(np.zeros((1, 3, *self.preprocess.size), np.float32), plain=plain)[:0]
+        self._own_process()
         with self._lock, torch.inference_mode():
             if controls is not None:
                 active: AbstractContextManager[object] = self._applied(controls)
@@ -186,23 +222,23 @@ class RobustClassifier(ZeroShotClassifier):
                 return self.clip.image_embeds(pixel_values).cpu().numpy()
 
     def chunks(
-        self, inputs: Iterable[Any], on_error: OnError = "raise"
+        self, inputs: Iterable[Any], on_error: OnError = "raise", batch_size: int | None = None
     ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
         """Yield (errors, pixel_values) of up to `batch_size` pictures at a time; see the base class."""
-        for chunk in batched(inputs, self.batch_size):
+        for chunk in batched(inputs, batch_size or self.batch_size):
             yield self._chunk((partial(self._prepare, image) for image in chunk), on_error)
 
-    def encode_pixels(self, pixel_values: np.ndarray, *, plain: bool = False) -> np.ndarray:
+    def encode_pixels(self, pixel_values: Any, *, plain: bool = False) -> np.ndarray:
         """Return image_embeds, float32 [batch, d_embed], of prepared pixel_values [batch, 3, height, width].
 
         Args:
-            pixel_values: As `preprocess` makes them, float32.
+            pixel_values: See the base class.
             plain: Without the defense.
 
         Raises:
-            NonFiniteError: A pixel is NaN or infinite.
+            ShapeError, ConfigError, NonFiniteError: See the base class.
         """
-        return self._encode_image(finite(pixel_values), plain=plain)
+        return self._embeds_of_pixels(pixel_values, plain=plain)
 
     # --- explanations ---
 
@@ -246,13 +282,14 @@ class RobustClassifier(ZeroShotClassifier):
         """Let the defense act as `controls` say, for as long as the context lasts; the caller holds the lock."""
         if self.defense is None:
             raise ConfigError("this classifier has no defense, so there is nothing to explain")
+        self._own_process()
         return applied(self.clip, self.defense, controls, self._sae_of)
 
     def _timed(self, pixel_values: np.ndarray, *, plain: bool = False) -> tuple[np.ndarray, float]:
         """Return image_embeds and how long they took, in milliseconds."""
         start = time.perf_counter()
         image_embeds = self._encode_image(pixel_values, plain=plain)  # on the CPU: a GPU has been waited for
-        return image_embeds, 1000 * (time.perf_counter() - start)
+        return finite(image_embeds, "image_embeds"), 1000 * (time.perf_counter() - start)
 
     def classify_with(self, image: Any, controls: Controls, *, top_k: int | None = None) -> Prediction:
         """Return the answer for one picture under some `Controls`; cheaper than `explain`, and without an account.
@@ -293,6 +330,7 @@ class RobustClassifier(ZeroShotClassifier):
             ConfigError: There is no such latent, or see `sae`.
             InvalidImageError: The picture cannot be read.
         """
+        self._own_process()
         with self._lock:  # another thread's pass would undo the bypass
             return self.clip.latent_map(hook_point, self.sae(hook_point), latent, image)
 

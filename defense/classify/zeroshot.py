@@ -6,11 +6,8 @@ What a caller sees of both is here: labels, pictures in many forms, batches, err
 
 from __future__ import annotations
 
-import itertools
 import logging
-import os
-import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self, get_args
@@ -19,8 +16,12 @@ import numpy as np
 
 from defense.data import images, labels
 from defense.data.labels import Prompts
+from defense.data.locks import fork_safe_lock
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, DefenseError, NonFiniteError
+
+from .estimator import Estimator
+from .inputs import check_count, check_top_k, checked_pixels, finite, is_one_picture, many
 
 log = logging.getLogger(__name__)
 
@@ -29,26 +30,44 @@ OnError = Literal["raise", "skip", "return"]
 in its place."""
 Prediction = list[dict[str, Any]]
 """[{"label": str, "score": float}, ...], best first; scores are a softmax over the given labels."""
+_MAX_LABEL_BYTES = 256 * 2**20
+"""Of the embeddings of labels that are kept; those that were used last stay."""
 
 
-class ZeroShotClassifier(ABC):
+class ZeroShotClassifier(Estimator):
     """A zero-shot classifier without its towers: a subclass says how pictures and texts are embedded.
+
+    It can be pickled and copied, and survives a fork, which waits until a batch that is being encoded is done.
 
     Args:
         batch_size: Pictures decoded and encoded at once.
         prompts: Labels set from the start.
 
     Raises:
-        ConfigError: `batch_size` is below 1.
+        ConfigError: `batch_size` is no integer, or below 1.
     """
 
     def __init__(self, batch_size: int, prompts: Prompts | None = None) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}; it must be at least 1")
         self.batch_size = batch_size
         self.prompts = prompts
         self._text_embeds: dict[str, np.ndarray] = {}
-        self._lock = threading.RLock()
+        self._lock = fork_safe_lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = fork_safe_lock()
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures decoded and encoded at once."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        self._batch_size = check_count("batch_size", value)
 
     # --- what a subclass says ---
 
@@ -67,22 +86,30 @@ class ZeroShotClassifier(ABC):
         """Return text embeddings, float32 [n, d_embed], not normalized, of ids int64 [n, context_length]."""
 
     @abstractmethod
-    def _embeds_of(self, prompts: Prompts) -> np.ndarray:
-        """Return text_embeds, float32 [n_labels, d_embed], normalized; encoded on the first call, then cached."""
+    def _encode_prompts(self, prompts: Prompts) -> np.ndarray:
+        """Return text_embeds, float32 [n_labels, d_embed], normalized.
+
+        Raises:
+            ConfigError: Two labels are one to the text tower.
+        """
 
     @abstractmethod
     def _encode_image(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Return image_embeds float32 [batch, d_embed], normalized, of pixel_values [batch, 3, height, width]."""
+        """Return image_embeds float32 [batch, d_embed], normalized, of pixel_values [batch, 3, height, width].
+
+        A row may hold NaN or infinity.
+        """
 
     @abstractmethod
     def chunks(
-        self, inputs: Iterable[Any], on_error: OnError = "raise"
+        self, inputs: Iterable[Any], on_error: OnError = "raise", batch_size: int | None = None
     ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
         """Yield (errors, pixel_values) of up to `batch_size` pictures at a time.
 
         Args:
             inputs: Pictures of any kind that `images.decode` takes.
             on_error: "raise" the first error; "skip" logs each, "return" does not, and both yield it.
+            batch_size: By default the classifier's own.
 
         Yields:
             For each picture None or its error; and the pixel_values of those without one, float32
@@ -99,14 +126,24 @@ class ZeroShotClassifier(ABC):
             templates: "simple", "hf", "openai", a template with a literal {}, or several.
 
         Raises:
-            ConfigError: See `labels.check_labels` and `labels.resolve_templates`.
+            ConfigError: See `labels.check_labels` and `labels.resolve_templates`; or two labels are one to the text
+                tower (`labels.check_distinct`), at the latest when they are used.
         """
         self.prompts = Prompts(labels.check_labels(candidate_labels), labels.resolve_templates(templates))
         return self
 
+    def _sort_labels(self, names: Sequence[str] | None) -> None:
+        if self.prompts is not None:
+            self.set_labels(sorted(self.prompts.labels), self.prompts.templates)
+        elif names is not None:
+            self.set_labels(names)
+
     @property
     def classes_(self) -> np.ndarray:
-        """The labels, in the order of `predict_proba`'s columns."""
+        """The labels, in the order of `predict_proba`'s columns: as they were set, or in alphabetical order by `fit`.
+
+        scikit-learn's scores of probabilities (log loss, ROC) take alphabetical order for granted.
+        """
         return np.array(self._chosen().labels, dtype=object)
 
     def _chosen(self) -> Prompts:
@@ -124,8 +161,20 @@ class ZeroShotClassifier(ABC):
         """Return the labels' embeddings, float32 [n_labels, d_embed], normalized."""
         return self._embeds_of(self._chosen())
 
+    def _embeds_of(self, prompts: Prompts) -> np.ndarray:
+        """Return text_embeds, float32 [n_labels, d_embed], normalized; encoded on the first call, then kept a while."""
+        key = prompts.sha256()
+        with self._lock:
+            embeds = self._text_embeds.pop(key, None)
+            if embeds is None:
+                embeds = self._encode_prompts(prompts)
+            self._text_embeds[key] = embeds  # behind the others, as what was used last
+            while len(self._text_embeds) > 1 and sum(e.nbytes for e in self._text_embeds.values()) > _MAX_LABEL_BYTES:
+                self.forget_labels(len(self._text_embeds) - 1)
+            return embeds
+
     def forget_labels(self, keep: int) -> None:
-        """Drop the embeddings of all but the `keep` sets of labels that were encoded last."""
+        """Drop the embeddings of all but the `keep` sets of labels that were used last."""
         with self._lock:
             while len(self._text_embeds) > keep:
                 self._text_embeds.pop(next(iter(self._text_embeds)))
@@ -138,11 +187,15 @@ class ZeroShotClassifier(ABC):
         Args:
             image_embeds: Normalized, [batch, d_embed].
             text_embeds: Normalized, [n_labels, d_embed].
+
+        Raises:
+            NonFiniteError: An embedding or the factor between cosines and logits is NaN or infinite.
         """
-        logits = self.logit_scale * image_embeds @ text_embeds.T
-        weights = np.exp(logits - logits.max(1, keepdims=True))
-        scores: np.ndarray = weights / weights.sum(1, keepdims=True)
-        return scores
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+            logits = self.logit_scale * image_embeds @ text_embeds.T
+            weights = np.exp(logits - logits.max(1, keepdims=True))
+            scores: np.ndarray = weights / weights.sum(1, keepdims=True)
+        return finite(scores, "scores")
 
     def _prepare(self, image: Any) -> np.ndarray:
         """Return pixel_values [3, height, width] of one picture."""
@@ -184,45 +237,86 @@ class ZeroShotClassifier(ABC):
         """
         return self._stream(inputs, self._chosen(), on_error, top_k)
 
-    def _stream(self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None) -> Iterator[Any]:
+    def _stream(
+        self,
+        inputs: Iterable[Any],
+        prompts: Prompts,
+        on_error: OnError,
+        top_k: int | None,
+        batch_size: int | None = None,
+    ) -> Iterator[Any]:
         if on_error not in get_args(OnError):
             raise ConfigError(f"on_error={on_error!r}; it must be one of {', '.join(get_args(OnError))}")
         check_top_k(top_k)
-        return self._predictions(inputs, prompts, on_error, top_k)
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        return self._predictions(inputs, prompts, on_error, top_k, batch_size)
 
     def _predictions(
-        self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None
+        self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None, batch_size: int | None
     ) -> Iterator[Any]:
         text_embeds = self._embeds_of(prompts)
-        for errors, pixel_values in self.chunks(inputs, on_error):
-            scores = iter(self.scores(self._encode_image(pixel_values), text_embeds) if len(pixel_values) else ())
+        for errors, pixel_values in self.chunks(inputs, on_error, batch_size):
+            answers = iter(self._answers(pixel_values, text_embeds, on_error) if len(pixel_values) else ())
             for error in errors:
-                if error is None:
-                    yield prediction_of(prompts.labels, next(scores), top_k)
+                answer = next(answers) if error is None else error
+                if not isinstance(answer, DefenseError):
+                    yield prediction_of(prompts.labels, answer, top_k)
                 elif on_error == "return":
-                    yield error
+                    yield answer
+
+    def _answers(
+        self, pixel_values: np.ndarray, text_embeds: np.ndarray, on_error: OnError
+    ) -> Iterator[np.ndarray | NonFiniteError]:
+        """Yield scores [n_labels] of each row, or the error of one that the model makes NaN or infinity of."""
+        image_embeds = self._encode_image(pixel_values)
+        is_finite = np.isfinite(image_embeds).all(1)
+        scores = iter(self.scores(image_embeds[is_finite], text_embeds) if is_finite.any() else ())
+        for is_sound in is_finite:
+            if is_sound:
+                yield next(scores)
+                continue
+            error = NonFiniteError("image_embeds")
+            if on_error == "raise":
+                raise error
+            if on_error == "skip":
+                log.warning("skipped a picture: %s", error)
+            yield error
 
     def __call__(
         self,
-        images: Any,
+        images: Any = None,
         candidate_labels: Sequence[str] | None = None,
         *,
+        image: Any = None,
         hypothesis_template: str | None = None,
+        batch_size: int | None = None,
         on_error: OnError = "raise",
         top_k: int | None = None,
     ) -> Any:
         """Return predictions; called as Hugging Face's pipeline "zero-shot-image-classification" is.
 
         Args:
-            images: One picture (path, bytes, file object, PIL image, HWC uint8 array), a list of them, or an iterator.
+            images: One picture (path, bytes, file object, PIL image, HWC uint8 array); a list, an array or a pandas
+                column of them; an iterator, or a data set whose rows are pictures or have them under "image".
             candidate_labels: What to classify into, for this call; by default what `set_labels` chose.
+            image: The same as `images`, under the pipeline's name.
             hypothesis_template: A template with a literal {}, for this call; by default the one chosen before.
+            batch_size: Pictures decoded and encoded at once, for this call.
             on_error: See `OnError`. A single picture always raises.
             top_k: Only the best so many labels.
 
         Returns:
-            A `Prediction` for one picture, a list of them for a list, an iterator of them for an iterator.
+            A `Prediction` for one picture, a list of them for what is in memory, an iterator of them for an iterator
+            or a data set.
+
+        Raises:
+            ConfigError: `images` and `image` are both given, or neither; or an argument cannot work.
+            NonFiniteError: The model makes NaN or infinity of a picture, and `on_error` is "raise".
         """
+        if (images is None) == (image is None):
+            raise ConfigError("give pictures once: as images, or under the pipeline's name image=")
+        given = images if image is None else image
         if candidate_labels is None:
             prompts = self._chosen()
         else:
@@ -231,12 +325,12 @@ class ZeroShotClassifier(ABC):
             prompts = Prompts(labels.check_labels(candidate_labels), labels.resolve_templates(templates))
         if hypothesis_template is not None:
             prompts = replace(prompts, templates=labels.resolve_templates(hypothesis_template))
-        if isinstance(images, (list, tuple)):
-            return list(self._stream(images, prompts, on_error, top_k))
-        if isinstance(images, Iterator) and not hasattr(images, "read"):
-            return self._stream(images, prompts, on_error, top_k)
-        (prediction,) = self._stream([images], prompts, "raise", top_k)
-        return prediction
+        if is_one_picture(given):
+            (prediction,) = self._stream([given], prompts, "raise", top_k, batch_size)
+            return prediction
+        pictures = many(given)
+        answers = self._stream(pictures, prompts, on_error, top_k, batch_size)
+        return list(answers) if isinstance(pictures, list) else answers
 
     # --- in the shape of scikit-learn ---
 
@@ -246,13 +340,12 @@ class ZeroShotClassifier(ABC):
         Raises:
             ConfigError: `X` is one picture, not several.
             InvalidImageError: A picture cannot be read.
+            NonFiniteError: The model makes NaN or infinity of one.
         """
-        if isinstance(X, (str, bytes, os.PathLike)):
-            raise ConfigError(f"X must be a list of pictures, not one: [{X!r}]")
-        parts = [self._encode_image(pixel_values) for _, pixel_values in self.chunks(X, "raise")]
-        if not parts:
-            return self._encode_image(np.zeros((1, 3, *self.preprocess.size), np.float32))[:0]
-        return np.concatenate(parts)
+        if is_one_picture(X):
+            raise ConfigError(f"X must be a list of pictures, not one: [{X!r:.80}]")
+        parts = [self.encode_pixels(pixel_values) for _, pixel_values in self.chunks(many(X), "raise")]
+        return np.concatenate(parts) if parts else self.encode_pixels(np.empty((0, 3, *self.preprocess.size), "f4"))
 
     def predict_proba(self, X: Iterable[Any]) -> np.ndarray:
         """Return scores, float32 [n, n_labels], columns in the order of `classes_`, rows summing to 1."""
@@ -267,31 +360,25 @@ class ZeroShotClassifier(ABC):
     def _proba(self, X: Iterable[Any], prompts: Prompts) -> np.ndarray:
         return self.scores(self.transform(X), self._embeds_of(prompts))
 
-    def encode_pixels(self, pixel_values: np.ndarray) -> np.ndarray:
+    def encode_pixels(self, pixel_values: Any) -> np.ndarray:
         """Return image_embeds, float32 [batch, d_embed], normalized, of pixel_values [batch, 3, height, width].
 
         Args:
-            pixel_values: As `preprocess` makes them, float32.
+            pixel_values: As `preprocess` makes them: an array or a tensor, floating point. There may be none.
 
         Raises:
-            NonFiniteError: A pixel is NaN or infinite.
+            ShapeError: Another shape.
+            ConfigError: Integers, as of pictures that are not prepared.
+            NonFiniteError: A pixel is NaN, infinite or beyond float32, or the model makes one of that.
         """
-        return self._encode_image(finite(pixel_values))
+        return self._embeds_of_pixels(pixel_values)
 
-
-def finite(pixel_values: Any) -> np.ndarray:
-    """Return an array, or a tensor on any device, as contiguous float32.
-
-    Raises:
-        NonFiniteError: It holds NaN or infinity, or what is infinite in float32.
-    """
-    if hasattr(pixel_values, "detach"):
-        pixel_values = pixel_values.detach().cpu().float().numpy()
-    with np.errstate(over="ignore"):
-        pixels = np.ascontiguousarray(pixel_values, np.float32)
-    if not np.isfinite(pixels).all():
-        raise NonFiniteError("input")
-    return pixels
+    def _embeds_of_pixels(self, pixel_values: Any, **how: Any) -> np.ndarray:
+        """Do as `encode_pixels` says; `how` is handed on to `_encode_image`."""
+        pixels = checked_pixels(pixel_values, self.preprocess.size)
+        if len(pixels) == 0:  # a picture tells how wide an embedding is
+            return self._encode_image(np.zeros((1, *pixels.shape[1:]), np.float32), **how)[:0]
+        return finite(self._encode_image(pixels, **how), "image_embeds")
 
 
 def warn_of_unknown_words(
@@ -309,19 +396,6 @@ def warn_of_unknown_words(
     unknown = [name for name in names if is_blank[np.asarray(tokenizer([name]))].any()]
     if unknown:
         log.warning("this model never saw these labels, and guesses: %s", ", ".join(map(repr, unknown)))
-
-
-def batched(inputs: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
-    """Yield tuples of `size` items; the last one may be shorter."""
-    iterator = iter(inputs)
-    while chunk := tuple(itertools.islice(iterator, size)):
-        yield chunk
-
-
-def check_top_k(top_k: int | None) -> None:
-    """Raise `ConfigError` unless it is None or at least 1."""
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k={top_k}; it must be at least 1")
 
 
 def prediction_of(names: Sequence[str], scores: np.ndarray, top_k: int | None) -> Prediction:

@@ -83,6 +83,7 @@ def train(
         checkpoint.check_target(out)
         source = open_pictures(pictures)
         names = _class_names(labels_file, source)
+        state = out.with_name(f"{out.name}.state.safetensors")
         place = parallel.local_device(resolve_device(device))
         with parallel.joined(place) as world:
             clip = load_clip(model, pretrained, device=place)
@@ -97,10 +98,11 @@ def train(
             with _progress(config.steps, is_shown=world.is_first) as report:
                 trained = train_checkpoint(
                     stream, config, clip.id_as(model, pretrained), names=names, n_held_out=_N_HELD_OUT, shards=shards,
-                    state=out.with_name(f"{out.name}.state.safetensors"), license=license, report=report,
+                    state=state, license=license, report=report,
                 )  # fmt: skip
             if world.is_first:
                 checkpoint.save(trained, out)
+                state.unlink(missing_ok=True)  # only now: it is all there is until the SAE is on disk
                 _print_training(trained.provenance)
         if stream.unreadable and world.is_first:  # torchrun ends the others as soon as one gives an error code
             say(f"{len(stream.unreadable)} pictures could not be read and were left out")

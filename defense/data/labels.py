@@ -31,6 +31,7 @@ __all__ = [
     "TEMPLATES",
     "Prompts",
     "average_templates",
+    "check_distinct",
     "check_labels",
     "common_nouns",
     "encode_prompts",
@@ -113,6 +114,46 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
 def common_nouns() -> tuple[str, ...]:
     """Return names of things that photographs show, for who has no labels of their own: all different, sorted."""
     return check_labels(json.loads((_DATA / "nouns.json").read_text("utf-8")))
+
+
+def check_distinct(prompts: Prompts, tokenizer: Callable[[list[str]], npt.ArrayLike], *, chunk: int = 1024) -> None:
+    """Refuse labels that are the same to the text tower: their embeddings are equal, and they would share one score.
+
+    Case, inner spaces, entities, typographic quotes and composed characters make no difference to it, nor does what
+    lies beyond its context.
+
+    Args:
+        prompts: Checked labels and templates.
+        tokenizer: From a list of texts to integer ids [n, context_length].
+        chunk: Largest number of texts handed over at once.
+
+    Raises:
+        ConfigError: Two labels have the same ids in every template; the message names both.
+    """
+    alike = [list(prompts.labels)]
+    for template in prompts.templates:  # the first leaves hardly any for the others
+        alike = [group for labels in alike for group in _alike(labels, template, tokenizer, chunk)]
+        if not alike:
+            return
+    first, second, *_ = alike[0]
+    raise ConfigError(
+        f"the labels {first!r:.80} and {second!r:.80} are the same text to this CLIP, which does not see case, spaces, "
+        "kinds of quotes or what is beyond its context, so they would share one score; leave one out, or word it "
+        "differently"
+    )
+
+
+def _alike(
+    labels: Sequence[str], template: str, tokenizer: Callable[[list[str]], npt.ArrayLike], chunk: int
+) -> list[list[str]]:
+    """Return the groups of two or more labels that have the same ids in a template."""
+    groups: dict[bytes, list[str]] = {}
+    for start in range(0, len(labels), chunk):
+        part = labels[start : start + chunk]
+        ids = np.asarray(tokenizer([fill(template, label) for label in part]), dtype=np.int64)
+        for label, row in zip(part, ids, strict=True):
+            groups.setdefault(hashlib.sha256(row.tobytes()).digest(), []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def read_labels(path: str | Path) -> tuple[str, ...]:
@@ -288,7 +329,10 @@ def _cut_message(cut: Mapping[str, str]) -> str:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     """Return the rows of [n, d_embed] at length 1."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    with np.errstate(over="ignore"):
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not np.isfinite(norms).all():  # the squares of finite numbers may be infinite
+        raise NonFiniteError("embeds")
     if not norms.all():
         raise ConfigError("a text embedding is zero and has no direction; check the text tower's weights")
     unit: np.ndarray = vectors / norms

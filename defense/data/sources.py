@@ -30,6 +30,7 @@ from defense.errors import ConfigError, InvalidImageError, MissingDependencyErro
 
 from . import images
 from .preprocess import Preprocess
+from .threads import decoding_threads
 
 log = logging.getLogger(__name__)
 
@@ -380,7 +381,7 @@ def _read_ahead(
 ) -> Iterator[list[tuple[Picture, T]]]:
     """Yield pictures in batches with what `read` makes of each; the next batch is being read while one is used."""
     ahead: deque[tuple[Sequence[Picture], list[Future[T]]]] = deque()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(decoding_threads()) as pool:
         for first in range(0, len(pictures), batch):
             part = pictures[first : first + batch]
             ahead.append((part, [pool.submit(read, picture) for picture in part]))

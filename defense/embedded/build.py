@@ -121,7 +121,7 @@ def build_clip(work: Path, recipe: Recipe) -> Path:
     folder.mkdir(exist_ok=True)
     shutil.copy(HERE / "clip" / "open_clip_config.json", folder)
     with folders.replacing(folder / "open_clip_model.safetensors") as partial:
-        save_file(state, partial)
+        folders.write_tensors(state, partial, save_file)
     return folder
 
 

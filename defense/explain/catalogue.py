@@ -161,7 +161,7 @@ def _write(catalogues: Sequence[Catalogue], folder: Path) -> None:
     sites = []
     for index, each in enumerate(catalogues):
         words = sorted({word for names in each.names for word, _ in names})
-        save_file(_tensors_of(each, words), folder / _site_file(index))
+        folders.write_tensors(_tensors_of(each, words), folder / _site_file(index), save_file)
         sites.append(
             {
                 "hook_point": each.hook_point,
@@ -214,14 +214,17 @@ def load(folder: str | os.PathLike[str]) -> dict[str, Catalogue]:
         IntegrityError: A file's bytes are not the ones that were written.
     """
     root = Path(folder)
-    with folders.reading(root / MANIFEST, SCHEMA):
-        manifest = _read_manifest(root)
-        names = [_site_file(index) for index in range(len(manifest["sites"]))]
-        if set(manifest["files"]) != set(names):
-            raise CheckpointError(f"{root / MANIFEST} lists {sorted(manifest['files'])}; its sites have {names}")
-        tensors = folders.read_files(root / MANIFEST, manifest["files"], "sha256")
-        found = [_read(site, tensors[name]) for site, name in zip(manifest["sites"], names, strict=True)]
-        return {each.hook_point: each for each in found}
+    return folders.read_whole(root / MANIFEST, SCHEMA, lambda: _load(root))
+
+
+def _load(root: Path) -> dict[str, Catalogue]:
+    manifest = _read_manifest(root)
+    names = [_site_file(index) for index in range(len(manifest["sites"]))]
+    if set(manifest["files"]) != set(names):
+        raise CheckpointError(f"{root / MANIFEST} lists {sorted(manifest['files'])}; its sites have {names}")
+    tensors = folders.read_files(root / MANIFEST, manifest["files"], "sha256")
+    found = [_read(site, tensors[name]) for site, name in zip(manifest["sites"], names, strict=True)]
+    return {each.hook_point: each for each in found}
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:
@@ -277,6 +280,7 @@ def find(source: str | os.PathLike[str]) -> dict[str, Catalogue]:
     else:
         folder = Path(os.path.abspath(source))  # "." has no name; a link keeps its own, so not resolve()
         folder = folder.with_name(f"{folder.name}.catalogue")
+    folders.restore(folder)
     return load(folder) if folder.is_dir() else {}
 
 

@@ -28,7 +28,7 @@ from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError
 
 from .defense import EMBEDDED, ClipId, Defense, Site, embedded_alone
-from .families import tower_of
+from .families import check_module, tower_of
 from .tower import VisionTower
 from .transformers_inputs import preprocess_of
 from .weights import WeightGuard
@@ -287,6 +287,12 @@ def wrap(
         ShapeError: The SAE has another width than the model.
         HookPointError: The model has no such block, or an edit there, or of that scope, would do nothing.
     """
+    check_module(model)
+    if not isinstance(defense, Defense):
+        raise ConfigError(
+            f"defense is {defense!r:.80} of type {type(defense).__name__}; want a Defense, as find_defense(...) or "
+            "defenses.load(...) returns it. RobustClassifier.from_pretrained(...) takes a name"
+        )
     if is_compiled(model):
         raise ConfigError("this model is compiled, and would ignore the defense; wrap it first, then compile")
     if is_wrapped(model):

@@ -271,7 +271,9 @@ class Clip:
         return acts.reshape(self.tower.grid_size).float().cpu().numpy()
 
 
-def load_clip(model: str = EMBEDDED, pretrained: str | None = None, *, device: str = "cpu") -> Clip:
+def load_clip(
+    model: str = EMBEDDED, pretrained: str | None = None, *, device: str | int | torch.device = "cpu"
+) -> Clip:
     """Load a CLIP by name.
 
     Args:
@@ -279,7 +281,7 @@ def load_clip(model: str = EMBEDDED, pretrained: str | None = None, *, device: s
             "local-dir:path" of open_clip; "transformers:" with a folder or hub id; "timm:" with a name or file of timm,
             for embeddings alone.
         pretrained: open_clip's tag or a path, for a plain name. A tag that is not cached is downloaded.
-        device: "cpu", "cuda", "cuda:1" or "auto".
+        device: See `resolve_device`.
 
     Raises:
         MissingDependencyError: torch, open_clip, or for a name of it transformers is not installed.
@@ -349,22 +351,44 @@ def _load_timm(name: str, device: str) -> Clip:
     return Clip.from_timm(net.to(device).requires_grad_(False))
 
 
-def resolve_device(device: str) -> str:
-    """Return the torch device for "auto" or a name.
+def resolve_device(device: str | int | torch.device) -> str:
+    """Return the name of a torch device that is there.
+
+    Args:
+        device: "auto" (a GPU where there is one), a name such as "cpu" or "cuda:1", a `torch.device`, or the number of
+            a GPU.
 
     Raises:
-        BackendError: CUDA was asked for and is not there.
+        ConfigError: It is none of these.
+        BackendError: It was asked for and is not there.
     """
     import torch
 
-    has_cuda = torch.cuda.is_available()
     if device == "auto":
-        return "cuda" if has_cuda else "cpu"
-    if device.startswith("cuda") and not has_cuda:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+            raise TypeError(f"a {type(device).__name__} is no device")
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if found.type == "meta":
+            raise TypeError("it computes nothing")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"device={device!r} is no device of torch; give 'auto', 'cpu', 'cuda', 'cuda:1', a torch.device, or the "
+            "number of a GPU"
+        ) from error
+    if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
         raise BackendError(
-            f"device={device!r} was asked for, but torch {torch.__version__} sees no CUDA device; use 'cpu'"
+            f"device={device!r} was asked for, but torch {torch.__version__} sees {torch.cuda.device_count() or 'no'} "
+            "CUDA device(s); use 'cpu'" + (", or one of the first" if torch.cuda.device_count() else "")
         )
-    return device
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
+        raise BackendError(
+            f"device={device!r} was asked for, but torch {torch.__version__} cannot use it; use 'cpu'"
+        ) from error
+    return str(found)
 
 
 def embedded_folder(name: str) -> Path:

@@ -139,6 +139,7 @@ def save(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: `folder` is there and holds something else than an SAE, or the provenance is not JSON.
         CheckpointError: No latent fires on any of the golden residuals: the SAE is dead.
+        OSError: There is no space left, say.
     """
     with folders.publishing(check_target(folder), read=load) as staging:
         _write(checkpoint, staging)
@@ -155,8 +156,8 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
 
 
 def _write(checkpoint: Checkpoint, folder: Path) -> None:
-    save_file(checkpoint.sae.parameters_numpy(), folder / _WEIGHTS)
-    save_file(_golden(checkpoint.sae), folder / _GOLDEN)
+    folders.write_tensors(checkpoint.sae.parameters_numpy(), folder / _WEIGHTS, save_file)
+    folders.write_tensors(_golden(checkpoint.sae), folder / _GOLDEN, save_file)
     fields = {
         "sae": checkpoint.sae.config.to_dict(),
         "hook_point": checkpoint.hook_point,
@@ -178,8 +179,7 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
         NonFiniteError: A weight is NaN or infinite.
     """
     root = Path(folder)
-    with folders.reading(root / MANIFEST, SCHEMA):
-        return _load(root)
+    return folders.read_whole(root / MANIFEST, SCHEMA, lambda: _load(root))
 
 
 def _load(root: Path) -> Checkpoint:

@@ -71,6 +71,7 @@ def save(defense: Defense, folder: str | os.PathLike[str], *, dtype: type[np.flo
         ConfigError: `folder` is there and holds something else than a defense, or a field of the defense cannot be
             written as JSON.
         NonFiniteError: A weight is NaN or infinite, or becomes so in `dtype`.
+        OSError: There is no space left, say.
     """
     with folders.publishing(check_target(folder), read=load) as staging:
         _write(defense, staging, dtype)
@@ -97,7 +98,7 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
     if defense.golden is not None:
         files[_GOLDEN] = {name: np.ascontiguousarray(array) for name, array in vars(defense.golden).items()}
     for name, tensors in files.items():
-        save_file(tensors, folder / name)
+        folders.write_tensors(tensors, folder / name, save_file)
     fields = {
         "host": asdict(defense.clip),
         "preprocess": defense.preprocess.to_dict(),
@@ -138,8 +139,7 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Defens
     """
     folders.check_verify(verify)
     root = Path(folder)
-    with folders.reading(root / MANIFEST, SCHEMA):
-        return _load(root, verify)
+    return folders.read_whole(root / MANIFEST, SCHEMA, lambda: _load(root, verify))
 
 
 def _load(root: Path, verify: Verify) -> Defense:
@@ -207,6 +207,7 @@ def find_defense(
             )
         return load(embedded_folder(name))
     path = Path(source)
+    folders.restore(path)
     if path.exists():
         return load(path)
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):

@@ -7,19 +7,15 @@ its schema itself, and reads what is its own; what they have in common is here.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import secrets
 import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import safetensors
@@ -27,10 +23,34 @@ from safetensors.numpy import load_file
 
 from defense.errors import CheckpointError, ConfigError, DefenseError, IntegrityError, NonFiniteError
 
+from .atomic import exclusive, publishing, replacing, restore, write_tensors
+
+__all__ = [
+    "Verify",
+    "check_files",
+    "check_verify",
+    "file_entries",
+    "file_entry",
+    "own_file",
+    "package_version",
+    "publishing",
+    "read_files",
+    "read_manifest",
+    "read_tensors",
+    "read_whole",
+    "replacing",
+    "restore",
+    "sha256_of",
+    "typed",
+    "writable_target",
+    "write_manifest",
+    "write_tensors",
+]
+
+T = TypeVar("T")
+
 Verify = Literal["sha256", "size"]
 _FILE_FIELDS = {"sha256": str, "size": int}
-_LOCK = ".clip-defense.lock"
-"""In a folder that is being filled: locked for as long as the process that fills it lives."""
 
 
 def sha256_of(path: Path) -> str:
@@ -75,6 +95,7 @@ def writable_target(
         ConfigError: It is there and holds something else, or its parent is not there.
     """
     target = Path(folder).resolve()  # through a link: what it leads to is replaced, not the link
+    restore(target)
     if not _is_replaceable(target, manifest, files):
         raise ConfigError(f"{target} exists and is no {what}, or holds other files too; choose another folder")
     if not target.parent.is_dir():
@@ -98,91 +119,6 @@ def _is_replaceable(target: Path, manifest: str, files: Callable[[Path], Iterabl
         return present <= {manifest, *files(target)}
     except CheckpointError:
         return False
-
-
-@contextmanager
-def publishing(target: Path, *, read: Callable[[Path], object]) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the context ends it is read back and takes the place of `target`.
-
-    It lies beside `target`, so that giving it its name is one rename. Where the body or `read` raises, what was at
-    `target` stays, and nothing else is left. What a process left that was killed meanwhile goes when the next one
-    publishes there; if it was killed between taking the old folder away and naming the new one, the old one comes back.
-
-    Args:
-        target: The folder's final place; what is there is replaced as a whole. Its parent must exist.
-        read: Reads the filled folder; raises where it is not what it should be.
-    """
-    _tidy(target)
-    workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    staging, retired = workshop / "new", workshop / "old"
-    with (workshop / "lock").open("w", encoding="utf-8") as lock:
-        _try_lock(lock)
-        (workshop / "lock").rename(workshop / _LOCK)  # by now nobody takes it for one that was left behind
-        try:
-            staging.mkdir()  # not `workshop` itself: only its owner may read that
-            yield staging
-            read(staging)
-            try:
-                if target.exists():
-                    target.rename(retired)
-                staging.rename(target)
-            except BaseException:
-                _restore(retired, target)
-                raise
-        finally:
-            if target.exists() or not retired.exists():  # else nothing but `retired` holds what was there
-                shutil.rmtree(workshop, ignore_errors=True)
-
-
-def _tidy(target: Path) -> None:
-    """Remove what killed processes left beside a folder that they were to publish; see `publishing`."""
-    for lock_file in target.parent.glob(f".{glob.escape(target.name)}-{'[a-z0-9_]' * 8}/{_LOCK}"):
-        with suppress(OSError), lock_file.open("r+", encoding="utf-8") as lock:  # gone, or another user's
-            if _try_lock(lock):
-                _restore(lock_file.parent / "old", target)
-                shutil.rmtree(lock_file.parent, ignore_errors=True)
-
-
-def _restore(retired: Path, target: Path) -> None:
-    if retired.exists() and not target.exists():
-        retired.rename(target)
-
-
-def _try_lock(file: IO[str]) -> bool:
-    """Lock a file for as long as it is open; return False where another process has it, or no file can be locked."""
-    if sys.platform == "win32":
-        return False  # there is no flock: what a killed process left stays
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a file to write, empty and beside `path`; when the context ends it takes the place of `path`.
-
-    Where the body raises, what was at `path` stays, and nothing else is left. Who may read the file follows the umask,
-    whatever the writer did. Of a link, the file that it leads to is replaced. Several processes may replace one file at
-    the same time: the last one stays.
-
-    Args:
-        path: The file's final place; its folder must exist. The name that is written under ends in ".partial", so a
-            writer that goes by the suffix has to be told its format, or given an open file.
-    """
-    target = path.resolve()
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    partial.touch(exist_ok=False)
-    mode = partial.stat().st_mode
-    try:
-        yield partial
-        partial.chmod(mode)  # safetensors gives only its owner leave to read
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_manifest(path: Path, schema: int, fields: Mapping[str, Any], what: str) -> None:
@@ -213,16 +149,47 @@ def check_verify(verify: str) -> None:
         raise ConfigError(f"verify={verify!r}; it must be one of {', '.join(get_args(Verify))}")
 
 
-@contextmanager
-def reading(manifest: Path, schema: int) -> Iterator[None]:
-    """Turn whatever reading a folder can raise in this context into `CheckpointError`.
+def read_whole(manifest: Path, schema: int, read: Callable[[], T]) -> T:
+    """Return what `read` makes of a folder, all of it from one state of the folder, whoever replaces it meanwhile.
 
-    Other errors of this package than `ConfigError` pass as they are: they name the file themselves.
+    A folder that a process left under another name when it was killed (`publishing`) is restored first.
 
     Args:
-        manifest: The manifest's path, for the message.
+        manifest: The manifest's path, for the message; the folder is its parent.
         schema: Of the manifest, for the message.
+        read: Reads the folder.
+
+    Raises:
+        CheckpointError: In place of whatever reading can raise. Other errors of this package than `ConfigError` pass
+            as they are: they name the file themselves.
     """
+    root = manifest.parent
+    restore(root)
+    before = _state(root)
+    try:
+        with _reading(manifest, schema):
+            found = read()
+        if _state(root) == before:
+            return found
+    except DefenseError:
+        if _state(root) == before:
+            raise
+    with exclusive(root.parent, is_shared=True), _reading(manifest, schema):  # nobody can replace it now
+        return read()
+
+
+def _state(folder: Path) -> tuple[int, int] | None:
+    """Return what tells a folder from one that takes its place; None where there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def _reading(manifest: Path, schema: int) -> Iterator[None]:
+    """Turn whatever reading a folder can raise in this context into `CheckpointError`."""
     try:
         yield
     except ConfigError as error:

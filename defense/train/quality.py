@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from defense.core.sae import SparseAutoencoder
-from defense.data.labels import Prompts, check_labels, resolve_templates
+from defense.data.labels import Prompts, check_distinct, check_labels, resolve_templates
 from defense.data.sources import Pictures, prepared
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
@@ -83,6 +83,19 @@ def spliced(clip: Clip, hook_point: str, sae: SparseAutoencoder) -> Iterator[Non
         yield
 
 
+def class_embeds(clip: Clip, names: Sequence[str]) -> Tensor | None:
+    """Return the classes' embeddings, float32 [n_names, d_embed], normalized; None where there are none.
+
+    Raises:
+        ConfigError: See `labels.check_labels` and `labels.check_distinct`.
+    """
+    if not names:
+        return None
+    prompts = Prompts(check_labels(names), resolve_templates("simple"))
+    check_distinct(prompts, clip.tokenizer)
+    return torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)
+
+
 @torch.no_grad()
 def evaluate(
     clip: Clip,
@@ -92,6 +105,7 @@ def evaluate(
     *,
     n: int = 1000,
     names: tuple[str, ...] = (),
+    text_embeds: Tensor | None = None,
 ) -> tuple[Quality, ZeroShot | None]:
     """Return an SAE's quality on up to `n` pictures that were kept from training, and what splicing it in costs.
 
@@ -102,13 +116,13 @@ def evaluate(
         pictures: The source that it was trained on.
         n: How many pictures to measure on.
         names: The classes, for zero-shot accuracy; left out without them or where no picture says its class.
+        text_embeds: What `class_embeds` gives for them; computed where None.
 
     Raises:
         ConfigError: No held-out picture can be read, or a label is none of `names`.
     """
     sae = sae.to(clip.device)
-    prompts = Prompts(check_labels(names), resolve_templates("simple")) if names else None
-    text_embeds = None if prompts is None else torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)
+    text_embeds = class_embeds(clip, names) if text_embeds is None else text_embeds
     resids: list[Tensor] = []
     answers: list[tuple[int, int, int]] = []
     for batch in prepared(clip.preprocess, list(pictures.held_out(n))):

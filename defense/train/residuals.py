@@ -284,7 +284,7 @@ def _write_chunks(stream: Stream, folder: Path, n_tokens: int) -> dict[str, dict
     while n_written < n_tokens:
         chunk = stream.chunk(position)
         name = f"resid-{len(files):05d}.safetensors"
-        save_file({"resid": chunk.resid.cpu()}, folder / name)
+        folders.write_tensors({"resid": chunk.resid.cpu()}, folder / name, save_file)
         files[name] = folders.file_entry(folder / name)  # now, while the file is in memory: there may be many
         n_written += chunk.n
         if chunk.next == position or chunk.next.epoch > 0:

@@ -16,9 +16,10 @@ from defense.core.sae import SparseAutoencoder
 from defense.errors import ConfigError, ShapeError
 from defense.hosts.defense import ClipId
 from defense.store.checkpoint import Checkpoint
+from defense.store.folders import restore
 
 from .parallel import World
-from .quality import evaluate
+from .quality import class_embeds, evaluate
 from .residuals import Batches, Shards, Source, Stream, write_shards
 from .trainer import BatchSource, Progress, SavedState, TrainConfig, Trainer
 
@@ -50,7 +51,8 @@ def train(
         tokens: Which tokens its residuals are; recorded in the SAE.
         device: Where to train.
         world: The processes that share each batch.
-        state: File to save the training in, and to go on from where it exists; deleted at the end.
+        state: File to save the training in, and to go on from where it exists. It stays, at the last step: delete it
+            when what comes of it is safe.
         save_every: Steps between two saves.
         report: Called every few steps, by every process.
 
@@ -71,14 +73,11 @@ def train(
         log.info("going on at step %d of %d", trainer.step, config.steps)
 
     def save() -> None:
-        if state is not None and world.is_first and trainer.step % save_every == 0:
+        is_due = trainer.step % save_every == 0 or trainer.step == config.steps
+        if state is not None and world.is_first and is_due:
             trainer.save(state, made_with, batches.state())
 
-    sae = _run(trainer, batches, tokens, report, save)
-    world.wait()  # until every process has read what is deleted now
-    if state is not None and world.is_first:
-        state.unlink(missing_ok=True)
-    return sae
+    return _run(trainer, batches, tokens, report, save)
 
 
 def train_in_memory(resid: Tensor, config: TrainConfig, *, tokens: Tokens = "all") -> SparseAutoencoder:
@@ -165,7 +164,7 @@ def train_checkpoint(
         names: The classes of the pictures, to measure zero-shot accuracy with.
         n_held_out: Pictures to measure on.
         shards: Folder to keep the residuals in; where it exists, they are read from there.
-        state: See `train`.
+        state: See `train`: it stays until what this returns is saved, which is the caller's.
         license: Of the SAE.
         report: See `train`.
 
@@ -173,8 +172,13 @@ def train_checkpoint(
         ConfigError: See `train`, `Shards` and `evaluate`.
         CheckpointError: `shards` or `state` is damaged.
     """
+    # Now: what is wrong with the classes should not be found at the end.
+    text_embeds = class_embeds(stream.clip, names)
+    for picture in stream.pictures.held_out(n_held_out) if names else ():
+        stream.pictures.class_of(picture, names)
     source: Source = stream
     if shards is not None:
+        restore(shards)
         if not shards.exists():
             write_shards(stream, shards, config.steps * config.batch)
         source = Shards(shards, stream.describe(), stream.world)
@@ -182,7 +186,9 @@ def train_checkpoint(
     sae = train(
         source, config, tokens=stream.tokens, device=clip.device, world=stream.world, state=state, report=report
     )
-    quality, zero_shot = evaluate(clip, hook_point, sae, stream.pictures, n=n_held_out, names=tuple(names))
+    quality, zero_shot = evaluate(
+        clip, hook_point, sae, stream.pictures, n=n_held_out, names=tuple(names), text_embeds=text_embeds
+    )
     provenance = {
         "host": asdict(clip_id),
         "activations": source.describe(),

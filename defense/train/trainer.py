@@ -35,7 +35,7 @@ from torch.nn import functional
 from defense.core.config import SAEConfig, Tokens, Variant
 from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError, ConfigError
-from defense.store.folders import replacing
+from defense.store.folders import replacing, write_tensors
 
 from .parallel import World
 
@@ -313,7 +313,7 @@ class Trainer:
         numbers = {"step": self.step, "scale": self.scale, "batches": batches, "made_with": made_with}
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         with replacing(path) as partial:
-            save_file(whole, partial, {"state": json.dumps(numbers)})
+            write_tensors(whole, partial, save_file, {"state": json.dumps(numbers)})
 
     def restore(self, saved: SavedState) -> None:
         """Go back to a saved state."""

@@ -6,7 +6,6 @@ import copy
 import io
 import json
 import logging
-import os
 import pickle
 import subprocess
 import sys
@@ -410,26 +409,10 @@ def test_session_options_that_do_not_exist_are_refused(tiny_bundle, fields):
         OnnxClassifier(tiny_bundle, session_options=fields)
 
 
-def test_threads_follow_the_cores_that_may_be_used():
-    assert sessions.make_options({}).intra_op_num_threads == len(os.sched_getaffinity(0))
+def test_threads_follow_the_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(sessions, "usable_cores", lambda: 3)
+    assert sessions.make_options({}).intra_op_num_threads == 3
     assert sessions.make_options({"intra_op_num_threads": 1}).intra_op_num_threads == 1
-
-
-@pytest.mark.parametrize(("gib", "cores", "threads"), [(64, 16, 8), (64, 2, 2), (4, 16, 2), (1, 16, 1), (0.1, 16, 1)])
-def test_fault_72_large_pictures_at_once_fit_into_the_memory_there_is(monkeypatch, gib, cores, threads):
-    monkeypatch.setattr(sessions, "_memory_limit", lambda: int(gib * 2**30))
-    monkeypatch.setattr(sessions, "usable_cores", lambda: cores)
-    assert sessions.decoding_threads() == threads
-
-
-def test_fault_72_a_limit_on_the_process_counts():
-    code = """
-import resource, sys
-from defense.export import sessions
-resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30))
-print(sessions._memory_limit() <= 3 * 2**30, sessions.decoding_threads())
-"""
-    assert in_fresh_process(code) == "True 1"
 
 
 # --- threads and processes --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ from defense.data.sources import open_pictures
 from defense.errors import CheckpointError, ConfigError
 from defense.hosts.clip import load_clip
 from defense.store import checkpoint
+from defense.train import runs
 from defense.train.parallel import World
 from defense.train.quality import evaluate, measure, spliced
 from defense.train.residuals import Stream
@@ -235,7 +237,18 @@ def test_a_stopped_training_goes_on_bit_for_bit(clip, folder, tmp_path, variant)
     assert steps == [20, 24], "it must go on at step 14"
     for name in whole.config.parameter_shapes:
         assert torch.equal(getattr(resumed, name), getattr(whole, name)), name
-    assert list(tmp_path.iterdir()) == []
+    again = train(stream_of(clip, folder), config, state=state, report=steps.append)
+    assert len(steps) == 2, "the last step must have been saved"
+    for name in whole.config.parameter_shapes:
+        assert torch.equal(getattr(again, name), getattr(whole, name)), name
+
+
+def test_fault_classes_that_cannot_be_are_refused_before_the_training(clip, tiny_folder, folder, monkeypatch):
+    monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("it was trained"))
+    spec = clip.id_as(f"local-dir:{tiny_folder}")
+    for names, message in (((*NAMES, NAMES[0].upper()), "same text"), (("x", "y"), "none of the 2 class names")):
+        with pytest.raises(ConfigError, match=message):
+            train_checkpoint(stream_of(clip, folder), SHORT, spec, names=names)
 
 
 def test_a_saved_state_of_another_training_is_refused(clip, folder, tmp_path):
@@ -420,6 +433,21 @@ def test_the_command_writes_an_sae(folder, tmp_path, options):
     sae = checkpoint.load(tmp_path / "sae").sae
     assert (sae.config.act, sae.config.d_sae) == ("batchtopk", 96)
     assert {path.name for path in tmp_path.iterdir()} == {"names.txt", "sae"}
+
+
+def test_fault_a_training_that_cannot_be_written_in_the_end_is_not_lost(folder, tmp_path, options, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "sae")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", full)
+        result = run(folder, "--out", tmp_path / "sae", *options)
+    assert result.exit_code == 6
+    assert "No space left on device" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["sae.state.safetensors"]
+    monkeypatch.setattr("defense.train.trainer.Trainer.update", lambda *_: pytest.fail("it was trained again"))
+    assert run(folder, "--out", tmp_path / "sae", *options).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["sae"]
 
 
 def test_the_command_says_which_pictures_it_left_out(folder, tmp_path, options):
