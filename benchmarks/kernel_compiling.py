@@ -121,13 +121,13 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         subprocess.CalledProcessError: The assembler's tools, which come with triton, do not take the result.
     """
     constants = dict(launch.constants)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    options: dict[str, Any] = {
+        name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants
+    }
     names: list[str] = launch.kernel.arg_names
-    arguments: dict[str, Any] = dict(zip(names, launch.arguments, strict=False))
-    source = _source(launch.kernel, arguments | constants)
+    source = _source(launch.kernel, dict(zip(names, launch.arguments, strict=False)) | constants)
     target = GPUTarget("cuda", capability, 32)
-    compile_options: dict[str, Any] = {**options, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=target, options=compile_options)
+    compiled = triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
     usage, sass = _dumped(compiled.asm["cubin"])
     registers, stack_bytes = (int(_found(rf"{name}:(\d+)", usage)) for name in ("REG", "STACK"))
     n_warps, shared = int(compiled.metadata.num_warps), int(compiled.metadata.shared)
