@@ -18,6 +18,7 @@ from defense.errors import ConfigError, DefenseError
 from defense.explain.catalogue import BIN_EDGES, Catalogue, picture, search
 from defense.explain.heat import overlay
 
+NOT_HELD = "This defense is slim: it holds the latents that it removes, and where others fire cannot be shown."
 NO_CATALOGUE = "This defense comes without a catalogue of its latents, so they have numbers and no names or pictures."
 
 _N_PICTURES = 6
@@ -66,6 +67,8 @@ def card(engine: Engine, gallery: Gallery, place: Place, here: Image.Image | Non
 
 
 def _here(engine: Engine, place: Place, image: Image.Image) -> str:
+    if not engine.can_map(*place):
+        return f'<section class="here"><h3>in this picture</h3><p class="empty">{NOT_HELD}</p></section>'
     map = engine.activation_map(image, *place)
     peak = float(map.max(initial=0.0))
     return (
