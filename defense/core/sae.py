@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from defense.errors import ConfigError, ShapeError
 
-from .config import Norm, SAEConfig, check_latents, check_parameters
+from .config import Norm, SAEConfig, check_latents, check_parameters, fingerprint
 
 _LAYER_NORM_EPS = 1e-5
 
@@ -138,6 +139,14 @@ class SparseAutoencoder(nn.Module):
         """Return the tensors as numpy arrays of `dtype`."""
         return {name: getattr(self, name).detach().cpu().numpy().astype(dtype) for name in self.config.parameter_shapes}
 
+    @cached_property
+    def hashes(self) -> tuple[str, str]:
+        """sha256 of the tensors, and of all but the thresholds, which calibrating changes (`config.fingerprint`)."""
+        parameters = self.parameters_numpy()
+        whole = fingerprint(parameters)
+        parameters.pop("threshold", None)
+        return whole, fingerprint(parameters)
+
     def activate(self, pre_acts: Tensor, magnitudes: Tensor | None = None) -> Tensor:
         """Apply the activation rule to pre_acts [..., d_sae]; `magnitudes` only for "gated"."""
         config = self.config
@@ -198,31 +207,25 @@ class SparseAutoencoder(nn.Module):
         return x_hat if shift is None else x_hat + shift
 
 
-def part_of(
-    config: SAEConfig, parameters: dict[str, np.ndarray], latents: Sequence[int]
-) -> tuple[SAEConfig, dict[str, np.ndarray], tuple[int, ...]]:
+def part_of(sae: SparseAutoencoder, latents: Sequence[int]) -> tuple[SAEConfig, dict[str, np.ndarray], tuple[int, ...]]:
     """Return an SAE cut down to some of its latents: what `SparseAutoencoder` takes.
 
     These latents fire and write bit for bit as they did. The subtraction of b_dec goes into the biases: summed over
     fewer columns, it could come out with another last bit.
 
     Args:
-        config: Of the whole SAE.
-        parameters: Its tensors.
+        sae: The whole SAE.
         latents: Which, in any order.
 
     Raises:
         ConfigError: The latents compete, or the SAE has no such latent.
-        CheckpointError, ShapeError, NonFiniteError: See `check_parameters`.
     """
-    held = tuple(sorted(set(latents)))
-    sae = SparseAutoencoder(config, parameters)
-    columns = sae.columns(held)
+    config, held = replace(sae.config, subtract_b_dec=False), tuple(sorted(set(latents)))
+    check_latents(config, held)
+    columns = sae.columns(held).to(sae.W_enc.device)
     part = {"W_enc": sae.W_enc[:, columns], "b_enc": sae.folded_bias[columns], "W_dec": sae.W_dec[columns]}
-    part |= {name: getattr(sae, name)[columns] for name in ("threshold", "r_mag") if name in parameters}
+    part |= {name: getattr(sae, name)[columns] for name in ("threshold", "r_mag") if name in config.parameter_shapes}
     if config.act == "gated":
         part["b_mag"] = sae.folded_magnitude_bias[columns]
     part["b_dec"] = sae.b_dec
-    cut = replace(config, subtract_b_dec=False)
-    check_latents(cut, held)
-    return cut, {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in part.items()}, held
+    return config, {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in part.items()}, held

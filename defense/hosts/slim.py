@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from defense.core.config import SAEConfig
+from defense.core.latents import LatentSet
 from defense.core.sae import SparseAutoencoder, part_of
 from defense.errors import ConfigError
 
@@ -27,22 +27,33 @@ def slim(defense: Defense) -> Defense:
     return replace(defense, sites=tuple(slim_site(site) for site in defense.sites))
 
 
-def slim_site(site: Site, *, elsewhere: float | None = None) -> Site:
+def slim_site(site: Site) -> Site:
     """Return a site that holds just the latents of its sets, or the same site where it is slim or its latents compete.
 
-    Args:
-        site: The site.
-        elsewhere: The threshold that all other latents have; by default the median of theirs, where there are any.
+    The threshold of all other latents becomes the median of theirs, where the rule has thresholds.
     """
     if site.part is not None or site.sae_config.couples_latents:
         return site
-    latents = sorted({latent for latent_set in site.sets for latent in latent_set.latents})
-    parameters = dict(site.parameters)
-    config, cut, held = part_of(site.sae_config, parameters, latents)
-    if elsewhere is None and "threshold" in parameters:
-        others = np.delete(parameters["threshold"], latents)
+    return site_of(site.hook_point, SparseAutoencoder(site.sae_config, dict(site.parameters)), site.sets)
+
+
+def site_of(hook_point: str, sae: SparseAutoencoder, sets: tuple[LatentSet, ...]) -> Site:
+    """Return the site of an SAE and its latent sets: slim, or whole where the latents compete.
+
+    Args:
+        hook_point: Where.
+        sae: The whole SAE.
+        sets: What is edited there.
+    """
+    if sae.config.couples_latents:
+        return Site(hook_point, sae.config, sae.parameters_numpy(), sets)
+    latents = sorted({latent for latent_set in sets for latent in latent_set.latents})
+    config, parameters, held = part_of(sae, latents)
+    elsewhere = None
+    if "threshold" in parameters:
+        others = np.delete(sae.threshold.cpu().numpy(), latents)
         elsewhere = float(np.median(others)) if len(others) else 0.0
-    return replace(site, sae_config=config, parameters=cut, part=Part(held, site.hashes, elsewhere))
+    return Site(hook_point, config, parameters, sets, Part(held, sae.hashes, elsewhere))
 
 
 def restored(defense: Defense, saes: Iterable[SparseAutoencoder]) -> Defense:
@@ -55,17 +66,16 @@ def restored(defense: Defense, saes: Iterable[SparseAutoencoder]) -> Defense:
     Raises:
         ConfigError: The SAE of a site is not among them.
     """
-    found = [(sae.config, sae.parameters_numpy()) for sae in saes]
+    found = tuple(saes)
     return replace(defense, sites=tuple(_restored(site, found) for site in defense.sites))
 
 
-def _restored(site: Site, saes: list[tuple[SAEConfig, dict[str, np.ndarray]]]) -> Site:
+def _restored(site: Site, saes: tuple[SparseAutoencoder, ...]) -> Site:
     if site.part is None:
         return site
-    for config, parameters in saes:
-        whole = Site(site.hook_point, config, parameters, site.sets)
-        if set(whole.hashes) & set(site.part.hashes):
-            return _with_thresholds_of(site, whole)
+    for sae in saes:
+        if set(sae.hashes) & set(site.part.hashes):
+            return _with_thresholds_of(site, Site(site.hook_point, sae.config, sae.parameters_numpy(), site.sets))
     raise ConfigError(
         f"the SAE of the slim site at {site.hook_point} (sha256 {site.part.hashes[0][:16]}...) is not among the "
         f"{len(saes)} that were given; give the one that the defense was fitted with"
