@@ -139,6 +139,14 @@ class SparseAutoencoder(nn.Module):
         """Return the tensors as numpy arrays of `dtype`."""
         return {name: getattr(self, name).detach().cpu().numpy().astype(dtype) for name in self.config.parameter_shapes}
 
+    def rounded(self, dtype: type[np.floating]) -> SparseAutoencoder:
+        """Return the SAE as it is read once it was stored in `dtype`, thresholds in float32; itself for float32."""
+        if dtype is np.float32:
+            return self
+        kept = self.parameters_numpy()
+        stored = {name: array if name == "threshold" else array.astype(dtype) for name, array in kept.items()}
+        return SparseAutoencoder(self.config, stored, self.held)
+
     @cached_property
     def hashes(self) -> tuple[str, str]:
         """sha256 of the tensors, and of all but the thresholds, which calibrating changes (`config.fingerprint`)."""

@@ -109,22 +109,12 @@ def fit_sites(
             ranking = turn.ranking()
             selection = turn.selection(ranking)
             latent_set = turn.fit.latent_set(selection, ranking, plan.config, name)
-        site = site_of(plan.hook_point, _rounded(plan.sae, dtype), (latent_set,))
+        site = site_of(plan.hook_point, plan.sae.rounded(dtype), (latent_set,))
         fitted.append(FittedSite(site, ranking, selection))
         encoded.progress.line(
             f"{label}{plan.hook_point}: {len(selection.latents)} latents of {len(ranking.order())} candidates"
         )
     return fitted
-
-
-def _rounded(sae: SparseAutoencoder, dtype: type[np.floating]) -> SparseAutoencoder:
-    """Return an SAE as it is once it was stored: thresholds stay float32."""
-    if dtype is np.float32:
-        return sae
-    kept = sae.parameters_numpy()
-    return SparseAutoencoder(
-        sae.config, {name: kept[name] if name == "threshold" else array.astype(dtype) for name, array in kept.items()}
-    )
 
 
 class _Turn:

@@ -56,26 +56,32 @@ def site_of(hook_point: str, sae: SparseAutoencoder, sets: tuple[LatentSet, ...]
     return Site(hook_point, config, parameters, sets, Part(held, sae.hashes, elsewhere))
 
 
-def restored(defense: Defense, saes: Iterable[SparseAutoencoder]) -> Defense:
+def restored(defense: Defense, saes: Iterable[SparseAutoencoder], *, own_rule: bool = False) -> Defense:
     """Return a defense whose slim sites hold the whole SAE again; it answers as before.
 
     Args:
         defense: Slim or not; sites that are whole stay as they are.
         saes: The SAEs that it was fitted with, and others if you like.
+        own_rule: Let each SAE decide by the rule that it was trained with, where calibrated thresholds stand in for
+            that: what a control or another method should start from. Then the defense answers a little differently.
 
     Raises:
         ConfigError: The SAE of a site is not among them.
     """
     found = tuple(saes)
-    return replace(defense, sites=tuple(_restored(site, found) for site in defense.sites))
+    if all(site.part is None for site in defense.sites):
+        return defense
+    sites = tuple(_restored(site, found, own_rule) for site in defense.sites)
+    return replace(defense, sites=sites, golden=None if own_rule else defense.golden)
 
 
-def _restored(site: Site, saes: tuple[SparseAutoencoder, ...]) -> Site:
+def _restored(site: Site, saes: tuple[SparseAutoencoder, ...], own_rule: bool) -> Site:
     if site.part is None:
         return site
     for sae in saes:
         if set(sae.hashes) & set(site.part.hashes):
-            return _with_thresholds_of(site, Site(site.hook_point, sae.config, sae.parameters_numpy(), site.sets))
+            whole = Site(site.hook_point, sae.config, sae.parameters_numpy(), site.sets)
+            return whole if own_rule else _with_thresholds_of(site, whole)
     raise ConfigError(
         f"the SAE of the slim site at {site.hook_point} (sha256 {site.part.hashes[0][:16]}...) is not among the "
         f"{len(saes)} that were given; give the one that the defense was fitted with"

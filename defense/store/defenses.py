@@ -64,7 +64,7 @@ def save(defense: Defense, folder: str | os.PathLike[str], *, dtype: type[np.flo
     Args:
         defense: What to write.
         folder: Where to; its parent must exist.
-        dtype: Float type of the SAE's weights on disk. Thresholds stay float32.
+        dtype: Float type of the SAE's weights on disk. Thresholds stay float32, and so do the biases of a slim site.
 
     Raises:
         ConfigError: `folder` is there and holds something else than a defense, or a field of the defense cannot be
@@ -90,7 +90,7 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
     for index, site in enumerate(defense.sites):
         with np.errstate(over="ignore"):  # `load` refuses the infinities
             files[_site_file(index)] = {
-                name: np.ascontiguousarray(tensor, np.float32 if name == "threshold" else dtype)
+                name: np.ascontiguousarray(tensor, _stored_type(site, name, dtype))
                 for name, tensor in site.parameters.items()
             }
     if defense.golden is not None:
@@ -107,6 +107,12 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
     }
     schema = 2 if any(site.part is not None for site in defense.sites) else 1
     folders.write_manifest(folder / MANIFEST, schema, fields, "the defense")
+
+
+def _stored_type(site: Site, name: str, dtype: type[np.floating]) -> type[np.floating]:
+    """Return the float type in which a tensor is stored. The biases of a slim site hold a sum, made in float32."""
+    is_exact = name == "threshold" or (site.part is not None and name in ("b_enc", "b_mag"))
+    return np.float32 if is_exact else dtype
 
 
 def _site_fields(site: Site) -> dict[str, Any]:

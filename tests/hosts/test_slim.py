@@ -195,3 +195,23 @@ def test_a_slim_defense_exports_and_names_its_sae(tiny_clip):
         got, _ = graph(pixels(), torch.zeros(1, 32))
     detach(tiny_clip)
     torch.testing.assert_close(got, embeds(tiny_clip, small), atol=2e-6, rtol=0)
+
+
+def test_a_rounded_sae_is_stored_slim_with_the_bits_that_it_has_whole(tiny_clip, tmp_path):
+    sae = random_sae(act="batchtopk").rounded(np.float16)
+    whole = random_defense(tiny_clip, (1, sae, LatentSet("text", S)))
+    save(whole, tmp_path / "whole", dtype=np.float16)
+    save(slim(whole), tmp_path / "slim", dtype=np.float16)
+    assert torch.equal(embeds(tiny_clip, load(tmp_path / "slim")), embeds(tiny_clip, load(tmp_path / "whole")))
+    assert torch.equal(embeds(tiny_clip, load(tmp_path / "slim")), embeds(tiny_clip, whole))
+
+
+def test_an_sae_put_back_by_its_own_rule_competes_again(tiny_clip):
+    exact = a_defense(tiny_clip, act="topk", k=8)
+    threshold = np.full(D_SAE, 0.25, np.float32)
+    config = replace(exact.sites[0].sae_config, act="batchtopk", k=None)
+    parameters = {**exact.sites[0].parameters, "threshold": threshold}
+    calibrated = replace(exact, sites=(replace(exact.sites[0], sae_config=config, parameters=parameters),))
+    again = restored(slim(calibrated), [random_sae(act="topk", k=8)], own_rule=True)
+    assert again.sites[0].sae_config == exact.sites[0].sae_config
+    assert torch.equal(embeds(tiny_clip, again), embeds(tiny_clip, exact))
