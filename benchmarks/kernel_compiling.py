@@ -121,9 +121,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         subprocess.CalledProcessError: The assembler's tools, which come with triton, do not take the result.
     """
     constants = dict(launch.constants)
-    options: dict[str, Any] = {
-        name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants
-    }
+    options: dict[str, Any] = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     names: list[str] = launch.kernel.arg_names
     source = _source(launch.kernel, dict(zip(names, launch.arguments, strict=False)) | constants)
     target = GPUTarget("cuda", capability, 32)

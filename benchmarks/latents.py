@@ -42,8 +42,9 @@ from defense.fit.selecting import TextFit
 from defense.hosts.attach import sae_of
 from defense.hosts.clip import EMBEDDED, Clip, embedded_folder, load_clip
 from defense.hosts.defense import Site
+from defense.hosts.slim import restored
 from defense.hosts.tower import BATCH
-from defense.store import defenses, folders
+from defense.store import checkpoint, defenses, folders
 from defense.world import scenes
 
 FILE = "latents.json"
@@ -150,7 +151,8 @@ def run(
     path = out if out.suffix == ".json" else out / FILE
     settings = settings or Settings()
     folder = embedded_folder("text")
-    site = defenses.load(folder).sites[0]
+    saes = [each.sae for each in checkpoint.embedded_saes()]
+    site = restored(defenses.load(folder), saes, own_rule=True).sites[0]
     found = catalogue.find(EMBEDDED).get(site.hook_point)
     if found is None:
         raise ConfigError(f"no catalogue for {site.hook_point}; run: python -m defense.embedded.describe")

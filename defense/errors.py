@@ -3,7 +3,8 @@
     DefenseError
     ├── ConfigError (ValueError)             an argument or a combination of arguments that cannot work
     │   ├── ShapeError                       a width, rank or size that does not fit
-    │   └── HookPointError                   a block that is not there, or a scope that means nothing there
+    │   ├── HookPointError                   a block that is not there, or a scope that means nothing there
+    │   └── GateError                        a fit that shows too little to become a defense
     ├── CheckpointError (RuntimeError)       an SAE file, artifact or bundle that cannot be used
     │   └── IntegrityError                   its bytes are not the ones that were written
     ├── InvalidImageError (ValueError)       one picture; `.code` says what is wrong with it
@@ -32,6 +33,10 @@ class ShapeError(ConfigError):
 
 class HookPointError(ConfigError):
     """A block that is not there, or a scope that means nothing there."""
+
+
+class GateError(ConfigError):
+    """A fit that shows too little to become a defense: an SAE of another CLIP, pictures that fool nobody, no gain."""
 
 
 class CheckpointError(DefenseError, RuntimeError):

@@ -31,7 +31,8 @@ class Browsing:
         latent_key = views.key_of(key)
         columns = self.engine.catalogues[latent_key[0]].columns
         largest = float(columns["largest_activation"][latent_key[1]]) if "largest_activation" in columns else 0.0
-        slider = gr.update(value=0.0, maximum=round(1.5 * largest, 1) or _STEER_MAX, interactive=True)
+        can_steer = self.engine.can_map(*latent_key)
+        slider = gr.update(value=0.0, maximum=round(1.5 * largest, 1) or _STEER_MAX, interactive=can_steer)
         return key, slider, "", cards.card(self.engine, self.gallery, latent_key, form.picture)
 
     def steer(self, key: str, value: float, form: Form) -> tuple[str]:

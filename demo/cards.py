@@ -21,6 +21,7 @@ from defense.explain.heat import overlay
 if TYPE_CHECKING:
     from defense.hosts.controls import LatentKey
 
+NOT_HELD = "This defense is slim: it holds the latents that it removes, and where others fire cannot be shown."
 NO_CATALOGUE = "This defense comes without a catalogue of its latents, so they have numbers and no names or pictures."
 
 _N_PICTURES = 6
@@ -69,6 +70,8 @@ def card(engine: Engine, gallery: Gallery, latent_key: LatentKey, here: Image.Im
 
 
 def _here(engine: Engine, latent_key: LatentKey, image: Image.Image) -> str:
+    if not engine.can_map(*latent_key):
+        return f'<section class="here"><h3>in this picture</h3><p class="empty">{NOT_HELD}</p></section>'
     map = engine.activation_map(image, *latent_key)
     peak = float(map.max(initial=0.0))
     return (

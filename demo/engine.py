@@ -171,6 +171,12 @@ class Engine:
         """Return a latent's activation at each patch in the plain network, float32 [rows, columns]."""
         return self._explaining().latent_map(image, hook_point, latent)
 
+    def can_map(self, hook_point: str, latent: int) -> bool:
+        """Whether the defense holds a latent: of a slim one it holds just those that it edits."""
+        defense = self._explaining().defense
+        parts = [site.part for site in defense.sites if site.hook_point == hook_point] if defense is not None else []
+        return any(part is None or latent in part.latents for part in parts)
+
     def seen_box(self, image: Image.Image) -> tuple[int, int, int, int]:
         """Return the part of a picture that the model sees."""
         return self.clf.preprocess.seen_box(*image.size)

@@ -12,6 +12,8 @@ from defense.explain import catalogue
 from defense.explain.catalogue import Catalogue
 from defense.hosts.clip import EMBEDDED, load_clip
 from defense.hosts.defense import check_own_model, join
+from defense.hosts.slim import restored
+from defense.store.checkpoint import embedded_saes
 from defense.store.defenses import embedded_defenses, find_defense
 
 
@@ -41,6 +43,8 @@ def defended(
     check_own_model(source, model, pretrained)
     sources = _embedded_sources() if source == EMBEDDED else [source]
     defense = join([find_defense(each) for each in sources]) if len(sources) > 1 else find_defense(sources[0])
+    if source.split(":")[0] == EMBEDDED:  # of which any latent can be steered and mapped: the SAEs ship
+        defense = restored(defense, [each.sae for each in embedded_saes()])
     if model is None:
         model, pretrained = defense.clip.model, defense.clip.pretrained
     clf = RobustClassifier(load_clip(model, pretrained, device=device), defense)

@@ -97,6 +97,23 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch) -> Path:
+    """An empty cache for each test, never the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("CLIP_DEFENSE_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def open_gates(monkeypatch) -> None:
+    """Let a fit of noise become a defense."""
+    from defense.fit.gates import Gates
+
+    for name in ("check_explained", "check_fooled", "check_validation"):
+        monkeypatch.setattr(Gates, name, lambda *_: None)
+
+
 @pytest.fixture
 def small_minis(monkeypatch):
     """The benchmarks that are drawn, with 40 pictures in each split."""

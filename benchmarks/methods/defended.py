@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder, needed
+from defense.benchmarks.methods.base import Encoder, NotApplicableError, needed
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 from defense.hosts.defense import Defense
@@ -52,6 +52,27 @@ class Defended:
     def apply(self, clip: Clip) -> AbstractContextManager[Encoder]:
         """Put the defense in."""
         return defended(clip, self.defense, self.strength)
+
+
+def exact(name: str, defense: Defense) -> Defense:
+    """Return a defense whose sites hold the whole SAE and its own rule: what controls and other edits start from.
+
+    Args:
+        name: Of the method that needs it.
+        defense: Whole, or slim and fitted with an SAE of the embedded model.
+
+    Raises:
+        NotApplicableError: It is slim, and its SAE does not ship.
+    """
+    if all(site.part is None for site in defense.sites):
+        return defense
+    from defense.hosts.slim import restored
+    from defense.store.checkpoint import embedded_saes
+
+    try:
+        return restored(defense, [each.sae for each in embedded_saes()], own_rule=True)
+    except ConfigError as error:
+        raise NotApplicableError(f"{name!r} needs every latent, and this defense is slim: {error}") from error
 
 
 @contextmanager

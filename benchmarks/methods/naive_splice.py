@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder
-from defense.benchmarks.methods.defended import Defended
+from defense.benchmarks.methods.defended import Defended, exact
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 from defense.hosts.defense import Defense, Site
@@ -38,6 +38,7 @@ class NaiveSplice:
 
     name: str
     chosen: Defended
+    _exact: list[Defense] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, name: str, defense: Defense | None, strength: float | None) -> NaiveSplice:
@@ -55,7 +56,12 @@ class NaiveSplice:
         return {"defense_sha256": self.chosen.settings()["defense_sha256"]}
 
     def fit(self, clip: Clip, task: Task) -> None:
-        """Learn nothing: the latents were chosen before, on other pictures."""
+        """Learn nothing: the latents were chosen before, on other pictures.
+
+        Raises:
+            NotApplicableError: See `exact`.
+        """
+        self._exact[:] = [exact(self.name, self.chosen.defense)]
 
     @contextmanager
     def apply(self, clip: Clip) -> Iterator[Encoder]:
@@ -64,7 +70,7 @@ class NaiveSplice:
 
         check_clip(clip.tower, self.chosen.defense.clip)
         with ExitStack() as stack:
-            for site in self.chosen.defense.sites:
+            for site in self._exact[0].sites:
                 stack.enter_context(clip.tower.changed(site.hook_point, _splice(clip, site)))
             yield Encoder(clip)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder
-from defense.benchmarks.methods.defended import Defended, defended
+from defense.benchmarks.methods.defended import Defended, defended, exact
 from defense.benchmarks.methods.material import picked, pixel_batches, training_split
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
@@ -60,14 +60,14 @@ class RandomLatents:
         """Draw the latents.
 
         Raises:
-            NotApplicableError: The task has no training split.
+            NotApplicableError: The task has no training split; or see `exact`.
         """
         from defense.fit.control import activity_of, random_control
 
         train = training_split(task, self.name)
         examples = [train.examples[row] for row in picked(train, _N_PICTURES)]
         rng = np.random.default_rng(self.seed)
-        defense = self.chosen.defense
+        defense = exact(self.name, self.chosen.defense)
         sites = tuple(
             random_control(site, activity_of(clip, site, pixel_batches(clip, examples)), rng) for site in defense.sites
         )

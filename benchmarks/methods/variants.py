@@ -18,7 +18,7 @@ import numpy as np
 
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.methods.base import Encoder, NotApplicableError, needed
-from defense.benchmarks.methods.defended import Defended, defended
+from defense.benchmarks.methods.defended import Defended, defended, exact
 from defense.benchmarks.methods.material import class_embeds_of, digest_of, picked, pixel_batches, training_split
 from defense.core.latents import Edit
 from defense.errors import ConfigError
@@ -106,7 +106,8 @@ class Delta:
         """Set the thresholds. How often the answer is that of the exact rule is recorded; no agreement is too low here.
 
         Raises:
-            NotApplicableError: The task has no training split, or the rule is none that thresholds could replace.
+            NotApplicableError: The task has no training split, or the rule is none that thresholds could replace, or
+                see `exact`.
         """
         import torch
 
@@ -120,7 +121,12 @@ class Delta:
         twins = np.arange(len(examples)) % (len(examples) // len(kinds))
         try:
             self._calibrated, _ = calibrated(
-                clip, self.exact.defense, pixel_values, least_agreement=0, text_embeds=class_embeds, groups=twins
+                clip,
+                exact(self.name, self.exact.defense),
+                pixel_values,
+                least_agreement=0,
+                text_embeds=class_embeds,
+                groups=twins,
             )
         except ConfigError as error:
             raise NotApplicableError(f"{self.name!r}: {error}") from error

@@ -324,10 +324,10 @@ class RobustClassifier(ZeroShotClassifier):
         Args:
             image: See `images.decode`.
             hook_point: One of the defense's.
-            latent: Any of the SAE there.
+            latent: Any of the SAE there; of a slim defense any that it edits.
 
         Raises:
-            ConfigError: There is no such latent, or see `sae`.
+            ConfigError: There is no such latent, or a slim defense does not hold it; or see `sae`.
             InvalidImageError: The picture cannot be read.
         """
         self._own_process()
@@ -335,7 +335,7 @@ class RobustClassifier(ZeroShotClassifier):
             return self.clip.latent_map(hook_point, self.sae(hook_point), latent, image)
 
     def sae(self, hook_point: str) -> SparseAutoencoder:
-        """Return the whole SAE at a hook point of the defense, on the model's device.
+        """Return the SAE at a hook point of the defense, on the model's device; of a slim one, what it holds of it.
 
         It is made on first use and kept, which takes as much memory again as the SAE has.
 

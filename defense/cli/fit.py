@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from defense.cli.common import (
     EXIT_INPUTS,
@@ -26,8 +24,8 @@ from defense.cli.common import (
     put,
     say,
     shown,
-    stderr,
 )
+from defense.cli.progress import shown_progress
 from defense.core.latents import Removal, Scope
 
 if TYPE_CHECKING:
@@ -36,6 +34,8 @@ if TYPE_CHECKING:
     from defense.fit.material import Material
     from defense.fit.metadata import Metadata
     from defense.fit.placing import Fitted
+    from defense.fit.progress import Progress
+    from defense.fit.shipping import Shipped
     from defense.store.checkpoint import Checkpoint
 
 FitTask = Literal["text", "group"]
@@ -101,13 +101,20 @@ def fit(
         float, typer.Option(min=0, max=1, help="Accuracy that may be lost where nothing is wrong, over all blocks.")
     ] = 0.01,
     n_pictures: Annotated[int, typer.Option(min=1, help="Pictures to use, at most.")] = 300,
-    folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation.")] = 3,
+    folds: Annotated[int, typer.Option(min=0, help="Of the cross-validation; 0 holds nothing out.")] = 3,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Of the joint step, at most; it stops where held-out pictures gain no more.")
+    ] = 200,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try each block alone, and each scope; take the best.")
     ] = False,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Turn a TopK rule into thresholds at the end.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Thresholds in place of a TopK rule; by default where at least 99 % of the answers stay.",
+        ),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for a report with plots.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the latent set; by default the task's.")] = None,
     license: Annotated[
@@ -130,31 +137,31 @@ def fit(
         from defense.fit.placing import fit_defense
         from defense.fit.sites import plan_sites
         from defense.hosts.clip import EMBEDDED, load_clip, resolve_device
+        from defense.store.cache import cache_folder
 
         source = _Source(task, pictures or [], metadata, path_column, label_column, attribute_column, spurious)
         answers = _answers(task, labels, labels_file, classes, template, uses_embedded=model == EMBEDDED)
-        _check_options(source, sae or [], scope=scope, is_swept=sweep)
+        _check_options(source, sae or [], scope=scope, is_swept=sweep, folds=folds)
         check_pretrained(model, pretrained)
         _check_targets(out, report)
         checkpoints = _read_saes(sae or [], calibrate=calibrate)
         opened = _opened(source, answers)
         clip = load_clip(model, pretrained, device=resolve_device(device))
-        config = FitConfig(clean_budget=clean_budget / len(checkpoints), edit=edit, seed=seed)
+        config = FitConfig(clean_budget=clean_budget / len(checkpoints), edit=edit, seed=seed, steps=steps)
         plans = plan_sites(clip, checkpoints, config, scope)
         clf = RobustClassifier(clip).set_labels(answers, template)
-        with _progress() as told:
-            told("reading pictures")
-            material = _material(clf, source, opened, n=n_pictures, seed=seed)
+        with shown_progress() as progress:
+            with progress.stage("reading pictures", 1):
+                material = _material(clf, source, opened, n=n_pictures, seed=seed)
             fitted = fit_defense(
                 clip, clip.id_as(model, pretrained), plans, material, torch.from_numpy(clf.text_embeds()),
                 name=name or task, folds=folds, seed=seed, is_swept=sweep, license=license,
-                provenance=_record(task, answers, template, checkpoints), report=told,
+                provenance=_record(task, answers, template, checkpoints), cache=cache_folder(), progress=progress,
             )  # fmt: skip
-            _write(clf, fitted, out, report)
-            if calibrate:
-                told("calibrating")
-                _calibrate(clf, fitted, material, out)
+            shipped = _write(clf, fitted, material, out, report, calibrate=calibrate, progress=progress)
+        fitted.forget()
         _print_fit(fitted)
+        _print_shipped(shipped)
         put(f"written     {shown(out)}")
         say(f"Try it: defense classify PICTURE --labels ... --defense {shown(out)}")
         if material.unreadable:
@@ -165,7 +172,7 @@ def fit(
 # --- what is refused, before anything long starts ---
 
 
-def _check_options(source: _Source, saes: Sequence[Path], *, scope: Scope | None, is_swept: bool) -> None:
+def _check_options(source: _Source, saes: Sequence[Path], *, scope: Scope | None, is_swept: bool, folds: int) -> None:
     """Refuse options that contradict each other or the task, or that are missing."""
     if not saes:
         raise typer.BadParameter("--sae is missing: a folder that `defense train` or `defense import` wrote")
@@ -185,6 +192,10 @@ def _check_options(source: _Source, saes: Sequence[Path], *, scope: Scope | None
         raise typer.BadParameter("with --metadata there is one folder of pictures, which its paths start from")
     if is_swept and scope is not None:
         raise typer.BadParameter("--sweep tries every scope; leave out --scope")
+    if folds == 1:
+        raise typer.BadParameter("--folds 1 would leave nothing to fit on; give 2 or more, or 0 to hold nothing out")
+    if is_swept and folds == 0:
+        raise typer.BadParameter("--sweep compares on held-out pictures, and --folds 0 holds none out; give 2 or more")
 
 
 def _check_targets(out: Path, report: Path | None) -> None:
@@ -230,7 +241,7 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-def _read_saes(folders: Sequence[Path], *, calibrate: bool) -> list[Checkpoint]:
+def _read_saes(folders: Sequence[Path], *, calibrate: bool | None) -> list[Checkpoint]:
     """Return the SAEs, each of another block; where thresholds are asked for, one of them at least has a topk rule."""
     from defense.store import checkpoint
 
@@ -286,53 +297,38 @@ def _record(task: FitTask, answers: Sequence[str], template: str, checkpoints: S
     }
 
 
-def _write(clf: RobustClassifier, fitted: Fitted, out: Path, report: Path | None) -> None:
+def _write(
+    clf: RobustClassifier,
+    fitted: Fitted,
+    material: Material,
+    out: Path,
+    report: Path | None,
+    *,
+    calibrate: bool | None,
+    progress: Progress,
+) -> Shipped:
     """Write the defense, and a report on it where that is asked for."""
+    from defense.errors import CalibrationError
     from defense.fit import report as report_page
-    from defense.fit.placing import with_golden
+    from defense.fit.shipping import ship
     from defense.store import defenses
 
-    defenses.save(with_golden(clf.clip, fitted.defense), out)
+    def shipped(calibrate: bool | None) -> Shipped:
+        found = ship(clf.clip, fitted.defense, material, clf.text_embeds(), calibrate=calibrate, progress=progress)
+        defenses.save(found.defense, out)
+        return found
+
     if report is not None:
         report_page.write(fitted, report)
-
-
-def _calibrate(clf: RobustClassifier, fitted: Fitted, material: Material, out: Path) -> None:
-    """Replace TopK rules by thresholds in the defense that was written; print how well those stand in for them."""
-    import numpy as np
-
-    from defense.errors import CalibrationError
-    from defense.fit.calibrate import calibrated
-    from defense.fit.placing import with_golden
-    from defense.store import defenses
-
-    pixel_values = material.data.all_pixel_values()
-    twins = np.arange(len(pixel_values)) % len(material.strata)
     try:
-        defense, found = calibrated(clf.clip, fitted.defense, pixel_values, text_embeds=clf.text_embeds(), groups=twins)
+        return shipped(calibrate)
     except CalibrationError:
+        shipped(False)
         say(f"{shown(out)} holds the defense with its exact rule, which is not lost:")
         raise
-    put(
-        f"calibrated  {100 * found.agreement:.1f} % of {found.n_held_out} held-out pictures get the same label, cosine "
-        f"{found.cosine_mean:.4f} on average, {found.cosine_worst:.4f} at worst"
-    )
-    defenses.save(with_golden(clf.clip, defense), out)
 
 
 # --- what is printed ---
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Yield what shows a line of progress on stderr: in place on a terminal, else one after the other."""
-    if not stderr.is_terminal:
-        yield say
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True) as progress:
-        bar = progress.add_task("", total=None)
-        yield lambda line: progress.update(bar, description=line)
 
 
 def _print_fit(fitted: Fitted) -> None:
@@ -349,12 +345,32 @@ def _print_fit(fitted: Fitted) -> None:
             say(f"nothing helps at {each.site.hook_point}: that block is not edited")
     for option in fitted.options:
         put(f"tried       {option.name}: {100 * option.result.gain:+.1f} points for {100 * option.result.loss:.1f}")
-    put(f"held out    in percent, {len(fitted.validation.plain)} folds; spread is the standard deviation over them")
+    folds = fitted.validation.folds
+    if folds:
+        put(f"held out    in percent, {folds} folds; spread is the standard deviation over them")
+    else:
+        put("fitted on   in percent; nothing was held out, so this flatters the defense")
     for key, row in fitted.validation.summary().items():
         put(
             f"  {key:16} {100 * row['plain']:5.1f} without, {100 * row['defended']:5.1f} with the defense "
             f"(spread {100 * row['spread']:.1f})"
         )
+
+
+def _print_shipped(shipped: Shipped) -> None:
+    """Print in which form the defense is stored, and what that costs."""
+    found = shipped.calibration
+    if found is not None:
+        put(
+            f"calibrated  {100 * found.agreement:.1f} % of {found.n_held_out} held-out pictures get the same label, "
+            f"cosine {found.cosine_mean:.4f} on average, {found.cosine_worst:.4f} at worst"
+        )
+    for site in shipped.defense.sites:
+        if site.part is not None:
+            n = len(site.part.latents)
+            put(f"slim        {site.hook_point}: {n} of {site.sae_config.d_sae} latents are stored")
+    if shipped.whole_because is not None:
+        say(shipped.whole_because)
 
 
 def _print_unreadable(names: Sequence[str]) -> None:

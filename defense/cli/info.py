@@ -48,6 +48,10 @@ def info(
         for site in defense.sites:
             sae = site.sae_config
             put(f"site        {site.hook_point}: {sae.act} SAE, {sae.d_sae} latents")
+            if site.part is not None:
+                put(f"  slim      holds just the {len(site.part.latents)} latents that it edits")
+            elif sae.couples_latents:
+                put("  whole     its latents compete: tokens on which one of S is positive meet the whole encoder")
             for latent_set in site.sets:
                 put(
                     f"  set       {latent_set.name}: {len(latent_set.latents)} latents, edit {latent_set.edit}, "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -59,18 +61,27 @@ class SAEConfig:
             raise ConfigError(f"k={self.k} means nothing to act={self.act!r}; leave it out")
 
     @property
+    def couples_latents(self) -> bool:
+        """Whether a latent counts or not depends on the others, so that none can be computed alone."""
+        return self.act == "topk"
+
+    @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that this kind of SAE has."""
+        return self.shapes_of(self.d_sae)
+
+    def shapes_of(self, n: int) -> dict[str, tuple[int, ...]]:
+        """Return `parameter_shapes` of an SAE of which only `n` latents are held."""
         shapes: dict[str, tuple[int, ...]] = {
-            "W_enc": (self.d_model, self.d_sae),
-            "b_enc": (self.d_sae,),
-            "W_dec": (self.d_sae, self.d_model),
+            "W_enc": (self.d_model, n),
+            "b_enc": (n,),
+            "W_dec": (n, self.d_model),
             "b_dec": (self.d_model,),
         }
         if self.act in ("jumprelu", "batchtopk"):
-            shapes["threshold"] = (self.d_sae,)
+            shapes["threshold"] = (n,)
         if self.act == "gated":
-            shapes |= {"r_mag": (self.d_sae,), "b_mag": (self.d_sae,)}
+            shapes |= {"r_mag": (n,), "b_mag": (n,)}
         return shapes
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,15 +101,42 @@ class SAEConfig:
             raise CheckpointError(f"SAE config does not have the fields of this version: {error}") from error
 
 
-def check_parameters(config: SAEConfig, parameters: dict[str, np.ndarray]) -> None:
+def fingerprint(parameters: Mapping[str, np.ndarray]) -> str:
+    """Return a sha256 of an SAE's tensors, equal for the same numbers held in float32 or float16."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(parameters.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor, np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def check_latents(config: SAEConfig, latents: tuple[int, ...]) -> None:
+    """Raise where these could not be the latents of an SAE that are held, the others left out.
+
+    Raises:
+        ConfigError: Its latents compete, so that none can be left out.
+        CheckpointError: They are not in rising order, or some are none of the SAE's.
+    """
+    if config.couples_latents:
+        raise ConfigError(f"the latents of a {config.act} SAE compete, so that none can be left out; store it whole")
+    if list(latents) != sorted(set(latents)) or not set(latents) <= set(range(config.d_sae)):
+        raise CheckpointError(f"the latents that are held must rise from 0 on, below d_sae={config.d_sae}")
+
+
+def check_parameters(config: SAEConfig, parameters: dict[str, np.ndarray], n_held: int | None = None) -> None:
     """Hold tensors against a config before anything is computed with them.
+
+    Args:
+        config: What they should be.
+        parameters: The tensors.
+        n_held: How many of the latents they are of; by default all.
 
     Raises:
         CheckpointError: A tensor is missing, unknown or not floating point, or a decoder row is zero.
         ShapeError: A tensor has another shape than the config says.
         NonFiniteError: A tensor holds NaN or infinity.
     """
-    shapes = config.parameter_shapes
+    shapes = config.parameter_shapes if n_held is None else config.shapes_of(n_held)
     if set(parameters) != set(shapes):
         missing, unknown = sorted(set(shapes) - set(parameters)), sorted(set(parameters) - set(shapes))
         raise CheckpointError(

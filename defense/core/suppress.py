@@ -90,15 +90,16 @@ class Suppressor(nn.Module):
         self.d_model = config.d_model
         self.k = config.k or 0
         self.negative_counts = config.act == "topk" and config.topk_relu == "none"
+        columns = sae.columns(latent_set.latents)  # of the SAE's tensors: all of them, or those of a slim defense
         latents = torch.tensor(latent_set.latents, dtype=torch.int64)
         tensors: dict[str, Tensor | None] = {
             "latents": latents,
             "removal": 1 - torch.tensor(latent_set.gains, dtype=torch.float32),
             "strength": torch.ones(()),
-            "W_dec_S": sae.W_dec[latents],
+            "W_dec_S": sae.W_dec[columns],
             "b_dec": sae.b_dec,
             "values": torch.tensor(latent_set.values) if latent_set.edit == "set" else None,
-            **_encoder_tensors(sae, latents),
+            **_encoder_tensors(sae, columns),
         }
         for name, tensor in tensors.items():  # shared with the SAE where it needs all of it: W_enc may be large
             self.register_buffer(name, tensor, persistent=False)
@@ -207,22 +208,19 @@ class Suppressor(nn.Module):
             return self.subtract(resid, resid, n_prefix).to(resid.dtype)
 
 
-def _encoder_tensors(sae: SparseAutoencoder, latents: Tensor) -> dict[str, Tensor | None]:
+def _encoder_tensors(sae: SparseAutoencoder, columns: Tensor) -> dict[str, Tensor | None]:
     """Return the tensors of `reference.Encoder` by name: columns of S, and the whole encoder where latents compete."""
     config, bias = sae.config, sae.folded_bias
-    W_mag = (sae.W_enc * sae.r_mag.exp())[:, latents] if config.act == "gated" else None
-    b_mag = None
-    if W_mag is not None:
-        b_mag = sae.b_mag[latents] - (sae.b_dec @ W_mag if config.subtract_b_dec else 0)
+    is_gated = config.act == "gated"
     return {
-        "W_S": sae.W_enc[:, latents],
-        "b_S": bias[latents],
-        "threshold_S": sae.threshold[latents] if config.act in ("jumprelu", "batchtopk") else None,
-        "W_mag_S": W_mag,
-        "b_mag_S": b_mag,
-        "W_enc": sae.W_enc if config.act == "topk" else None,
-        "b": bias if config.act == "topk" else None,
-        "b_others": bias.index_fill(0, latents, -torch.inf) if config.act == "topk" else None,
+        "W_S": sae.W_enc[:, columns],
+        "b_S": bias[columns],
+        "threshold_S": sae.threshold[columns] if config.act in ("jumprelu", "batchtopk") else None,
+        "W_mag_S": sae.W_enc[:, columns] * sae.r_mag[columns].exp() if is_gated else None,
+        "b_mag_S": sae.folded_magnitude_bias[columns] if is_gated else None,
+        "W_enc": sae.W_enc if config.couples_latents else None,
+        "b": bias if config.couples_latents else None,
+        "b_others": bias.index_fill(0, columns, -torch.inf) if config.couples_latents else None,
     }
 
 

@@ -30,16 +30,21 @@ from defense.core.sae import SparseAutoencoder
 from defense.data import labels
 from defense.data.labels import Prompts
 from defense.embedded import train_clip
+from defense.fit.calibrate import calibrated
 from defense.fit.config import FitConfig
 from defense.fit.control import activity_of, random_control
 from defense.fit.encoded import Encoded
 from defense.fit.material import Groups, Pairs
+from defense.fit.shipping import LEAST_AGREEMENT
 from defense.fit.sites import SitePlan, fit_sites
 from defense.fit.validation import measure
 from defense.hosts.clip import EMBEDDED, Clip, load_clip
 from defense.hosts.defense import Defense, Site
 from defense.hosts.golden import make_golden
-from defense.store import defenses, folders
+from defense.hosts.slim import restored, slim
+from defense.hosts.tower import block_of
+from defense.store import checkpoint, defenses, folders
+from defense.store.checkpoint import Checkpoint
 from defense.train.quality import measure as measure_sae
 from defense.train.runs import train_in_memory
 from defense.train.trainer import TrainConfig
@@ -234,9 +239,21 @@ def full_report(
     n: int,
     seed: int,
     *,
+    saes: Sequence[SparseAutoencoder] | None = None,
     n_controls: int = 3,
 ) -> dict[str, dict[str, float]]:
     """Measure plain, defended and random control (mean of `n_controls` draws), in percent, on fresh seeds and fonts.
+
+    The control edits by the rule that the SAE was trained with.
+
+    Args:
+        clip: The CLIP.
+        defense: The defense.
+        task: What it is against.
+        n: Pictures.
+        seed: Of the pictures.
+        saes: That it was fitted with; by default those that ship.
+        n_controls: Draws of the control.
 
     Raises:
         ConfigError: `clip` is not the one that the defense was fitted on.
@@ -248,11 +265,13 @@ def full_report(
         with clip.defended(replace(defense, sites=tuple(sites))):
             return report_on(clip, data, text_embeds)
 
-    activity = [activity_of(clip, site, [active[:200].numpy()]) for site in defense.sites]
+    saes = [each.sae for each in checkpoint.embedded_saes()] if saes is None else saes
+    exact = restored(defense, saes, own_rule=True).sites
+    activity = [activity_of(clip, site, [active[:200].numpy()]) for site in exact]
     controls = []
     for draw in range(n_controls):
-        rngs = (np.random.default_rng(draw) for _ in defense.sites)
-        controls.append(measured([random_control(*each) for each in zip(defense.sites, activity, rngs, strict=True)]))
+        rngs = (np.random.default_rng(draw) for _ in exact)
+        controls.append(measured([random_control(*each) for each in zip(exact, activity, rngs, strict=True)]))
     report = {
         "plain": report_on(clip, data, text_embeds),
         "defended": measured(defense.sites),
@@ -264,17 +283,50 @@ def full_report(
 
 
 def build_defense(work: Path, recipe: Recipe, task: str, clip: Clip) -> Defense:
-    """Build one task's defense, site by site, measure it, and write it into `work`."""
+    """Build one task's defense, site by site, measure it, and write it and its SAEs into `work`."""
     plans = [SitePlan(site.hook_point, build_sae(work, recipe, site, clip), site.fit) for site in recipe.defenses[task]]
+    saes = [plan.sae.rounded(np.float16) for plan in plans]
+    for plan, sae in zip(plans, saes, strict=True):
+        save_sae(work, clip, plan.hook_point, sae)
     data, text_embeds = task_data(task, recipe.n_pairs, SEEDS["fit"], scenes.TRAIN_FONTS, clip)
     # Rounded as they are shipped, so that the report speaks of the shipped numbers.
     fitted = fit_sites(Encoded(clip, data), plans, text_embeds, name=task, dtype=np.float16)
     defense = Defense(clip.id_as(EMBEDDED), clip.preprocess, tuple(each.site for each in fitted), None, "MIT")
-    report = full_report(clip, defense, task, recipe.n_report, SEEDS["report"])
+    defense = with_thresholds(clip, defense, data, text_embeds)
+    report = full_report(clip, defense, task, recipe.n_report, SEEDS["report"], saes=saes)
+    return save_defense(work, clip, defense, task, report, recipe.n_report)
+
+
+def save_sae(work: Path, clip: Clip, hook_point: str, sae: SparseAutoencoder) -> Path:
+    """Write an SAE into `work` as a folder of its own: the defenses hold just the latents that they edit."""
+    (work / "sae").mkdir(parents=True, exist_ok=True)
+    made_by = {"recipe": "defense.embedded.build", "host": {"sha256": clip.tower.fingerprint()}}
+    made = Checkpoint(sae, hook_point, EMBEDDED, clip.tower.quick_gelu, "MIT", made_by)
+    return checkpoint.save(made, work / "sae" / f"block-{block_of(hook_point)}", dtype=np.float16)
+
+
+def with_thresholds(clip: Clip, defense: Defense, data: Pairs | Groups, text_embeds: Tensor) -> Defense:
+    """Return a defense with thresholds in place of TopK rules, slim.
+
+    Raises:
+        CalibrationError: Fewer than 99 % of the answers stay.
+    """
+    pixel_values = data.all_pixel_values()
+    twins = np.arange(len(pixel_values)) % data.n
+    found, _ = calibrated(
+        clip, defense, pixel_values, least_agreement=LEAST_AGREEMENT, text_embeds=text_embeds.numpy(), groups=twins
+    )
+    return slim(found)
+
+
+def save_defense(
+    work: Path, clip: Clip, defense: Defense, task: str, report: dict[str, dict[str, float]], n: int
+) -> Defense:
+    """Write a defense into `work` with golden vectors and what was measured, and return it."""
     pictures = [np.asarray(scenes.render(scene)) for scene in _golden_scenes(task)]
     with clip.defended(defense):
         golden = make_golden(clip, np.stack(pictures))
-    provenance = {"recipe": "defense.embedded.build", "n": recipe.n_report, "report": report}
+    provenance = {**defense.provenance, "recipe": "defense.embedded.build", "n": n, "report": report}
     defense = replace(defense, golden=golden, provenance=provenance)
     defenses.save(defense, work / task, dtype=np.float16)
     return defense
@@ -293,12 +345,12 @@ def build(work: Path, recipe: Recipe) -> dict[str, Defense]:
 
 
 def install(work: Path) -> None:
-    """Put the CLIP, its defenses and the example pictures of `work` into the package."""
+    """Put the CLIP, its defenses, their SAEs and the example pictures of `work` into the package."""
     shutil.copy(work / "clip" / "open_clip_model.safetensors", HERE / "clip")
-    for task in Recipe().defenses:
-        if (HERE / task).exists():
-            shutil.rmtree(HERE / task)
-        shutil.copytree(work / task, HERE / task)
+    for name in (*Recipe().defenses, "sae"):
+        if (HERE / name).exists():
+            shutil.rmtree(HERE / name)
+        shutil.copytree(work / name, HERE / name)
     draw_examples(HERE / "examples")
 
 

@@ -20,7 +20,8 @@ from defense.fit.material import Pairs
 from defense.fit.selecting import GroupFit, TextFit
 from defense.hosts.attach import sae_of
 from defense.hosts.clip import EMBEDDED, Clip, embedded_folder, load_clip
-from defense.store import defenses
+from defense.hosts.slim import restored
+from defense.store import checkpoint, defenses
 from defense.world import draws, scenes
 from defense.world.draws import GROUP_SEEDS
 
@@ -59,7 +60,8 @@ def describe_defense(name: str, n: int, n_fit: int) -> list[Catalogue]:
         n_fit: Pictures for contrast and effect of a latent.
     """
     clip = load_clip(EMBEDDED)
-    defense = defenses.load(embedded_folder(name))
+    saes = [each.sae for each in checkpoint.embedded_saes()]
+    defense = restored(defenses.load(embedded_folder(name)), saes, own_rule=True)
     data, text_embeds = build.task_data(name, n_fit, SEED_FIT, scenes.TRAIN_FONTS, clip)
     n_own = n // 2 if name in GROUP_SEEDS else 0
     pictures = list(web_examples(n - n_own, SEED, clip))

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -110,18 +109,7 @@ class Catalogue:
 
     def is_of(self, site: Site) -> bool:
         """Return whether this was made of the SAE at a defense's site, also after `calibrate` gave that thresholds."""
-        without = {name: tensor for name, tensor in site.parameters.items() if name != "threshold"}
-        hashes = [fingerprint(parameters) for parameters in (site.parameters, without)]
-        return self.hook_point == site.hook_point and self.provenance.get("sae") in hashes
-
-
-def fingerprint(parameters: Mapping[str, np.ndarray]) -> str:
-    """Return a sha256 of an SAE's tensors, equal for the same numbers held in float32 or float16."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(parameters.items()):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensor, np.float32).tobytes())
-    return digest.hexdigest()
+        return self.hook_point == site.hook_point and self.provenance.get("sae") in site.hashes
 
 
 # --- on disk ----------------------------------------------------------------------------------------------------------

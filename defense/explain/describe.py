@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from defense.core.config import fingerprint
 from defense.core.latents import token_slice
 from defense.core.sae import SparseAutoencoder
 from defense.data import labels
@@ -27,7 +28,7 @@ from defense.data.sources import Picture, Pictures, Slice, prepared
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 
-from .catalogue import Catalogue, fingerprint
+from .catalogue import Catalogue
 from .naming import STEER, directions_of, names_of, steerability
 from .sums import Example, Reservoir, Sums
 

@@ -14,7 +14,7 @@ class FitConfig:
 
     Attributes:
         n_candidates: Latents that reach the joint step, at most.
-        steps: Of gradient descent there.
+        steps: Of gradient descent there, at most: it stops where held-out pictures gain no more.
         batch: Pictures of each group that a step sees.
         lr: Learning rate of Adam on the logits of what is removed.
         sparsity: Loss (nats) that each removed latent costs in the joint step.

@@ -16,7 +16,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -198,7 +198,26 @@ def metadata_material(clf: RobustClassifier, metadata: Metadata, *, n: int, seed
     else:
         a = metadata.a[rows][read.rows]
     kind = "errors of plain CLIP" if metadata.a is None else "group labels"
-    return _groups(clf, read, y, a, values, kind, n_test_rows_left_out=metadata.n_test)
+    material = _groups(clf, read, y, a, values, kind, n_test_rows_left_out=metadata.n_test)
+    assert isinstance(material.data, Groups)
+    return replace(material, data=replace(material.data, shares=_shares(metadata, y, a)))
+
+
+def _shares(metadata: Metadata, y: np.ndarray, a: np.ndarray) -> dict[tuple[int, int], float]:
+    """Return the share of each group among all rows: the pictures that are used are balanced.
+
+    Args:
+        metadata: All rows.
+        y: Classes of the pictures that are used, int64 [n].
+        a: Their attribute, int64 [n], which is known of these alone where no column holds it: then each class has the
+            share of its rows, and within it each value that of its pictures.
+    """
+    if metadata.a is not None:
+        counts = Counter(zip(metadata.y.tolist(), metadata.a.tolist(), strict=True))
+        return {group: count / len(metadata.y) for group, count in counts.items()}
+    counts = Counter(zip(y.tolist(), a.tolist(), strict=True))
+    of_class = {each: float((metadata.y == each).mean()) for each in set(y.tolist())}
+    return {(i, j): of_class[i] * count / int((y == i).sum()) for (i, j), count in counts.items()}
 
 
 def _balanced(group: np.ndarray, n: int, seed: int) -> np.ndarray:

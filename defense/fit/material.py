@@ -71,6 +71,11 @@ class Pairs:
     label: Tensor
     word: Tensor
 
+    @property
+    def n(self) -> int:
+        """How many pictures; each has two twins."""
+        return len(self.label)
+
     def take(self, rows: Tensor) -> Pairs:
         """Return some of the pictures, by their index, int64 [m]."""
         return Pairs(*(column[rows] for column in vars(self).values()))
@@ -94,15 +99,29 @@ class Groups:
         pixel_values: float32 [n, 3, height, width].
         y: Index of the right answer, int64 [n].
         a: The attribute, int64 [n].
+        shares: Of each group (y, a) among all pictures that could have been taken; None where these were taken as they
+            came, so that theirs stand for them. Pictures are balanced over groups, the world is not.
     """
 
     pixel_values: Tensor
     y: Tensor
     a: Tensor
+    shares: Mapping[tuple[int, int], float] | None = None
+
+    @property
+    def n(self) -> int:
+        """How many pictures."""
+        return len(self.y)
 
     def take(self, rows: Tensor) -> Groups:
         """Return some of the pictures, by their index, int64 [m]."""
-        return Groups(*(column[rows] for column in vars(self).values()))
+        return Groups(self.pixel_values[rows], self.y[rows], self.a[rows], self.shares)
+
+    def share(self, y: int, a: int) -> float:
+        """Return the share of a group among all pictures, or among these where no other is known."""
+        if self.shares is not None:
+            return self.shares[y, a]
+        return float(((self.y == y) & (self.a == a)).double().mean())
 
     def pictures(self) -> dict[str, Tensor]:
         """Return pixel_values [n, 3, height, width] by kind; all are of one kind, "picture"."""

@@ -10,15 +10,16 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from defense.core.latents import Scope
@@ -31,14 +32,17 @@ from defense.store import folders
 from defense.world import draws, scenes
 
 from .encoded import Encoded
+from .gates import GATES, Gates, explained_variance
 from .material import Material
+from .progress import SILENT, Progress
+from .saves import Saves, digest
 from .sites import FittedSite, SitePlan, fit_sites
-from .validation import CrossValidation, cross_validate
-
-log = logging.getLogger(__name__)
+from .validation import CrossValidation, answers_of, cross_validate, n_fooled, on_fitted
 
 SCOPES: tuple[Scope, ...] = ("cls", "patch", "all")
 _GOLDEN_SEED = 7
+_LOOKED_AT = 100
+"""Pictures that the explained variance is measured on, at most."""
 
 
 # --- layers and scopes --------------------------------------------------------------------------------------------
@@ -97,14 +101,18 @@ def sweep(
     *,
     folds: int,
     seed: int,
-    report: Callable[[str], None] = log.info,
+    saves: Saves | None = None,
 ) -> list[Option]:
     """Cross-validate every placement; see `cross_validate`."""
     options = []
-    for group in placements(encoded.clip.tower, plans):
-        result = cross_validate(encoded, group, material, text_embeds, folds=folds, seed=seed, report=report)
+    groups = placements(encoded.clip.tower, plans)
+    for index, group in enumerate(groups, start=1):
+        result = cross_validate(
+            encoded, group, material, text_embeds, folds=folds, seed=seed, saves=saves,
+            label=f"placement {index} of {len(groups)}, ",
+        )  # fmt: skip
         options.append(Option(group, result))
-        report(f"{options[-1].name}: gain {100 * result.gain:+.1f}, loss {100 * result.loss:.1f} points")
+        encoded.progress.line(f"{options[-1].name}: gain {100 * result.gain:+.1f}, loss {100 * result.loss:.1f} points")
     return options
 
 
@@ -139,12 +147,14 @@ class Fitted:
         validation: What this way to fit does to pictures that it was not fitted on. After a sweep these have chosen
             the placement, so the figures flatter it a little.
         options: What was tried; empty without a sweep.
+        forget: Deletes what was kept of the stages; to be called when the defense is written.
     """
 
     defense: Defense
     sites: tuple[FittedSite, ...]
     validation: CrossValidation
     options: tuple[Option, ...] = ()
+    forget: Callable[[], None] = lambda: None
 
 
 def fit_defense(
@@ -160,7 +170,9 @@ def fit_defense(
     is_swept: bool = False,
     license: str = "not stated",
     provenance: Mapping[str, Any] = MappingProxyType({}),
-    report: Callable[[str], None] = log.info,
+    gates: Gates = GATES,
+    cache: Path | None = None,
+    progress: Progress = SILENT,
 ) -> Fitted:
     """Fit a defense on all pictures, and say by cross-validation what it does to others.
 
@@ -171,37 +183,96 @@ def fit_defense(
         material: What to fit on.
         text_embeds: Of all answers, [n_labels, d_embed], normalized.
         name: Of the latent sets.
-        folds: Of the cross-validation, 2 or more.
+        folds: Of the cross-validation, 2 or more; 0 for none: then what is reported, and held against the gates, is
+            measured on the pictures that it was fitted on.
         seed: Decides the folds.
         is_swept: Try each block alone and all together with every scope, and take what does best on held-out pictures.
         license: Of the defense.
         provenance: What else its `provenance` shall hold, as JSON values.
-        report: Called with a line of progress.
+        gates: What it has to show.
+        cache: Folder for residuals, which other fits find too, and for what the stages came to: the same call, after it
+            was killed, goes on from there and ends in the same bytes. `Fitted.forget` deletes what only this fit needs.
+            None to keep nothing.
+        progress: Told of stages.
 
     Raises:
+        GateError: A gate is closed; see `Gates`.
         ConfigError: Nothing helps, or see `fit_sites`, `cross_validate` and `best`.
     """
-    encoded = Encoded(clip, material.data)
+    if folds == 0 and is_swept:
+        raise ConfigError("a sweep compares on held-out pictures, and folds=0 holds none out; give two or more")
+    if folds:
+        material.folds(folds, seed)  # raises where there are too few pictures for them
+    encoded = Encoded(clip, material.data, None if cache is None else cache / "residuals", progress)
+    saves = _saves_of(clip, material, text_embeds, cache)
+    budget = sum(plan.config.clean_budget for plan in plans)
+    shown = _opened(encoded, plans, text_embeds, gates)
     options: list[Option] = []
+    validation: CrossValidation | None = None
     if is_swept:
-        options = sweep(encoded, plans, material, text_embeds, folds=folds, seed=seed, report=report)
-        chosen = best(options, sum(plan.config.clean_budget for plan in plans))
+        options = sweep(encoded, plans, material, text_embeds, folds=folds, seed=seed, saves=saves)
+        chosen = best(options, budget)
         plans, validation = chosen.plans, chosen.result
-        report(f"chosen: {chosen.name}")
-    else:
-        validation = cross_validate(encoded, plans, material, text_embeds, folds=folds, seed=seed, report=report)
-    report("all pictures")
-    fitted = fit_sites(encoded, plans, text_embeds, name=name, report=report)
+        progress.line(f"chosen: {chosen.name}")
+    elif folds:
+        validation = cross_validate(encoded, plans, material, text_embeds, folds=folds, seed=seed, saves=saves)
+    if validation is not None:
+        gates.check_validation(validation, budget)
+    fitted = fit_sites(encoded, plans, text_embeds, name=name, saves=saves, label="all pictures, ")
+    sites = _helping(fitted)
+    if validation is None:
+        validation = on_fitted(encoded, fitted, text_embeds, "all pictures, ")
+        gates.check_validation(validation, budget)
+    encoded.kept.trim()
     record = {
         **provenance,
         "pictures": dict(material.provenance),
         "seed": seed,
+        "gates": {**asdict(gates), **shown},
         "cross_validation": validation.to_dict(),
         "sweep": [option.to_dict() for option in options],
         "versions": versions(),
     }
-    defense = Defense(spec, clip.preprocess, _helping(fitted), None, license, record)
-    return Fitted(defense, tuple(fitted), validation, tuple(options))
+    defense = Defense(spec, clip.preprocess, sites, None, license, record)
+    return Fitted(defense, tuple(fitted), validation, tuple(options), saves.clear)
+
+
+def _saves_of(clip: Clip, material: Material, text_embeds: Tensor, cache: Path | None) -> Saves:
+    """Return what keeps the stages of a fit of these pictures; the key of a stage says the rest of what decides it."""
+    if cache is None:
+        return Saves()
+    columns = {key: digest(value.numpy()) for key, value in vars(material.data).items() if isinstance(value, Tensor)}
+    shares = getattr(material.data, "shares", None)
+    basis = {
+        "clip": clip.tower.fingerprint(),
+        "data": columns,
+        "shares": None if shares is None else sorted([*group, share] for group, share in shares.items()),
+        "text_embeds": digest(text_embeds.numpy()),
+        "logit_scale": clip.logit_scale,
+        "device": str(clip.device),
+        "versions": versions(),
+    }
+    return Saves(cache / "fits", basis)
+
+
+def _opened(encoded: Encoded, plans: Sequence[SitePlan], text_embeds: Tensor, gates: Gates) -> dict[str, Any]:
+    """Hold SAEs and pictures against the gates before anything long starts; return what they show, as JSON values."""
+    tower, explained = encoded.clip.tower, {}
+    first = min((plan.hook_point for plan in plans), key=block_of)
+    resid = next(iter(encoded.resid(first).values()))
+    sample = resid[torch.linspace(0, len(resid) - 1, min(_LOOKED_AT, len(resid))).long()]
+    for plan in plans:
+        there = sample if plan.hook_point == first else tower.resid_from(sample, first, plan.hook_point)
+        tokens = there[:, tower.positions(plan.hook_point, plan.sae.config.tokens)].flatten(0, 1)
+        explained[plan.hook_point] = explained_variance(plan.sae.to(encoded.clip.device), tokens)
+        gates.check_explained(plan.hook_point, explained[plan.hook_point])
+        encoded.progress.line(
+            f"{plan.hook_point}: the SAE explains {100 * explained[plan.hook_point]:.0f} % of the variance here"
+        )
+    fooled = n_fooled(encoded.data, answers_of(encoded.image_embeds(first), text_embeds))
+    gates.check_fooled(fooled, encoded.data.n)
+    encoded.progress.line(f"plain CLIP is wrong on {fooled} of {encoded.data.n} pictures with the cue")
+    return {"explained_variance": explained, "n_fooled": fooled}
 
 
 def _helping(fitted: Sequence[FittedSite]) -> tuple[Site, ...]:

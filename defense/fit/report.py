@@ -36,6 +36,7 @@ _MEANING = {
     "attacked": "right with a wrong word on it",
     "attack_success": "answers the wrong word",
     "average": "average over groups",
+    "weighted": "average over groups by their share",
     "worst": "worst group",
 }
 
@@ -94,14 +95,14 @@ def markdown(fitted: Fitted) -> str:
     """Return the report's text."""
     provenance: Any = fitted.defense.provenance
     pictures = provenance["pictures"]
-    folds = len(fitted.validation.plain)
+    folds = fitted.validation.folds
     lines = [
         "# How this defense was chosen",
         "",
         f"{pictures['n']:,} pictures ({pictures['kind']}; sha256 of their names {pictures['pictures_sha256'][:16]}), "
         f"{pictures['n_unreadable']} could not be read. Seed {provenance['seed']}.",
         "",
-        f"## On pictures that it was not fitted on ({folds} folds)",
+        f"## On pictures that it was not fitted on ({folds} folds)" if folds else "## On the pictures it was fitted on",
         "",
         "| percent of the pictures | plain CLIP | defended | change |",
         "|---|---|---|---|",
@@ -114,7 +115,7 @@ def markdown(fitted: Fitted) -> str:
             f"| {_MEANING.get(key, f'group {key}')} | {plain:.1f} | {defended:.1f} ± {spread:.1f} "
             f"| {change:+.1f} ± {change_spread:.1f} |"
         )
-    lines += ["", "± is the standard deviation over the folds. Each fold is fitted on the others.", ""]
+    lines += ["", _spread_of(fitted)]
     if fitted.options:
         lines += ["## Layers and tokens", "", "| place | points gained | points lost | latents |", "|---|---|---|---|"]
         lines += [_option_row(option) for option in fitted.options]
@@ -123,6 +124,14 @@ def markdown(fitted: Fitted) -> str:
     for each in fitted.sites:
         lines += _site_lines(each)
     return "\n".join(lines)
+
+
+def _spread_of(fitted: Fitted) -> str:
+    low, high = (100 * end for end in fitted.validation.gain_interval)
+    gain = f"The gain of {100 * fitted.validation.gain:+.1f} points has the 95 % interval {low:+.1f} to {high:+.1f}."
+    if not fitted.validation.folds:
+        return f"Nothing was held out, so all of this flatters the defense. {gain}\n"
+    return f"± is the standard deviation over the folds. Each fold is fitted on the others. {gain}\n"
 
 
 def _option_row(option: Option) -> str:
@@ -211,8 +220,7 @@ def sweep(options: Sequence[Option]) -> Figure:
     at = np.arange(len(options))
     figure.set_figheight(max(3.0, 1.2 + 0.45 * len(options)))
     for offset, what, sign in ((-0.2, "gain", 1), (0.2, "loss", -1)):
-        key = "attacked" if "attacked" in options[0].result.plain[0] else "worst"
-        key = key if what == "gain" else ("clean" if key == "attacked" else "average")
+        key = options[0].result.gain_key if what == "gain" else options[0].result.loss_key
         spread = [100 * option.result.summary()[key]["change_spread"] for option in options]
         values = [100 * sign * option.result.summary()[key]["change"] for option in options]
         axes.barh(at + offset, values, 0.38, xerr=spread, capsize=2, label="gained" if what == "gain" else "lost")

@@ -180,8 +180,9 @@ class AttachedDefense(nn.Module):
 
 
 def sae_of(site: Site) -> SparseAutoencoder:
-    """Return the autoencoder of a defense's site, in float32 on the CPU."""
-    return SparseAutoencoder(site.sae_config, dict(site.parameters))
+    """Return the autoencoder of a defense's site, in float32 on the CPU; of a slim one, what it holds of it."""
+    held = None if site.part is None else site.part.latents
+    return SparseAutoencoder(site.sae_config, dict(site.parameters), held)
 
 
 def suppressors_of(

@@ -257,17 +257,16 @@ class Clip:
             image: What `images.decode` takes.
 
         Raises:
-            ConfigError: There is no such latent.
+            ConfigError: There is no such latent, or a slim defense does not hold it.
             InvalidImageError: The picture cannot be read.
         """
         import torch
 
-        if not 0 <= latent < sae.config.d_sae:
-            raise ConfigError(f"there is no latent {latent}; this SAE has latents 0 to {sae.config.d_sae - 1}")
+        sae.columns([latent])
         pixel_values = self.preprocess(decode(image).image)[None]
         with torch.inference_mode(), self.undefended():
             resid = self.tower.resid(pixel_values, hook_point)[0]
-            acts = sae.encode(resid[self.tower.n_prefix :])[:, latent]
+            acts = sae.acts_of(resid[self.tower.n_prefix :], [latent])
         return acts.reshape(self.tower.grid_size).float().cpu().numpy()
 
 

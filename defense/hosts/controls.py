@@ -39,7 +39,8 @@ class Controls:
         sets: Names of the latent active sets; all by default.
         off: (hook_point, latent) that the defense leaves alone, as if no set named them.
         steer: (hook_point, latent) -> activation that it is set to, on every token that the SAE was made for. Any
-            latent of that site's SAE; one that is in a set too is steered, not removed.
+            latent of that site's SAE (of a slim site, any that it holds); one that is in a set too is steered, not
+            removed.
 
     Raises:
         ConfigError: A value that is not one of these.

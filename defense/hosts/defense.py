@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from defense.core.config import SAEConfig
+from defense.core.config import SAEConfig, fingerprint
 from defense.core.latents import LatentSet
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError
@@ -48,20 +48,45 @@ class ClipId:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which part of an SAE a slim site holds; see `hosts.slim`.
+
+    Attributes:
+        latents: Those that it holds, in rising order: the columns and rows of its tensors.
+        hashes: `Site.hashes` of the whole SAE.
+        elsewhere: Threshold of all other latents, where the rule has thresholds.
+    """
+
+    latents: tuple[int, ...]
+    hashes: tuple[str, str]
+    elsewhere: float | None = None
+
+
+@dataclass(frozen=True)
 class Site:
     """One block that is edited.
 
     Attributes:
         hook_point: "blocks.{L}.hook_resid_post".
-        sae_config: What the SAE's numbers mean.
-        parameters: The SAE's tensors.
+        sae_config: What the SAE's numbers mean. Of a slim site too, `d_sae` counts all latents of the SAE.
+        parameters: The SAE's tensors; of a slim site those of the latents that it holds.
         sets: What is edited there.
+        part: What a slim site holds; None where it holds the whole SAE.
     """
 
     hook_point: str
     sae_config: SAEConfig
     parameters: Mapping[str, np.ndarray]
     sets: tuple[LatentSet, ...]
+    part: Part | None = None
+
+    @property
+    def hashes(self) -> tuple[str, str]:
+        """sha256 of the whole SAE's tensors, and of all but its thresholds, which calibrating changes."""
+        if self.part is not None:
+            return self.part.hashes
+        without = {name: tensor for name, tensor in self.parameters.items() if name != "threshold"}
+        return fingerprint(self.parameters), fingerprint(without)
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,7 @@ class Defense:
             if name not in self.sets:
                 raise ConfigError(f"this defense has no set {name!r}; it has {', '.join(self.sets) or 'none'}")
         kept = [(site, tuple(s for s in site.sets if s.name in names)) for site in self.sites]
-        sites = tuple(Site(site.hook_point, site.sae_config, site.parameters, sets) for site, sets in kept if sets)
+        sites = tuple(replace(site, sets=sets) for site, sets in kept if sets)
         return Defense(self.clip, self.preprocess, sites, None, self.license, self.provenance)
 
 
@@ -152,6 +177,8 @@ def embedded_alone(model: str = "MODEL --pretrained TAG") -> str:
 def join(defenses: Sequence[Defense]) -> Defense:
     """Return one defense with the sites of several for the same CLIP, without their golden answers and provenance.
 
+    A latent that several of them edit is edited once, as the first does.
+
     Raises:
         ConfigError: There is none, or they are for different hosts or preparations of pictures, or two have a set of
             the same name.
@@ -175,12 +202,34 @@ def join(defenses: Sequence[Defense]) -> Defense:
         if place is None:
             sites.append(site)
         else:  # one site, where a latent of several sets is edited once
-            sites[place] = replace(sites[place], sets=sites[place].sets + site.sets)
+            sites[place] = _together(sites[place], site)
     license = ", ".join(dict.fromkeys(defense.license for defense in defenses))
     return Defense(first.clip, first.preprocess, tuple(sites), license=license)
 
 
 def _has_same_sae(a: Site, b: Site) -> bool:
-    return (a.hook_point, a.sae_config, a.parameters.keys()) == (
-        b.hook_point, b.sae_config, b.parameters.keys()
-    ) and all(np.array_equal(a.parameters[name], b.parameters[name]) for name in a.parameters)  # fmt: skip
+    if (a.hook_point, a.sae_config, a.parameters.keys()) != (b.hook_point, b.sae_config, b.parameters.keys()):
+        return False
+    if a.part is not None and b.part is not None:
+        return a.part.hashes[1] == b.part.hashes[1]
+    return a.part is b.part and all(np.array_equal(a.parameters[name], b.parameters[name]) for name in a.parameters)
+
+
+def _together(a: Site, b: Site) -> Site:
+    """Return one site with the sets of two that have the same SAE; where both hold a latent, with the first's."""
+    sets = a.sets + b.sets
+    if a.part is None or b.part is None:
+        return replace(a, sets=sets)
+    latents = sorted({*a.part.latents, *b.part.latents})
+    both_latents = [*a.part.latents, *b.part.latents]
+    columns = [both_latents.index(latent) for latent in latents]
+
+    def merged(name: str) -> np.ndarray:
+        axis = {"W_enc": 1, "b_dec": None}.get(name, 0)
+        if axis is None:
+            return a.parameters[name]
+        both = np.concatenate([a.parameters[name], b.parameters[name]], axis)
+        return np.ascontiguousarray(both.take(columns, axis))
+
+    parameters = {name: merged(name) for name in a.parameters}
+    return replace(a, parameters=parameters, sets=sets, part=replace(a.part, latents=tuple(latents)))

@@ -27,6 +27,7 @@ from torch import Tensor
 from defense.core.config import SAEConfig
 from defense.core.sae import SparseAutoencoder, normalize
 from defense.errors import CheckpointError, ConfigError, HookPointError
+from defense.hosts.clip import embedded_folder
 from defense.hosts.tower import VisionTower, block_of
 
 from . import folders
@@ -127,14 +128,15 @@ class Checkpoint:
         return trained_on.get(key) if isinstance(trained_on, Mapping) else None
 
 
-def save(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> Path:
+def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], *, dtype: type[np.floating] = np.float32) -> Path:
     """Write an SAE as a folder, replacing one that is there, and return the folder.
 
     A failure leaves what was there before.
 
     Args:
-        checkpoint: What to write; its weights in float32.
+        checkpoint: What to write.
         folder: Where to; its parent must exist.
+        dtype: Float type of the weights on disk. Thresholds stay float32.
 
     Raises:
         ConfigError: `folder` is there and holds something else than an SAE, or the provenance is not JSON.
@@ -142,7 +144,7 @@ def save(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> Path:
         OSError: There is no space left, say.
     """
     with folders.publishing(check_target(folder), read=load) as staging:
-        _write(checkpoint, staging)
+        _write(checkpoint, staging, dtype)
     return Path(folder)
 
 
@@ -155,9 +157,12 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     return folders.writable_target(folder, "SAE", MANIFEST, lambda target: _read_manifest(target)["files"])
 
 
-def _write(checkpoint: Checkpoint, folder: Path) -> None:
-    folders.write_tensors(checkpoint.sae.parameters_numpy(), folder / _WEIGHTS, save_file)
-    folders.write_tensors(_golden(checkpoint.sae), folder / _GOLDEN, save_file)
+def _write(checkpoint: Checkpoint, folder: Path, dtype: type[np.floating]) -> None:
+    stored = checkpoint.sae.rounded(dtype)
+    kept = stored.parameters_numpy()
+    weights = {name: array if name == "threshold" else array.astype(dtype) for name, array in kept.items()}
+    folders.write_tensors(weights, folder / _WEIGHTS, save_file)
+    folders.write_tensors(_golden(stored), folder / _GOLDEN, save_file)
     fields = {
         "sae": checkpoint.sae.config.to_dict(),
         "hook_point": checkpoint.hook_point,
@@ -180,6 +185,11 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
     """
     root = Path(folder)
     return folders.read_whole(root / MANIFEST, SCHEMA, lambda: _load(root))
+
+
+def embedded_saes() -> list[Checkpoint]:
+    """Return the SAEs that the embedded model's defenses were fitted with: those hold just a part of them."""
+    return [load(path.parent) for path in sorted(embedded_folder("sae").glob(f"*/{MANIFEST}"))]
 
 
 def _load(root: Path) -> Checkpoint:

@@ -1,7 +1,7 @@
 """A defense, in memory and on disk: a folder of safetensors and JSON whose every byte is accounted for.
 
     manifest.json        schema, host, preprocess, sites (SAE semantics, latent sets), hash and size of each other file
-    site-0.safetensors   the SAE at the first site; site-1 and so on for more
+    site-0.safetensors   the SAE at the first site, or of a slim site the part that it holds; site-1 and so on for more
     golden.safetensors   three pictures with their plain and defended embeddings, as computed when the defense was made
 
 Nothing here imports torch.
@@ -22,12 +22,13 @@ from defense.core.latents import LatentSet
 from defense.data.preprocess import Preprocess
 from defense.errors import CheckpointError
 from defense.hosts.clip import EMBEDDED, embedded_folder
-from defense.hosts.defense import ClipId, Defense, Golden, Site
+from defense.hosts.defense import ClipId, Defense, Golden, Part, Site
 
 from . import folders
 from .folders import Verify, typed
 
-SCHEMA = 1
+SCHEMA = 2
+"""The newest that can be read. A defense without a slim site is written as schema 1, which older versions read too."""
 MANIFEST = "manifest.json"
 _GOLDEN = "golden.safetensors"
 
@@ -54,6 +55,7 @@ _HOST_FIELDS = {
 _SINCE_FIRST = {"stream_sha256": None}
 """What a manifest of before a key of the host was there is read as having."""
 _SITE_FIELDS = {"hook_point": str, "sae": dict, "sets": list}
+_PART_FIELDS = {"latents": list, "hashes": list, "elsewhere": float | int | None}
 
 
 def save(defense: Defense, folder: str | os.PathLike[str], *, dtype: type[np.floating] = np.float32) -> Path:
@@ -65,7 +67,7 @@ def save(defense: Defense, folder: str | os.PathLike[str], *, dtype: type[np.flo
     Args:
         defense: What to write.
         folder: Where to; its parent must exist.
-        dtype: Float type of the SAE's weights on disk. Thresholds stay float32.
+        dtype: Float type of the SAE's weights on disk. Thresholds stay float32, and so do the biases of a slim site.
 
     Raises:
         ConfigError: `folder` is there and holds something else than a defense, or a field of the defense cannot be
@@ -92,7 +94,7 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
     for index, site in enumerate(defense.sites):
         with np.errstate(over="ignore"):  # `load` refuses the infinities
             files[_site_file(index)] = {
-                name: np.ascontiguousarray(tensor, np.float32 if name == "threshold" else dtype)
+                name: np.ascontiguousarray(tensor, _stored_type(site, name, dtype))
                 for name, tensor in site.parameters.items()
             }
     if defense.golden is not None:
@@ -102,19 +104,49 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
     fields = {
         "host": asdict(defense.clip),
         "preprocess": defense.preprocess.to_dict(),
-        "sites": [
-            {
-                "hook_point": site.hook_point,
-                "sae": site.sae_config.to_dict(),
-                "sets": [latent_set.to_dict() for latent_set in site.sets],
-            }
-            for site in defense.sites
-        ],
+        "sites": [_site_fields(site) for site in defense.sites],
         "licence": defense.license,
         "provenance": dict(defense.provenance),
         "files": folders.file_entries(folder),
     }
-    folders.write_manifest(folder / MANIFEST, SCHEMA, fields, "the defense")
+    schema = 2 if any(site.part is not None for site in defense.sites) else 1
+    folders.write_manifest(folder / MANIFEST, schema, fields, "the defense")
+
+
+def _stored_type(site: Site, name: str, dtype: type[np.floating]) -> type[np.floating]:
+    """Return the float type in which a tensor is stored. The biases of a slim site hold a sum, made in float32."""
+    is_exact = name == "threshold" or (site.part is not None and name in ("b_enc", "b_mag"))
+    return np.float32 if is_exact else dtype
+
+
+def _site_fields(site: Site) -> dict[str, Any]:
+    """Return what the manifest says of a site; only of a slim one, which part it holds."""
+    fields = {
+        "hook_point": site.hook_point,
+        "sae": site.sae_config.to_dict(),
+        "sets": [latent_set.to_dict() for latent_set in site.sets],
+    }
+    return fields if site.part is None else {**fields, "part": asdict(site.part)}
+
+
+def _site_of(where: str, given: Any, tensors: dict[str, np.ndarray]) -> Site:
+    """Return the site that `_site_fields` describes."""
+    is_slim = isinstance(given, dict) and "part" in given
+    fields = typed(where, given, _SITE_FIELDS | ({"part": dict} if is_slim else {}))
+    sets = tuple(LatentSet.from_dict(each) for each in fields["sets"])
+    config = SAEConfig.from_dict(fields["sae"])
+    return Site(fields["hook_point"], config, tensors, sets, _part_of(where, fields["part"]) if is_slim else None)
+
+
+def _part_of(where: str, given: Any) -> Part:
+    part = typed(f"the part of {where}", given, _PART_FIELDS)
+    latents, hashes = part["latents"], part["hashes"]
+    if not all(type(latent) is int for latent in latents) or not (
+        len(hashes) == 2 and all(isinstance(each, str) for each in hashes)
+    ):
+        raise CheckpointError(f"the part of {where} needs latents that are whole numbers and two hashes")
+    elsewhere = part["elsewhere"]
+    return Part(tuple(latents), (hashes[0], hashes[1]), None if elsewhere is None else float(elsewhere))
 
 
 def _site_file(index: int) -> str:
@@ -144,8 +176,7 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Defens
 
 def _load(root: Path, verify: Verify) -> Defense:
     manifest = _read_manifest(root)
-    fields = [typed(f"site {index}", site, _SITE_FIELDS) for index, site in enumerate(manifest["sites"])]
-    site_files = [_site_file(index) for index in range(len(fields))]
+    site_files = [_site_file(index) for index in range(len(manifest["sites"]))]
     if set(manifest["files"]) - {_GOLDEN} != set(site_files):
         raise CheckpointError(
             f"{root / MANIFEST} lists the files {sorted(manifest['files'])}, but its sites have {site_files}; "
@@ -153,13 +184,8 @@ def _load(root: Path, verify: Verify) -> Defense:
         )
     tensors = folders.read_files(root / MANIFEST, manifest["files"], verify)
     sites = tuple(
-        Site(
-            site["hook_point"],
-            SAEConfig.from_dict(site["sae"]),
-            tensors[file],
-            tuple(LatentSet.from_dict(each) for each in site["sets"]),
-        )
-        for site, file in zip(fields, site_files, strict=True)
+        _site_of(f"site {index}", site, tensors[file])
+        for index, (site, file) in enumerate(zip(manifest["sites"], site_files, strict=True))
     )
     defense = Defense(
         ClipId(**typed("host", {**_SINCE_FIRST, **manifest["host"]}, _HOST_FIELDS)),

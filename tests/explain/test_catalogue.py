@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ pytest.importorskip("open_clip")
 import torch
 from PIL import Image
 
+from defense.core.config import fingerprint
 from defense.core.latents import LatentSet
 from defense.data.preprocess import Preprocess
 from defense.data.sources import open_pictures
@@ -26,7 +26,9 @@ from defense.explain.naming import mean_jacobians, sparse_words, steerability
 from defense.explain.sums import Example
 from defense.hosts.attach import wrap
 from defense.hosts.clip import Clip
+from defense.hosts.defense import Site
 from defense.hosts.families import tower_of
+from defense.hosts.slim import slim_site
 
 from ..conftest import D_SAE, random_defense, random_sae
 
@@ -352,12 +354,17 @@ def test_a_catalogue_is_found_from_within_its_defense(found, tmp_path, monkeypat
 
 
 def test_a_catalogue_knows_its_sae_also_with_thresholds(found) -> None:
-    parameters = sparse_sae().parameters_numpy()
-    site = SimpleNamespace(hook_point=POINT, parameters=parameters)
+    sae = sparse_sae()
+    parameters = sae.parameters_numpy()
+    site = Site(POINT, sae.config, parameters, (LatentSet("text", (3, 5)),))
     assert found.is_of(site)
-    assert found.is_of(SimpleNamespace(hook_point=POINT, parameters={**parameters, "threshold": np.ones(D_SAE)}))
-    assert not found.is_of(SimpleNamespace(hook_point="blocks.0.hook_resid_post", parameters=parameters))
-    assert not found.is_of(SimpleNamespace(hook_point=POINT, parameters={**parameters, "W_dec": parameters["W_enc"]}))
+    thresholds = {**parameters, "threshold": np.ones(D_SAE, np.float32)}
+    calibrated = replace(site, sae_config=replace(sae.config, act="batchtopk", k=None), parameters=thresholds)
+    assert found.is_of(calibrated)
+    assert slim_site(calibrated).part is not None
+    assert found.is_of(slim_site(calibrated))
+    assert not found.is_of(replace(site, hook_point="blocks.0.hook_resid_post"))
+    assert not found.is_of(replace(site, parameters={**parameters, "W_dec": parameters["W_enc"]}))
 
 
 def test_a_latent_that_fires_alike_on_many_classes_has_no_name(found) -> None:
@@ -488,7 +495,7 @@ def test_a_catalogue_that_ships_belongs_to_the_defense_that_ships(name) -> None:
     sites = {site.hook_point: site for site in defenses.load(embedded_folder(name)).sites}
     assert found.keys() == sites.keys()
     for point, each in found.items():
-        assert each.provenance["sae"] == catalogue.fingerprint(sites[point].parameters), "describe it again"
+        assert each.provenance["sae"] == fingerprint(sites[point].parameters), "describe it again"
     assert sum(path.stat().st_size for path in (embedded_folder("catalogue") / name).iterdir()) < 2 * 2**20
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from defense.classify.explanation import Explanation, Removed
 from defense.cli import app
+from defense.core.config import fingerprint
 from defense.explain.counterfactual import Counterfactual
 from defense.explain.report_html import report_html
 from defense.explain.report_png import report_png
@@ -361,7 +362,7 @@ def test_names_of_another_sae_are_left_out_and_that_is_said(defense_folder, appl
     made = Catalogue(
         site.hook_point, {}, ((("zebra", 0.5),),) * d_sae, np.zeros((d_sae, 2), np.float16),
         np.full((d_sae, 1), -1, np.int32), np.zeros((d_sae, 1), np.float32), np.zeros((d_sae, 16), np.int32), (),
-        {"sae": catalogue.fingerprint(site.parameters)},
+        {"sae": fingerprint(site.parameters)},
     )  # fmt: skip
     arguments = ("explain", apple, "--labels", "dog,cat", "--defense", defense_folder, "--out", tmp_path / "r.html")
     for provenance, is_named in ((made.provenance, True), ({"sae": "another"}, False)):

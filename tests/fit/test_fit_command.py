@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +184,7 @@ def test_cross_validation_measures_on_pictures_that_were_not_fitted_on(clip, mat
 def folds(gain: float, loss: float) -> CrossValidation:
     plain = {"clean": 0.9, "neutral": 0.9, "attacked": 0.4, "attack_success": 0.5}
     defended = {**plain, "clean": 0.9 - loss, "attacked": 0.4 + gain}
-    return CrossValidation((plain, plain), (defended, defended), (3, 4))
+    return CrossValidation((plain, plain), (defended, defended), (3, 4), (gain - 0.05, gain + 0.05))
 
 
 def test_the_best_placement_gains_most_within_the_budget():
@@ -222,7 +221,9 @@ def test_a_sweep_tries_each_block_and_scope_that_means_something(clip):
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 
-def test_a_swept_fit_says_how_it_came_about_and_the_report_shows_it(clip, spec, material, tmp_path, monkeypatch):
+def test_a_swept_fit_says_how_it_came_about_and_the_report_shows_it(
+    clip, spec, material, tmp_path, monkeypatch, open_gates
+):
     pytest.importorskip("matplotlib")
     cls, both = plan(1, replace(EASY, scope="cls")), (plan(0), plan(1))
     options = [Option((cls,), folds(0.2, 0.0)), Option(both, folds(0.1, 0.0))]
@@ -271,7 +272,7 @@ def check_report(fitted: Fitted, folder: Path) -> None:
     assert (folder / "holiday.png").read_text() == "mine"
 
 
-def test_nothing_that_helps_is_an_error(clip, spec, material):
+def test_nothing_that_helps_is_an_error(clip, spec, material, open_gates):
     strict = replace(EASY, sparsity=100.0)
     with pytest.raises(ConfigError, match=r"nothing helps: .* candidates at blocks\.1"):
         fit_defense(clip, spec, [plan(1, strict)], material, TEXT_EMBEDS, name="text", folds=2)
@@ -284,9 +285,9 @@ def test_an_edit_is_measured_alike_in_chunks_and_at_once(clip, material, monkeyp
     for edit in ("scale", "project"):
         trial = Trial(fit, np.arange(30), replace(EASY, edit=edit))
         with torch.no_grad():
-            at_once = trial._removed("attacked", np.arange(20), np.full(30, 0.7))
-            monkeypatch.setattr("defense.fit.selecting.BATCH", 5)
-            in_chunks = trial._removed("attacked", np.arange(20), np.full(30, 0.7))
+            at_once = trial.removed("attacked", np.arange(20), np.full(30, 0.7))
+            monkeypatch.setattr("defense.fit.chunks.AT_ONCE", 5 * trial.bytes_each)
+            in_chunks = trial.removed("attacked", np.arange(20), np.full(30, 0.7))
         torch.testing.assert_close(in_chunks, at_once, atol=1e-4, rtol=0)
 
 
@@ -309,7 +310,7 @@ def sae_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(tiny_folder, sae_folder, monkeypatch):
+def run(tiny_folder, sae_folder, monkeypatch, open_gates):
     """Run the command on the tiny CLIP, with a quick fit that gains something on noise."""
     monkeypatch.setattr(
         "defense.fit.config.FitConfig", lambda **fields: replace(EASY, **{**fields, "clean_budget": 1.0})
@@ -368,18 +369,22 @@ def test_groups_come_from_a_csv_file(run, pictures, sae_folder, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_topk_rule_is_calibrated_on_request(run, pictures, sae_folder, tmp_path, monkeypatch):
-    from defense.fit import calibrate
-
-    monkeypatch.setattr(calibrate, "calibrated", partial(calibrate.calibrated, least_agreement=0.0))
+def test_a_topk_rule_is_calibrated_and_stored_slim_by_default(run, pictures, sae_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("defense.fit.shipping.LEAST_AGREEMENT", 0.0)
     out = tmp_path / "defense"
-    code, text, talk = run(out, pictures, "--sae", sae_folder, *LABELS, "--calibrate")
+    code, text, talk = run(out, pictures, "--sae", sae_folder, *LABELS)
     assert code == 0, talk
     assert "calibrated" in text
     defense = defenses.load(out)
     assert defense.sites[0].sae_config.act == "batchtopk"
+    assert defense.sites[0].part.latents == tuple(sorted(defense.sites[0].sets[0].latents))
+    assert f"of {D_SAE} latents are stored" in text
     assert defense.golden is not None
     assert defense.provenance["calibration"]["n_held_out"] == 14
+    code, text, _ = run(out, pictures, "--sae", sae_folder, *LABELS, "--no-calibrate")
+    assert code == 0
+    assert defenses.load(out).sites[0].sae_config.act == "topk"
+    assert defenses.load(out).sites[0].part is None
 
 
 def test_nothing_that_helps_leaves_no_artifact(run, pictures, sae_folder, tmp_path, monkeypatch):
@@ -425,18 +430,22 @@ def test_what_cannot_work_is_refused_and_nothing_is_written(run, pictures, sae_f
 
 def test_a_calibration_that_fails_leaves_the_exact_defense(run, pictures, sae_folder, tmp_path, monkeypatch):
     from defense.errors import CalibrationError
-    from defense.fit import calibrate
 
     def refuse(*_arguments, **_options):
         raise CalibrationError(0.5, 0.99, 14)
 
-    monkeypatch.setattr(calibrate, "calibrated", refuse)
+    monkeypatch.setattr("defense.fit.shipping.calibrated", refuse)
     out, report = tmp_path / "defense", tmp_path / "report"
     code, _, talk = run(out, pictures, "--sae", sae_folder, *LABELS, "--calibrate", "--report", report)
     assert code == 2
     assert "holds the defense with its exact rule" in talk
     assert defenses.load(out).sites[0].sae_config.act == "topk"
     assert (report / "report.md").is_file()
+    code, text, talk = run(out, pictures, "--sae", sae_folder, *LABELS)
+    assert code == 0, "by default what cannot be calibrated is stored whole"
+    assert "calibrated" not in text
+    assert "stored whole, with its TopK rule: thresholds give 50.00% of 14 held-out pictures" in talk
+    assert "stored whole" in defenses.load(out).provenance["stored_whole"]
 
 
 def test_calibration_without_a_topk_rule_is_refused_before_anything_is_read(run, tmp_path):
@@ -540,7 +549,7 @@ def test_a_sweep_encodes_each_picture_once_per_block(clip, material, passes):
     assert {point for _, point in passes} == {POINT.format(0), POINT.format(1)}
 
 
-def test_a_fit_of_several_blocks_encodes_each_picture_once(clip, spec, passes):
+def test_a_fit_of_several_blocks_encodes_each_picture_once(clip, spec, passes, open_gates):
     """From the first block on the second is reached, edited, without the blocks before it."""
     index = torch.arange(24)
     groups = Groups(noise(24, 5), index % 2, index // 2 % 2)
