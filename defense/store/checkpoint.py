@@ -30,6 +30,7 @@ from defense.errors import CheckpointError, ConfigError, HookPointError
 from defense.hosts.tower import VisionTower, block_of
 
 from . import folders
+from .hub import Hub, hub_source
 
 SCHEMA = 1
 MANIFEST = "sae.json"
@@ -180,6 +181,23 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
     root = Path(folder)
     with folders.reading(root / MANIFEST, SCHEMA):
         return _load(root)
+
+
+def find(source: str | os.PathLike[str], hub: Hub | None = None) -> Checkpoint:
+    """Read an SAE by name: a folder, or on the hub "hf://org/repo[/folder][@revision]" or "org/repo".
+
+    Args:
+        source: The name.
+        hub: How the hub is asked.
+
+    Raises:
+        CheckpointError, IntegrityError, NonFiniteError: See `load`, and `Hub.fetch_folder`.
+        ConfigError: An address on the hub of another form.
+    """
+    address = hub_source(source)
+    if address is None:
+        return load(source)
+    return load((hub or Hub()).fetch_folder(address, MANIFEST, "an SAE of ours"))
 
 
 def _load(root: Path) -> Checkpoint:

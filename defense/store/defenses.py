@@ -26,6 +26,7 @@ from defense.hosts.defense import ClipId, Defense, Golden, Site
 
 from . import folders
 from .folders import Verify, typed
+from .hub import Hub, hub_source
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -191,10 +192,18 @@ def find_defense(
     local_files_only: bool = False,
     token: str | None = None,
 ) -> Defense:
-    """Load a defense by name: "embedded" or "embedded:NAME", a folder, or a hub id ("org/repo").
+    """Load a defense by name: "embedded" or "embedded:NAME", a folder, or on the hub (see hub.py).
+
+    Args:
+        source: The name; "hf://org/repo[/folder][@revision]" or "org/repo" on the hub.
+        revision: Commit, branch or tag on the hub, where the name has none.
+        cache_dir: Where hub files are kept.
+        local_files_only: Do not use the network.
+        token: For private hub repositories.
 
     Raises:
         CheckpointError: There is no such defense, or it cannot be used.
+        ConfigError: An address on the hub of another form, or two revisions.
     """
     if str(source).split(":")[0] == EMBEDDED:
         name = str(source).partition(":")[2] or "text"
@@ -203,21 +212,12 @@ def find_defense(
                 f"the embedded model has no defense {name!r}; it has {', '.join(embedded_defenses())}"
             )
         return load(embedded_folder(name))
-    path = Path(source)
-    if path.exists():
-        return load(path)
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    address = hub_source(source)
+    if address is not None:
+        hub = Hub(cache_dir, local_files_only, token)
+        return load(hub.fetch_folder(address.at(revision), MANIFEST, "a defense"))
+    if not Path(source).exists():
         raise CheckpointError(
             f"no defense at {source}: it is neither a folder, nor a hub id ('org/repo'), nor 'embedded'"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(
-            str(source), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
-            allow_patterns=["*.json", "*.safetensors"], etag_timeout=10,
-        )  # fmt: skip
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(f"no folder {source}, and the hub did not give {source!r}: {error}") from error
-    return load(folder)
+    return load(source)
