@@ -173,7 +173,7 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
     """Read an SAE that `save` wrote, check every byte of it, and recompute its golden triple.
 
     Raises:
-        CheckpointError: A file is missing, unexpected or unreadable, was written by a newer version, or the golden
+        CheckpointError: A file is missing or unreadable, was written by a newer version, or the golden
             triple comes out differently.
         IntegrityError: A file's bytes are not the ones that were written.
         NonFiniteError: A weight is NaN or infinite.

@@ -114,7 +114,7 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
     folders.write_manifest(folder / MANIFEST, SCHEMA, fields, "the defense")
 
 
-def _site_file(index: int) -> str:
+def _site_file(index: int | str) -> str:
     return f"site-{index}.safetensors"
 
 
@@ -129,7 +129,7 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Defens
         verify: "sha256" checks every byte of every file; "size" only the sizes.
 
     Raises:
-        CheckpointError: A file is missing, unexpected or unreadable, or was written by a newer version.
+        CheckpointError: A file is missing or unreadable, or was written by a newer version.
         IntegrityError: A file's bytes are not the ones that were written.
         NonFiniteError: A weight is NaN or infinite.
         ConfigError: `verify` is neither of the two.
@@ -149,6 +149,9 @@ def _load(root: Path, verify: Verify) -> Defense:
             f"{root / MANIFEST} lists the files {sorted(manifest['files'])}, but its sites have {site_files}; "
             f"beside them only {_GOLDEN} may be there"
         )
+    for path in (*root.glob(_site_file("*")), *root.glob(_GOLDEN)):
+        if path.name not in manifest["files"]:
+            raise CheckpointError(f"{path} is a defense's, and {MANIFEST} does not list it: one of them was changed")
     tensors = folders.read_files(root / MANIFEST, manifest["files"], verify)
     sites = tuple(
         Site(

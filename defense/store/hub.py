@@ -11,15 +11,13 @@ from the cache, so that nothing damaged stays behind.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -27,6 +25,7 @@ from typing import Any, NamedTuple
 from defense.errors import CheckpointError, ConfigError
 
 from .folders import sha256_of
+from .hub_failures import UnreachableError, failures
 
 log = logging.getLogger(__name__)
 
@@ -222,9 +221,9 @@ class Hub:
         if self.local_files_only:
             return self._cached_listing(source, "the network was not to be used")
         try:
-            with _failures(source, f"{source.repo} could not be looked up"):
+            with failures(source.repo, source.revision, f"{source.repo} could not be looked up"):
                 info = self._api().model_info(source.repo, revision=source.revision, files_metadata=True, timeout=30)
-        except _UnreachableError as error:
+        except UnreachableError as error:
             found = self._cached_listing(source, str(error))
             log.warning("%s; taking what the cache has, of commit %s", error, found.commit)
             return found
@@ -274,7 +273,7 @@ class Hub:
         if path is None:
             self._check_room(source, name, entry)
             self.report(f"fetching {source.repo}/{name}" + ("" if entry.size is None else f", {in_words(entry.size)}"))
-            with _failures(source, f"the download of {name} broke off"):
+            with failures(source.repo, source.revision, f"the download of {name} broke off"):
                 found = self._api().hf_hub_download(
                     source.repo,
                     name,
@@ -406,61 +405,3 @@ def _git_hash(path: Path) -> str:
     """Return what git calls a file with these bytes."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-# --- what can go wrong --------------------------------------------------------------------------------------------
-
-
-class _UnreachableError(CheckpointError):
-    """The hub did not answer, or not now; what the cache has may do."""
-
-
-@contextmanager
-def _failures(source: HubSource, doing: str) -> Iterator[None]:
-    """Turn whatever the client raises in this context into one sentence that says what to do."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    # Of the library that the client talks HTTP with, only the base of its errors counts, and that is theirs, too.
-    kinds: tuple[type[Exception], ...] = (OSError, ValueError, *_exceptions(HfHubHTTPError.__bases__))
-    try:
-        yield
-    except kinds as error:
-        told = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-        reason, is_passing = _reason(told, source)
-        kind = _UnreachableError if is_passing else CheckpointError
-        raise kind(f"{doing}: {reason}") from error
-
-
-def _exceptions(bases: tuple[type, ...]) -> list[type[Exception]]:
-    return [base for base in bases if issubclass(base, Exception)]
-
-
-def _reason(error: BaseException, source: HubSource) -> tuple[str, bool]:
-    """Return why the hub did not give something and what to do, and whether that may pass by itself."""
-    from huggingface_hub import errors
-
-    where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    login = "log in with `hf auth login`, or set HF_TOKEN"
-    if isinstance(error, errors.GatedRepoError):
-        return f"{source.repo} is gated; accept its conditions at {where}/{source.repo}, then {login}", False
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{source.repo} has no revision {source.revision!r}; name a branch, a tag or a whole commit", False
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        return f"there is no repository {source.repo} that everybody may read; check its name, or {login}", False
-    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return f"{source.repo} has no such file", False
-    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
-        return "the client is offline (HF_HUB_OFFLINE is set, or nothing may be fetched); let it go online once", True
-    if status == 403:
-        return f"{source.repo} may not be read with this token; ask for access, or {login} of another account", False
-    if status == 429:
-        return f"too many requests (429); wait some minutes, or {login}, which raises the limit", True
-    if status is not None:
-        return f"{where} answered with an error ({status}); try again later", True
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full; make room, or set HF_HOME to a folder on another disk", False
-    first = str(error).partition("\n")[0] or type(error).__name__
-    if isinstance(error, ValueError) or "onsistency check" in first:
-        return f"{first}; run it again", False
-    return f"{where} could not be reached or the connection broke ({first}); run it again when it is there", True
