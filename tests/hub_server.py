@@ -63,6 +63,11 @@ class FakeHub:
         """Commit files to a repository, in place of what it had, and return the commit."""
         return self.repos.setdefault(repo, Repo()).commit(files)
 
+    def files(self, repo: str) -> dict[str, bytes]:
+        """The files that a repository has now."""
+        found = self.repos[repo]
+        return found.commits[found.main]
+
     def bodies(self) -> list[str]:
         """The requests that asked for the bytes of a file."""
         return [line for line in self.asked if line.startswith("GET") and "/api/" not in line]

@@ -91,7 +91,14 @@ def duration(seconds: float) -> str:
 
 
 def fit_cost(
-    clip: Clip, hook_point: str, sae: SparseAutoencoder, config: FitConfig, *, n_pictures: int, folds: int
+    clip: Clip,
+    hook_point: str,
+    sae: SparseAutoencoder,
+    config: FitConfig,
+    *,
+    n_pictures: int,
+    folds: int,
+    seconds: float = 1.0,
 ) -> FitCost:
     """Return what a fit of a text defense at one block would take, from a few passes on blank pictures.
 
@@ -102,13 +109,14 @@ def fit_cost(
         config: How latents are chosen.
         n_pictures: Pictures to fit on.
         folds: Of the cross-validation.
+        seconds: How long to measure; at least one pass of each.
     """
     tower = clip.tower
     pixel_values = np.zeros((_BATCH, 3, *tower.image_size), np.float32)
-    per_picture = _timed(lambda: clip.image_embeds(pixel_values)) / _BATCH
+    per_picture = _timed(lambda: clip.image_embeds(pixel_values), seconds / 2) / _BATCH
     rows = tower.resid(pixel_values, hook_point, sae.config.tokens).flatten(0, 1)
     with torch.inference_mode():
-        per_sae = _timed(lambda: sae.encode(rows)) / _BATCH
+        per_sae = _timed(lambda: sae.encode(rows), seconds / 2) / _BATCH
     behind = (len(tower.blocks) - 1 - block_of(hook_point)) / len(tower.blocks)
     host_s = per_picture * _KINDS * n_pictures
     sae_s = per_sae * _KINDS * n_pictures * (1 + folds)
@@ -168,7 +176,7 @@ def train_cost(clip: Clip, pictures: Pictures, settings: TrainSettings, *, secon
     return TrainCost(settings.n_tokens, n_rows / spent, config.batch / per_step, n_bytes)
 
 
-def _timed(run: Callable[[], object], seconds: float = 0.5) -> float:
+def _timed(run: Callable[[], object], seconds: float) -> float:
     """Return how long a call takes, the median over some seconds after one that does not count."""
     run()
     took: list[float] = []

@@ -6,12 +6,12 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
 from defense.data.sources import Picture, Pictures, open_pictures
-from defense.embedded.photo.names import load_words
 from defense.world import draws, scenes
 
 WEAK = (
@@ -43,8 +43,7 @@ def wanted_pictures(paths: Sequence[Path], labels: Sequence[str] | None, *, n: i
 
     Args:
         paths: A user's pictures; none for drawn scenes.
-        labels: A user's labels; by default what the scenes show, or for pictures the single words among ImageNet's
-            names.
+        labels: A user's labels; by default what the scenes show, or for pictures `common_nouns`.
         n: How many scenes to draw.
         size: Height and width of the CLIP's pictures.
 
@@ -52,9 +51,14 @@ def wanted_pictures(paths: Sequence[Path], labels: Sequence[str] | None, *, n: i
         ConfigError: See `open_pictures`.
     """
     if paths:
-        names = labels or [name for name in load_words().names if name.isalpha()]
-        return Wanted(open_pictures(paths), tuple(names), None)
+        return Wanted(open_pictures(paths), tuple(labels or common_nouns()), None)
     return Wanted(_drawn(n, max(size)), tuple(labels or scenes.OBJECTS), WEAK)
+
+
+def common_nouns() -> tuple[str, ...]:
+    """Return some hundred words for what is on photographs, each of letters alone."""
+    text = resources.files(__package__).joinpath("nouns.txt").read_text(encoding="utf-8")
+    return tuple(text.split())
 
 
 @dataclass(frozen=True)

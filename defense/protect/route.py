@@ -27,7 +27,7 @@ from defense import importers
 from defense.classify.classifier import RobustClassifier
 from defense.data.labels import check_labels
 from defense.data.sources import prepared
-from defense.errors import ConfigError
+from defense.errors import CheckpointError, ConfigError, NonFiniteError
 from defense.fit.config import FitConfig
 from defense.fit.from_pictures import sample, text_material
 from defense.fit.placing import fit_defense, with_golden
@@ -35,7 +35,7 @@ from defense.fit.sites import plan_sites
 from defense.hosts.clip import Clip, load_clip, resolve_device
 from defense.hosts.defense import ClipId, Defense
 from defense.hosts.golden import check_golden
-from defense.store import checkpoint, defenses, ready
+from defense.store import checkpoint, defenses, folders, ready
 from defense.store.checkpoint import Checkpoint
 from defense.store.hub import Hub, in_words
 from defense.store.registry import FitSettings, HostRow, SaeRow, TrainSettings, row_of
@@ -74,7 +74,7 @@ class Request:
         out: Folder to write the defense to, beside the cache; None for the cache alone.
         device: "auto", "cpu", "cuda".
         seed: Of pictures, writing and folds.
-        measure_s: Seconds to measure before an estimate of a training.
+        measure_s: Seconds to measure before an estimate of a training; a tenth of them before one of a fit.
     """
 
     model: str
@@ -117,8 +117,7 @@ def protect(
         raise ConfigError(f"{request.labels[0]!r} is all there is to choose from; give two or more labels")
     say(f"loading {request.model}{'' if request.pretrained is None else f', {request.pretrained}'}")
     clip = load_clip(request.model, request.pretrained, device=resolve_device(request.device))
-    defense = _Route(request, rows, hub, clip, say, report).defense()
-    ready.keep(defense)
+    defense = defenses.load(ready.keep(_Route(request, rows, hub, clip, say, report).defense()))
     if request.out is not None:
         defenses.save(defense, request.out)
     return defense
@@ -151,6 +150,11 @@ class _Route:
         return wanted_pictures(self.request.pictures, self.request.labels, n=n, size=self.clip.preprocess.size)
 
     @property
+    def candidates(self) -> tuple[SaeRow, ...]:
+        """Published SAEs to fit with, in order."""
+        return () if self.row is None else self.row.candidates()
+
+    @property
     def fit_settings(self) -> FitSettings:
         return FitSettings() if self.row is None else self.row.fit
 
@@ -164,9 +168,8 @@ class _Route:
         found = self._ready()
         if found is not None:
             return found
-        candidates = () if self.row is None else self.row.candidates()
         refusals: list[str] = []
-        for sae in candidates:
+        for sae in self.candidates:
             try:
                 return self._fitted(self._published(sae), {"sae": str(sae.source), "sha256": sae.sha256})
             except ConfigError as error:
@@ -201,8 +204,9 @@ class _Route:
         if found is not None and self._is_what_was_asked_for(found):
             self.say("there is one in the cache")
             return found
-        if self.request.pictures or self.request.labels is not None:
-            return None  # a user's own pictures are for a defense of their own
+        has_own = bool(self.request.pictures) or self.request.labels is not None
+        if has_own and (self.candidates or self.request.may_train):
+            return None  # a user's own pictures are for a defense of their own, where one can be made
         found = ready.listed_defense(self.clip_id, self.rows, self.hub)
         if found is not None and found.golden is not None:
             with self.clip.defended(found):
@@ -229,17 +233,16 @@ class _Route:
             self.hub.fetch_file(row.source, row.source.file, sha256=row.sha256)
         weights = self.hub.fetch_weights(row.source)
         stated = {"tokens": row.tokens, "hook_point": row.hook_point}
-        key = [row.repo, str(weights.resolve().name), row.format, stated]
+        key = [row.repo, folders.sha256_of(weights), row.format, row.license, stated]
         folder = ready.cache_folder() / "saes" / _hash(key)
-        if not (folder / checkpoint.MANIFEST).is_file():
+        found = _converted(folder)
+        if found is None:
             self.say("converting it")
-            source = str(row.source._replace(file=row.file))
-            read = importers.read(
-                source, row.format or "auto", license=row.license or "not stated", hub=self.hub, **_unsaid(stated)
-            )
+            given = {name: value for name, value in stated.items() if value is not None}
+            license = row.license or "not stated"
+            read = importers.read(str(row.source), row.format or "auto", license=license, hub=self.hub, **given)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(read, folder)
-        found = checkpoint.load(folder)
+            found = checkpoint.load(checkpoint.save(read, folder))
         if row.sha256 is None or row.revision is None:
             self.say(f"SAE: {found.provenance['hub']}, sha256 {found.provenance['sha256']} (not all in the registry)")
         return found
@@ -251,7 +254,15 @@ class _Route:
         (plan,) = plan_sites(self.clip, [sae], config)
         plan.sae.to(self.clip.device)
         explained = self._explained(sae)
-        cost = fit_cost(self.clip, sae.hook_point, plan.sae, plan.config, n_pictures=settings.n_pictures, folds=_FOLDS)
+        cost = fit_cost(
+            self.clip,
+            sae.hook_point,
+            plan.sae,
+            plan.config,
+            n_pictures=settings.n_pictures,
+            folds=_FOLDS,
+            seconds=request.measure_s / 10,
+        )
         kind = "drawn scenes" if wanted.weak else "pictures"
         self.say(f"fitting at {sae.hook_point} on up to {settings.n_pictures} {kind}: {cost}")
         clf = RobustClassifier(self.clip).set_labels(wanted.labels, _TEMPLATE)
@@ -347,8 +358,16 @@ class _Route:
             )
 
 
-def _unsaid(stated: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in stated.items() if value is not None}
+def _converted(folder: Path) -> Checkpoint | None:
+    """Return an SAE that was converted before; None where it was not, or is damaged, which is logged."""
+    if not folder.is_dir():
+        return None
+    try:
+        return checkpoint.load(folder)
+    except (CheckpointError, NonFiniteError) as error:
+        log.warning("the SAE in the cache cannot be used, so it is converted again: %s", error)
+        shutil.rmtree(folder)
+        return None
 
 
 def _hash(value: Any) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from defense.errors import CheckpointError, NonFiniteError
+from defense.errors import CheckpointError, ConfigError, NonFiniteError
 from defense.hosts.defense import ClipId, Defense
 
 from . import defenses, folders
@@ -52,6 +53,10 @@ def keep(defense: Defense) -> Path:
     """Write a defense into the cache, in place of another one for the same CLIP, and return its folder."""
     folder = _folder_of(defense.clip.sha256)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        defenses.check_target(folder)
+    except ConfigError:  # damaged: nothing but a defense belongs there
+        shutil.rmtree(folder)
     return defenses.save(defense, folder)
 
 
