@@ -216,7 +216,8 @@ def typed(what: str, value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
         got = sorted(value) if isinstance(value, dict) else value
         raise CheckpointError(f"{what} has the keys {got!r}; this version has {sorted(fields)}")
     for key, kind in fields.items():
-        if not isinstance(value[key], kind) or (kind is int and isinstance(value[key], bool)):
+        is_bool = isinstance(value[key], bool) and bool not in (get_args(kind) or (kind,))
+        if is_bool or not isinstance(value[key], kind):
             raise CheckpointError(f"{what}: {key} is {value[key]!r}; want {getattr(kind, '__name__', kind)}")
     return value
 

@@ -280,7 +280,7 @@ def _filled(what: str, value: Any, kinds: Mapping[str, Any], required: str) -> d
         raise CheckpointError(f"{what} is no object with {required!r}; {FILE[:-5]}.schema.json says what it holds")
     empty: dict[str, Any] = {key: [] if kind is list else None for key, kind in kinds.items()}
     fields = folders.typed(what, {**empty, **value}, kinds)
-    unknown = [name for name in fields["unverified"] if name not in kinds]
+    unknown = [name for name in fields["unverified"] if not isinstance(name, str) or name not in kinds]
     if unknown:
         raise CheckpointError(f"{what}: unverified names {unknown[0]!r}, and there is no such field")
     return {**fields, "unverified": tuple(fields["unverified"])}
@@ -294,6 +294,8 @@ def _settings(what: str, value: Any, kinds: Mapping[str, Any], required: str) ->
         raise CheckpointError(f"{what} is no object with {required!r}; {FILE[:-5]}.schema.json says what it holds")
     stated = {key: kinds[key] for key in value if key in kinds}
     fields = folders.typed(what, value, stated)
+    if not all(isinstance(each, str) for each in fields.get("hook_points", ())):
+        raise CheckpointError(f"{what}: hook_points are {fields['hook_points']!r}; want names")
     return {key: tuple(each) if isinstance(each, list) else each for key, each in fields.items()}
 
 
