@@ -154,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         what = parts[2] if len(parts) > 2 else "revision"
         if what in ("preupload", "commit"):
-            self.upload(repo, what, body)
+            self.upload("/".join(parts[:2]), what, body)
             return
         found = self.files(repo, parts[3] if len(parts) > 3 else "main")
         if found is None:
@@ -214,12 +214,13 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, fields: dict[str, str]) -> None:
         name = "/".join(filter(None, (fields.get("organization"), fields["name"])))
         if name in self.hub.repos:
-            self.refuse(409, message="You already created this model repo")
+            self.send(409, json.dumps({"url": f"{self.hub.url}/{name}", "error": "You already created it"}).encode())
             return
         self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
         self.send_json({"url": f"{self.hub.url}/{name}"})
 
-    def upload(self, repo: Repo, what: str, body: bytes) -> None:
+    def upload(self, name: str, what: str, body: bytes) -> None:
+        repo = self.hub.repos[name]
         if what == "preupload":
             names = [each["path"] for each in json.loads(body)["files"]]
             self.send_json({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
@@ -228,8 +229,10 @@ class Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                files.pop(line["value"]["path"])
         commit = repo.commit(files)
-        self.send_json({"commitUrl": f"{self.hub.url}/commit/{commit}", "commitOid": commit, "success": True})
+        self.send_json({"commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "commitOid": commit, "success": True})
 
 
 @contextmanager

@@ -23,9 +23,10 @@ from defense.hosts.clip import EMBEDDED, Clip, load_clip, load_clip_of, names_cl
 from defense.hosts.controls import Controls, applied
 from defense.hosts.defense import ClipId, Defense, Site
 from defense.hosts.golden import check_golden
-from defense.store import registry
+from defense.store import defenses, registry
 from defense.store.defenses import find_defense
 from defense.store.hub import Hub, hub_source
+from defense.store.pushing import push
 from defense.store.ready import cached_defense, keep, listed_defense
 
 from .explanation import Explanation, account
@@ -153,6 +154,36 @@ class RobustClassifier(ZeroShotClassifier):
         if sets is not None:
             defense = defense.only(*sets)
         return cls(clip, defense, allow_mismatch=allow_mismatch, batch_size=batch_size, backend=backend)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the defense as a folder that `from_pretrained` takes, and return it; the CLIP's weights are not in it.
+
+        Args:
+            folder: Where to; its parent must exist. A defense that is there is replaced.
+
+        Raises:
+            ConfigError: There is no defense, or see `defenses.save`.
+        """
+        return defenses.save(self._own_defense(), folder)
+
+    def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
+        """Publish the defense with a card, and return its address; see `pushing.push`.
+
+        Args:
+            repo: "org/repo"; made where it is not there.
+            private: Make it for its owners alone.
+            token: By default the one that the hub's client is logged in with.
+
+        Raises:
+            ConfigError: There is no defense, or `repo` has another form.
+            CheckpointError: The hub refuses.
+        """
+        return push(self._own_defense(), repo, private=private, token=token)
+
+    def _own_defense(self) -> Defense:
+        if self.defense is None:
+            raise ConfigError("this classifier has no defense to save; it is a stock CLIP")
+        return self.defense
 
     @property
     def preprocess(self) -> Preprocess:

@@ -118,6 +118,15 @@ def _site_file(index: int | str) -> str:
     return f"site-{index}.safetensors"
 
 
+def files_of(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the names of a defense's files: its manifest, and what that lists.
+
+    Raises:
+        CheckpointError: It is no defense.
+    """
+    return [MANIFEST, *_read_manifest(Path(folder))["files"]]
+
+
 def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Defense:
     """Read a defense that `save` wrote.
 

@@ -52,7 +52,10 @@ def _reason(error: BaseException, repo: str, revision: str | None) -> tuple[str,
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         return "the client is offline (HF_HUB_OFFLINE is set, or nothing may be fetched); let it go online once", True
     if status == 403:
-        return f"{repo} may not be read with this token; ask for access, or {login} of another account", False
+        return (
+            f"{repo} may not be read or written with this token; ask for access, or {login} of another account",
+            False,
+        )
     if status == 429:
         return f"too many requests (429); wait some minutes, or {login}, which raises the limit", True
     if status is not None:

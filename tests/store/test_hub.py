@@ -237,7 +237,7 @@ def test_a_file_with_another_hash_than_was_asked_for_is_refused(hub: FakeHub, cl
     ("status", "message"),
     [
         (401, r"no repository org/repo that everybody may read; check its name, or log in with `hf auth login`"),
-        (403, r"may not be read with this token"),
+        (403, r"may not be read or written with this token"),
         (404, r"answered with an error \(404\)"),
         (429, r"too many requests \(429\); wait some minutes, or log in"),
         (500, r"answered with an error \(500\); try again later"),
