@@ -18,6 +18,7 @@ from defense.hosts.clip import Clip
 from defense.hosts.defense import ClipId, Defense, Site
 
 from .demo.serving import STUCK, served
+from .hub_server import FakeHub, serving
 
 if TYPE_CHECKING:  # torch is imported where it is used: some tests run without it
     from defense.core.sae import SparseAutoencoder
@@ -223,6 +224,25 @@ def restated(folder: Path, **fields) -> Path:
     manifest["files"] = {path.relative_to(folder).as_posix(): file_entry(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps({**manifest, **fields}), encoding="utf-8")
     return folder
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def _hub_server() -> Iterator[FakeHub]:
+    with serving() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(_hub_server: FakeHub, tmp_path: Path, monkeypatch) -> FakeHub:
+    """An empty imitation of the hub, which the client is led to, with a cache of its own; nobody waits."""
+    _hub_server.__init__(_hub_server.url)  # type: ignore[misc]
+    monkeypatch.setenv("HF_ENDPOINT", _hub_server.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    return _hub_server
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ FLOORS = (
     ("store",),
     ("classify", "importers"),
     ("train", "fit", "explain"),
-    ("embedded", "cli"),
+    ("embedded",),
+    ("protect",),
+    ("cli",),
 )
 """From the ground up. A room may use those on lower floors, and itself."""
 

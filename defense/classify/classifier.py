@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +19,16 @@ import numpy as np
 from defense.data import images, labels
 from defense.data.labels import Prompts
 from defense.data.preprocess import Preprocess
-from defense.errors import ConfigError, DefenseError
-from defense.hosts.clip import EMBEDDED, Clip, load_clip
+from defense.errors import CheckpointError, ConfigError, DefenseError
+from defense.hosts.clip import EMBEDDED, Clip, load_clip, load_clip_of, names_clip
 from defense.hosts.controls import Controls, applied
-from defense.hosts.defense import Defense, Site, check_own_model
+from defense.hosts.defense import ClipId, Defense, Site, check_own_model
+from defense.hosts.golden import check_golden
+from defense.store import defenses, registry
 from defense.store.defenses import find_defense
+from defense.store.hub import Hub, hub_source
+from defense.store.pushing import push
+from defense.store.ready import cached_defense, keep, listed_defense
 
 from .explanation import Explanation, account
 from .inputs import batched, check_top_k, finite
@@ -129,11 +135,16 @@ class RobustClassifier(ZeroShotClassifier):
     ) -> RobustClassifier:
         """Load a defense and the CLIP that it was fitted on.
 
+            RobustClassifier.from_pretrained("ViT-B-32", pretrained="openai")
+
+        takes the name of a CLIP instead, and the defense that is ready for these weights: the one that `defense
+        protect` made here, else the one that the registry lists, which is fetched and checked.
+
         Args:
-            source: "embedded" (offline, nothing is downloaded), a folder, or a hub id.
+            source: "embedded" (offline, nothing is downloaded), a folder, a hub id, or the name of a CLIP.
             model: Name of a CLIP (see `load_clip`), in place of the one that the defense names; its weights must be the
                 same, whatever library they are of.
-            pretrained: open_clip's tag of the weights of `model`.
+            pretrained: open_clip's tag of the weights of `model`, or of `source` where that names a CLIP.
             sets: The latent sets to use, by name; all by default.
             revision: Commit of the hub repository.
             cache_dir: Where hub files are kept.
@@ -147,20 +158,57 @@ class RobustClassifier(ZeroShotClassifier):
         Raises:
             ConfigError: `pretrained` without `model`, an embedded defense for another model, a set that the defense
                 does not have, or see `load_clip`.
-            CheckpointError: There is no such defense, or it cannot be used.
+            CheckpointError: There is no such defense, or it cannot be used; or none is ready for a CLIP.
             ShapeError, HookPointError, BackendError: See `wrap`.
         """
-        check_named(model, pretrained)
-        check_own_model(source, model, pretrained)
-        defense = find_defense(
-            source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-        )
+        if model is None and _is_clip(source, pretrained):
+            clip = load_clip(str(source), pretrained, device=device)
+            clip_id = clip.id_as(str(source), pretrained)
+            defense = _ready(clip, clip_id, Hub(cache_dir, local_files_only, token))
+        else:
+            check_named(model, pretrained)
+            check_own_model(source, model, pretrained)
+            defense = find_defense(
+                source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+            )
+            clip = (
+                load_clip_of(defense.clip, device=device)
+                if model is None
+                else load_clip(model, pretrained, device=device)
+            )
         if sets is not None:
             defense = defense.only(*sets)
-        if model is None:
-            model, pretrained = defense.clip.model, defense.clip.pretrained
-        clip = load_clip(model, pretrained, device=device)
         return cls(clip, defense, allow_mismatch=allow_mismatch, batch_size=batch_size, backend=backend)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the defense as a folder that `from_pretrained` takes, and return it; the CLIP's weights are not in it.
+
+        Args:
+            folder: Where to; its parent must exist. A defense that is there is replaced.
+
+        Raises:
+            ConfigError: There is no defense, or see `defenses.save`.
+        """
+        return defenses.save(self._own_defense(), folder)
+
+    def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
+        """Publish the defense with a card, and return its address; see `pushing.push`.
+
+        Args:
+            repo: "org/repo"; made where it is not there.
+            private: Make it for its owners alone.
+            token: By default the one that the hub's client is logged in with.
+
+        Raises:
+            ConfigError: There is no defense, or `repo` has another form.
+            CheckpointError: The hub refuses.
+        """
+        return push(self._own_defense(), repo, private=private, token=token)
+
+    def _own_defense(self) -> Defense:
+        if self.defense is None:
+            raise ConfigError("this classifier has no defense to save; it is a stock CLIP")
+        return self.defense
 
     @property
     def preprocess(self) -> Preprocess:
@@ -356,6 +404,33 @@ class RobustClassifier(ZeroShotClassifier):
             if id(site) not in self._saes:  # a classifier's sites live as long as it does
                 self._saes[id(site)] = sae_of(site).to(self.clip.device)
             return self._saes[id(site)]
+
+
+def _is_clip(source: str | os.PathLike[str], pretrained: str | None) -> bool:
+    """Return whether a source is the name of a CLIP: of a folder of that name, only where weights are named."""
+    name = str(source)
+    if name.split(":")[0] == EMBEDDED or hub_source(name) is not None:
+        return False
+    return (pretrained is not None or not Path(name).exists()) and names_clip(name)
+
+
+def _ready(clip: Clip, clip_id: ClipId, hub: Hub) -> Defense:
+    """Return the defense that is ready for a CLIP; one from the registry is held against its golden answers."""
+    defense = cached_defense(clip_id.sha256)
+    if defense is not None:
+        return defense
+    defense = None if hub.local_files_only else listed_defense(clip_id, registry.rows(), hub)
+    if defense is None:
+        tag = "" if clip_id.pretrained is None else f" --pretrained {clip_id.pretrained}"
+        raise CheckpointError(
+            f"no defense is ready for {clip_id.name} (vision tower {clip_id.sha256[:16]}...); make one: "
+            f"defense protect {clip_id.model}{tag}"
+        )
+    if defense.golden is not None:
+        with clip.defended(defense):
+            check_golden(clip, defense.golden)
+    keep(defense)
+    return defense
 
 
 def check_named(model: str | None, pretrained: str | None) -> None:

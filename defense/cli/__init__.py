@@ -12,7 +12,21 @@ from typing import Annotated
 
 import typer
 
-from defense.cli import bench, classify, demo, describe, doctor, explain, export, fit, importing, info, train  # noqa: F401 - in the order of --help
+from defense.cli import (  # noqa: F401 - in the order of --help
+    bench,
+    classify,
+    demo,
+    describe,
+    doctor,
+    explain,
+    export,
+    fit,
+    importing,
+    info,
+    protect,
+    push,
+    train,
+)
 from defense.cli.common import app, put
 
 __all__ = ["app", "main"]

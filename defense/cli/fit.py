@@ -74,8 +74,11 @@ def fit(
         typer.Argument(help="Folders with pictures, .tar or .parquet files. With --metadata: the pictures' folder."),
     ] = None,
     sae: Annotated[
-        list[Path] | None,
-        typer.Option(help="SAE that `defense train` or `import` wrote; again for more blocks, fitted in this order."),
+        list[str] | None,
+        typer.Option(
+            help="SAE that `defense train` or `import` wrote, a folder or on the hub; again for more blocks, fitted in "
+            "this order."
+        ),
     ] = None,
     task: Annotated[FitTask, typer.Option(help="Against words in the picture, or what goes with a class.")] = "text",
     labels: Annotated[str | None, typer.Option(help="Text: what to choose from; by default common nouns.")] = None,
@@ -172,7 +175,7 @@ def fit(
 # --- what is refused, before anything long starts ---
 
 
-def _check_options(source: _Source, saes: Sequence[Path], *, scope: Scope | None, is_swept: bool, folds: int) -> None:
+def _check_options(source: _Source, saes: Sequence[str], *, scope: Scope | None, is_swept: bool, folds: int) -> None:
     """Refuse options that contradict each other or the task, or that are missing."""
     if not saes:
         raise typer.BadParameter("--sae is missing: a folder that `defense train` or `defense import` wrote")
@@ -241,11 +244,12 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-def _read_saes(folders: Sequence[Path], *, calibrate: bool | None) -> list[Checkpoint]:
+def _read_saes(sources: Sequence[str], *, calibrate: bool | None) -> list[Checkpoint]:
     """Return the SAEs, each of another block; where thresholds are asked for, one of them at least has a topk rule."""
     from defense.store import checkpoint
+    from defense.store.hub import Hub
 
-    found = [checkpoint.load(folder) for folder in folders]
+    found = [checkpoint.find(source, Hub(report=say)) for source in sources]
     points = [each.hook_point for each in found]
     if len(set(points)) < len(points):
         raise typer.BadParameter(f"the SAEs are at {', '.join(points)}; give one SAE per block")

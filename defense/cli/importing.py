@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from defense.cli.common import app, exit_codes, put, shown
+from defense.cli.common import app, exit_codes, put, say, shown
 from defense.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="The weights, or the folder that they are alone in.")],
+    file: Annotated[
+        str,
+        typer.Argument(help='The weights, the folder that they are alone in, or "hf://org/repo[/file][@revision]".'),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write the SAE to.")],
     format_: Annotated[
         str,
@@ -49,6 +52,7 @@ def import_(
         try:
             from defense import importers
             from defense.store import checkpoint
+            from defense.store.hub import Hub
         except ModuleNotFoundError as error:
             raise MissingDependencyError(error.name or "torch", "torch") from error
         checkpoint.check_target(out)
@@ -58,7 +62,7 @@ def import_(
             "act_mean": None if act_mean is None else importers.read_vector(act_mean),
             "host_model": host_model, "quick_gelu": quick_gelu,
         }  # fmt: skip
-        converted = importers.read(file, format_, config=config, license=license, **stated)
+        converted = importers.read(file, format_, config=config, license=license, hub=Hub(report=say), **stated)
         checkpoint.save(converted, out)
         _print_import(converted, out)
 

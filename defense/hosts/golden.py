@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from defense.errors import CheckpointError
+
 from .clip import Clip
 from .defense import Golden
+
+TOLERANCE = 1e-4
+"""Largest difference of an embedding that another machine's arithmetic may make."""
 
 
 def make_golden(clip: Clip, pictures: np.ndarray) -> Golden:
@@ -27,3 +32,18 @@ def golden_difference(clip: Clip, golden: Golden) -> float:
     now = make_golden(clip, golden.pictures)
     differences = [np.abs(now.plain - golden.plain).max(), np.abs(now.defended - golden.defended).max()]
     return float(np.max(differences))  # unlike max(), NaN where one is NaN
+
+
+def check_golden(clip: Clip, golden: Golden) -> float:
+    """Return `golden_difference`, where it is one that passes.
+
+    Raises:
+        CheckpointError: It is larger.
+    """
+    difference = golden_difference(clip, golden)
+    if not difference <= TOLERANCE:  # also where it is NaN
+        raise CheckpointError(
+            f"golden vectors differ by {difference:.2g}; expected at most {TOLERANCE}: this is not the CLIP that the "
+            "defense was made with"
+        )
+    return difference

@@ -33,6 +33,7 @@ from defense.core.sae import SparseAutoencoder
 from defense.errors import CheckpointError, ConfigError
 from defense.store.checkpoint import Checkpoint
 from defense.store.folders import read_tensors, sha256_of
+from defense.store.hub import Hub, commit_of, hub_source
 
 from .common import Given, Importer, Source
 
@@ -58,25 +59,31 @@ def read(
     *,
     config: str | os.PathLike[str] | None = None,
     license: str = "not stated",
+    hub: Hub | None = None,
     **stated: Any,
 ) -> Checkpoint:
     """Return the SAE of a published checkpoint; `checkpoint.save` writes it.
 
     Args:
-        path: The file with the weights, or the folder that it is alone in.
+        path: The file with the weights, or the folder that it is alone in; also on the hub, "hf://org/repo/file" or
+            "org/repo" (see hub.py), which is then fetched.
         format: A key of `FORMATS`, or "auto": the one that recognizes the file.
         config: Its configuration, where that is not beside it under its usual name.
         license: Of the weights; checkpoints do not say it.
+        hub: How the hub is asked.
         stated: What the file does not say, by the names of `common.OPTIONS`.
 
     Raises:
-        CheckpointError: The file is damaged, needs code to be read, has no known format, or leaves something open.
+        CheckpointError: The file is damaged, needs code to be read, has no known format, or leaves something open; or
+            see `Hub.fetch_weights`.
         ConfigError: A kind of SAE that there is no arithmetic for, or `stated` contradicts the file.
         ShapeError: Its tensors have other sizes than it says.
         HookPointError: It was trained elsewhere than after a block.
         NonFiniteError: A tensor holds NaN or infinity.
     """
-    source = Source(Path(path), Path(config) if config is not None else None)
+    address = hub_source(path)
+    where = Path(path) if address is None else (hub or Hub()).fetch_weights(address)
+    source = Source(where, Path(config) if config is not None else None)
     given = Given(source, stated)
     name = _detect(source) if format == "auto" else format
     imported = _importer(name).read(source, given)
@@ -86,6 +93,8 @@ def read(
     given.check_all_used()
     sae = SparseAutoencoder(imported.config, imported.parameters)
     provenance = {"format": name, "file": source.path.name, "sha256": sha256_of(source.path)}
+    if address is not None:
+        provenance["hub"] = str(address._replace(revision=commit_of(where)))
     return Checkpoint(sae, hook_point, host_model, quick_gelu, license, provenance)
 
 

@@ -49,7 +49,7 @@ def read(source: Source, given: Given) -> Imported:
     act = given.value("act", "topk" if k is not None else None)
     if act not in ("relu", "topk"):
         raise unsupported(source, f"an SAE with {act}")
-    folder = _FOLDER.fullmatch(source.path.resolve().parent.name)
+    folder = _FOLDER.fullmatch(source.path.absolute().parent.name)
     return Imported(
         SAEConfig(
             d_model,

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from defense.core.config import SAEConfig
 from defense.errors import CheckpointError, ConfigError, HookPointError, ShapeError
+from defense.store.hub import COMPANIONS
 
 from . import pickles
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".pkl.gz")
-_COMPANIONS = re.compile(r"sparsity|whitening|activations_store|trainer_state|optimizer")
 _BLOCK = re.compile(r"blocks\.\d+\.hook_resid_post")
 _HF_LAYER = re.compile(r"(?:.*\.)?(?:layers|resblocks)\.(\d+)")
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -321,7 +321,7 @@ def _weights_in(folder: Path) -> Path:
     files = [
         path
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.name.endswith(_SUFFIXES) and not _COMPANIONS.search(path.name)
+        if path.is_file() and path.name.endswith(_SUFFIXES) and not COMPANIONS.search(path.name)
     ]
     if len(files) != 1:
         names = ", ".join(path.name for path in files) or "none"

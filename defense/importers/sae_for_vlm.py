@@ -31,7 +31,7 @@ def read(source: Source, given: Given) -> Imported:
 
 
 def _hook_point(source: Source) -> str | None:
-    for folder in source.path.resolve().parents[:3]:
+    for folder in source.path.absolute().parents[:3]:
         if match := _RUN.search(folder.name):
             layer, place = int(match.group(1)), match.group(2)
             if place == "post_projection":

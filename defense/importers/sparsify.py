@@ -55,6 +55,6 @@ def read(source: Source, given: Given) -> Imported:
 
 def _hook_point(source: Source) -> str | None:
     try:
-        return source.hook_point_of(source.path.resolve().parent.name)
+        return source.hook_point_of(source.path.absolute().parent.name)
     except HookPointError:  # a folder may have any name
         return None

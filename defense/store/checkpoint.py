@@ -31,6 +31,7 @@ from defense.hosts.clip import embedded_folder
 from defense.hosts.tower import VisionTower, block_of
 
 from . import folders
+from .hub import Hub, hub_source
 
 SCHEMA = 1
 MANIFEST = "sae.json"
@@ -178,7 +179,7 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
     """Read an SAE that `save` wrote, check every byte of it, and recompute its golden triple.
 
     Raises:
-        CheckpointError: A file is missing, unexpected or unreadable, was written by a newer version, or the golden
+        CheckpointError: A file is missing or unreadable, was written by a newer version, or the golden
             triple comes out differently.
         IntegrityError: A file's bytes are not the ones that were written.
         NonFiniteError: A weight is NaN or infinite.
@@ -190,6 +191,23 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
 def embedded_saes() -> list[Checkpoint]:
     """Return the SAEs that the embedded model's defenses were fitted with: those hold just a part of them."""
     return [load(path.parent) for path in sorted(embedded_folder("sae").glob(f"*/{MANIFEST}"))]
+
+
+def find(source: str | os.PathLike[str], hub: Hub | None = None) -> Checkpoint:
+    """Read an SAE by name: a folder, or on the hub "hf://org/repo[/folder][@revision]" or "org/repo".
+
+    Args:
+        source: The name.
+        hub: How the hub is asked.
+
+    Raises:
+        CheckpointError, IntegrityError, NonFiniteError: See `load`, and `Hub.fetch_folder`.
+        ConfigError: An address on the hub of another form.
+    """
+    address = hub_source(source)
+    if address is None:
+        return load(source)
+    return load((hub or Hub()).fetch_folder(address, MANIFEST, "an SAE of ours"))
 
 
 def _load(root: Path) -> Checkpoint:

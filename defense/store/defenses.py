@@ -26,6 +26,7 @@ from defense.hosts.defense import ClipId, Defense, Golden, Part, Site
 
 from . import folders
 from .folders import Verify, typed
+from .hub import Hub, hub_source
 
 SCHEMA = 2
 """The newest that can be read. A defense without a slim site is written as schema 1, which older versions read too."""
@@ -149,8 +150,17 @@ def _part_of(where: str, given: Any) -> Part:
     return Part(tuple(latents), (hashes[0], hashes[1]), None if elsewhere is None else float(elsewhere))
 
 
-def _site_file(index: int) -> str:
+def _site_file(index: int | str) -> str:
     return f"site-{index}.safetensors"
+
+
+def files_of(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the names of a defense's files: its manifest, and what that lists.
+
+    Raises:
+        CheckpointError: It is no defense.
+    """
+    return [MANIFEST, *_read_manifest(Path(folder))["files"]]
 
 
 def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Defense:
@@ -164,7 +174,7 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Defens
         verify: "sha256" checks every byte of every file; "size" only the sizes.
 
     Raises:
-        CheckpointError: A file is missing, unexpected or unreadable, or was written by a newer version.
+        CheckpointError: A file is missing or unreadable, or was written by a newer version.
         IntegrityError: A file's bytes are not the ones that were written.
         NonFiniteError: A weight is NaN or infinite.
         ConfigError: `verify` is neither of the two.
@@ -182,6 +192,9 @@ def _load(root: Path, verify: Verify) -> Defense:
             f"{root / MANIFEST} lists the files {sorted(manifest['files'])}, but its sites have {site_files}; "
             f"beside them only {_GOLDEN} may be there"
         )
+    for path in (*root.glob(_site_file("*")), *root.glob(_GOLDEN)):
+        if path.name not in manifest["files"]:
+            raise CheckpointError(f"{path} is a defense's, and {MANIFEST} does not list it: one of them was changed")
     tensors = folders.read_files(root / MANIFEST, manifest["files"], verify)
     sites = tuple(
         _site_of(f"site {index}", site, tensors[file])
@@ -220,10 +233,18 @@ def find_defense(
     local_files_only: bool = False,
     token: str | None = None,
 ) -> Defense:
-    """Load a defense by name: "embedded" or "embedded:NAME", a folder, or a hub id ("org/repo").
+    """Load a defense by name: "embedded" or "embedded:NAME", a folder, or on the hub (see hub.py).
+
+    Args:
+        source: The name; "hf://org/repo[/folder][@revision]" or "org/repo" on the hub.
+        revision: Commit, branch or tag on the hub, where the name has none.
+        cache_dir: Where hub files are kept.
+        local_files_only: Do not use the network.
+        token: For private hub repositories.
 
     Raises:
         CheckpointError: There is no such defense, or it cannot be used.
+        ConfigError: An address on the hub of another form, or two revisions.
     """
     if str(source).split(":")[0] == EMBEDDED:
         name = str(source).partition(":")[2] or "text"
@@ -232,22 +253,13 @@ def find_defense(
                 f"the embedded model has no defense {name!r}; it has {', '.join(embedded_defenses())}"
             )
         return load(embedded_folder(name))
-    path = Path(source)
-    folders.restore(path)
-    if path.exists():
-        return load(path)
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    address = hub_source(source)
+    if address is not None:
+        hub = Hub(cache_dir, local_files_only, token)
+        return load(hub.fetch_folder(address.at(revision), MANIFEST, "a defense"))
+    folders.restore(Path(source))
+    if not Path(source).exists():
         raise CheckpointError(
             f"no defense at {source}: it is neither a folder, nor a hub id ('org/repo'), nor 'embedded'"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(
-            str(source), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
-            allow_patterns=["*.json", "*.safetensors"], etag_timeout=10,
-        )  # fmt: skip
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(f"no folder {source}, and the hub did not give {source!r}: {error}") from error
-    return load(folder)
+    return load(source)

