@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from defense.classify.zeroshot import OnError, ZeroShotClassifier, warn_of_unknown_words
+from defense.classify.zeroshot import Chunk, OnError, Prepared, ZeroShotClassifier, warn_of_unknown_words
 from defense.data import labels
+from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.labels import Prompts
 from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
@@ -48,6 +49,7 @@ class OnnxClassifier(ZeroShotClassifier):
             many threads as this process may use cores.
         batch_size: Pictures decoded and encoded at once.
         verify: "sha256" checks every byte of the bundle; "size" only the sizes.
+        limits: What pictures are accepted.
 
     Attributes:
         bundle: What is in the folder.
@@ -66,9 +68,10 @@ class OnnxClassifier(ZeroShotClassifier):
         session_options: Mapping[str, Any] | None = None,
         batch_size: int = 32,
         verify: Verify = "sha256",
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.bundle = bundle.load(source, verify=verify)
-        super().__init__(batch_size, self.bundle.prompts)
+        super().__init__(batch_size, self.bundle.prompts, limits)
         self.providers = None if providers is None else tuple(providers)
         self.session_options = dict(session_options or {})
         self._given = {self.bundle.prompts.sha256(): self.bundle.text_embeds}  # not to be had from a text tower
@@ -214,9 +217,7 @@ class OnnxClassifier(ZeroShotClassifier):
 
     # --- images ---
 
-    def chunks(
-        self, inputs: Iterable[Any], on_error: OnError = "raise"
-    ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
+    def prepared_chunks(self, inputs: Iterable[Any], on_error: OnError = "raise") -> Iterator[Chunk]:
         """Yield as the base class says, pictures being decoded by several threads, one chunk ahead of the graph."""
         self._own_process()
         with self._lock:
@@ -225,7 +226,7 @@ class OnnxClassifier(ZeroShotClassifier):
             pool = self._pool
         iterator = iter(inputs)
 
-        def start() -> list[Future[np.ndarray]]:
+        def start() -> list[Future[Prepared]]:
             return [pool.submit(self._prepare, image) for image in itertools.islice(iterator, self.batch_size)]
 
         ahead = start()

@@ -16,8 +16,9 @@ import numpy as np
 
 from defense.data import images
 from defense.data.labels import Prompts
+from defense.data.notes import NoteLog
 from defense.data.preprocess import Preprocess
-from defense.errors import ConfigError, DefenseError
+from defense.errors import ConfigError
 from defense.hosts.clip import EMBEDDED, Clip, load_clip
 from defense.hosts.controls import Controls, applied
 from defense.hosts.defense import Defense, Site
@@ -25,6 +26,7 @@ from defense.store.defenses import find_defense
 
 from .explanation import Explanation, account
 from .zeroshot import (
+    Chunk,
     OnError,
     Prediction,
     ZeroShotClassifier,
@@ -58,6 +60,7 @@ class RobustClassifier(ZeroShotClassifier):
         allow_mismatch: See `wrap`.
         batch_size: Pictures decoded and encoded at once.
         backend: See `wrap`.
+        limits: What pictures are accepted.
 
     Raises:
         ConfigError, ShapeError, HookPointError, BackendError: See `wrap`.
@@ -71,10 +74,11 @@ class RobustClassifier(ZeroShotClassifier):
         allow_mismatch: bool = False,
         batch_size: int = 32,
         backend: Backend = "auto",
+        limits: images.Limits = images.DEFAULT_LIMITS,
     ) -> None:
         from defense.hosts.attach import is_wrapped, wrap
 
-        super().__init__(batch_size)
+        super().__init__(batch_size, limits=limits)
         if defense is None and is_wrapped(clip.model):
             raise ConfigError("this CLIP's model is defended already; load it again for a stock CLIP")
         if defense is not None and not allow_mismatch and clip.preprocess != defense.preprocess:
@@ -104,6 +108,7 @@ class RobustClassifier(ZeroShotClassifier):
         allow_mismatch: bool = False,
         batch_size: int = 32,
         backend: Backend = "auto",
+        limits: images.Limits = images.DEFAULT_LIMITS,
     ) -> RobustClassifier:
         """Load a defense and the CLIP that it was fitted on.
 
@@ -120,6 +125,7 @@ class RobustClassifier(ZeroShotClassifier):
             allow_mismatch: See `wrap`.
             batch_size: Pictures decoded and encoded at once.
             backend: See `wrap`.
+            limits: What pictures are accepted.
 
         Raises:
             ConfigError: `pretrained` without `model`, a set that the defense does not have, or see `load_clip`.
@@ -135,7 +141,7 @@ class RobustClassifier(ZeroShotClassifier):
         if model is None:
             model, pretrained = defense.clip.model, defense.clip.pretrained
         clip = load_clip(model, pretrained, device=device)
-        return cls(clip, defense, allow_mismatch=allow_mismatch, batch_size=batch_size, backend=backend)
+        return cls(clip, defense, allow_mismatch=allow_mismatch, batch_size=batch_size, backend=backend, limits=limits)
 
     @property
     def preprocess(self) -> Preprocess:
@@ -183,10 +189,8 @@ class RobustClassifier(ZeroShotClassifier):
             with active:
                 return self.clip.image_embeds(pixel_values).cpu().numpy()
 
-    def chunks(
-        self, inputs: Iterable[Any], on_error: OnError = "raise"
-    ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
-        """Yield (errors, pixel_values) of up to `batch_size` pictures at a time; see the base class."""
+    def prepared_chunks(self, inputs: Iterable[Any], on_error: OnError = "raise") -> Iterator[Chunk]:
+        """Yield up to `batch_size` pictures at a time; see the base class."""
         for chunk in batched(inputs, self.batch_size):
             yield self._chunk((partial(self._prepare, image) for image in chunk), on_error)
 
@@ -218,7 +222,7 @@ class RobustClassifier(ZeroShotClassifier):
         import torch
 
         check_top_k(top_k)
-        decoded = images.decode(image)
+        decoded = images.decode(image, limits=self.limits)
         pixel_values = self.clip.preprocess(decoded.image)[None]
         prompts = self._chosen()
         text_embeds = self._embeds_of(prompts)
@@ -277,7 +281,9 @@ class RobustClassifier(ZeroShotClassifier):
             ConfigError: No labels are set.
         """
         prompts = self._chosen()
-        return Probe(self, prompts.labels, self._embeds_of(prompts), self._prepare(image)[None])
+        pixel_values, warnings = self._prepare(image)
+        NoteLog().add("the picture", warnings)
+        return Probe(self, prompts.labels, self._embeds_of(prompts), pixel_values[None])
 
     def latent_map(self, image: Any, hook_point: str, latent: int) -> np.ndarray:
         """Return a latent's activation at each patch of a picture in the plain network, float32 [rows, columns].

@@ -13,12 +13,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 
 from defense.data import images, labels
 from defense.data.labels import Prompts
+from defense.data.notes import NoteLog
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, DefenseError, NonFiniteError
 
@@ -31,22 +32,61 @@ Prediction = list[dict[str, Any]]
 """[{"label": str, "score": float}, ...], best first; scores are a softmax over the given labels."""
 
 
+class Answer(NamedTuple):
+    """What there is to say about one picture.
+
+    Attributes:
+        prediction: The labels with their scores; None where the picture cannot be read.
+        warnings: What makes the prediction doubtful; see `images.Decoded`.
+        error: Why the picture cannot be read, or None.
+    """
+
+    prediction: Prediction | None
+    warnings: tuple[str, ...] = ()
+    error: DefenseError | None = None
+
+
+class Chunk(NamedTuple):
+    """Some pictures, prepared.
+
+    Attributes:
+        errors: For each picture None or its error.
+        pixel_values: Of those without one, float32 [n_readable, 3, height, width], in order.
+        warnings: Of the same; see `images.Decoded`.
+    """
+
+    errors: list[DefenseError | None]
+    pixel_values: np.ndarray
+    warnings: list[tuple[str, ...]]
+
+
+class Prepared(NamedTuple):
+    """One picture as the model reads it, [3, height, width], and its warnings."""
+
+    pixel_values: np.ndarray
+    warnings: tuple[str, ...]
+
+
 class ZeroShotClassifier(ABC):
     """A zero-shot classifier without its towers: a subclass says how pictures and texts are embedded.
 
     Args:
         batch_size: Pictures decoded and encoded at once.
         prompts: Labels set from the start.
+        limits: What pictures are accepted.
 
     Raises:
         ConfigError: `batch_size` is below 1.
     """
 
-    def __init__(self, batch_size: int, prompts: Prompts | None = None) -> None:
+    def __init__(
+        self, batch_size: int, prompts: Prompts | None = None, limits: images.Limits = images.DEFAULT_LIMITS
+    ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}; it must be at least 1")
         self.batch_size = batch_size
         self.prompts = prompts
+        self.limits = limits
         self._text_embeds: dict[str, np.ndarray] = {}
         self._lock = threading.RLock()
 
@@ -75,18 +115,12 @@ class ZeroShotClassifier(ABC):
         """Return image_embeds float32 [batch, d_embed], normalized, of pixel_values [batch, 3, height, width]."""
 
     @abstractmethod
-    def chunks(
-        self, inputs: Iterable[Any], on_error: OnError = "raise"
-    ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
-        """Yield (errors, pixel_values) of up to `batch_size` pictures at a time.
+    def prepared_chunks(self, inputs: Iterable[Any], on_error: OnError = "raise") -> Iterator[Chunk]:
+        """Yield up to `batch_size` pictures at a time, prepared.
 
         Args:
             inputs: Pictures of any kind that `images.decode` takes.
             on_error: "raise" the first error; "skip" logs each, "return" does not, and both yield it.
-
-        Yields:
-            For each picture None or its error; and the pixel_values of those without one, float32
-            [n_readable, 3, height, width], in order.
         """
 
     # --- labels ---
@@ -144,21 +178,33 @@ class ZeroShotClassifier(ABC):
         scores: np.ndarray = weights / weights.sum(1, keepdims=True)
         return scores
 
-    def _prepare(self, image: Any) -> np.ndarray:
-        """Return pixel_values [3, height, width] of one picture."""
-        return self.preprocess(images.decode(image).image)
+    def chunks(
+        self, inputs: Iterable[Any], on_error: OnError = "raise"
+    ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
+        """Yield errors and pixel_values as `prepared_chunks` does; warnings are logged, each kind once."""
+        notes = NoteLog()
+        start = 0
+        for errors, pixel_values, warnings in self.prepared_chunks(inputs, on_error):
+            rows = (row for row, error in enumerate(errors, start) if error is None)
+            for row, found in zip(rows, warnings, strict=True):
+                notes.add(f"picture {row}", found)
+            start += len(errors)
+            yield errors, pixel_values
 
-    def _chunk(
-        self, pictures: Iterable[Callable[[], np.ndarray]], on_error: OnError
-    ) -> tuple[list[DefenseError | None], np.ndarray]:
-        """Return one chunk of `chunks`.
+    def _prepare(self, image: Any) -> Prepared:
+        """Return one picture as the model reads it."""
+        decoded = images.decode(image, limits=self.limits)
+        return Prepared(self.preprocess(decoded.image), decoded.warnings)
+
+    def _chunk(self, pictures: Iterable[Callable[[], Prepared]], on_error: OnError) -> Chunk:
+        """Return one chunk of `prepared_chunks`.
 
         Args:
-            pictures: Each returns its pixel_values [3, height, width], or raises its error.
-            on_error: See `chunks`.
+            pictures: Each returns a picture, or raises its error.
+            on_error: See `prepared_chunks`.
         """
         errors: list[DefenseError | None] = []
-        prepared = []
+        prepared: list[Prepared] = []
         for picture in pictures:
             try:
                 prepared.append(picture())
@@ -169,13 +215,16 @@ class ZeroShotClassifier(ABC):
                 if on_error == "skip":
                     log.warning("skipped a picture: %s", error)
                 errors.append(error)
-        return errors, np.stack(prepared) if prepared else np.empty((0, 3, *self.preprocess.size), np.float32)
+        pixel_values = np.empty((0, 3, *self.preprocess.size), np.float32)
+        if prepared:
+            pixel_values = np.stack([picture.pixel_values for picture in prepared])
+        return Chunk(errors, pixel_values, [picture.warnings for picture in prepared])
 
     def stream(self, inputs: Iterable[Any], *, on_error: OnError = "raise", top_k: int | None = None) -> Iterator[Any]:
         """Yield a `Prediction` for each picture, or its error where `on_error` is "return".
 
-        One batch is in memory at a time. The labels are those that are set when this is called, whatever is set while
-        the stream runs.
+        One batch is in memory at a time. Warnings about pictures are logged, each kind once. The labels are those that
+        are set when this is called, whatever is set while the stream runs.
 
         Args:
             inputs: Pictures of any kind that `images.decode` takes.
@@ -184,23 +233,42 @@ class ZeroShotClassifier(ABC):
         """
         return self._stream(inputs, self._chosen(), on_error, top_k)
 
-    def _stream(self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None) -> Iterator[Any]:
+    def answers(
+        self, inputs: Iterable[Any], *, on_error: OnError = "return", top_k: int | None = None
+    ) -> Iterator[Answer]:
+        """Yield an `Answer` for each picture: what `stream` yields, and each picture's warnings, which it only logs.
+
+        Args:
+            inputs: Pictures of any kind that `images.decode` takes.
+            on_error: See `OnError`.
+            top_k: Only the best so many labels.
+        """
+        return self._checked_answers(inputs, self._chosen(), on_error, top_k)
+
+    def _checked_answers(
+        self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None
+    ) -> Iterator[Answer]:
         if on_error not in get_args(OnError):
             raise ConfigError(f"on_error={on_error!r}; it must be one of {', '.join(get_args(OnError))}")
         check_top_k(top_k)
-        return self._predictions(inputs, prompts, on_error, top_k)
+        return self._answers(inputs, prompts, on_error, top_k)
 
-    def _predictions(
+    def _answers(
         self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None
-    ) -> Iterator[Any]:
+    ) -> Iterator[Answer]:
         text_embeds = self._embeds_of(prompts)
-        for errors, pixel_values in self.chunks(inputs, on_error):
-            scores = iter(self.scores(self._encode_image(pixel_values), text_embeds) if len(pixel_values) else ())
+        for errors, pixel_values, warnings in self.prepared_chunks(inputs, on_error):
+            scores = self.scores(self._encode_image(pixel_values), text_embeds) if len(pixel_values) else ()
+            readable = zip(scores, warnings, strict=True)
             for error in errors:
                 if error is None:
-                    yield prediction_of(prompts.labels, next(scores), top_k)
+                    row, found = next(readable)
+                    yield Answer(prediction_of(prompts.labels, row, top_k), found)
                 elif on_error == "return":
-                    yield error
+                    yield Answer(None, error=error)
+
+    def _stream(self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None) -> Iterator[Any]:
+        return _logged(self._checked_answers(inputs, prompts, on_error, top_k))
 
     def __call__(
         self,
@@ -277,6 +345,14 @@ class ZeroShotClassifier(ABC):
             NonFiniteError: A pixel is NaN or infinite.
         """
         return self._encode_image(finite(pixel_values))
+
+
+def _logged(answers: Iterable[Answer]) -> Iterator[Any]:
+    """Yield the prediction or the error of each answer, and log each kind of warning once."""
+    notes = NoteLog()
+    for number, answer in enumerate(answers):
+        notes.add(f"picture {number}", answer.warnings)
+        yield answer.prediction if answer.error is None else answer.error
 
 
 def finite(pixel_values: np.ndarray) -> np.ndarray:

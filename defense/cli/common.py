@@ -7,13 +7,16 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from defense.data.sources import PICTURE_SUFFIXES
+from defense.data.images import DEFAULT_LIMITS
+from defense.data.listing import in_words
+from defense.data.sources import Picture, Pictures, open_pictures
 from defense.errors import CheckpointError, DefenseError, InvalidImageError, MissingDependencyError, NonFiniteError
 
 app = typer.Typer(
@@ -25,6 +28,7 @@ app = typer.Typer(
 stdout = Console()
 stderr = Console(stderr=True)
 
+MAX_PIXELS = DEFAULT_LIMITS.max_pixels
 EXIT_USAGE, EXIT_MISSING, EXIT_INPUTS, EXIT_ARTIFACT, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 
 # Options that several commands have.
@@ -35,6 +39,7 @@ DefenseSource = Annotated[str, typer.Option(help='"embedded", a folder, or a hub
 Model = Annotated[str, typer.Option(help="open_clip model.")]
 OtherModel = Annotated[str | None, typer.Option(help="open_clip model; by default the one the defense names.")]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")]
+MaxPixels = Annotated[int, typer.Option(min=1, help="Largest picture that is read, in pixels: width times height.")]
 Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')]
 
 
@@ -95,13 +100,28 @@ def check_pretrained(model: str | None, pretrained: str | None) -> None:
         )
 
 
-def expand(pictures: Sequence[Path]) -> Iterator[Path]:
-    """Yield files as they are, and the pictures below folders in sorted order."""
+def expand(pictures: Sequence[Path]) -> Iterator[Picture]:
+    """Yield the pictures of folders, tar and Parquet files, and other files as they are; say what was passed over.
+
+    The name of each is its path, or says which part of a file it is.
+    """
     for path in pictures:
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
-        else:
-            yield path
+        if not path.is_dir() and path.suffix.lower() not in (".tar", ".parquet"):
+            yield Picture(shown(path), 0, path)
+            continue
+        found = open_pictures([path])
+        folder = path if path.is_dir() else path.parent
+        for picture in found:
+            yield replace(
+                picture, name=shown(picture.source if isinstance(picture.source, Path) else folder / picture.name)
+            )
+        say_passed_over(found)
+
+
+def say_passed_over(pictures: Pictures) -> None:
+    """Say what was passed over when pictures were looked for, if anything was."""
+    if pictures.passed_over:
+        say(f"passed over: {in_words(pictures.passed_over)}")
 
 
 def shown(path: Path) -> str:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from PIL import ImageFile
+from PIL import Image, ImageFile
 
 Rest = Literal["whole", "zeros", "cut"]
 """All there; ends in zeros, which may be missing or black; certainly not all there."""
@@ -161,7 +161,7 @@ _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 """First column and row, and steps, of the passes of an interlaced PNG."""
 
 
-def lacks_rows(image: ImageFile.ImageFile, data: bytes) -> bool:
+def lacks_rows(image: Image.Image, data: bytes) -> bool:
     """Return whether a PNG's compressed data, sound as they are, end before its last row.
 
     Args:

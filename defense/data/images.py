@@ -64,7 +64,7 @@ class Limits:
     max_aspect: float = 50.0
 
 
-_DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = Limits()
 
 
 class Decoded(NamedTuple):
@@ -86,7 +86,7 @@ class Decoded(NamedTuple):
 def decode(
     source: object,
     *,
-    limits: Limits = _DEFAULT_LIMITS,
+    limits: Limits = DEFAULT_LIMITS,
     background: tuple[int, int, int] = (255, 255, 255),
     rotate: bool = True,
 ) -> Decoded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ _ALPHA_MODES = frozenset({"LA", "PA", "RGBA", "RGBa"})
 
 # Pillow leaves a PNG's transparent color at the depth of the file when it brings the pixels to 8 bits; for 1 bit up to
 # version 12.0.
-_KEY_TO_8_BITS = {
+_KEY_TO_8_BITS: dict[str, Callable[[int], int]] = {
     "1": lambda key: 255 * bool(key),
     "L;2": lambda key: key * 85,
     "L;4": lambda key: key * 17,
@@ -92,7 +93,9 @@ def _levels_of(image: Image.Image) -> list[Any]:
 
 def _brightest(image: Image.Image) -> int:
     """Return the highest level of all bands but alpha."""
-    return max(high for band, (_, high) in zip(image.getbands(), _levels_of(image), strict=True) if band not in "Aa")
+    return max(
+        int(high) for band, (_, high) in zip(image.getbands(), _levels_of(image), strict=True) if band not in "Aa"
+    )
 
 
 def _high_byte(image: Image.Image, bits: int) -> Image.Image:

@@ -369,13 +369,13 @@ class Breaking(io.RawIOBase):
         return part
 
 
-class Odd(Exception):
+class OddError(Exception):
     """Of a library that has exceptions of its own."""
 
 
 @pytest.mark.parametrize(
     "error",
-    [EOFError("cut"), Odd("strange"), RuntimeError(), KeyError("k"), OSError(5, "I/O"), zipfile.BadZipFile("b")],
+    [EOFError("cut"), OddError("strange"), RuntimeError(), KeyError("k"), OSError(5, "I/O"), zipfile.BadZipFile("b")],
 )
 def test_fault_91_whatever_a_stream_raises_is_one_invalid_image_error(error):
     found = refusal(Breaking(encoded(photograph(), "PNG")[:500], error))
@@ -424,7 +424,7 @@ def test_fault_91_objects_that_raise_when_asked_for_anything():
 
         @property
         def shape(self):
-            raise Odd
+            raise OddError
 
     released = memoryview(b"abc")
     released.release()
