@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,25 +106,15 @@ class BatchPredictor:
             ConfigError: See `check_columns`.
         """
         self.check_columns(batch)
-        others = {name: values for name, values in batch.items() if name != self.column}
-        return {**others, **self.answers(batch[self.column])}
-
-    def answers(self, cells: Sequence[Any], folder: Path | None = None) -> dict[str, np.ndarray]:
-        """Return the four columns of the answer to pictures.
-
-        Args:
-            cells: The pictures; see `cells.picture_in`.
-            folder: What paths in them are relative to, and must lie in; None takes them as they are.
-        """
         clf = self.classifier()
-        n = len(cells)
+        n = len(batch[self.column])
         labels = np.full(n, "", dtype=object)
         errors = np.full(n, "", dtype=object)
         scores = np.full(n, np.nan, np.float32)
         embeds = np.full((n, clf.bundle.text_embeds.shape[1]), np.nan, np.float32)
         classes, text_embeds = clf.classes_, clf.text_embeds()
         start = 0
-        for chunk in clf.prepared_chunks((picture_in(cell, folder) for cell in cells), "return"):
+        for chunk in clf.prepared_chunks(map(picture_in, batch[self.column]), "return"):
             rows = np.arange(start, start := start + len(chunk.errors))
             good = rows[[error is None for error in chunk.errors]]
             for row, error in zip(rows, chunk.errors, strict=True):
@@ -138,4 +127,5 @@ class BatchPredictor:
                 chunk_scores = clf.scores(embeds[good], text_embeds)
                 labels[good] = classes[chunk_scores.argmax(1)]
                 scores[good] = chunk_scores.max(1)
-        return dict(zip(self.answer_columns(), (labels, scores, embeds, errors), strict=True))
+        others = {name: values for name, values in batch.items() if name != self.column}
+        return {**others, **dict(zip(self.answer_columns(), (labels, scores, embeds, errors), strict=True))}
