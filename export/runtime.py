@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from defense.classify.zeroshot import Chunk, OnError, Prepared, ZeroShotClassifier, warn_of_unknown_words
+from defense.classify.zeroshot import Chunk, OnError, Pixels, ZeroShotClassifier, warn_of_unknown_words
 from defense.data import labels
 from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.labels import Prompts
@@ -226,7 +226,7 @@ class OnnxClassifier(ZeroShotClassifier):
             pool = self._pool
         iterator = iter(inputs)
 
-        def start() -> list[Future[Prepared]]:
+        def start() -> list[Future[Pixels]]:
             return [pool.submit(self._prepare, image) for image in itertools.islice(iterator, self.batch_size)]
 
         ahead = start()

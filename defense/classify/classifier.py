@@ -281,9 +281,9 @@ class RobustClassifier(ZeroShotClassifier):
             ConfigError: No labels are set.
         """
         prompts = self._chosen()
-        pixel_values, warnings = self._prepare(image)
-        NoteLog().add("the picture", warnings)
-        return Probe(self, prompts.labels, self._embeds_of(prompts), pixel_values[None])
+        pixels = self._prepare(image)
+        NoteLog().add("the picture", pixels.warnings)
+        return Probe(self, prompts.labels, self._embeds_of(prompts), np.asarray(pixels)[None])
 
     def latent_map(self, image: Any, hook_point: str, latent: int) -> np.ndarray:
         """Return a latent's activation at each patch of a picture in the plain network, float32 [rows, columns].

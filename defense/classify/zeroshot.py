@@ -60,11 +60,14 @@ class Chunk(NamedTuple):
     warnings: list[tuple[str, ...]]
 
 
-class Prepared(NamedTuple):
-    """One picture as the model reads it, [3, height, width], and its warnings."""
+class Pixels(np.ndarray):
+    """pixel_values [3, height, width] of one picture, and what there was to say about it.
 
-    pixel_values: np.ndarray
-    warnings: tuple[str, ...]
+    Attributes:
+        warnings: See `images.Decoded`.
+    """
+
+    warnings: tuple[str, ...] = ()
 
 
 class ZeroShotClassifier(ABC):
@@ -191,20 +194,22 @@ class ZeroShotClassifier(ABC):
             start += len(errors)
             yield errors, pixel_values
 
-    def _prepare(self, image: Any) -> Prepared:
+    def _prepare(self, image: Any) -> Pixels:
         """Return one picture as the model reads it."""
         decoded = images.decode(image, limits=self.limits)
-        return Prepared(self.preprocess(decoded.image), decoded.warnings)
+        pixels = self.preprocess(decoded.image).view(Pixels)
+        pixels.warnings = decoded.warnings
+        return pixels
 
-    def _chunk(self, pictures: Iterable[Callable[[], Prepared]], on_error: OnError) -> Chunk:
+    def _chunk(self, pictures: Iterable[Callable[[], Pixels]], on_error: OnError) -> Chunk:
         """Return one chunk of `prepared_chunks`.
 
         Args:
-            pictures: Each returns a picture, or raises its error.
+            pictures: Each returns the pixels of a picture, or raises its error.
             on_error: See `prepared_chunks`.
         """
         errors: list[DefenseError | None] = []
-        prepared: list[Prepared] = []
+        prepared: list[Pixels] = []
         for picture in pictures:
             try:
                 prepared.append(picture())
@@ -217,8 +222,8 @@ class ZeroShotClassifier(ABC):
                 errors.append(error)
         pixel_values = np.empty((0, 3, *self.preprocess.size), np.float32)
         if prepared:
-            pixel_values = np.stack([picture.pixel_values for picture in prepared])
-        return Chunk(errors, pixel_values, [picture.warnings for picture in prepared])
+            pixel_values = np.stack([np.asarray(pixels) for pixels in prepared])
+        return Chunk(errors, pixel_values, [pixels.warnings for pixels in prepared])
 
     def stream(self, inputs: Iterable[Any], *, on_error: OnError = "raise", top_k: int | None = None) -> Iterator[Any]:
         """Yield a `Prediction` for each picture, or its error where `on_error` is "return".
