@@ -248,7 +248,8 @@ class ZeroShotClassifier(ABC):
             on_error: See `OnError`.
             top_k: Only the best so many labels.
         """
-        return self._checked_answers(inputs, self._chosen(), on_error, top_k)
+        answers = self._checked_answers(inputs, self._chosen(), on_error, top_k)
+        return (answer for answer in answers if answer.error is None or on_error == "return")
 
     def _checked_answers(
         self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None
@@ -269,11 +270,11 @@ class ZeroShotClassifier(ABC):
                 if error is None:
                     row, found = next(readable)
                     yield Answer(prediction_of(prompts.labels, row, top_k), found)
-                elif on_error == "return":
+                else:
                     yield Answer(None, error=error)
 
     def _stream(self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None) -> Iterator[Any]:
-        return _logged(self._checked_answers(inputs, prompts, on_error, top_k))
+        return _logged(self._checked_answers(inputs, prompts, on_error, top_k), on_error)
 
     def __call__(
         self,
@@ -352,12 +353,15 @@ class ZeroShotClassifier(ABC):
         return self._encode_image(finite(pixel_values))
 
 
-def _logged(answers: Iterable[Answer]) -> Iterator[Any]:
-    """Yield the prediction or the error of each answer, and log each kind of warning once."""
+def _logged(answers: Iterable[Answer], on_error: OnError) -> Iterator[Any]:
+    """Yield the prediction of each answer, its error where those are returned, and log each kind of warning once."""
     notes = NoteLog()
     for number, answer in enumerate(answers):
         notes.add(f"picture {number}", answer.warnings)
-        yield answer.prediction if answer.error is None else answer.error
+        if answer.error is None:
+            yield answer.prediction
+        elif on_error == "return":
+            yield answer.error
 
 
 def finite(pixel_values: np.ndarray) -> np.ndarray:

@@ -101,21 +101,30 @@ def check_pretrained(model: str | None, pretrained: str | None) -> None:
 
 
 def expand(pictures: Sequence[Path]) -> Iterator[Picture]:
-    """Yield the pictures of folders, tar and Parquet files, and other files as they are; say what was passed over.
+    """Return the pictures of folders, tar and Parquet files, and other files as they are, each with its path as name.
 
-    The name of each is its path, or says which part of a file it is.
+    What was passed over is said behind each folder. Nothing is read yet but what is there.
+
+    Raises:
+        ConfigError: See `sources.open_pictures`.
     """
-    for path in pictures:
-        if not path.is_dir() and path.suffix.lower() not in (".tar", ".parquet"):
-            yield Picture(shown(path), 0, path)
-            continue
-        found = open_pictures([path])
-        folder = path if path.is_dir() else path.parent
-        for picture in found:
-            yield replace(
-                picture, name=shown(picture.source if isinstance(picture.source, Path) else folder / picture.name)
-            )
-        say_passed_over(found)
+    found = [
+        open_pictures([path]) if path.is_dir() or path.suffix.lower() in (".tar", ".parquet") else None
+        for path in pictures
+    ]
+
+    def each() -> Iterator[Picture]:
+        for path, source in zip(pictures, found, strict=True):
+            if source is None:
+                yield Picture(shown(path), 0, path)
+                continue
+            folder = path if path.is_dir() else path.parent
+            for picture in source:
+                where = picture.source if isinstance(picture.source, Path) else folder / picture.name
+                yield replace(picture, name=shown(where))
+            say_passed_over(source)
+
+    return each()
 
 
 def say_passed_over(pictures: Pictures) -> None:
