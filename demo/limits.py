@@ -56,7 +56,7 @@ _NOTES = {
     "tiny": "It is tiny: the model has very little to see.",
     "invisible": "Nothing in it can be seen: it is transparent, or white on nothing.",
     "dark": "It is nearly black: its 16-bit levels use less than a quarter of their range.",
-    "zeros": "The last part of the file is zeros: black, or never downloaded.",
+    "zeros": "The last part of the file is zeros: one flat color, or never downloaded.",
 }
 
 

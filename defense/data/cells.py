@@ -35,10 +35,12 @@ def picture_in(cell: Any, folder: Path | None = None) -> Any:
             writes a picture, of which the bytes count where there are some; or null.
         folder: What paths are relative to, and must lie in: that of the table's file. None takes them as they are.
     """
+    if hasattr(cell, "as_py"):  # a scalar of Arrow
+        cell = cell.as_py()
     if isinstance(cell, Mapping) and ("bytes" in cell or "path" in cell):
         data = cell.get("bytes")
         cell = data if data is not None else cell.get("path")
-    if cell is None:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):  # pandas writes null as NaN
         return Unreadable(InvalidImageError("empty", "the cell holds no picture: it is null"))
     if folder is not None and isinstance(cell, str) and not re.match(r"(?i)data:|[a-z][a-z0-9+.-]+://", cell):
         return _within(folder, cell)

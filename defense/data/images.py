@@ -75,8 +75,8 @@ class Decoded(NamedTuple):
         warnings: What makes the answer doubtful, of the keys of `notes.NOTES`: "animated" (only the first frame was
             read), "exif_ignored" (its orientation is unreadable), "tiny" (the shorter side has fewer than 16 pixels),
             "invisible" (it is as good as transparent, or of the background's color where it is not), "dark" (stored in
-            16 bits of which the upper two are never used) and "zeros" (the last part of its file is zeros: black, or
-            never written).
+            16 bits of which the upper two are never used) and "zeros" (the last part of its file is zeros: one flat
+            color, or never written).
     """
 
     image: Image.Image

@@ -15,7 +15,7 @@ NOTES = {
     "tiny": "it is fewer than 16 pixels wide or high",
     "invisible": "nothing in it can be seen: it is transparent, or of the color of the background",
     "dark": "its 16-bit samples use less than a quarter of their range: 8 to 14 bits, perhaps, which want scaling",
-    "zeros": "the last part of its file is zeros: black, or never downloaded",
+    "zeros": "the last part of its file is zeros: one flat color, or never downloaded",
 }
 """Warnings of `images.decode`, in words."""
 

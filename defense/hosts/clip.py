@@ -17,6 +17,7 @@ import numpy as np
 
 from defense.data.images import decode
 from defense.data.labels import Prompts, encode_prompts
+from defense.data.notes import NoteLog
 from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, ConfigError, MissingDependencyError
@@ -176,7 +177,9 @@ class Clip:
 
         if not 0 <= latent < sae.config.d_sae:
             raise ConfigError(f"there is no latent {latent}; this SAE has latents 0 to {sae.config.d_sae - 1}")
-        pixel_values = self.preprocess(decode(image).image)[None]
+        decoded = decode(image)
+        NoteLog().add("the picture", decoded.warnings)
+        pixel_values = self.preprocess(decoded.image)[None]
         with torch.inference_mode(), self.undefended():
             resid = self.tower.resid(pixel_values, hook_point)[0]
             acts = sae.encode(resid[self.tower.n_prefix :])[:, latent]

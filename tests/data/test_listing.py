@@ -281,5 +281,6 @@ def test_cells_that_are_pictures_pass_as_they_are():
     assert picture_in("a/../b.png") == "a/../b.png"
     assert picture_in({"path": "a.png"}) == "a.png"
     assert isinstance(picture_in(None), Unreadable)
+    assert isinstance(picture_in(float("nan")), Unreadable)
     again = picture_in(picture_in(None))
     assert isinstance(again, Unreadable)
