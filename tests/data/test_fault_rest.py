@@ -121,7 +121,7 @@ def test_fault_83_dark_pictures_are_not_taken_for_half_ones(format, options):
     lamp = Image.new("RGB", (96, 64))
     lamp.paste(photograph(10, 10), (40, 27))
     for image in (letterboxed, lamp, Image.new("RGB", (96, 64))):
-        decode(encoded(image, format, **options))
+        assert decode(encoded(image, format, **options)).warnings == ()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (600, 400), (2000, 1500)])

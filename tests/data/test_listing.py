@@ -173,6 +173,7 @@ def test_fault_94_labels_follow_their_picture_through_dots(tmp_path):
         {"a.mask.png": png(0), "a.png": png(7)},
         {"a.image.png": png(7), "a.mask.png": png(0), "a.depth.tiff": png(0)},
         {"a.seg.png": png(0), "a.color.png": png(7)},
+        {"img.0001.png": png(7), "img.0001.seg.png": png(0)},
     ],
 )
 def test_fault_94_a_mask_does_not_replace_the_picture(tmp_path, members):
