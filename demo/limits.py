@@ -52,12 +52,15 @@ _SAYS = {
     "url_not_supported": "Addresses are not fetched; upload the file itself.",
     "not_found": "There is no such file; upload it first.",
 }
-_WANTED = " Want a JPEG, PNG, WebP, GIF, BMP or TIFF file."
+_WANTED = " Want a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or PPM file."
 
 _NOTES = {
     "animated": "Animated: only the first frame is used.",
     "exif_ignored": "Its EXIF data is damaged, so it may lie on its side.",
     "tiny": "It is tiny: the model has very little to see.",
+    "invisible": "Nothing in it can be seen: it is transparent, or white on nothing.",
+    "dark": "It is nearly black: its 16-bit levels use less than a quarter of their range.",
+    "zeros": "The last part of the file is zeros: one flat color, or never downloaded.",
 }
 
 

@@ -10,15 +10,20 @@ It is small until it is used: the session is built in the process that calls it,
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from defense.data.cells import picture_in
+from defense.data.notes import NoteLog
 from defense.errors import ConfigError, InvalidImageError
 from defense.export.runtime import OnnxClassifier
 
 __all__ = ["BatchPredictor"]
+
+ANSWERS = ("label", "score", "embedding", "error")
+"""The columns of an answer, without prefix."""
 
 
 class BatchPredictor:
@@ -27,7 +32,9 @@ class BatchPredictor:
     Args:
         source: The bundle's folder, as the workers see it.
         candidate_labels: What to classify into; by default what is baked in.
-        column: Where a batch holds its pictures: encoded bytes, paths, or uint8 arrays of shape (height, width, 3).
+        column: Where a batch holds its pictures: encoded bytes, paths, uint8 arrays of shape (height, width, 3), PIL
+            images, or mappings of "bytes" and "path" as HF datasets store a picture.
+        prefix: Stands before the names of the answer's columns, for batches that have columns of these names.
         options: For `OnnxClassifier`.
     """
 
@@ -37,16 +44,22 @@ class BatchPredictor:
         candidate_labels: Sequence[str] | None = None,
         *,
         column: str = "bytes",
+        prefix: str = "",
         **options: Any,
     ) -> None:
         self.source = os.fspath(source)
         self.candidate_labels = None if candidate_labels is None else tuple(candidate_labels)
         self.column = column
+        self.prefix = prefix
         self.options = options
         self._clf: OnnxClassifier | None = None
+        self._notes = NoteLog()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_clf": None}
+        return {name: value for name, value in vars(self).items() if name not in ("_clf", "_notes")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _clf=None, _notes=NoteLog())
 
     def classifier(self) -> OnnxClassifier:
         """Return the classifier of this process, built on first use."""
@@ -56,23 +69,43 @@ class BatchPredictor:
                 self._clf.set_labels(self.candidate_labels)
         return self._clf
 
+    def answer_columns(self) -> tuple[str, ...]:
+        """Return the names of the columns of an answer: label, score, embedding and error, in this order."""
+        return tuple(self.prefix + name for name in ANSWERS)
+
+    def check_columns(self, names: Iterable[str]) -> None:
+        """Check the columns of a batch.
+
+        Raises:
+            ConfigError: The one with the pictures is missing, or the answer would replace one.
+        """
+        names = list(names)
+        if self.column not in names:
+            raise ConfigError(f"the batch has the columns {sorted(names)}; the pictures should be in {self.column!r}")
+        lost = sorted(set(self.answer_columns()).intersection(names) - {self.column})
+        if lost:
+            raise ConfigError(
+                f"the answer would replace the columns {', '.join(lost)} of the batch; pass a prefix for its own, e.g. "
+                "prefix='clip_' (--prefix clip_), or rename those"
+            )
+
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the batch without its pictures and with four columns more.
 
-        A picture that cannot be read has the label "", a score and an embedding of NaN, and its error's code.
+        A picture that cannot be read has the label "", a score and an embedding of NaN, and its error's code. Warnings
+        about pictures are logged, each kind once.
 
         Args:
             batch: Column -> one value per row.
 
         Returns:
             The other columns as they are; "label" [n], "score" float32 [n], "embedding" float32 [n, d_embed], "error"
-            [n], "" where there is none.
+            [n], "" where there is none; each name with the prefix before it.
 
         Raises:
-            ConfigError: There is no such column.
+            ConfigError: See `check_columns`.
         """
-        if self.column not in batch:
-            raise ConfigError(f"the batch has the columns {sorted(batch)}; the pictures should be in {self.column!r}")
+        self.check_columns(batch)
         clf = self.classifier()
         n = len(batch[self.column])
         labels = np.full(n, "", dtype=object)
@@ -81,16 +114,18 @@ class BatchPredictor:
         embeds = np.full((n, clf.bundle.text_embeds.shape[1]), np.nan, np.float32)
         classes, text_embeds = clf.classes_, clf.text_embeds()
         start = 0
-        for chunk_errors, pixel_values in clf.chunks(batch[self.column], "return"):
-            rows = np.arange(start, start := start + len(chunk_errors))
-            good = rows[[error is None for error in chunk_errors]]
-            for row, error in zip(rows, chunk_errors, strict=True):
+        for chunk in clf.prepared_chunks(map(picture_in, batch[self.column]), "return"):
+            rows = np.arange(start, start := start + len(chunk.errors))
+            good = rows[[error is None for error in chunk.errors]]
+            for row, error in zip(rows, chunk.errors, strict=True):
                 if error is not None:
                     errors[row] = error.code if isinstance(error, InvalidImageError) else type(error).__name__
+            for row, notes in zip(good, chunk.warnings, strict=True):
+                self._notes.add(f"row {row} of a batch", notes)
             if len(good):
-                embeds[good] = clf.encode_pixels(pixel_values)
+                embeds[good] = clf.encode_pixels(chunk.pixel_values)
                 chunk_scores = clf.scores(embeds[good], text_embeds)
                 labels[good] = classes[chunk_scores.argmax(1)]
                 scores[good] = chunk_scores.max(1)
         others = {name: values for name, values in batch.items() if name != self.column}
-        return {**others, "label": labels, "score": scores, "embedding": embeds, "error": errors}
+        return {**others, **dict(zip(self.answer_columns(), (labels, scores, embeds, errors), strict=True))}

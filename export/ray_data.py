@@ -2,10 +2,11 @@
 
     python -m defense.export.ray_data IN OUT --bundle BUNDLE --workers 8
 
-Needs `pip install "clip-defense[onnx]" "ray[data]"`. IN is a folder of pictures, or of Parquet files with a column of
-encoded pictures. The work is cut into shards, which are the same in every run. Whoever works on a shard writes its
-result under a temporary name and then gives it its own: a killed worker leaves nothing half-done, Ray starts another
-one, and a run that was stopped goes on where it was.
+Needs `pip install "clip-defense[onnx]" "ray[data]"`. IN is a folder of pictures, of Parquet files with a column of
+pictures, or of WebDataset tars. The work is cut into shards, named after all that decides a result: the bundle, labels
+and columns, and the names, sizes and times of the files. Whoever works on a shard writes its result under a temporary
+name and then gives it its own: a killed worker leaves nothing half-done, Ray starts another one, and a run that was
+stopped goes on where it was. Results of other pictures, labels or bundles in OUT are moved to OUT/.superseded.
 """
 
 from __future__ import annotations
@@ -14,53 +15,118 @@ import argparse
 import hashlib
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from defense.data.sources import PICTURE_SUFFIXES
+from defense.data.cells import picture_in
+from defense.data.images import DEFAULT_LIMITS, Limits
+from defense.data.listing import in_words, list_files
+from defense.data.shards import TarShard
+from defense.data.sources import name_below
+from defense.errors import ConfigError, DefenseError
 from defense.export.batch import BatchPredictor
-from defense.store.folders import replacing
+from defense.store.defenses import MANIFEST
+from defense.store.folders import replacing, sha256_of
+
+log = logging.getLogger(__name__)
+
+_FILE = "file"
+"""Column with the name of a picture that does not come from a table."""
+_SUPERSEDED = ".superseded"
 
 
-def list_shards(source: Path, rows: int) -> list[dict[str, Any]]:
-    """Return what to do, in pieces whose names depend on the input alone.
+def list_shards(source: Path, rows: int, predictor: BatchPredictor | None = None) -> list[dict[str, Any]]:
+    """Return what to do, in pieces whose names depend on all that decides their results.
 
     Args:
-        source: A folder with Parquet files, or else with pictures at any depth.
+        source: A folder with pictures at any depth, or with Parquet files, or with tars.
         rows: Pictures per shard.
+        predictor: What will be asked, which is a part of the names; without one they depend on the input alone.
 
     Returns:
-        For each {"name", "parquet": path or "", "row_group", "files": paths below `source`}. A shard of Parquet is one
-        row group.
+        For each {"name", "parquet": path or "", "row_group", "files": paths below `source`, "tar": path or ""}. A shard
+        of Parquet is one row group, and a tar is one shard.
+
+    Raises:
+        ConfigError: There are no pictures or several kinds of files, or a table's columns do not do; see
+            `BatchPredictor.check_columns`.
     """
+    listing = list_files(source)
+    kind, files = listing.of_one_kind()
+    if listing.passed_over:
+        log.warning("passed over: %s", in_words(listing.passed_over))
+    job = {} if predictor is None else _job(predictor)
     shards = []
-    if tables := sorted(source.rglob("*.parquet")):
-        for table in tables:
-            name = table.relative_to(source).as_posix()
-            for group in range(pq.ParquetFile(table).num_row_groups):
-                shards.append({"name": _name(f"{name}#{group}"), "parquet": name, "row_group": group, "files": []})
-        return shards
-    files = sorted(
-        path.relative_to(source).as_posix() for path in source.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES
-    )
-    for start in range(0, len(files), rows):
-        chosen = files[start : start + rows]
-        shards.append({"name": _name("\n".join(chosen)), "parquet": "", "row_group": 0, "files": chosen})
+
+    def add(chosen: Sequence[Path], row_group: int = 0, **more: Any) -> None:
+        states = [(_relative(file, source), file.stat()) for file in chosen]
+        content = [job, row_group, [(name, state.st_size, state.st_mtime_ns) for name, state in states]]
+        name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        fields: dict[str, Any] = {"parquet": "", "row_group": row_group, "files": [], "tar": "", **more}
+        shards.append({"name": f"part-{name}.parquet", **fields})
+
+    if kind == "pictures":
+        for start in range(0, len(files), rows):
+            chosen = files[start : start + rows]
+            add(chosen, files=[_relative(file, source) for file in chosen])
+    for file in files if kind != "pictures" else ():
+        if kind == "tar":
+            add([file], tar=_relative(file, source))
+            continue
+        with _table(file) as table:
+            if predictor is not None:
+                predictor.check_columns(table.schema_arrow.names)
+            for group in range(table.num_row_groups):
+                add([file], group, parquet=_relative(file, source))
     return shards
 
 
-def _name(content: str) -> str:
-    return f"part-{hashlib.sha256(content.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.parquet"
+def _relative(file: Path, source: Path) -> str:
+    return file.relative_to(source).as_posix() if file != source else file.name
+
+
+def _job(predictor: BatchPredictor) -> dict[str, Any]:
+    """Return what decides the answers, apart from the pictures."""
+    return {
+        "bundle": sha256_of(Path(predictor.source) / MANIFEST),  # it lists the hash of every other file
+        "labels": predictor.candidate_labels,
+        "columns": [predictor.column, *predictor.answer_columns()],
+        "limits": repr(predictor.options.get("limits", DEFAULT_LIMITS)),
+    }
+
+
+def _table(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"{file} cannot be read as Parquet: {error}") from error
 
 
 def pending(shards: Sequence[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     """Return the shards whose result is not there yet."""
     return [shard for shard in shards if not (out / shard["name"]).exists()]
+
+
+def set_aside(shards: Sequence[dict[str, Any]], out: Path) -> int:
+    """Move results that belong to none of the shards out of the way, and return how many those were.
+
+    They are of other pictures, labels or another bundle: whoever reads the folder would take them for answers.
+    """
+    current = {shard["name"] for shard in shards}
+    others = [file for file in out.glob("part-*.parquet") if file.name not in current]
+    for file in others:
+        (out / _SUPERSEDED).mkdir(exist_ok=True)
+        file.replace(out / _SUPERSEDED / file.name)
+    if others:
+        log.warning("%d results of other pictures, labels or bundles are now in %s", len(others), out / _SUPERSEDED)
+    return len(others)
 
 
 class ShardWorker:
@@ -77,36 +143,67 @@ class ShardWorker:
         self.source, self.out, self.predictor, self.batch = source, out, predictor, batch
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        """Write the result of a shard, if it has a row, and return its name and counts."""
+        """Write the result of a shard and return its name and counts.
+
+        Args:
+            shard: One of `list_shards`, or {"json": one of them}, since Ray would guess types for its fields.
+        """
+        if "json" in shard:
+            shard = json.loads(shard["json"])
         done = {"name": shard["name"], "rows": 0, "errors": 0}
-        tables = self._answers(shard)
-        first = next(tables, None)
-        if first is None:
-            return done
-        with replacing(self.out / shard["name"]) as partial, pq.ParquetWriter(partial, first.schema) as writer:
-            for table in itertools.chain([first], tables):
-                writer.write_table(table)
-                done["rows"] += len(table)
-                done["errors"] += sum(error != "" for error in table["error"].to_pylist())
+        schema, batches = self._read(shard)
+        for name, kind in zip(self.predictor.answer_columns(), _ANSWER_TYPES, strict=True):
+            schema = schema.append(pa.field(name, kind))
+        with replacing(self.out / shard["name"]) as partial, pq.ParquetWriter(partial, schema) as writer:
+            for others, cells in batches:
+                answers = self.predictor({self.predictor.column: cells})
+                *_, errors = answers.values()
+                writer.write_table(pa.Table.from_arrays([*others, *_arrow(answers)], schema=schema))
+                done["rows"] += len(cells)
+                done["errors"] += sum(error != "" for error in errors)
         return done
 
-    def _answers(self, shard: dict[str, Any]) -> Iterator[pa.Table]:
-        """Yield the predictor's answers to the batches of a shard."""
-        for columns in self._batches(shard):
-            answer = self.predictor(columns)
-            answer["embedding"] = list(answer["embedding"])
-            yield pa.table({name: pa.array(values) for name, values in answer.items()})
+    def _read(self, shard: dict[str, Any]) -> tuple[pa.Schema, Iterator[tuple[list[pa.Array], list[Any]]]]:
+        """Return the schema of a shard without its pictures, and its batches: the other columns, and the pictures."""
+        if shard["parquet"]:
+            return self._read_table(shard)
+        if shard.get("tar"):
+            members = ((picture.name, picture.open()) for picture in TarShard(self.source / shard["tar"]).pictures())
+        else:
+            paths = (self.source / file for file in shard["files"])
+            members = ((name_below(path, self.source), path) for path in paths)
+        return pa.schema([(_FILE, pa.string())]), self._named(members)
 
-    def _batches(self, shard: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the columns of at most `batch` rows of a shard at a time."""
-        if not shard["parquet"]:
-            for start in range(0, len(shard["files"]), self.batch):
-                files = list(shard["files"][start : start + self.batch])
-                yield {"file": files, self.predictor.column: [self.source / file for file in files]}
-            return
-        table = pq.ParquetFile(self.source / shard["parquet"])
-        for batch in table.iter_batches(self.batch, row_groups=[shard["row_group"]]):
-            yield batch.to_pydict()
+    def _named(self, members: Iterator[tuple[str, Any]]) -> Iterator[tuple[list[pa.Array], list[Any]]]:
+        while part := list(itertools.islice(members, self.batch)):
+            yield [pa.array([name for name, _ in part], pa.string())], [source for _, source in part]
+
+    def _read_table(self, shard: dict[str, Any]) -> tuple[pa.Schema, Iterator[tuple[list[pa.Array], list[Any]]]]:
+        """Read a row group. Columns pass through as Arrow has them: a batch alone does not show their types."""
+        path = self.source / shard["parquet"]
+        table, folder = _table(path), path.parent
+        schema = table.schema_arrow.remove_metadata()  # it describes a table with pictures
+        self.predictor.check_columns(schema.names)
+        at = schema.get_field_index(self.predictor.column)
+
+        def batches() -> Iterator[tuple[list[pa.Array], list[Any]]]:
+            for batch in table.iter_batches(self.batch, row_groups=[shard["row_group"]]):
+                columns = list(batch.columns)
+                cells = [picture_in(cell, folder) for cell in columns[at].to_pylist()]
+                yield columns[:at] + columns[at + 1 :], cells
+
+        return schema.remove(at), batches()
+
+
+_ANSWER_TYPES = (pa.string(), pa.float32(), pa.list_(pa.float32()), pa.string())
+
+
+def _arrow(answers: dict[str, np.ndarray]) -> list[pa.Array]:
+    """Return the columns of an answer in Arrow's form."""
+    labels, scores, embeds, errors = answers.values()
+    offsets = np.arange(len(embeds) + 1, dtype=np.int32) * embeds.shape[1]
+    listed = pa.ListArray.from_arrays(offsets, embeds.ravel())
+    return [pa.array(labels, pa.string()), pa.array(scores), listed, pa.array(errors, pa.string())]
 
 
 def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, rows: int) -> dict[str, int]:
@@ -121,15 +218,19 @@ def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, row
     """
     import ray
 
+    if out.is_relative_to(source) and source.is_dir():
+        raise ConfigError(f"OUT {out} lies in IN {source}: the next run would read the answers; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     for left_behind in out.glob(".*.partial"):  # by a worker that was killed
         left_behind.unlink()
-    shards = list_shards(source, rows)
+    shards = list_shards(source, rows, predictor)
+    set_aside(shards, out)
     todo = pending(shards, out)
     done = {"shards": len(shards), "worked_on": len(todo), "rows": 0, "errors": 0}
     if todo:
         worker: Any = ShardWorker  # a class is what `map` starts actors of; Ray's annotation knows functions only
-        dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
+        items = [{"json": json.dumps(shard)} for shard in todo]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
             worker, fn_constructor_args=(source, out, predictor), concurrency=workers, num_cpus=1
         )
         for result in dataset.iter_rows():
@@ -141,19 +242,28 @@ def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, row
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print what was done as JSON, and return the exit code: 4 where some pictures could not be read."""
     parser = argparse.ArgumentParser(prog="python -m defense.export.ray_data", description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="folder of pictures, or of Parquet files")
+    parser.add_argument("source", type=Path, help="folder of pictures, of Parquet files or of tars")
     parser.add_argument("out", type=Path, help="folder for the answers")
     parser.add_argument("--bundle", type=Path, required=True, help="what `defense export` wrote")
     parser.add_argument("--column", default="bytes", help="column of the pictures in Parquet (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=1000, help="pictures per output file (default: %(default)s)")
+    parser.add_argument("--prefix", default="", help="before the names of the columns with the answers")
+    parser.add_argument(
+        "--max-pixels", type=int, default=DEFAULT_LIMITS.max_pixels, help="largest picture that is read"
+    )
     arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     predictor = BatchPredictor(
-        arguments.bundle.resolve(), column=arguments.column, session_options={"intra_op_num_threads": 1}
-    )
-    done = run(
-        arguments.source.resolve(), arguments.out.resolve(), predictor, workers=arguments.workers, rows=arguments.rows
-    )
+        arguments.bundle.resolve(), column=arguments.column, prefix=arguments.prefix,
+        limits=Limits(max_pixels=arguments.max_pixels), session_options={"intra_op_num_threads": 1},
+    )  # fmt: skip
+    source, out = arguments.source.resolve(), arguments.out.resolve()
+    try:
+        done = run(source, out, predictor, workers=arguments.workers, rows=arguments.rows)
+    except (DefenseError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     sys.stdout.write(json.dumps(done) + "\n")
     return 4 if done["errors"] else 0
 

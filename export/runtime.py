@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from defense.classify.zeroshot import OnError, ZeroShotClassifier, warn_of_unknown_words
+from defense.classify.zeroshot import Chunk, OnError, Pixels, ZeroShotClassifier, warn_of_unknown_words
 from defense.data import labels
+from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.labels import Prompts
 from defense.data.locks import fork_safe_lock
 from defense.data.preprocess import Preprocess
@@ -56,6 +57,7 @@ class OnnxClassifier(ZeroShotClassifier):
         verify: "sha256" checks every byte of the bundle; "size" only the sizes.
         strength: Factor on what the defense removes, in [0, 1]. 0 switches it off: the answers are those of the CLIP
             without its defense, as near as `bundle.parity["plain_diff"]` says.
+        limits: What pictures are accepted.
 
     Attributes:
         bundle: What is in the folder.
@@ -76,9 +78,10 @@ class OnnxClassifier(ZeroShotClassifier):
         batch_size: int = 32,
         verify: Verify = "sha256",
         strength: float = 1.0,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.bundle = bundle.load(source, verify=verify)
-        super().__init__(batch_size, self.bundle.prompts)
+        super().__init__(batch_size, self.bundle.prompts, limits)
         self.source, self.verify = source, verify
         self.providers = None if providers is None else tuple(providers)
         self.session_options = dict(session_options or {})
@@ -275,9 +278,9 @@ class OnnxClassifier(ZeroShotClassifier):
 
     # --- images ---
 
-    def chunks(
+    def prepared_chunks(
         self, inputs: Iterable[Any], on_error: OnError = "raise", batch_size: int | None = None
-    ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
+    ) -> Iterator[Chunk]:
         """Yield as the base class says, pictures being decoded by several threads, one chunk ahead of the graph."""
         self._own_process()
         with self._lock:
@@ -286,7 +289,7 @@ class OnnxClassifier(ZeroShotClassifier):
             pool = self._pool
         iterator = iter(inputs)
 
-        def start() -> list[Future[np.ndarray]]:
+        def start() -> list[Future[Pixels]]:
             return [
                 pool.submit(self._prepare, image) for image in itertools.islice(iterator, batch_size or self.batch_size)
             ]

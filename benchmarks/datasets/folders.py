@@ -31,7 +31,7 @@ from defense.benchmarks.datasets.files import (
     read_text,
     require_folder,
 )
-from defense.data.images import decode
+from defense.data.images import DEFAULT_LIMITS, decode
 from defense.data.labels import TEMPLATES, resolve_templates
 from defense.data.sources import PICTURE_SUFFIXES
 from defense.errors import ConfigError, InvalidImageError
@@ -70,6 +70,8 @@ class Member:
     size: int
 
     def _bytes(self) -> bytes:
+        if self.size > DEFAULT_LIMITS.max_bytes:  # asked before reading: a header states any size
+            raise InvalidImageError("too_large", f"{self.tar} has a picture of {self.size} bytes; shrink it")
         try:
             with self.tar.open("rb") as stream:
                 stream.seek(self.offset)

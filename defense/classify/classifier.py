@@ -18,8 +18,9 @@ import numpy as np
 
 from defense.data import images, labels
 from defense.data.labels import Prompts
+from defense.data.notes import NoteLog
 from defense.data.preprocess import Preprocess
-from defense.errors import CheckpointError, ConfigError, DefenseError
+from defense.errors import CheckpointError, ConfigError
 from defense.hosts.clip import EMBEDDED, Clip, load_clip, load_clip_of, names_clip
 from defense.hosts.controls import Controls, applied
 from defense.hosts.defense import ClipId, Defense, Site, check_own_model
@@ -32,7 +33,7 @@ from defense.store.ready import cached_defense, keep, listed_defense
 
 from .explanation import Explanation, account
 from .inputs import batched, check_top_k, finite
-from .zeroshot import OnError, Prediction, ZeroShotClassifier, prediction_of, warn_of_unknown_words
+from .zeroshot import Chunk, OnError, Prediction, ZeroShotClassifier, prediction_of, warn_of_unknown_words
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,7 @@ class RobustClassifier(ZeroShotClassifier):
         allow_mismatch: See `wrap`.
         batch_size: Pictures decoded and encoded at once.
         backend: See `wrap`.
+        limits: What pictures are accepted.
 
     Raises:
         ConfigError, ShapeError, HookPointError, BackendError: See `wrap`.
@@ -74,10 +76,11 @@ class RobustClassifier(ZeroShotClassifier):
         allow_mismatch: bool = False,
         batch_size: int = 32,
         backend: Backend = "auto",
+        limits: images.Limits = images.DEFAULT_LIMITS,
     ) -> None:
         from defense.hosts.attach import is_wrapped, wrap
 
-        super().__init__(batch_size)
+        super().__init__(batch_size, limits=limits)
         if not isinstance(clip, Clip):
             raise ConfigError(
                 f"clip is a {type(clip).__name__}; want a Clip, as load_clip(...) returns it. RobustClassifier."
@@ -132,6 +135,7 @@ class RobustClassifier(ZeroShotClassifier):
         allow_mismatch: bool = False,
         batch_size: int = 32,
         backend: Backend = "auto",
+        limits: images.Limits = images.DEFAULT_LIMITS,
     ) -> RobustClassifier:
         """Load a defense and the CLIP that it was fitted on.
 
@@ -154,6 +158,7 @@ class RobustClassifier(ZeroShotClassifier):
             allow_mismatch: See `wrap`.
             batch_size: Pictures decoded and encoded at once.
             backend: See `wrap`.
+            limits: What pictures are accepted.
 
         Raises:
             ConfigError: `pretrained` without `model`, an embedded defense for another model, a set that the defense
@@ -178,7 +183,7 @@ class RobustClassifier(ZeroShotClassifier):
             )
         if sets is not None:
             defense = defense.only(*sets)
-        return cls(clip, defense, allow_mismatch=allow_mismatch, batch_size=batch_size, backend=backend)
+        return cls(clip, defense, allow_mismatch=allow_mismatch, batch_size=batch_size, backend=backend, limits=limits)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write the defense as a folder that `from_pretrained` takes, and return it; the CLIP's weights are not in it.
@@ -269,10 +274,10 @@ class RobustClassifier(ZeroShotClassifier):
             with active:
                 return self.clip.image_embeds(pixel_values).cpu().numpy()
 
-    def chunks(
+    def prepared_chunks(
         self, inputs: Iterable[Any], on_error: OnError = "raise", batch_size: int | None = None
-    ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
-        """Yield (errors, pixel_values) of up to `batch_size` pictures at a time; see the base class."""
+    ) -> Iterator[Chunk]:
+        """Yield up to `batch_size` pictures at a time; see the base class."""
         for chunk in batched(inputs, batch_size or self.batch_size):
             yield self._chunk((partial(self._prepare, image) for image in chunk), on_error)
 
@@ -304,7 +309,7 @@ class RobustClassifier(ZeroShotClassifier):
         import torch
 
         check_top_k(top_k)
-        decoded = images.decode(image)
+        decoded = images.decode(image, limits=self.limits)
         pixel_values = self.clip.preprocess(decoded.image)[None]
         prompts = self._chosen()
         text_embeds = self._embeds_of(prompts)
@@ -364,7 +369,9 @@ class RobustClassifier(ZeroShotClassifier):
             ConfigError: No labels are set.
         """
         prompts = self._chosen()
-        return Probe(self, prompts.labels, self._embeds_of(prompts), self._prepare(image)[None])
+        pixels = self._prepare(image)
+        NoteLog().add("the picture", pixels.warnings)
+        return Probe(self, prompts.labels, self._embeds_of(prompts), np.asarray(pixels)[None])
 
     def latent_map(self, image: Any, hook_point: str, latent: int) -> np.ndarray:
         """Return a latent's activation at each patch of a picture in the plain network, float32 [rows, columns].

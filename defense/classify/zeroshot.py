@@ -10,13 +10,14 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 
 from defense.data import images, labels
 from defense.data.labels import Prompts
 from defense.data.locks import fork_safe_lock
+from defense.data.notes import NoteLog
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, DefenseError, NonFiniteError
 
@@ -34,6 +35,44 @@ _MAX_LABEL_BYTES = 256 * 2**20
 """Of the embeddings of labels that are kept; those that were used last stay."""
 
 
+class Answer(NamedTuple):
+    """What there is to say about one picture.
+
+    Attributes:
+        prediction: The labels with their scores; None where the picture cannot be read.
+        warnings: What makes the prediction doubtful; see `images.Decoded`.
+        error: Why the picture cannot be read, or None.
+    """
+
+    prediction: Prediction | None
+    warnings: tuple[str, ...] = ()
+    error: DefenseError | None = None
+
+
+class Chunk(NamedTuple):
+    """Some pictures, prepared.
+
+    Attributes:
+        errors: For each picture None or its error.
+        pixel_values: Of those without one, float32 [n_readable, 3, height, width], in order.
+        warnings: Of the same; see `images.Decoded`.
+    """
+
+    errors: list[DefenseError | None]
+    pixel_values: np.ndarray
+    warnings: list[tuple[str, ...]]
+
+
+class Pixels(np.ndarray):
+    """pixel_values [3, height, width] of one picture, and what there was to say about it.
+
+    Attributes:
+        warnings: See `images.Decoded`.
+    """
+
+    warnings: tuple[str, ...] = ()
+
+
 class ZeroShotClassifier(Estimator):
     """A zero-shot classifier without its towers: a subclass says how pictures and texts are embedded.
 
@@ -42,14 +81,18 @@ class ZeroShotClassifier(Estimator):
     Args:
         batch_size: Pictures decoded and encoded at once.
         prompts: Labels set from the start.
+        limits: What pictures are accepted.
 
     Raises:
         ConfigError: `batch_size` is no integer, or below 1.
     """
 
-    def __init__(self, batch_size: int, prompts: Prompts | None = None) -> None:
+    def __init__(
+        self, batch_size: int, prompts: Prompts | None = None, limits: images.Limits = images.DEFAULT_LIMITS
+    ) -> None:
         self.batch_size = batch_size
         self.prompts = prompts
+        self.limits = limits
         self._text_embeds: dict[str, np.ndarray] = {}
         self._lock = fork_safe_lock()
 
@@ -101,19 +144,15 @@ class ZeroShotClassifier(Estimator):
         """
 
     @abstractmethod
-    def chunks(
+    def prepared_chunks(
         self, inputs: Iterable[Any], on_error: OnError = "raise", batch_size: int | None = None
-    ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
-        """Yield (errors, pixel_values) of up to `batch_size` pictures at a time.
+    ) -> Iterator[Chunk]:
+        """Yield up to `batch_size` pictures at a time, prepared.
 
         Args:
             inputs: Pictures of any kind that `images.decode` takes.
             on_error: "raise" the first error; "skip" logs each, "return" does not, and both yield it.
             batch_size: By default the classifier's own.
-
-        Yields:
-            For each picture None or its error; and the pixel_values of those without one, float32
-            [n_readable, 3, height, width], in order.
         """
 
     # --- labels ---
@@ -197,21 +236,35 @@ class ZeroShotClassifier(Estimator):
             scores: np.ndarray = weights / weights.sum(1, keepdims=True)
         return finite(scores, "scores")
 
-    def _prepare(self, image: Any) -> np.ndarray:
-        """Return pixel_values [3, height, width] of one picture."""
-        return self.preprocess(images.decode(image).image)
+    def chunks(
+        self, inputs: Iterable[Any], on_error: OnError = "raise"
+    ) -> Iterator[tuple[list[DefenseError | None], np.ndarray]]:
+        """Yield errors and pixel_values as `prepared_chunks` does; warnings are logged, each kind once."""
+        notes = NoteLog()
+        start = 0
+        for errors, pixel_values, warnings in self.prepared_chunks(inputs, on_error):
+            rows = (row for row, error in enumerate(errors, start) if error is None)
+            for row, found in zip(rows, warnings, strict=True):
+                notes.add(f"picture {row}", found)
+            start += len(errors)
+            yield errors, pixel_values
 
-    def _chunk(
-        self, pictures: Iterable[Callable[[], np.ndarray]], on_error: OnError
-    ) -> tuple[list[DefenseError | None], np.ndarray]:
-        """Return one chunk of `chunks`.
+    def _prepare(self, image: Any) -> Pixels:
+        """Return one picture as the model reads it."""
+        decoded = images.decode(image, limits=self.limits)
+        pixels = self.preprocess(decoded.image).view(Pixels)
+        pixels.warnings = decoded.warnings
+        return pixels
+
+    def _chunk(self, pictures: Iterable[Callable[[], Pixels]], on_error: OnError) -> Chunk:
+        """Return one chunk of `prepared_chunks`.
 
         Args:
-            pictures: Each returns its pixel_values [3, height, width], or raises its error.
-            on_error: See `chunks`.
+            pictures: Each returns the pixels of a picture, or raises its error.
+            on_error: See `prepared_chunks`.
         """
         errors: list[DefenseError | None] = []
-        prepared = []
+        prepared: list[Pixels] = []
         for picture in pictures:
             try:
                 prepared.append(picture())
@@ -222,13 +275,16 @@ class ZeroShotClassifier(Estimator):
                 if on_error == "skip":
                     log.warning("skipped a picture: %s", error)
                 errors.append(error)
-        return errors, np.stack(prepared) if prepared else np.empty((0, 3, *self.preprocess.size), np.float32)
+        pixel_values = np.empty((0, 3, *self.preprocess.size), np.float32)
+        if prepared:
+            pixel_values = np.stack([np.asarray(pixels) for pixels in prepared])
+        return Chunk(errors, pixel_values, [pixels.warnings for pixels in prepared])
 
     def stream(self, inputs: Iterable[Any], *, on_error: OnError = "raise", top_k: int | None = None) -> Iterator[Any]:
         """Yield a `Prediction` for each picture, or its error where `on_error` is "return".
 
-        One batch is in memory at a time. The labels are those that are set when this is called, whatever is set while
-        the stream runs.
+        One batch is in memory at a time. Warnings about pictures are logged, each kind once. The labels are those that
+        are set when this is called, whatever is set while the stream runs.
 
         Args:
             inputs: Pictures of any kind that `images.decode` takes.
@@ -237,35 +293,52 @@ class ZeroShotClassifier(Estimator):
         """
         return self._stream(inputs, self._chosen(), on_error, top_k)
 
-    def _stream(
+    def answers(
+        self, inputs: Iterable[Any], *, on_error: OnError = "return", top_k: int | None = None
+    ) -> Iterator[Answer]:
+        """Yield an `Answer` for each picture: what `stream` yields, and each picture's warnings, which it only logs.
+
+        Args:
+            inputs: Pictures of any kind that `images.decode` takes.
+            on_error: See `OnError`.
+            top_k: Only the best so many labels.
+        """
+        answers = self._checked_answers(inputs, self._chosen(), on_error, top_k)
+        return (answer for answer in answers if answer.error is None or on_error == "return")
+
+    def _checked_answers(
         self,
         inputs: Iterable[Any],
         prompts: Prompts,
         on_error: OnError,
         top_k: int | None,
         batch_size: int | None = None,
-    ) -> Iterator[Any]:
+    ) -> Iterator[Answer]:
         if on_error not in get_args(OnError):
             raise ConfigError(f"on_error={on_error!r}; it must be one of {', '.join(get_args(OnError))}")
         check_top_k(top_k)
         if batch_size is not None:
             check_count("batch_size", batch_size)
-        return self._predictions(inputs, prompts, on_error, top_k, batch_size)
-
-    def _predictions(
-        self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None, batch_size: int | None
-    ) -> Iterator[Any]:
-        text_embeds = self._embeds_of(prompts)
-        for errors, pixel_values in self.chunks(inputs, on_error, batch_size):
-            answers = iter(self._answers(pixel_values, text_embeds, on_error) if len(pixel_values) else ())
-            for error in errors:
-                answer = next(answers) if error is None else error
-                if not isinstance(answer, DefenseError):
-                    yield prediction_of(prompts.labels, answer, top_k)
-                elif on_error == "return":
-                    yield answer
+        return self._answers(inputs, prompts, on_error, top_k, batch_size)
 
     def _answers(
+        self, inputs: Iterable[Any], prompts: Prompts, on_error: OnError, top_k: int | None, batch_size: int | None
+    ) -> Iterator[Answer]:
+        text_embeds = self._embeds_of(prompts)
+        for errors, pixel_values, warnings in self.prepared_chunks(inputs, on_error, batch_size):
+            scored = self._scored(pixel_values, text_embeds, on_error) if len(pixel_values) else ()
+            readable = zip(scored, warnings, strict=True)
+            for error in errors:
+                if error is not None:
+                    yield Answer(None, error=error)
+                    continue
+                row, found = next(readable)
+                if isinstance(row, DefenseError):
+                    yield Answer(None, found, row)
+                else:
+                    yield Answer(prediction_of(prompts.labels, row, top_k), found)
+
+    def _scored(
         self, pixel_values: np.ndarray, text_embeds: np.ndarray, on_error: OnError
     ) -> Iterator[np.ndarray | NonFiniteError]:
         """Yield scores [n_labels] of each row, or the error of one that the model makes NaN or infinity of."""
@@ -282,6 +355,16 @@ class ZeroShotClassifier(Estimator):
             if on_error == "skip":
                 log.warning("skipped a picture: %s", error)
             yield error
+
+    def _stream(
+        self,
+        inputs: Iterable[Any],
+        prompts: Prompts,
+        on_error: OnError,
+        top_k: int | None,
+        batch_size: int | None = None,
+    ) -> Iterator[Any]:
+        return _logged(self._checked_answers(inputs, prompts, on_error, top_k, batch_size), on_error)
 
     def __call__(
         self,
@@ -379,6 +462,17 @@ class ZeroShotClassifier(Estimator):
         if len(pixels) == 0:  # a picture tells how wide an embedding is
             return self._encode_image(np.zeros((1, *pixels.shape[1:]), np.float32), **how)[:0]
         return finite(self._encode_image(pixels, **how), "image_embeds")
+
+
+def _logged(answers: Iterable[Answer], on_error: OnError) -> Iterator[Any]:
+    """Yield the prediction of each answer, its error where those are returned, and log each kind of warning once."""
+    notes = NoteLog()
+    for number, answer in enumerate(answers):
+        notes.add(f"picture {number}", answer.warnings)
+        if answer.error is None:
+            yield answer.prediction
+        elif on_error == "return":
+            yield answer.error
 
 
 def warn_of_unknown_words(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +15,11 @@ from rich.table import Table
 from defense.classify.zeroshot import OnError
 from defense.cli.common import (
     EXIT_INPUTS,
+    MAX_PIXELS,
     Device,
     Labels,
     LabelsFile,
+    MaxPixels,
     OtherModel,
     Pretrained,
     Template,
@@ -33,12 +36,15 @@ from defense.cli.common import (
     stdout,
 )
 from defense.data import images
+from defense.data.notes import NOTES
 from defense.errors import InvalidImageError
 
 if TYPE_CHECKING:
     from defense.classify.classifier import RobustClassifier
     from defense.classify.explanation import Explanation
     from defense.classify.zeroshot import Prediction
+    from defense.data.sources import Picture
+    from defense.export.runtime import OnnxClassifier
 
 _PROGRESS_FROM = 20
 
@@ -46,7 +52,8 @@ _PROGRESS_FROM = 20
 @app.command()
 def classify(
     pictures: Annotated[
-        list[Path] | None, typer.Argument(help="Files or folders. By default the pictures that ship with the package.")
+        list[Path] | None,
+        typer.Argument(help="Pictures; folders, .tar or .parquet files with some. By default the shipped examples."),
     ] = None,
     labels: Labels = None,
     labels_file: LabelsFile = None,
@@ -61,6 +68,7 @@ def classify(
     strength: Annotated[
         float | None, typer.Option(min=0, max=1, help="Of a bundle: factor on what is removed; 0 is plain CLIP.")
     ] = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:
     """Classify pictures with plain and with defended CLIP, side by side."""
@@ -68,40 +76,50 @@ def classify(
     with exit_codes():
         from defense.classify.classifier import RobustClassifier
         from defense.export import bundle
+        from defense.export.runtime import OnnxClassifier
         from defense.hosts.clip import EMBEDDED
 
         check_pretrained(model, pretrained, None if plain else defense)
-        paths = _example_pictures() if not pictures else list(expand(pictures))
-        if not paths:
-            raise typer.BadParameter(f"no pictures in {', '.join(map(str, pictures or []))}")
+        limits = images.Limits(max_pixels=max_pixels)
+        found = expand(pictures or _example_pictures())
         if bundle.is_bundle(defense):
             if plain or model is not None:
                 raise typer.BadParameter(
                     "a bundle holds one defended model; --plain and --model do not go with it, --strength 0 does"
                 )
             given = None if labels is None and labels_file is None else chosen_labels(labels, labels_file, False)
-            _classify_with_bundle(
-                defense, paths, given, template, strength, as_json=as_json, on_error=on_error, top_k=top_k
-            )
+            bundled = OnnxClassifier(defense, strength=1.0 if strength is None else strength, limits=limits)
+            if given is not None:
+                bundled.set_labels(given, template)
+            _exit(*_classify_with_bundle(bundled, found, as_json=as_json, on_error=on_error, top_k=top_k))
             return
         if strength is not None:
             raise typer.BadParameter("--strength is a bundle's; a defense is shown beside plain CLIP, or see --plain")
         uses_embedded = defense == EMBEDDED and model in (None, EMBEDDED)
         chosen = chosen_labels(labels, labels_file, uses_embedded, defense)
         if plain:
-            clf = _undefended(defense, model, pretrained, device)
+            clf = _undefended(defense, model, pretrained, device, limits)
         else:
-            clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device=device)
+            clf = RobustClassifier.from_pretrained(
+                defense, model=model, pretrained=pretrained, device=device, limits=limits
+            )
         clf.set_labels(chosen, template)
-        n_failed = _classify_all(clf, paths, as_json=as_json, on_error=on_error, top_k=top_k)
+        counts = _classify_all(clf, found, as_json=as_json, on_error=on_error, top_k=top_k)
         if not pictures and not as_json:
             _print_next_step()
-        if n_failed:
-            say(f"{n_failed} of {len(paths)} pictures could not be read")
-            raise typer.Exit(EXIT_INPUTS)
+        _exit(*counts)
 
 
-def _undefended(defense: str, model: str | None, pretrained: str | None, device: str) -> RobustClassifier:
+def _exit(n_pictures: int, n_failed: int) -> None:
+    """Leave with the exit code for pictures that could not be read, if there are some."""
+    if n_failed:
+        say(f"{n_failed} of {n_pictures} pictures could not be read")
+        raise typer.Exit(EXIT_INPUTS)
+
+
+def _undefended(
+    defense: str, model: str | None, pretrained: str | None, device: str, limits: images.Limits
+) -> RobustClassifier:
     """Return the stock CLIP that was given, or the one that a defense names."""
     from defense.classify.classifier import RobustClassifier
     from defense.hosts.clip import load_clip
@@ -110,82 +128,83 @@ def _undefended(defense: str, model: str | None, pretrained: str | None, device:
     if model is None:
         spec = find_defense(defense).clip
         model, pretrained = spec.model, spec.pretrained
-    return RobustClassifier(load_clip(model, pretrained, device=device))
+    return RobustClassifier(load_clip(model, pretrained, device=device), limits=limits)
 
 
 def _example_pictures() -> list[Path]:
     return sorted((Path(__file__).parents[1] / "embedded" / "examples").glob("*.png"))
 
 
-def _classify_all(clf: RobustClassifier, paths: Sequence[Path], *, as_json: bool, on_error: OnError, top_k: int) -> int:
-    """Print an answer per picture; return how many could not be read."""
-    n_failed = 0
-    show_progress = len(paths) >= _PROGRESS_FROM and stderr.is_terminal
-    with Progress(console=stderr, disable=not show_progress, transient=True) as progress:
-        for path in progress.track(paths, description="classifying"):
+def _classify_all(
+    clf: RobustClassifier, pictures: Iterable[Picture], *, as_json: bool, on_error: OnError, top_k: int
+) -> tuple[int, int]:
+    """Print an answer per picture; return how many there were and how many could not be read."""
+    n = n_failed = 0
+    with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
+        bar = progress.add_task("classifying", total=None, visible=False)
+        for picture in pictures:
+            n += 1
+            progress.update(bar, completed=n, description=f"classifying {n}", visible=n >= _PROGRESS_FROM)
             try:
-                _classify_one(clf, path, as_json=as_json, top_k=top_k)
+                _classify_one(clf, picture, as_json=as_json, top_k=top_k)
             except InvalidImageError as error:
                 if on_error == "raise":
                     raise
                 n_failed += 1
-                say(f"{shown(path)}: {error}", "red")
-                if on_error == "return":
-                    print_json({"file": shown(path), "error": {"code": error.code, "message": error.message}})
-    return n_failed
+                _print_error(picture, error, on_error)
+    return n, n_failed
 
 
-def _classify_one(clf: RobustClassifier, path: Path, *, as_json: bool, top_k: int) -> None:
+def _print_error(picture: Picture, error: InvalidImageError, on_error: OnError) -> None:
+    say(f"{picture.name}: {error}", "red")
+    if on_error == "return":
+        print_json({"file": picture.name, "error": {"code": error.code, "message": error.message}})
+
+
+def _classify_one(clf: RobustClassifier, picture: Picture, *, as_json: bool, top_k: int) -> None:
     """Print the answer for one picture: both sides, or stock CLIP's alone where there is no defense."""
     if clf.defense is not None:
-        explanation = clf.explain(path, top_k=top_k)
+        explanation = clf.explain(picture.open(), top_k=top_k)
         if as_json:
-            print_json({"file": shown(path), **_json_of(explanation)})
+            print_json({"file": picture.name, **_json_of(explanation)})
         else:
-            print_explanation(path, explanation)
+            print_explanation(Path(picture.name), explanation)
         return
-    decoded = images.decode(path)
-    plain = clf(decoded.image, top_k=top_k)
+    (answer,) = clf.answers([picture.open()], on_error="raise", top_k=top_k)
     if as_json:
-        print_json({"file": shown(path), "plain": plain, "warnings": list(decoded.warnings)})
+        print_json({"file": picture.name, "plain": answer.prediction, "warnings": list(answer.warnings)})
     else:
-        _print_table(path, {"plain CLIP": plain})
+        _print_table(Path(picture.name), {"plain CLIP": answer.prediction or []})
+        _print_notes(answer.warnings)
 
 
 def _classify_with_bundle(
-    folder: str,
-    paths: Sequence[Path],
-    chosen: Sequence[str] | None,
-    template: str,
-    strength: float | None,
-    *,
-    as_json: bool,
-    on_error: OnError,
-    top_k: int,
-) -> None:
-    """Print an answer per picture, without torch."""
-    from defense.export.runtime import OnnxClassifier
-
-    clf = OnnxClassifier(folder, strength=1.0 if strength is None else strength)
-    if chosen is not None:
-        clf.set_labels(chosen, template)
-    n_failed = 0
-    answers = clf.stream(paths, on_error="raise" if on_error == "raise" else "return", top_k=top_k)
-    for path, answer in zip(paths, answers, strict=True):
-        if isinstance(answer, InvalidImageError):
+    clf: OnnxClassifier, pictures: Iterable[Picture], *, as_json: bool, on_error: OnError, top_k: int
+) -> tuple[int, int]:
+    """Print an answer per picture, without torch; return how many there were and how many could not be read."""
+    n = n_failed = 0
+    named, opened = itertools.tee(pictures)
+    answers = clf.answers(
+        (picture.open() for picture in opened), on_error="raise" if on_error == "raise" else "return", top_k=top_k
+    )
+    for picture, answer in zip(named, answers, strict=True):
+        n += 1
+        if isinstance(answer.error, InvalidImageError):
             n_failed += 1
-            say(f"{shown(path)}: {answer}", "red")
-            if on_error == "return":
-                print_json({"file": shown(path), "error": {"code": answer.code, "message": answer.message}})
+            _print_error(picture, answer.error, on_error)
         elif as_json:
-            print_json({"file": shown(path), "robust": answer})
+            print_json({"file": picture.name, "robust": answer.prediction, "warnings": list(answer.warnings)})
         else:
-            put(shown(Path(path.name)), "bold")
-            for row in answer:
+            put(Path(picture.name).name, "bold")
+            for row in answer.prediction or ():
                 put(f"  {100 * row['score']:5.1f} %  {row['label']}")
-    if n_failed:
-        say(f"{n_failed} of {len(paths)} pictures could not be read")
-        raise typer.Exit(EXIT_INPUTS)
+            _print_notes(answer.warnings)
+    return n, n_failed
+
+
+def _print_notes(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        say(f"  note: {NOTES[warning]} ({warning})")
 
 
 def _json_of(explanation: Explanation) -> dict[str, Any]:
@@ -201,6 +220,7 @@ def print_explanation(path: Path, explanation: Explanation) -> None:
     """Print both answers side by side, and what was removed in a line."""
     _print_table(path, {"plain CLIP": explanation.plain, "defended": explanation.robust})
     put(f"  {_what_was_removed(explanation)}\n")
+    _print_notes(explanation.warnings)
 
 
 def _print_table(path: Path, answers: dict[str, Prediction]) -> None:

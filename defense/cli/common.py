@@ -7,13 +7,16 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from defense.data.sources import PICTURE_SUFFIXES
+from defense.data.images import DEFAULT_LIMITS
+from defense.data.listing import in_words
+from defense.data.sources import Picture, Pictures, open_pictures
 from defense.errors import CheckpointError, DefenseError, InvalidImageError, MissingDependencyError, NonFiniteError
 
 app = typer.Typer(
@@ -25,6 +28,7 @@ app = typer.Typer(
 stdout = Console()
 stderr = Console(stderr=True)
 
+MAX_PIXELS = DEFAULT_LIMITS.max_pixels
 EXIT_USAGE, EXIT_MISSING, EXIT_INPUTS, EXIT_ARTIFACT, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 
 # Options that several commands have.
@@ -35,6 +39,7 @@ DefenseSource = Annotated[str, typer.Option(help='"embedded", a folder, or a hub
 Model = Annotated[str, typer.Option(help='open_clip model, or "transformers:" and a folder or hub id.')]
 OtherModel = Annotated[str | None, typer.Option(help="The same; by default the one that the defense names.")]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")]
+MaxPixels = Annotated[int, typer.Option(min=1, help="Largest picture that is read, in pixels: width times height.")]
 Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')]
 
 
@@ -132,13 +137,37 @@ def check_pretrained(model: str | None, pretrained: str | None, defense: str | N
         check_own_model(defense, model, pretrained)
 
 
-def expand(pictures: Sequence[Path]) -> Iterator[Path]:
-    """Yield files as they are, and the pictures below folders in sorted order."""
-    for path in pictures:
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
-        else:
-            yield path
+def expand(pictures: Sequence[Path]) -> Iterator[Picture]:
+    """Return the pictures of folders, tar and Parquet files, and other files as they are, each with its path as name.
+
+    What was passed over is said behind each folder. Nothing is read yet but what is there.
+
+    Raises:
+        ConfigError: See `sources.open_pictures`.
+    """
+    found = [
+        open_pictures([path]) if path.is_dir() or path.suffix.lower() in (".tar", ".parquet") else None
+        for path in pictures
+    ]
+
+    def each() -> Iterator[Picture]:
+        for path, source in zip(pictures, found, strict=True):
+            if source is None:
+                yield Picture(shown(path), 0, path)
+                continue
+            folder = path if path.is_dir() else path.parent
+            for picture in source:
+                where = picture.source if isinstance(picture.source, Path) else folder / picture.name
+                yield replace(picture, name=shown(where))
+            say_passed_over(source)
+
+    return each()
+
+
+def say_passed_over(pictures: Pictures) -> None:
+    """Say what was passed over when pictures were looked for, if anything was."""
+    if pictures.passed_over:
+        say(f"passed over: {in_words(pictures.passed_over)}")
 
 
 def shown(path: Path) -> str:

@@ -19,6 +19,7 @@ from defense.cli.common import (
     exit_codes,
     put,
     say,
+    say_passed_over,
     stderr,
 )
 
@@ -75,6 +76,7 @@ def describe(
         for table in catalogues:
             n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
             put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
+        say_passed_over(source)
         if unreadable:
             say(f"{len(unreadable)} pictures could not be read and were left out")
             raise typer.Exit(EXIT_INPUTS)

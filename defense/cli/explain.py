@@ -13,10 +13,12 @@ from PIL import Image
 
 from defense.cli.classify import print_explanation
 from defense.cli.common import (
+    MAX_PIXELS,
     DefenseSource,
     Device,
     Labels,
     LabelsFile,
+    MaxPixels,
     OtherModel,
     Pretrained,
     Template,
@@ -51,6 +53,7 @@ def explain(
     pretrained: Pretrained = None,
     strength: Annotated[float, typer.Option(min=0, max=1, help="Factor on what is removed; 0 is stock CLIP.")] = 1.0,
     edit: Annotated[Removal | None, typer.Option(help="In place of each latent set's own.")] = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:
     """Write what the defense removed from a picture, and where, to one HTML file or PNG that needs nothing else."""
@@ -70,8 +73,11 @@ def explain(
         if bundle.is_bundle(defense):
             raise typer.BadParameter("a bundle cannot explain itself; give the defense that it was exported from")
         chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED))
-        decoded = images.decode(picture)
-        clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device=device)
+        limits = images.Limits(max_pixels=max_pixels)
+        decoded = images.decode(picture, limits=limits)
+        clf = RobustClassifier.from_pretrained(
+            defense, model=model, pretrained=pretrained, device=device, limits=limits
+        )
         clf.set_labels(chosen, template)
         catalogues = _catalogues_of(clf, defense)
         controls = Controls(strength=strength, edit=edit)

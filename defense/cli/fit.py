@@ -23,6 +23,7 @@ from defense.cli.common import (
     exit_codes,
     put,
     say,
+    say_passed_over,
     shown,
 )
 from defense.core.latents import Removal, Scope
@@ -287,8 +288,11 @@ def _material(clf: RobustClassifier, source: _Source, opened: Metadata | Picture
     if not isinstance(opened, Pictures):
         return from_pictures.metadata_material(clf, opened, n=n, seed=seed)
     if source.spurious is None:
-        return from_pictures.text_material(clf, opened, n=n, seed=seed)
-    return from_pictures.spurious_material(clf, opened, _split(source.spurious), n=n, seed=seed)
+        material = from_pictures.text_material(clf, opened, n=n, seed=seed)
+    else:
+        material = from_pictures.spurious_material(clf, opened, _split(source.spurious), n=n, seed=seed)
+    say_passed_over(opened)
+    return material
 
 
 def _record(task: FitTask, answers: Sequence[str], template: str, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from defense.cli.common import (
     exit_codes,
     put,
     say,
+    say_passed_over,
     stderr,
 )
 from defense.core.config import Variant
@@ -104,6 +105,7 @@ def train(
                 checkpoint.save(trained, out)
                 state.unlink(missing_ok=True)  # only now: it is all there is until the SAE is on disk
                 _print_training(trained.provenance)
+                say_passed_over(source)
         if stream.unreadable and world.is_first:  # torchrun ends the others as soon as one gives an error code
             say(f"{len(stream.unreadable)} pictures could not be read and were left out")
             raise typer.Exit(EXIT_INPUTS)

@@ -7,55 +7,34 @@ the array that the image tower reads.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import inspect
 import io
 import os
 import re
 import stat
+import types
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, cast
+from urllib.parse import unquote_to_bytes
 
-import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 
 from defense.errors import ConfigError, InvalidImageError
 
+from .arrays import checked_array, is_array
+from .complete import lacks_rows, rest_of
+from .formats import FORMATS, diagnosis, truncated
+from .levels import bring_key_to_8_bits, stored_bits, to_rgb
 from .locks import fork_safe_lock
 
 __all__ = ["Decoded", "Limits", "decode"]
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ACCEPTED = "a path, bytes, a binary file object, a PIL image or a uint8 array of shape (height, width, 3)"
-
-# What the first bytes are, to say why a file was refused; Pillow itself decides which of `_FORMATS` it opens.
-_SIGNATURES = {
-    "JPEG": rb"\xff\xd8\xff",
-    "PNG": rb"\x89PNG\r\n\x1a\n",
-    "WEBP": rb"RIFF.{4}WEBP",
-    "GIF": rb"GIF8[79]a",
-    "BMP": rb"BM.{4}\0{4}",
-    "TIFF": rb"II[*+]\0|MM\0[*+]",
-    "HEIC": rb".{4}ftyp(hei|hev|mif1|msf1)",
-    "AVIF": rb".{4}ftypavi[fs]",
-    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
-    "JPEG XL": rb"\0\0\0\x0cJXL |\xff\x0a",
-    "SVG": rb"(\xef\xbb\xbf)?\s*(<\?xml.*?|<!--.*?|<!DOCTYPE svg.*?)?<svg",
-    "EPS": rb"%!PS|\xc5\xd0\xd3\xc6",
-    "WMF": rb"\xd7\xcd\xc6\x9a|\x01\0{3}.{36} EMF",
-    "PSD": rb"8BPS",
-    "FITS": rb"SIMPLE  =",
-    "ICO": rb"\0\0[\1\2]\0",
-    "PDF": rb"%PDF",
-}
-_HINTS = {"HEIC": "or open it with pillow-heif and hand over the PIL image"}
-
-_OPAQUE_MODES = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"})
-_ALPHA_MODES = frozenset({"LA", "PA", "RGBA", "RGBa"})
-
-# Pillow leaves a PNG's transparent color at the depth of the file when it brings the pixels to 8 bits.
-_KEY_TO_8_BITS = {"L;2": lambda key: key * 85, "L;4": lambda key: key * 17, "RGB;16B": lambda key: key >> 8}
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -85,7 +64,7 @@ class Limits:
     max_aspect: float = 50.0
 
 
-_DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = Limits()
 
 
 class Decoded(NamedTuple):
@@ -93,8 +72,11 @@ class Decoded(NamedTuple):
 
     Attributes:
         image: Upright, opaque, loaded; mode RGB, without metadata, shared with nothing.
-        warnings: Any of "animated" (only the first frame was read), "exif_ignored" (its orientation is unreadable) and
-            "tiny" (the shorter side has fewer than 16 pixels).
+        warnings: What makes the answer doubtful, of the keys of `notes.NOTES`: "animated" (only the first frame was
+            read), "exif_ignored" (its orientation is unreadable), "tiny" (the shorter side has fewer than 16 pixels),
+            "invisible" (it is as good as transparent, or of the background's color where it is not), "dark" (stored in
+            16 bits of which the upper two are never used) and "zeros" (the last part of its file is zeros: one flat
+            color, or never written).
     """
 
     image: Image.Image
@@ -104,18 +86,19 @@ class Decoded(NamedTuple):
 def decode(
     source: object,
     *,
-    limits: Limits = _DEFAULT_LIMITS,
+    limits: Limits = DEFAULT_LIMITS,
     background: tuple[int, int, int] = (255, 255, 255),
     rotate: bool = True,
 ) -> Decoded:
     """Return the picture as upright RGB, or raise one `InvalidImageError`.
 
-    JPEG, PNG, WebP, GIF, BMP and TIFF are read, of several frames the first. Transparent pixels show the background
-    and nothing of the color stored under them. 16-bit samples keep their high byte; color profiles are ignored.
+    JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and PPM are read, of several frames the first. Transparent pixels show the
+    background and nothing of the color stored under them. 16-bit samples keep their high byte; color profiles are
+    ignored. A file that is not all there is refused, also where `PIL.ImageFile.LOAD_TRUNCATED_IMAGES` is set.
 
     Args:
-        source: A path, bytes, a binary file object (read from where it stands), a PIL image (the frame it stands at) or
-            a uint8 array of shape (height, width, 3).
+        source: A path, a `data:` URL, bytes, a binary file object (read from where it stands), a PIL image (the frame
+            it stands at) or a uint8 array of shape (height, width, 3).
         limits: Checked before anything is decoded.
         background: Red, green and blue, 0 to 255, put under transparent pixels.
         rotate: False leaves the pixels as stored, as open_clip does, instead of turning them upright by EXIF. (Pillow
@@ -127,12 +110,14 @@ def decode(
     """
     if len(background) != 3 or not all(isinstance(level, int) and 0 <= level <= 255 for level in background):
         raise ConfigError(f"background is {background!r}; want three integers from 0 to 255")
-    name = _name_of(source)
-    data, notes = b"", []
-    if isinstance(source, np.ndarray) or (hasattr(source, "shape") and hasattr(source, "dtype")):
-        source = Image.fromarray(_checked_array(source, name))
-    elif not isinstance(source, Image.Image):
-        data = _read(source, name, limits.max_bytes)
+    name, notes, data = _name_of(source), [], b""
+    with _one_error(name, b""):
+        if is_array(source):
+            source = Image.fromarray(checked_array(source, name))
+        elif isinstance(source, Image.Image):
+            data = _bytes_behind(source, limits.max_bytes)
+        else:
+            data = _read(source, name, limits.max_bytes)
     with _one_error(name, data):
         if isinstance(source, Image.Image):
             image = source
@@ -140,12 +125,15 @@ def decode(
         else:
             image, is_animated = _open(data, name, limits)
             notes += ["animated"] * is_animated
+        bits = stored_bits(image)
         if isinstance(image, ImageFile.ImageFile):
-            _bring_key_to_8_bits(image)
-        # A TIFF goes on reading tags while it loads, and Pillow complains about them there.
-        with _silence() if image.format == "TIFF" else nullcontext():
-            image.load()
-        rgb = _to_rgb(image, name, background)
+            notes += _notes_on_rest(image, data, name)
+            bring_key_to_8_bits(image)
+        _load(image)
+        if image.format == "PNG" and data and lacks_rows(image, data):
+            raise truncated(name)
+        rgb, more = to_rgb(image, name, background, bits)
+        notes += more
         if rotate:
             orientation = _orientation(image)
             if orientation is None:
@@ -165,43 +153,11 @@ def _name_of(source: object) -> str:
     return f"the given {type(source).__module__.partition('.')[0]}.{type(source).__name__}".replace("builtins.", "")
 
 
-def _checked_array(array: Any, name: str) -> np.ndarray:
-    """Return the array if it is a picture: uint8 of shape (height, width, 3)."""
-    shape, dtype = tuple(array.shape), str(array.dtype)
-    if isinstance(array, np.ndarray) and array.dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and array.size:
-        return array
-    if not isinstance(array, np.ndarray):
-        advice = "hand over the file, or .permute(1, 2, 0).cpu().numpy() of a uint8 picture in CHW order"
-    elif array.dtype.kind == "f":
-        advice = _float_advice(array)
-    elif array.dtype != np.uint8:
-        advice = "cast levels of 0 to 255 with .astype(numpy.uint8)"
-    elif len(shape) == 2:
-        advice = "for gray levels use numpy.stack([array] * 3, axis=-1); palette indices are no picture"
-    elif len(shape) == 3 and shape[2] == 4:
-        advice = "hand over PIL.Image.fromarray(array), so that its transparency is seen to"
-    elif len(shape) == 3 and shape[0] == 3:
-        advice = "it looks like CHW: use .transpose(1, 2, 0)"
-    else:
-        advice = "hand over one picture at a time"
-    raise InvalidImageError(
-        "bad_array", f"{name} is {dtype} of shape {shape}; want uint8 of shape (height, width, 3); {advice}"
-    )
-
-
-def _float_advice(array: np.ndarray) -> str:
-    """Return what to do with a float array, by the range of its values."""
-    low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
-    if low >= 0 and high <= 1:
-        return "values from 0 to 1: use (array * 255).round().astype(numpy.uint8)"
-    if low >= 0 and high <= 255:
-        return "values from 0 to 255: use .round().astype(numpy.uint8)"
-    return f"values from {low:.3g} to {high:.3g} look normalized already: hand over the picture itself"
-
-
 def _read(source: object, name: str, max_bytes: int) -> bytes:
-    """Return the bytes of a path, a buffer or a binary file object, 1 to `max_bytes` of them."""
-    if isinstance(source, (str, os.PathLike)):
+    """Return the bytes of a path, a `data:` URL, a buffer or a binary file object, 1 to `max_bytes` of them."""
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        data = _read_data_url(source, name, max_bytes)
+    elif isinstance(source, (str, os.PathLike)):
         data = _read_file(source, name, max_bytes)
     elif isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
@@ -216,9 +172,25 @@ def _read(source: object, name: str, max_bytes: int) -> bytes:
     return data
 
 
+def _read_data_url(url: str, name: str, max_bytes: int) -> bytes:
+    """Return what a `data:` URL (RFC 2397) holds. It is no address: nothing is fetched."""
+    head, comma, body = url.partition(",")
+    if not comma:
+        raise InvalidImageError("corrupt", f"{name} is a data: URL without a comma; want data:image/png;base64,...")
+    if len(body) > 4 * max_bytes:  # of a percent-encoded byte, three characters; base64 takes fewer
+        raise _too_many_bytes(name, max_bytes)
+    data = unquote_to_bytes(body)
+    if not head.rstrip().lower().endswith(";base64"):
+        return data
+    try:
+        return base64.b64decode(b"".join(data.split()), validate=True)
+    except binascii.Error as error:
+        raise InvalidImageError("corrupt", f"{name} is no base64 ({error}); encode the file's bytes again") from error
+
+
 def _read_file(path: str | os.PathLike[str], name: str, max_bytes: int) -> bytes:
     """Return the bytes of a regular file, refusing a large one unread."""
-    if isinstance(path, str) and re.match(r"(?i)[a-z][a-z0-9+.-]+://|data:", path):
+    if isinstance(path, str) and re.match(r"(?i)[a-z][a-z0-9+.-]+://", path):
         raise InvalidImageError("url_not_supported", f"{name} is a URL; nothing is fetched: hand over its bytes")
     try:
         status = os.stat(path)
@@ -232,43 +204,122 @@ def _read_file(path: str | os.PathLike[str], name: str, max_bytes: int) -> bytes
     except InvalidImageError:
         raise
     except FileNotFoundError as error:
-        looks_like_label = isinstance(path, str) and not re.search(r"[./\\]", path)
-        hint = "; did you mean candidate_labels?" if looks_like_label else "; check the path"
-        raise InvalidImageError("not_found", f"{name}: no such file{hint}") from error
+        raise InvalidImageError("not_found", f"{name}: no such file{_hint_on_text(path)}") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InvalidImageError("not_found", f"{name} cannot be read: {error}") from error
+        # The text of an OSError ends with the path, which may be a whole file in base64.
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]
+        raise InvalidImageError("not_found", f"{name} cannot be read: {reason}{_hint_on_text(path)}") from error
+
+
+def _hint_on_text(path: str | os.PathLike[str]) -> str:
+    """Return what a text that is no path may be instead."""
+    if not isinstance(path, str):
+        return "; check the path"
+    if len(path) > 200 and re.fullmatch(r"[\w+/=\s-]+", path[:1000]):
+        return "; it looks like base64: hand over base64.b64decode(...), or put data:image/png;base64, before it"
+    return "; check the path" if re.search(r"[./\\]", path) else "; did you mean candidate_labels?"
 
 
 def _read_stream(stream: BinaryIO, name: str, max_bytes: int) -> bytes:
-    """Return what is left in the stream, at most one byte more than `max_bytes`."""
+    """Return what is left in the stream, at most one byte more than `max_bytes`.
+
+    Raises:
+        InvalidImageError: Whatever `read` raises: other libraries' streams have exceptions of their own.
+    """
     data = bytearray()
     try:
-        while len(data) <= max_bytes and (chunk := stream.read(max_bytes + 1 - len(data))):
-            if isinstance(chunk, str):
-                raise InvalidImageError("not_an_image", f'{name} was opened as text; open it with mode "rb"')
+        while len(data) <= max_bytes and (chunk := _chunk(stream, name, max_bytes + 1 - len(data))):
             data += chunk
     except InvalidImageError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: closed, or text that is not UTF-8
-        raise InvalidImageError("not_found", f"{name} cannot be read: {error}") from error
+    except MemoryError:
+        raise _too_many_bytes(name, max_bytes) from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        if isinstance(error, (OSError, ValueError)):  # ValueError: closed, or text that is not UTF-8
+            raise InvalidImageError("not_found", f"{name} cannot be read: {reason}") from error
+        if isinstance(error, EOFError) or "Incomplete" in reason:  # a cut gzip; a connection that broke
+            raise InvalidImageError("truncated", f"{name} ends too early ({reason}); fetch it again") from error
+        raise InvalidImageError("corrupt", f"{name} cannot be read ({reason}); fetch it again") from error
     return bytes(data)
 
 
+def _chunk(stream: BinaryIO, name: str, n_bytes: int) -> bytes:
+    """Return the next bytes of a stream, at most so many; none at its end."""
+    chunk: Any = stream.read(n_bytes)
+    if isinstance(chunk, (bytes, bytearray, memoryview)):
+        return bytes(chunk)
+    if inspect.isawaitable(chunk):
+        with suppress(AttributeError):
+            chunk.close()  # type: ignore[attr-defined]  # else Python warns that nobody awaits it
+        raise InvalidImageError("not_an_image", f"{name} has an async read(); await it, and hand over the bytes")
+    if isinstance(chunk, str):
+        raise InvalidImageError("not_an_image", f'{name} was opened as text; open it with mode "rb"')
+    raise InvalidImageError(
+        "not_an_image", f"{name}: read() gave a {type(chunk).__name__}, not bytes; hand over the bytes"
+    )
+
+
 def _too_many_bytes(name: str, max_bytes: int) -> InvalidImageError:
-    return InvalidImageError("too_large", f"{name} is larger than {max_bytes} bytes; raise Limits.max_bytes to read it")
+    return InvalidImageError(
+        "too_large", f"{name} is larger than {max_bytes} bytes; shrink it, or allow more: limits=Limits(max_bytes=...)"
+    )
 
 
 def _open(data: bytes, name: str, limits: Limits) -> tuple[Image.Image, bool]:
     """Return the first frame, not yet decoded, and whether more follow."""
     with _silence():
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(image, name, limits)
-        if image.format == "PNG":
-            # Loading a PNG skips its checksums.
-            Image.open(io.BytesIO(data), formats=("PNG",)).verify()
         # The further pictures of a MPO, a JPEG of many phones, are no frames but depth or gain maps.
         is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
     return image, is_animated
+
+
+def _bytes_behind(image: Image.Image, max_bytes: int) -> bytes:
+    """Return the file of a PIL image that somebody else opened, whose first frame is not loaded; else nothing."""
+    file: Any = getattr(image, "fp", None)
+    if file is None or getattr(file, "closed", False) or image.tell() or image.format not in FORMATS:
+        return b""
+    position = file.tell()
+    file.seek(0)
+    data: bytes = file.read(max_bytes + 1)
+    file.seek(position)
+    return data if len(data) <= max_bytes else b""
+
+
+def _notes_on_rest(image: ImageFile.ImageFile, data: bytes, name: str) -> list[str]:
+    """Return "zeros" where a file may lack its rest.
+
+    Raises:
+        InvalidImageError: It does.
+    """
+    if not data:
+        return []
+    if image.format == "PNG":
+        with _silence():  # loading a PNG skips its checksums
+            Image.open(io.BytesIO(data), formats=("PNG",)).verify()
+    rest = rest_of(image, data)
+    if rest == "cut":
+        raise truncated(name)
+    return ["zeros"] * (rest == "zeros")
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the pixels, and raise where some are missing, whatever the application has set.
+
+    Many a training library sets `ImageFile.LOAD_TRUNCATED_IMAGES`, which makes half a file a picture. Turning it off
+    meanwhile would turn it off for all threads, so Pillow's function runs with a copy of the names around it.
+    """
+    # A TIFF goes on reading tags while it loads, and Pillow complains about them there.
+    with _silence() if image.format == "TIFF" else nullcontext():
+        load: Any = ImageFile.ImageFile.load
+        is_own = type(image).load not in (load, TiffImagePlugin.TiffImageFile.load)  # WebP, AVIF: all or nothing
+        if not ImageFile.LOAD_TRUNCATED_IMAGES or is_own or getattr(image, "use_load_libtiff", False):
+            image.load()
+            return
+        names = {**load.__globals__, "LOAD_TRUNCATED_IMAGES": False}
+        types.FunctionType(load.__code__, names, load.__name__, load.__defaults__, load.__closure__)(image)
 
 
 def _check_size(image: Image.Image, name: str, limits: Limits) -> None:
@@ -279,52 +330,15 @@ def _check_size(image: Image.Image, name: str, limits: Limits) -> None:
     if width * height > limits.max_pixels:
         raise InvalidImageError(
             "too_large",
-            f"{name} is {width} x {height} pixels, more than {limits.max_pixels}; shrink it or raise Limits.max_pixels",
+            f"{name} is {width} x {height} pixels, more than {limits.max_pixels}; shrink it, or allow more: "
+            "limits=Limits(max_pixels=...), --max-pixels",
         )
     if max(image.size) > limits.max_aspect * min(image.size):
         raise InvalidImageError(
             "extreme_aspect",
-            f"{name} is {width} x {height} pixels, longer than {limits.max_aspect:g} to 1; crop it or raise "
-            "Limits.max_aspect",
+            f"{name} is {width} x {height} pixels, longer than {limits.max_aspect:g} to 1; crop it, or allow "
+            "more: limits=Limits(max_aspect=...)",
         )
-
-
-def _bring_key_to_8_bits(image: ImageFile.ImageFile) -> None:
-    """Bring the color that stands for transparent to the depth that the pixels will have once they are loaded."""
-    key = image.info.get("transparency")
-    if image.format != "PNG" or key is None or not image.tile:
-        return
-    if rescale := _KEY_TO_8_BITS.get(str(image.tile[0].args)):
-        image.info["transparency"] = tuple(map(rescale, key)) if isinstance(key, tuple) else rescale(key)
-
-
-def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> Image.Image:
-    """Return a new, opaque RGB picture without metadata."""
-    if image.mode.startswith("I;16"):
-        image = _high_byte(image)
-    if image.mode not in _OPAQUE_MODES | _ALPHA_MODES:
-        raise InvalidImageError(
-            "unsupported_mode",
-            f"{name} has Pillow mode {image.mode}, of unknown range; convert it to 8 bits per channel",
-        )
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        rgb = Image.new("RGB", image.size, background)
-        rgb.paste(rgba, mask=rgba)
-    else:
-        rgb = image.convert("RGB")
-        rgb.info = {}  # the orientation must not be applied again to a picture that is upright
-    return rgb
-
-
-def _high_byte(image: Image.Image) -> Image.Image:
-    """Return 16-bit gray as 8-bit gray, with alpha where one level stands for transparent."""
-    levels = np.asarray(image)
-    gray = Image.fromarray((levels >> 8).astype(np.uint8))
-    key = image.info.get("transparency")
-    if key is None:
-        return gray
-    return Image.merge("LA", (gray, Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))))
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -349,38 +363,7 @@ def _one_error(name: str, data: bytes) -> Iterator[None]:
     except (Image.DecompressionBombError, MemoryError) as error:
         raise InvalidImageError("too_large", f"{name} does not fit: {error or 'out of memory'}; shrink it") from error
     except Exception as error:  # Pillow's own fuzzers allow a dozen unrelated types, SyntaxError and struct.error too
-        raise _diagnosis(name, data, error) from error
-
-
-def _diagnosis(name: str, data: bytes, error: Exception) -> InvalidImageError:
-    """Return what the failure says about the file."""
-    kind = next((kind for kind, magic in _SIGNATURES.items() if re.match(magic, data[:1024], re.DOTALL)), None)
-    wanted = ", ".join(_FORMATS)
-    if isinstance(error, UnidentifiedImageError) and kind is None:
-        return InvalidImageError("not_an_image", f"{name} begins with {data[:16]!r}; want one of {wanted}")
-    if isinstance(error, UnidentifiedImageError) and kind not in _FORMATS:
-        hint = f", {_HINTS[kind]}" if kind in _HINTS else ""
-        return InvalidImageError("unsupported_format", f"{name} is {kind}; convert it to one of {wanted}{hint}")
-    if "truncated" in str(error).lower() or _is_cut(kind, data):
-        return InvalidImageError("truncated", f"{name} ends before the picture does; fetch it again")
-    return InvalidImageError("corrupt", f"{name} is damaged ({type(error).__name__}: {error}); fetch it again")
-
-
-def _is_cut(kind: str | None, data: bytes) -> bool:
-    """Return whether the end that the format calls for is missing, as far as the format tells."""
-    if kind == "JPEG":
-        return b"\xff\xd9" not in data
-    if kind == "PNG":
-        return b"IEND" not in data
-    if kind == "GIF":
-        return not data.endswith(b";")
-    if kind == "WEBP":
-        return len(data) < 8 + int.from_bytes(data[4:8], "little")
-    if kind == "BMP":
-        return len(data) < int.from_bytes(data[2:6], "little")
-    if kind == "TIFF":
-        return len(data) <= int.from_bytes(data[4:8], "little" if data.startswith(b"II") else "big")
-    return False
+        raise diagnosis(name, data, error) from error
 
 
 _SILENCE_LOCK = fork_safe_lock()

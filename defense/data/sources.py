@@ -13,85 +13,36 @@ import hashlib
 import json
 import logging
 import os
-import tarfile
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol, TypeVar
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from defense.errors import ConfigError, InvalidImageError, MissingDependencyError
+from defense.errors import ConfigError, InvalidImageError
 
 from . import images
+from .listing import PICTURE_SUFFIXES as PICTURE_SUFFIXES
+from .listing import class_folders, list_files
+from .notes import NoteLog
 from .preprocess import Preprocess
+from .shards import HELD_OUT_EVERY as HELD_OUT_EVERY
+from .shards import FileShard, Shard, TarShard, row_groups
+from .shards import Picture as Picture
+from .shards import Slice as Slice
 from .threads import decoding_threads
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-HELD_OUT_EVERY = 50
-"""One picture in so many is kept from training, to measure on."""
-
-_LABEL_SUFFIX = ".cls"
-_IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes")
-_LABEL_COLUMNS = ("label", "cls", "class", "fine_label")
-_ROWS_AT_ONCE = 256
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A part of a larger file, read when it is asked for."""
-
-    path: Path
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """Return the bytes."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture that has not been opened yet.
-
-    Attributes:
-        name: What it is called; no other of its source has the name.
-        ordinal: Its number within its folder or file.
-        source: Where its bytes are, or the bytes.
-        label: Its class: a name, an index, or where the text of one of them is; None where nothing says it.
-    """
-
-    name: str
-    ordinal: int
-    source: Path | Slice | bytes
-    label: str | int | Slice | None = None
-
-    def open(self) -> Path | bytes:
-        """Return what `images.decode` takes."""
-        return self.source.read() if isinstance(self.source, Slice) else self.source
-
-    @property
-    def is_held_out(self) -> bool:
-        """Whether this picture is kept from training: the first of every `HELD_OUT_EVERY`."""
-        return self.ordinal % HELD_OUT_EVERY == 0
-
-
-class Shard(Protocol):
-    """What is read from front to back."""
-
-    def pictures(self) -> Iterator[Picture]:
-        """Yield the pictures in the order of the file."""
+_notes = NoteLog()
+"""Of all pictures that this process reads from sources."""
 
 
 class Position(NamedTuple):
@@ -116,11 +67,23 @@ class Pictures:
         shards: Its parts.
         fingerprint: sha256 over the names and sizes of what it consists of.
         folders: The classes of a folder with sub-folders, sorted.
+        ignored: Reason -> how many files were passed over.
     """
 
     shards: tuple[Shard, ...]
     fingerprint: str
     folders: tuple[str, ...] = ()
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Picture]:
+        """Yield all pictures in order."""
+        return chain.from_iterable(shard.pictures() for shard in self.shards)
+
+    @property
+    def passed_over(self) -> Counter[str]:
+        """Reason -> how many files, and members of the tars read so far, were passed over."""
+        tars = (shard.passed_over for shard in self.shards if isinstance(shard, TarShard))
+        return sum(tars, Counter(self.ignored))
 
     def epoch(self, seed: int, position: Position = START) -> Iterator[tuple[Picture, Position]]:
         """Yield the pictures for training from a position to the end of its epoch, each with the position after it.
@@ -142,7 +105,7 @@ class Pictures:
 
     def held_out(self, n: int) -> Iterator[Picture]:
         """Yield up to `n` of the pictures that `epoch` leaves out, spread over the shards as evenly as possible."""
-        kept = [shard for shard in self.shards if not isinstance(shard, _File) or shard.picture.is_held_out]
+        kept = [shard for shard in self.shards if not isinstance(shard, FileShard) or shard.picture.is_held_out]
         chosen = [kept[i * len(kept) // n] for i in range(n)] if len(kept) > n else kept
         per_shard = -(-n // max(1, len(chosen)))
         found = (islice((p for p in shard.pictures() if p.is_held_out), per_shard) for shard in chosen)
@@ -157,9 +120,7 @@ class Pictures:
         Raises:
             ConfigError: The label is no name, no index and no such sub-folder.
         """
-        label = picture.label
-        if isinstance(label, Slice):
-            label = label.read().decode("utf-8", "replace").strip()
+        label = picture.read_label()
         if label is None:
             return None
         if label in self.folders and len(self.folders) == len(names) and not set(self.folders) <= set(names):
@@ -171,83 +132,13 @@ class Pictures:
         raise ConfigError(f"{picture.name} has the label {label!r}, which is none of the {len(names)} class names")
 
 
-@dataclass(frozen=True)
-class _File:
-    """One picture file."""
-
-    picture: Picture
-
-    def pictures(self) -> Iterator[Picture]:
-        yield self.picture
-
-
-@dataclass(frozen=True)
-class _Tar:
-    """A tar file in WebDataset's layout: a sample's files stand together, alike up to the first dot of the name."""
-
-    path: Path
-
-    def pictures(self) -> Iterator[Picture]:
-        ordinal, sample, found, label = 0, "", None, None
-        for member in self._members():
-            folder, _, file = member.name.rpartition("/")
-            stem, _, suffix = file.partition(".")
-            content = Slice(self.path, member.offset_data, member.size)
-            if (key := f"{folder}/{stem}") != sample:
-                if found is not None:
-                    yield Picture(f"{self.path.name}:{found[0]}", ordinal, found[1], label)
-                    ordinal += 1
-                sample, found, label = key, None, None
-            if f".{suffix.lower()}" in PICTURE_SUFFIXES:
-                found = member.name, content
-            elif f".{suffix.lower()}" == _LABEL_SUFFIX:
-                label = content
-        if found is not None:
-            yield Picture(f"{self.path.name}:{found[0]}", ordinal, found[1], label)
-
-    def _members(self) -> Iterator[tarfile.TarInfo]:
-        try:
-            with tarfile.open(self.path, "r:") as tar:
-                for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                    if member.isreg() and not PurePosixPath(member.name).name.startswith("."):
-                        yield member
-        except (tarfile.TarError, OSError) as error:
-            raise ConfigError(
-                f"{self.path} cannot be read as a tar file ({error}); it must be complete and not compressed"
-            ) from error
-
-
-@dataclass(frozen=True)
-class _RowGroup:
-    """A row group of a Parquet file: a column of picture bytes, perhaps one of labels."""
-
-    path: Path
-    group: int
-    first_ordinal: int
-    image_column: str
-    label_column: str | None
-
-    def pictures(self) -> Iterator[Picture]:
-        for ordinal, row in enumerate(self._rows(), start=self.first_ordinal):
-            cell = row[self.image_column]
-            data = cell.get("bytes") if isinstance(cell, dict) else cell
-            label = None if self.label_column is None else row[self.label_column]
-            yield Picture(f"{self.path.name}#{ordinal}", ordinal, data or b"", label)
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        columns = [column for column in (self.image_column, self.label_column) if column is not None]
-        with _parquet(self.path) as file:
-            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[self.group], columns=columns):
-                yield from batch.to_pylist()
-
-
 def open_pictures(paths: Sequence[str | os.PathLike[str]]) -> Pictures:
     """Return the pictures of folders and files.
 
     Args:
-        paths: Each a folder with pictures (the class of a picture is the first sub-folder it lies in), with `.tar` or
-            with `.parquet` files, or such a file itself. Hidden files are ignored.
+        paths: Each a folder with pictures (the class of a picture is the first sub-folder it lies in, see
+            `listing.class_folders`), with `.tar` or with `.parquet` files, or such a file itself. Hidden files are
+            ignored.
 
     Raises:
         ConfigError: A path does not exist, holds no such files or several kinds of them, or a file is damaged.
@@ -257,88 +148,29 @@ def open_pictures(paths: Sequence[str | os.PathLike[str]]) -> Pictures:
         raise ConfigError("no pictures were given; pass a folder, tar files or Parquet files")
     shards: list[Shard] = []
     folders: set[str] = set()
+    ignored: Counter[str] = Counter()
     digest = hashlib.sha256()
     for path in map(Path, paths):
-        files = _files_of(path)
-        digest.update(json.dumps([(_name(file, path), _size(file)) for file in files]).encode())
-        kind = _kind(files[0])
+        listing = list_files(path)
+        kind, files = listing.of_one_kind()
+        ignored += listing.passed_over
+        digest.update(json.dumps([(name_below(file, path), file.stat().st_size) for file in files]).encode())
         if kind == "pictures":
-            found = [_picture(file, path, ordinal) for ordinal, file in enumerate(files)]
-            folders |= {str(picture.label) for picture in found if picture.label is not None}
-            shards += map(_File, found)
+            classes = class_folders(files, path) if path.is_dir() else [None]
+            folders |= {name for name in classes if name is not None}
+            shards += [
+                FileShard(Picture(name_below(file, path), ordinal, file, label))
+                for ordinal, (file, label) in enumerate(zip(files, classes, strict=True))
+            ]
         else:
             for file in files:
-                shards += [_Tar(file)] if kind == "tar" else _row_groups(file)
-    return Pictures(tuple(shards), digest.hexdigest(), tuple(sorted(folders)))
+                shards += [TarShard(file)] if kind == "tar" else row_groups(file)
+    return Pictures(tuple(shards), digest.hexdigest(), tuple(sorted(folders)), ignored)
 
 
-def _files_of(path: Path) -> list[Path]:
-    """Return the files of one kind that a path stands for, in sorted order."""
-    if not path.exists():
-        raise ConfigError(f"{path} is not there; give a folder with pictures, or tar or Parquet files")
-    candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [
-        file
-        for file in candidates
-        if _kind(file) is not None
-        and file.is_file()
-        and not any(p.startswith(".") for p in file.relative_to(path).parts)
-    ]
-    kinds = sorted({str(_kind(file)) for file in files})
-    if not files:
-        raise ConfigError(
-            f"{path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}), no .tar and no .parquet file"
-        )
-    if len(kinds) > 1:
-        raise ConfigError(f"{path} holds {' and '.join(kinds)} files; give those of one kind")
-    return files
-
-
-def _kind(file: Path) -> str | None:
-    suffix = file.suffix.lower()
-    return "pictures" if suffix in PICTURE_SUFFIXES else {".tar": "tar", ".parquet": "parquet"}.get(suffix)
-
-
-def _name(file: Path, root: Path) -> str:
+def name_below(file: Path, root: Path) -> str:
     """Return a file's path below the folder that was given, with what is no UTF-8 as escapes."""
     return os.fsencode(file.relative_to(root) if file != root else file.name).decode("utf-8", "backslashreplace")
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size
-
-
-def _picture(file: Path, root: Path, ordinal: int) -> Picture:
-    parts = file.relative_to(root).parts
-    return Picture(_name(file, root), ordinal, file, parts[0] if len(parts) > 1 else None)
-
-
-def _row_groups(file: Path) -> Iterator[_RowGroup]:
-    with _parquet(file) as parquet:
-        names = parquet.schema_arrow.names
-        image = next((name for name in _IMAGE_COLUMNS if name in names), None)
-        if image is None:
-            raise ConfigError(f"{file} has the columns {names}; one of {', '.join(_IMAGE_COLUMNS)} must hold pictures")
-        label = next((name for name in _LABEL_COLUMNS if name in names), None)
-        first = 0
-        for group in range(parquet.num_row_groups):
-            yield _RowGroup(file, group, first, image, label)
-            first += parquet.metadata.row_group(group).num_rows
-
-
-@contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
-    """Open a Parquet file; what goes wrong with it inside the context is a `ConfigError`."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingDependencyError("pyarrow", "parquet") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield file
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def prepared(
@@ -370,7 +202,9 @@ def decoded(pictures: Sequence[Picture], batch: int) -> Iterator[list[tuple[Pict
 
 def _decoded(picture: Picture) -> Image.Image | None:
     try:
-        return images.decode(picture.open()).image
+        decoded = images.decode(picture.open())
+        _notes.add(picture.name, decoded.warnings)
+        return decoded.image
     except InvalidImageError as error:
         log.warning("left out: %s: %s", picture.name, error)
         return None

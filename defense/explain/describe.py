@@ -24,7 +24,7 @@ from defense.core.latents import token_slice
 from defense.core.sae import SparseAutoencoder
 from defense.data import labels
 from defense.data.labels import Prompts
-from defense.data.sources import Picture, Pictures, Slice, prepared
+from defense.data.sources import Picture, Pictures, prepared
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 
@@ -41,7 +41,7 @@ def examples(clip: Clip, pictures: Pictures, unreadable: Callable[[str], None] =
         pictures: The source.
         unreadable: Called with the name of each picture that cannot be read.
     """
-    stream = (picture for shard in pictures.shards for picture in shard.pictures())
+    stream = iter(pictures)
     while chunk := list(islice(stream, 256)):
         for batch in prepared(clip.preprocess, chunk):
             for picture, pixel_values in batch:
@@ -52,9 +52,8 @@ def examples(clip: Clip, pictures: Pictures, unreadable: Callable[[str], None] =
 
 
 def _label(picture: Picture) -> str | None:
-    if isinstance(picture.label, Slice):
-        return picture.label.read().decode("utf-8", "replace").strip()
-    return None if picture.label is None else str(picture.label)
+    label = picture.read_label()
+    return None if label is None else str(label)
 
 
 # Longer than functions here are: half of it says what comes back.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from defense.data.notes import NOTES
 from defense.data.preprocess import Box
 
 from .heat import overlay, scale_bar
@@ -111,7 +112,10 @@ def report_html(
         f"<p class='name'>{escape(name)}</p>" if name else "",
         f"<h1>{escape(_verdict(explanation))}</h1>",
         f"<p>{escape(_summary(explanation))}</p>",
-        *(f"<p>Note on the file: {escape(warning)}.</p>" for warning in explanation.warnings),
+        *(
+            f"<p>Note on the file: {escape(NOTES.get(note, note))} ({escape(note)}).</p>"
+            for note in explanation.warnings
+        ),
         _html_pictures(small, box, explanation),
         _html_answers(explanation),
         "<h2>The least that changes the answer</h2>" if counterfactual is not None else "",

@@ -17,6 +17,7 @@ import numpy as np
 
 from defense.data.images import decode
 from defense.data.labels import Prompts, encode_prompts
+from defense.data.notes import NoteLog
 from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, ConfigError, MissingDependencyError
@@ -263,7 +264,9 @@ class Clip:
         import torch
 
         sae.columns([latent])
-        pixel_values = self.preprocess(decode(image).image)[None]
+        decoded = decode(image)
+        NoteLog().add("the picture", decoded.warnings)
+        pixel_values = self.preprocess(decoded.image)[None]
         with torch.inference_mode(), self.undefended():
             resid = self.tower.resid(pixel_values, hook_point)[0]
             acts = sae.acts_of(resid[self.tower.n_prefix :], [latent])

@@ -17,6 +17,7 @@ import torch
 
 from defense.classify.classifier import RobustClassifier
 from defense.core.latents import LatentSet
+from defense.data.images import Limits
 from defense.errors import BackendError, CheckpointError, ConfigError, InvalidImageError, NonFiniteError
 from defense.explain.counterfactual import counterfactual
 from defense.hosts.clip import Clip, load_clip, resolve_device
@@ -382,3 +383,29 @@ def test_a_stream_keeps_the_labels_that_were_set_when_it_began(clf):
     clf.set_labels(["sun", "moon"])
     assert {entry["label"] for entry in next(stream)} == {entry["label"] for entry in first} == set(LABELS)
     assert {entry["label"] for entry in clf(picture())} == {"sun", "moon"}
+
+
+def test_warnings_about_pictures_reach_the_caller(clf, caplog):
+    hidden = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    batch = [hidden, b"", picture(1), hidden, Image.new("RGB", (8, 9))]
+    answers = list(clf.answers(batch))
+    assert [answer.warnings for answer in answers] == [("invisible",), (), (), ("invisible",), ("tiny",)]
+    assert [answer.error is None for answer in answers] == [True, False, True, True, True]
+    assert answers[1].prediction is None
+    assert not caplog.records
+    assert [answer.prediction for answer in answers if answer.error is None] == clf(batch, on_error="skip")
+    assert "picture 4: it is fewer than 16 pixels" in caplog.text, "the number is that of the input"
+    good = [batch[i] for i in (0, 2, 3, 4)]
+    for call in (clf, clf.predict, clf.transform):  # results without room for warnings: each kind is logged once
+        caplog.clear()
+        call(good)
+        told = [record.getMessage() for record in caplog.records]
+        assert [text.partition(":")[0] for text in told] == ["picture 0", "picture 3"]
+
+
+def test_limits_are_the_classifiers(clf):
+    clf.limits = Limits(max_pixels=99)
+    for call in (clf, clf.explain, clf.probe):
+        with pytest.raises(InvalidImageError, match="more than 99"):
+            call(picture(0))
+    clf.limits = Limits()

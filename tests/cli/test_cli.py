@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -320,3 +321,64 @@ def test_fault_75_an_interrupt_exits_with_130(defense_folder, pictures, monkeypa
     code, _, err = run("classify", pictures, "--labels", "dog,cat", "--defense", defense_folder)
     assert code == 130
     assert "interrupted" in err
+
+
+def test_fault_92_what_was_passed_over_is_said_by_reason(defense_folder, pictures):
+    (pictures / "._b.png").write_bytes(b"")
+    (pictures / "scan").write_bytes((pictures / "b.png").read_bytes())
+    code, out, err = run("classify", pictures, "--labels", "dog,cat", "--defense", defense_folder, "--json")
+    assert code == 0
+    files = [json.loads(line)["file"] for line in out.splitlines()]
+    assert files == [str(pictures / name) for name in ("b.png", "more pictures/a.jpg", "scan")]
+    assert "passed over: 1 hidden, 1 no picture by its name" in err
+
+
+def test_tars_and_tables_are_classified_like_the_files_in_them(defense_folder, pictures, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    options = ("--labels", "dog,cat", "--defense", defense_folder, "--json")
+    data = (pictures / "b.png").read_bytes()
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(pictures / "b.png", "b.png")
+    cells = [{"bytes": data, "path": None}, {"bytes": None, "path": "pictures/b.png"}, None]
+    parquet.write_table(pyarrow.table({"image": cells}), tmp_path / "y.parquet")
+    (want,) = (json.loads(line) for line in run("classify", pictures / "b.png", *options)[1].splitlines())
+    code, out, err = run("classify", tmp_path / "x.tar", tmp_path / "y.parquet", *options)
+    assert code == 4
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["robust"] for row in rows] == [want["robust"]] * 3
+    assert [row["file"] for row in rows][:2] == [f"{tmp_path}/x.tar:b.png", f"{tmp_path}/y.parquet#0"]
+    assert f"{tmp_path}/y.parquet#2: the cell holds no picture" in err
+    assert "1 of 4 pictures could not be read" in err
+
+
+def test_notes_on_a_picture_reach_the_reader(defense_folder, tmp_path):
+    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    options = ("--labels", "dog,cat", "--defense", defense_folder)
+    for more in ((), ("--plain",)):
+        code, _, err = run("classify", tmp_path / "a.png", *options, *more)
+        assert code == 0
+        assert "note: nothing in it can be seen" in err
+        _, out, _ = run("classify", tmp_path / "a.png", *options, *more, "--json")
+        assert json.loads(out)["warnings"] == ["invisible"]
+
+
+@pytest.mark.parametrize("plain", [(), ("--plain",)])
+def test_the_largest_picture_that_is_read_is_an_option(defense_folder, pictures, plain):
+    command = ("classify", pictures / "b.png", "--labels", "dog,cat", "--defense", defense_folder, *plain)
+    code, _, err = run(*command, "--max-pixels", 1599)
+    assert code == 4
+    assert "40 x 40 pixels, more than 1599" in err
+    assert "--max-pixels" in err
+    assert run(*command, "--max-pixels", 1600)[0] == 0
+
+
+def test_an_empty_folder_is_refused_before_a_model_is_loaded(defense_folder, tmp_path, monkeypatch):
+    from defense.classify.classifier import RobustClassifier
+
+    monkeypatch.setattr(RobustClassifier, "from_pretrained", None)
+    (tmp_path / "none").mkdir()
+    code, _, err = run("classify", tmp_path / "none", "--labels", "dog,cat", "--defense", defense_folder)
+    assert code == 2
+    assert "holds no pictures" in err

@@ -148,6 +148,172 @@ def test_parquet_is_read_by_row_group(ray_data, tmp_path, tiny_bundle, seven_pic
     assert [rows[str(i)]["label"] for i in range(7)] == list(OnnxClassifier(tiny_bundle).predict(seven_pictures))
 
 
+# --- what decides a result, and what passes through -------------------------------------------------------------------
+
+
+def worked(ray_data, source, out, predictor, rows=1000) -> int:
+    """Do what a run does, in this process; return how many shards there were to do."""
+    out.mkdir(exist_ok=True)
+    shards = ray_data.list_shards(source, rows, predictor)
+    ray_data.set_aside(shards, out)
+    todo = ray_data.pending(shards, out)
+    for shard in todo:
+        ray_data.ShardWorker(source, out, predictor, batch=3)({"json": json.dumps(shard)})
+    return len(todo)
+
+
+def test_fault_98_one_more_picture_gives_one_more_row(ray_data, folder, tmp_path, tiny_bundle, seven_pictures):
+    out, predictor = tmp_path / "out", BatchPredictor(tiny_bundle)
+    assert worked(ray_data, folder, out, predictor, rows=4) == 2
+    assert worked(ray_data, folder, out, predictor, rows=4) == 0
+    (folder / "00.png").write_bytes(encoded(seven_pictures[0]))
+    assert worked(ray_data, folder, out, predictor, rows=4) == 2
+    assert sum(len(pq_rows(path)) for path in out.glob("*.parquet")) == 8
+    assert len(list((out / ".superseded").iterdir())) == 2, "nothing is deleted"
+
+
+def pq_rows(path) -> list[dict]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()
+
+
+def test_fault_98_a_replaced_picture_or_other_labels_are_worked_on_anew(ray_data, folder, tmp_path, tiny_bundle):
+    out = tmp_path / "out"
+    assert worked(ray_data, folder, out, BatchPredictor(tiny_bundle)) == 1
+    (folder / "0.png").write_bytes(b"")
+    assert worked(ray_data, folder, out, BatchPredictor(tiny_bundle)) == 1
+    assert rows_of(out)["0.png"]["error"] == "empty"
+    assert worked(ray_data, folder, out, BatchPredictor(tiny_bundle, ["stone", "tree"])) == 1
+    assert {row["label"] for row in rows_of(out).values()} <= {"stone", "tree", ""}
+    assert worked(ray_data, folder, out, BatchPredictor(tiny_bundle, ["stone", "tree"], prefix="clip_")) == 1
+    assert "clip_label" in rows_of(out)["1.png"]
+    assert len(list(out.glob("*.parquet"))) == 1
+
+
+def test_fault_98_another_bundle_makes_other_names(ray_data, folder, tiny_bundle, copied):
+    from ..conftest import restated
+
+    restated(copied, logit_scale=7.0)
+    names = [ray_data.list_shards(folder, 9, BatchPredictor(source))[0]["name"] for source in (tiny_bundle, copied)]
+    assert names[0] != names[1]
+
+
+def test_fault_99_columns_pass_through_with_their_types(ray_data, tmp_path, tiny_bundle, seven_pictures):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    columns = {
+        "late": pa.array([None] * 5 + ["text", None]),
+        "number": pa.array([1, None, 3, None, None, None, 7], pa.int64()),
+        "tags": pa.array([[]] * 6 + [["a"]], pa.list_(pa.string())),
+        "id": pa.array([2**64 - 1 - i for i in range(7)], pa.uint64()),
+        "when": pa.array([0] * 7, pa.timestamp("us", "UTC")),
+        "raw": pa.array([b"\xff\xfe"] * 7, pa.binary()),
+        "kind": pa.array(["x", "y"] * 3 + ["x"]).dictionary_encode(),
+        "nothing": pa.nulls(7),
+    }
+    cells = [{"bytes": encoded(picture), "path": None} for picture in seven_pictures[:6]] + [None]
+    table = pa.table({**columns, "image": cells})
+    pq.write_table(table, source / "x.parquet")
+    assert worked(ray_data, source, out, BatchPredictor(tiny_bundle, column="image")) == 1
+    result = pq.read_table(next(out.glob("*.parquet")))
+    assert result.column_names == [*columns, "label", "score", "embedding", "error"]
+    for name in columns:
+        assert result.schema.field(name).type == table.schema.field(name).type
+        assert result[name].to_pylist() == table[name].to_pylist()
+    assert result["error"].to_pylist() == [""] * 6 + ["empty"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8 are Linux's")
+def test_fault_99_names_that_are_no_utf8_become_escapes(ray_data, tmp_path, tiny_bundle, seven_pictures):
+    import os
+
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    with open(os.fsencode(source) + b"/a\xff.png", "wb") as file:
+        file.write(encoded(seven_pictures[0]))
+    assert worked(ray_data, source, out, BatchPredictor(tiny_bundle)) == 1
+    assert rows_of(out)["a\\xff.png"]["error"] == ""
+
+
+def test_tars_are_shards(ray_data, tmp_path, tiny_bundle, seven_pictures):
+    import tarfile
+
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    with tarfile.open(source / "x.tar", "w") as tar:
+        for index, picture in enumerate(seven_pictures):
+            member = tarfile.TarInfo(f"{index}.png")
+            member.size = len(data := encoded(picture))
+            tar.addfile(member, io.BytesIO(data))
+    assert worked(ray_data, source, out, BatchPredictor(tiny_bundle)) == 1
+    rows = rows_of(out)
+    labels = OnnxClassifier(tiny_bundle).predict(seven_pictures)
+    assert [rows[f"x.tar:{index}.png"]["label"] for index in range(7)] == list(labels)
+
+
+def test_a_source_without_pictures_or_with_two_kinds_is_refused(ray_data, folder, tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match="holds no pictures"):
+        ray_data.list_shards(tmp_path / "none", 3)
+    (folder / "more.tar").touch()
+    with pytest.raises(ConfigError, match="pictures and tar"):
+        ray_data.list_shards(folder, 3)
+
+
+# --- columns that an answer would replace -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["label", "score", "embedding", "error"])
+def test_fault_97_a_column_of_the_batch_is_never_lost(ray_data, tiny_bundle, seven_pictures, tmp_path, name):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    batch = {"bytes": [encoded(picture) for picture in seven_pictures], name: list("abcdefg")}
+    with pytest.raises(ConfigError, match=rf"replace the columns {name} of the batch; pass a prefix"):
+        BatchPredictor(tiny_bundle)(batch)
+    answer = BatchPredictor(tiny_bundle, prefix="clip_")(batch)
+    assert list(answer) == [name, "clip_label", "clip_score", "clip_embedding", "clip_error"]
+    assert answer[name] == batch[name]
+    pq.write_table(pa.table(batch), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match="pass a prefix"):  # before anything is worked on
+        ray_data.list_shards(tmp_path, 3, BatchPredictor(tiny_bundle))
+
+
+def test_fault_97_a_prefix_that_does_not_help_is_refused_too(tiny_bundle):
+    with pytest.raises(ConfigError, match="clip_label"):
+        BatchPredictor(tiny_bundle, prefix="clip_")({"bytes": [], "clip_label": []})
+
+
+def test_fault_96_cells_as_datasets_hands_them_out(tiny_bundle, seven_pictures, tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(seven_pictures[0]))
+    cells = [
+        {"bytes": encoded(seven_pictures[0]), "path": None},
+        {"bytes": None, "path": str(tmp_path / "a.png")},
+        Image.fromarray(seven_pictures[0]),
+        seven_pictures[0],
+        None,
+        {"bytes": None, "path": None},
+    ]
+    answer = BatchPredictor(tiny_bundle, column="image")({"image": cells})
+    assert list(answer["error"]) == ["", "", "", "", "empty", "empty"]
+    for row in range(1, 4):
+        np.testing.assert_array_equal(answer["embedding"][row], answer["embedding"][0])
+
+
+def test_notes_on_pictures_are_logged_once(tiny_bundle, caplog):
+    predictor = BatchPredictor(tiny_bundle)
+    small = encoded(np.full((8, 8, 3), 7, np.uint8))
+    for _ in range(2):
+        predictor({"bytes": [b"", small, small]})
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["row 1 of a batch"]
+
+
+# --- with Ray ---------------------------------------------------------------------------------------------------------
+
 MORTAL = """
 import json, os, signal, sys
 from pathlib import Path
