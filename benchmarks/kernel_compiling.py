@@ -121,9 +121,9 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         subprocess.CalledProcessError: The assembler's tools, which come with triton, do not take the result.
     """
     constants = dict(launch.constants)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-    names: list[str] = launch.kernel.arg_names
-    source = _source(launch.kernel, dict(zip(names, launch.arguments, strict=False)) | constants)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
+    values = dict[str, Any](zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    source = _source(launch.kernel, values | constants)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
     usage, sass = _dumped(compiled.asm["cubin"])

@@ -1,4 +1,4 @@
-"""Which implementation runs, and that the kernels do what the reference does (`kernel_cases.py`)."""
+"""Which implementation runs, and that the kernels do what the reference does (`kernel_cases.py`, `kernel_faults.py`)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ TOPK = {"act": "topk", "k": 8}
 SET = LatentSet("test", tuple(range(40)))
 
 
-def run_cases(**environment: str) -> None:
-    """Run `kernel_cases.py` in a process of its own: triton reads TRITON_INTERPRET when it is imported."""
+files = pytest.mark.parametrize("file", ["kernel_cases.py", "kernel_faults.py"])
+
+
+def run_cases(file: str, **environment: str) -> None:
+    """Run a file of cases in a process of its own: triton reads TRITON_INTERPRET when it is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "kernel_cases.py"],
+        [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", file],
         cwd=Path(__file__).parent,
         env={**os.environ, **environment},
         capture_output=True,
@@ -45,13 +48,15 @@ def run_cases(**environment: str) -> None:
 
 
 @needs_triton
-def test_kernels_equal_float64_under_the_interpreter():
-    run_cases(TRITON_INTERPRET="1")
+@files
+def test_kernels_equal_float64_under_the_interpreter(file):
+    run_cases(file, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
-def test_kernels_equal_float64_on_a_gpu():
-    run_cases(TRITON_INTERPRET="0")
+@files
+def test_kernels_equal_float64_on_a_gpu(file):
+    run_cases(file, TRITON_INTERPRET="0")
 
 
 def test_importing_ops_loads_no_triton():

@@ -249,8 +249,8 @@ def _subtract(edit: Edit, out: Tensor, W_enc: Tensor, b_others: Tensor, k: int) 
     launching.launch(
         _count_kernel, (launching.n_programs(resid.device, tile.per_sm),),
         z, W_enc, b_others, acts, counts, begin, n_slots, firing, n_firing, n_set, k,
-        D_MODEL=d_model, D_SAE=W_enc.shape[1],
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        D_MODEL=d_model, D_SAE=W_enc.shape[1], BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
     )  # fmt: skip
     launching.launch(
         _subtract_kernel, (triton.cdiv(batch * n_pos, _SUBTRACT_ROWS), triton.cdiv(d_model, _SUBTRACT_COLUMNS)),
