@@ -25,7 +25,7 @@ rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 norms = pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_rescale"])
 
 
-# --- a device that looks right and cannot run them ---------------------------------------------------------------------
+# --- a device that looks right and cannot run them --------------------------------------------------------------------
 
 
 class Failing:
@@ -144,7 +144,7 @@ def test_fault_rocm_is_refused_whatever_capability_it_reports(monkeypatch):
     assert launching.obstacle("cuda:0") == "the kernels are for NVIDIA GPUs; this torch is built for ROCm 6.4"
 
 
-# --- weights and memory ------------------------------------------------------------------------------------------------
+# --- weights and memory -----------------------------------------------------------------------------------------------
 
 
 @rules
@@ -183,7 +183,7 @@ def test_fault_scratch_memory_is_bounded_and_the_result_the_same(monkeypatch):
     assert max(shape[0] * shape[1] for shape in largest if shape[1:] == (40,)) == 2 * 8 * 40
 
 
-# --- numbers that are none ---------------------------------------------------------------------------------------------
+# --- numbers that are none --------------------------------------------------------------------------------------------
 
 NAN, INF = float("nan"), float("inf")
 
@@ -227,7 +227,7 @@ def test_fault_encode_topk_ranks_nan_first_as_the_reference_does(dtype, value):
     assert all(len(row.unique()) == 9 for row in indices)
 
 
-# --- shapes ------------------------------------------------------------------------------------------------------------
+# --- shapes -----------------------------------------------------------------------------------------------------------
 
 
 @rules
@@ -274,7 +274,7 @@ def test_registers_and_empty_scopes(rule, scope, pos, n_prefix):
     torch.testing.assert_close(kernels(sae, latent_set)(resid, n_prefix), want, atol=2e-5, rtol=0)
 
 
-# --- tracing -----------------------------------------------------------------------------------------------------------
+# --- tracing ----------------------------------------------------------------------------------------------------------
 
 
 @rules

@@ -1,4 +1,4 @@
-"""Which implementation runs, and that the kernels do what the reference does (`kernel_cases.py`, `kernel_faults.py`)."""
+"""Which implementation runs, and that the kernels do what the reference does (`kernel_cases.py` and its like)."""
 
 from __future__ import annotations
 
@@ -186,8 +186,8 @@ def test_reference_encode_and_decode_equal_those_of_the_sae(monkeypatch):
     sae = random_sae(**TOPK)
     resid = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     want = sae.encode(resid)
-    for chunk in (128, 7):
-        monkeypatch.setattr(reference, "_CHUNK_ROWS", chunk)
+    for name, chunk in (("_CHUNK_ROWS_CPU", 512), ("_CHUNK_ROWS_CPU", 9), ("_CHUNK_ELEMENTS", 7 * 160)):
+        monkeypatch.setattr(reference, name, chunk)
         acts, indices = ops.encode_topk(resid, sae.W_enc, sae.folded_bias, 8, backend="reference")
         torch.testing.assert_close(torch.zeros_like(want).scatter(1, indices, acts), want, atol=1e-5, rtol=0)
     got = ops.sparse_decode(acts, indices, sae.W_dec, sae.b_dec, backend="reference")
