@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ def of_workloads(tile: Tile) -> list[Slots]:
     found = []
     for case in kernel_cases.CASES:
         some = replace(case, batch=-(-N_TOKENS // case.pos))
-        workload = draw(some, torch.float32, kernel_cases.DEFAULT_SET, 1.0)
+        with mock.patch.object(kernel_cases, "DEVICE", "cpu"):
+            workload = draw(some, torch.float32, kernel_cases.DEFAULT_SET, 1.0)
         z = normalize(workload.rows[:N_TOKENS], workload.norm).z
         found.append(slots_per_tile(f"{case.model}, random", z, workload.encoder, tile, _CONCURRENT))
     return found

@@ -65,9 +65,9 @@ def measure_static(capabilities: Sequence[int], jobs: int) -> dict[str, Any]:
     combinations = [
         (capability, case, dtype) for capability in capabilities for case in kernel_cases.CASES for dtype in NORMS
     ]
+    slots = _slots()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         kernels = [row for rows in pool.map(_compiled, *zip(*combinations, strict=True)) for row in rows]
-    slots = _slots()
     return {"kernels": kernels, "slots": slots, "model": _model(kernels, slots) if 90 in capabilities else []}
 
 
