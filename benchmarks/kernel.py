@@ -2,7 +2,7 @@
 
     python -m defense.benchmarks.kernel
 
-All that only a GPU can tell, in one run of under ten minutes: first a parity gate, then timings, then a table and how
+All that only a GPU can tell, in one run of at most six minutes: first a parity gate, then timings, then a table and how
 the targets were met. Where the gate fails, nothing is timed. Rows go to benchmarks/results/kernel.json as they come.
 
 | operation | variants |
@@ -41,36 +41,42 @@ For memory errors: compute-sanitizer python -m pytest tests/core/kernel_cases.py
 | `kernel_parity.py` | float64, and the gate |
 | `kernel_timing.py` | times and memory |
 | `kernel_sections.py` | what is timed with what; only whole models (`encode_image`) need open_clip |
+| `kernel_static.py`, `kernel_compiling.py`, `kernel_slots.py` | `--static`: what the compiler makes of them |
 | `kernel_rows.py`, `kernel_targets.py` | the rows as JSON and as a table; how the targets were met |
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from defense.benchmarks.environment import environment_of
+from defense.benchmarks.environment import environment_of, installed_version, write_json
 from defense.benchmarks.kernel_parity import gate
 from defense.benchmarks.kernel_rows import Row, caption, save_rows, short, table
-from defense.benchmarks.kernel_sections import SECTIONS, MismatchError
+from defense.benchmarks.kernel_sections import SECTIONS
 from defense.benchmarks.kernel_targets import targets
 from defense.benchmarks.kernel_timing import Bench, check_gpu, gpu_of
 from defense.errors import BackendError
 
 RESULTS = Path(__file__).with_name("results") / "kernel.json"
+STATIC = RESULTS.with_name("kernel-static.json")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m defense.benchmarks.kernel", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the rows go (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="nothing new is begun after (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help=f"where the rows go (default: {RESULTS}, or {STATIC.name} beside it)")
+    parser.add_argument("--static", action="store_true", help="compile for every architecture; takes no GPU")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    parser.add_argument("--minutes", type=float, default=5.5, help="nothing new is begun after (default: %(default)s)")
     return parser
 
 
@@ -78,30 +84,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check, measure, print; return 1 where the kernels are wrong, 3 where there is no GPU."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
+    command = shlex.join(["python", "-m", "defense.benchmarks.kernel", *argv])
+    if arguments.static:
+        return _static(command, arguments.out or STATIC, arguments.jobs)
+    out = arguments.out or RESULTS
     try:
         check_gpu()
     except BackendError as error:
         print(error, file=sys.stderr)
         return 3
-    environment = environment_of(shlex.join(["python", "-m", "defense.benchmarks.kernel", *argv]))
+    environment = environment_of(command)
     rows: list[Row] = []
     with torch.no_grad():
         bench = Bench(gpu_of(), environment, arguments.minutes)
         if failures := gate():
             print("The parity gate failed; nothing was timed.", *failures, sep="\n", file=sys.stderr)
             return 1
-        try:
-            for section in SECTIONS:
+        for section in SECTIONS:
+            try:
                 for row in section(bench):
                     rows.append(row)
                     print(f"{row.operation}, {row.case.model}, {row.arm}: {row.latency_ms:.3f} ms", file=sys.stderr)
-                    save_rows(rows, arguments.out)
-        except MismatchError as error:
-            print(error, file=sys.stderr)
-            return 1
-    print(table(short(rows)), caption(rows), "\n".join(map(str, targets(rows))), sep="\n\n")
+                    save_rows(rows, out)
+            except Exception as error:  # what was measured stays, and the other sections are measured
+                bench.failures.append(f"{section.__name__}: {type(error).__name__}: {error}")
+    if rows:
+        print(table(short(rows)), caption(rows), "\n".join(map(str, targets(rows))), sep="\n\n")
     if bench.skipped:
         print("\nOut of time, and not measured:", *bench.skipped, sep="\n")
+    if bench.failures:
+        print("\nFailed, and not in the table:", *bench.failures, sep="\n", file=sys.stderr)
+    return 1 if bench.failures else 0
+
+
+def _static(command: str, out: Path, jobs: int) -> int:
+    """Compile, write, print; return 3 where there is no triton to compile with."""
+    try:
+        from defense.benchmarks import kernel_static
+    except ImportError as error:
+        print(f"this needs triton: {error}", file=sys.stderr)
+        return 3
+    environment = asdict(environment_of(command))
+    result = {"environment": environment, "triton": installed_version("triton")}
+    result |= kernel_static.measure_static(kernel_static.ARCHITECTURES, jobs)
+    write_json(out, result)
+    print(kernel_static.static_table(result), kernel_static.static_caption(result), sep="\n\n")
     return 0
 
 

@@ -80,9 +80,9 @@ class Compiled:
         programs_per_sm: How many fit on a multiprocessor at once.
         n_instructions: Of the whole kernel.
         n_tensor_core: Instructions of the tensor cores among them.
-        per_step: Instructions of the loop along d_model, of all loops the innermost that holds the product; None where
-            the kernel has no product, or its loop was unrolled away.
-        per_slot: Instructions of the innermost loop that adds to the counts, `_count_kernel` only.
+        per_step: Instructions of the loop along d_model, of all loops the innermost that holds the product; None for
+            kernels other than `_count_kernel` and `_encode_kernel`, and where the loop was unrolled away.
+        per_slot: Instructions of the innermost loop that adds to the counts; None but for `_count_kernel`.
         sass: The machine code as text.
     """
 
@@ -121,9 +121,11 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         subprocess.CalledProcessError: The assembler's tools, which come with triton, do not take the result.
     """
     constants = dict(launch.constants)
-    options: dict[str, Any] = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-    names: list[str] = launch.kernel.arg_names
-    source = _source(launch.kernel, dict(zip(names, launch.arguments, strict=False)) | constants)
+    options: dict[str, Any] = {
+        name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants
+    }
+    values = dict[str, Any](zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    source = _source(launch.kernel, values | constants)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
     usage, sass = _dumped(compiled.asm["cubin"])
@@ -131,13 +133,14 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     n_warps, shared = int(compiled.metadata.num_warps), int(compiled.metadata.shared)
     code = _instructions(sass)
     is_tensor_core = [_TENSOR_CORE.search(text) is not None for _, text in code]
-    has_product = "dot" in compiled.asm["ttir"]
-    product = is_tensor_core if any(is_tensor_core) else [has_product and "FFMA" in text for _, text in code]
+    product = is_tensor_core if any(is_tensor_core) else ["FFMA" in text for _, text in code]
+    is_streaming = launch.name in ("_count_kernel", "_encode_kernel")
     counts = [launch.name == "_count_kernel" and re.search(r"\bREDG?\b", text) is not None for _, text in code]
     return Compiled(
         launch.name, registers, stack_bytes, shared, n_warps,
         _programs_per_sm(LIMITS[capability], registers, n_warps, shared),
-        len(code), sum(is_tensor_core), _innermost(code, product), _innermost(code, counts), sass,
+        len(code), sum(is_tensor_core), _innermost(code, product) if is_streaming else None,
+        _innermost(code, counts), sass,
     )  # fmt: skip
 
 
@@ -190,7 +193,7 @@ def _instructions(sass: str) -> list[tuple[int, str]]:
 
 
 def _innermost(code: list[tuple[int, str]], is_marked: list[bool]) -> int | None:
-    """Return the length of the shortest loop that holds the most marked instructions a loop of its kind can hold."""
+    """Return the length of the shortest loop that holds a marked instruction."""
     loops = []
     place = {address: index for index, (address, _) in enumerate(code)}
     for end, (address, text) in enumerate(code):

@@ -61,13 +61,10 @@ def exact_edit(resid: Tensor, norm: Norm, encoder: Encoder, W_dec_S: Tensor, rem
         margin = unit * (z.abs() @ W_S.abs() + 1)
         kept, is_clear = h > 0, torch.ones_like(h, dtype=torch.bool)
         if W_enc is not None and encoder.b is not None:
-            rising = torch.addmm(encoder.b.double(), z, W_enc).sort(dim=1).values
-            n_surely, n_maybe = (
-                rising.shape[1] - torch.searchsorted(rising, h + shift, right=True) for shift in (margin, -margin)
-            )
-            survives = n_maybe - 1 < encoder.k  # less 1: itself
+            kth, following = _around_rank_k(torch.addmm(encoder.b.double(), z, W_enc), encoder.k)
+            survives = following <= h - margin  # at most k are larger, one of them itself
             kept &= survives
-            is_clear = survives | (n_surely >= encoder.k) | (h < margin)
+            is_clear = survives | (kth > h + margin) | (h < margin)
         elif encoder.threshold_S is not None:
             kept &= h > encoder.threshold_S
             is_clear = (h - encoder.threshold_S).abs() > margin
@@ -76,6 +73,13 @@ def exact_edit(resid: Tensor, norm: Norm, encoder: Encoder, W_dec_S: Tensor, rem
         parts.append((rows.double() - s * (acts @ rows_S), allowed, is_clear.all(1)))
     edited, allowed, is_clear = (torch.cat(each).unflatten(0, resid.shape[:2]) for each in zip(*parts, strict=True))
     return Exact(edited, allowed, is_clear)
+
+
+def _around_rank_k(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k-th largest of each row, and the one after it, [tokens, 1] each; -inf where there is none."""
+    largest = pre_acts.topk(min(k + 1, pre_acts.shape[1]), dim=1).values
+    missing = torch.full_like(largest[:, :1], -torch.inf)
+    return largest[:, k - 1 : k], torch.cat([largest[:, k:], missing], 1)[:, :1]
 
 
 def n_unequal(got: Tensor, exact: Exact) -> int:

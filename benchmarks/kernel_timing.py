@@ -6,6 +6,7 @@ Needs torch, triton and numpy; neither open_clip nor anything that a CLIP takes.
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,9 @@ from defense.benchmarks.kernel_rows import Gpu, Row
 from defense.benchmarks.kernel_workloads import Workload
 from defense.errors import BackendError
 
+_SQUARE, _WARM_S = 8192, 1.0
+_REP_MS, _SAMPLES = 60, 20
+
 
 class Bench:
     """Times jobs and turns them into rows, as long as there is time.
@@ -35,6 +39,12 @@ class Bench:
         self.gpu, self.environment = gpu, environment
         self.deadline = time.monotonic() + 60 * minutes
         self.skipped: list[str] = []
+        self.failures: list[str] = []
+        square = torch.randn(_SQUARE, _SQUARE, dtype=torch.bfloat16, device=kernel_cases.DEVICE)
+        until = time.monotonic() + _WARM_S  # clocks rise under load
+        while time.monotonic() < until:
+            _finished(lambda: square @ square)
+        self.flop_per_ms = 2 * _SQUARE**3 / self.time(lambda: torch.mm(square, square))[0]
         source, target = (torch.empty(2**29, dtype=torch.int8, device=kernel_cases.DEVICE) for _ in range(2))
         self.bytes_per_ms = 2 * source.nbytes / self.time(lambda: target.copy_(source))[0]
 
@@ -49,8 +59,21 @@ class Bench:
         """Return the median, the 20th and the 80th percentile in ms."""
         from triton.testing import do_bench
 
-        p50, p20, p80 = do_bench(job, warmup=10, rep=60, quantiles=[0.5, 0.2, 0.8])
+        estimate_ms = do_bench(job, warmup=5, rep=10, return_mode="median")
+        rep_ms = max(_REP_MS, _SAMPLES * estimate_ms)
+        p50, p20, p80 = do_bench(job, warmup=10, rep=rep_ms, quantiles=[0.5, 0.2, 0.8])
         return p50, p20, p80
+
+    def graph_ms(self, job: Callable[[], object]) -> float | None:
+        """Return the median of a job replayed from a CUDA graph; None where it cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                job()
+            return self.time(graph.replay)[0]
+        except RuntimeError as error:  # it waits for the GPU, as the reference does
+            print(f"not captured: {str(error).splitlines()[0]}", file=sys.stderr)
+            return None
 
     def row(
         self, operation: str, variant: str, case: Case, dtype: torch.dtype, job: Callable[[], Any], **more: Any
@@ -74,6 +97,7 @@ class Bench:
             p20_ms=p20_ms,
             p80_ms=p80_ms,
             peak_mib=peak_mib(job),
+            graph_ms=self.graph_ms(job) if variant.startswith("kernels") else None,
             dtype=str(dtype).removeprefix("torch."),
             case=case,
             gpu=self.gpu,
@@ -87,6 +111,12 @@ class Bench:
         assert W_enc is not None
         product = torch.empty(workload.case.n_tokens, W_enc.shape[1], dtype=W_enc.dtype, device=kernel_cases.DEVICE)
         return self.time(lambda: torch.mm(workload.rows, W_enc, out=product))[0]
+
+
+def _finished(job: Callable[[], object]) -> None:
+    """Run a job, and wait for it."""
+    job()
+    torch.cuda.synchronize()
 
 
 def peak_mib(job: Callable[[], Any]) -> float:

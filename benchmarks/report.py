@@ -137,6 +137,13 @@ def _kernel_section(path: Path) -> str:
     return f"{kernel_rows.table(rows)}\n\n{kernel_rows.caption(rows)}"
 
 
+def _static_section(path: Path) -> str:
+    from defense.benchmarks import kernel_static
+
+    result = _json(path)
+    return f"{kernel_static.static_table(result)}\n\n{kernel_static.static_caption(result)}"
+
+
 SECTIONS = (
     Section(
         "Methods, on the miniatures",
@@ -168,6 +175,12 @@ SECTIONS = (
         "kernel.json",
         "python -m defense.benchmarks.kernel  # needs a CUDA device",
         _kernel_section,
+    ),
+    Section(
+        "The Triton kernels, compiled and not run",
+        "kernel-static.json",
+        "python -m defense.benchmarks.kernel --static",
+        _static_section,
     ),
     Section(
         "Exported graphs, CPU",

@@ -1,4 +1,4 @@
-"""Which implementation runs, and that the kernels do what the reference does (`kernel_cases.py`)."""
+"""Which implementation runs, and that the kernels do what the reference does (`kernel_cases.py` and its like)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ TOPK = {"act": "topk", "k": 8}
 SET = LatentSet("test", tuple(range(40)))
 
 
-def run_cases(**environment: str) -> None:
-    """Run `kernel_cases.py` in a process of its own: triton reads TRITON_INTERPRET when it is imported."""
+files = pytest.mark.parametrize("file", ["kernel_cases.py", "kernel_faults.py"])
+
+
+def run_cases(file: str, **environment: str) -> None:
+    """Run a file of cases in a process of its own: triton reads TRITON_INTERPRET when it is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "kernel_cases.py"],
+        [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", file],
         cwd=Path(__file__).parent,
         env={**os.environ, **environment},
         capture_output=True,
@@ -45,13 +48,15 @@ def run_cases(**environment: str) -> None:
 
 
 @needs_triton
-def test_kernels_equal_float64_under_the_interpreter():
-    run_cases(TRITON_INTERPRET="1")
+@files
+def test_kernels_equal_float64_under_the_interpreter(file):
+    run_cases(file, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
-def test_kernels_equal_float64_on_a_gpu():
-    run_cases(TRITON_INTERPRET="0")
+@files
+def test_kernels_equal_float64_on_a_gpu(file):
+    run_cases(file, TRITON_INTERPRET="0")
 
 
 def test_importing_ops_loads_no_triton():
@@ -181,8 +186,8 @@ def test_reference_encode_and_decode_equal_those_of_the_sae(monkeypatch):
     sae = random_sae(**TOPK)
     resid = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     want = sae.encode(resid)
-    for chunk in (128, 7):
-        monkeypatch.setattr(reference, "_CHUNK_ROWS", chunk)
+    for name, chunk in (("_CHUNK_ROWS_CPU", 512), ("_CHUNK_ROWS_CPU", 9), ("_CHUNK_ELEMENTS", 7 * 160)):
+        monkeypatch.setattr(reference, name, chunk)
         acts, indices = ops.encode_topk(resid, sae.W_enc, sae.folded_bias, 8, backend="reference")
         torch.testing.assert_close(torch.zeros_like(want).scatter(1, indices, acts), want, atol=1e-5, rtol=0)
     got = ops.sparse_decode(acts, indices, sae.W_dec, sae.b_dec, backend="reference")

@@ -211,8 +211,9 @@ def test_chunks_of_the_whole_encoder_do_not_change_the_result(monkeypatch):
     sae, resid = random_sae(**RULES["topk-before"]), residuals(197)
     suppressor = Suppressor(sae, some_set())
     whole = suppressor.acts(resid)
-    monkeypatch.setattr(reference, "_CHUNK_ROWS", 3)
-    torch.testing.assert_close(suppressor.acts(resid), whole, atol=1e-6, rtol=0)
+    for name, chunk in (("_CHUNK_ROWS_CPU", 5), ("_CHUNK_ELEMENTS", 3 * D_SAE)):
+        monkeypatch.setattr(reference, name, chunk)
+        torch.testing.assert_close(suppressor.acts(resid), whole, atol=1e-6, rtol=0)
 
 
 def test_the_whole_encoder_runs_only_for_tokens_with_a_positive_latent():

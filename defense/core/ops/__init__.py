@@ -34,7 +34,7 @@ Backend = Literal["auto", "fused", "reference"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _logged: set[str] = set()
 _unable: dict[str, str] = {}
-"""Why a kernel could not be launched, by device."""
+"""Why "auto" leaves the kernels alone on a device where one could not be launched."""
 _Result = TypeVar("_Result")
 
 
@@ -183,6 +183,8 @@ def _chosen(backend: Backend, tensor: Tensor, weight: Tensor, missing: str | Non
     if backend == "reference" or (backend == "auto" and not tensor.is_cuda):
         return False
     reason = missing or _obstacle(tensor, weight)
+    if reason is None and backend == "auto":
+        reason = _unable.get(str(tensor.device))
     if reason is None:
         return True
     _fall_back(backend, reason)
@@ -194,8 +196,8 @@ def _launched(backend: Backend, device: torch.device, job: Callable[[], _Result]
     try:
         return job()
     except BackendError as error:
-        _unable[str(device)] = str(error)
         _fall_back(backend, str(error), error)
+        _unable[str(device)] = str(error)
     return None
 
 
@@ -222,5 +224,5 @@ def _obstacle(tensor: Tensor, weight: Tensor) -> str | None:
         from . import fused
     except Exception as error:  # a broken triton raises anything
         return f"triton cannot be imported ({error})"
-    device = str(tensor.device)
-    return _unable.get(device) or fused.obstacle(device)
+    obstacle: str | None = fused.obstacle(str(tensor.device))
+    return obstacle

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 _RIDGE = 1e-9
-_CHUNK_ROWS = 128
-"""Tokens that get the whole encoder at once: their pre-activations fit a CPU's cache while they are ranked."""
+_CHUNK_ELEMENTS = 2**24
+"""Pre-activations held at once for tokens that need the whole encoder (64 MiB in float32)."""
+_CHUNK_ROWS_CPU = 512
+"""Tokens of them, at most, on a CPU, whose caches rank no more of them well."""
 
 
 class Encoder(NamedTuple):
@@ -74,7 +76,7 @@ def _topk_acts(
     acts = torch.zeros_like(values)
     if len(rows) == 0:
         return acts
-    for chunk in rows.split(_CHUNK_ROWS):
+    for chunk in rows.split(_rows_at_once(W_enc)):
         everything = torch.addmm(b, z[chunk], W_enc)
         # i is among the k largest iff fewer than k are larger, which is iff it is not below the k-th largest.
         kth_largest = everything.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
@@ -82,6 +84,12 @@ def _topk_acts(
         survives = everything[:, latents] >= kth_largest
         acts[chunk] = values[chunk] * survives
     return acts
+
+
+def _rows_at_once(W_enc: Tensor) -> int:
+    """Return how many tokens get the whole encoder at once."""
+    rows = max(1, _CHUNK_ELEMENTS // W_enc.shape[1])
+    return min(rows, _CHUNK_ROWS_CPU) if W_enc.device.type == "cpu" else rows
 
 
 def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +102,7 @@ def encode_topk(z: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Te
         k: Latents per token.
     """
     acts, indices = [], []
-    for chunk in z.split(_CHUNK_ROWS):
+    for chunk in z.split(_rows_at_once(W_enc)):
         largest = torch.addmm(b, chunk, W_enc).relu().topk(k, dim=1, sorted=False)
         acts.append(largest.values)
         indices.append(largest.indices)

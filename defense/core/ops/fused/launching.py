@@ -31,19 +31,23 @@ class Tile(NamedTuple):
     num_stages: int
     per_sm: int = 1
     """Programs that share a multiprocessor, where their number is fixed."""
+    max_registers: int | None = None
+    """Of a thread; where it is given, the assembler may not take more."""
 
 
 # Half precision, by architecture; `tests/core/test_fused_aot.py` holds what each takes against what there is.
-# A100: its 163 KiB of shared memory take a deeper pipeline than the 99 KiB of consumer GPUs (86, 89, 120).
-_STREAM_80 = Tile(128, 128, 64, num_warps=8, num_stages=3)
+# A100: as many columns as its registers hold. Consumer GPUs (86, 89, 120) have less shared memory, and fewer tensor
+# cores to keep busy.
+_STREAM_80 = Tile(128, 256, 32, num_warps=8, num_stages=4)
 _STREAM_SMALL = Tile(128, 128, 32, num_warps=8, num_stages=3)
 # Hopper: 85 operations per byte read keep the tensor cores ahead of the L2 cache, and the three stages (144 KiB of
-# shared memory) leave room for one program per multiprocessor.
-_STREAM_90 = Tile(128, 256, 64, num_warps=8, num_stages=3)
+# shared memory) leave room for one program per multiprocessor. Unbounded, the assembler takes registers up to the last
+# that there is, without need: 192 do without a spill.
+_STREAM_90 = Tile(128, 256, 64, num_warps=8, num_stages=3, max_registers=240)
 # Blackwell's data center GPUs: the sums lie in a memory of their own, and 256 columns of them spill when they are read.
 _STREAM_100 = Tile(128, 128, 64, num_warps=8, num_stages=4)
-# float32 runs on the general cores, where a larger tile only costs registers.
-_STREAM_FLOAT32 = Tile(64, 64, 32, num_warps=8, num_stages=2, per_sm=2)
+# float32 runs on the general cores, where a larger tile only costs registers; two programs have 128 each.
+_STREAM_FLOAT32 = Tile(64, 64, 16, num_warps=8, num_stages=2, per_sm=2, max_registers=128)
 # The product with the columns of S alone: small, and the lists take registers.
 SET = Tile(64, 64, 64, num_warps=8, num_stages=3)
 SET_FLOAT32 = Tile(32, 32, 32, num_warps=4, num_stages=2)

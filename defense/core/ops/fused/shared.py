@@ -34,7 +34,9 @@ def norm_stats(
     if NORM == "layer_norm":
         scale = tl.sqrt(square / (D_MODEL - 1))
     else:
-        scale = tl.maximum(tl.sqrt(square / D_MODEL), 1.1754943508222875e-38)  # a zero token stays zero
+        scale = tl.sqrt(square / D_MODEL)
+        tiny = 1.1754943508222875e-38
+        scale = tl.where(scale < tiny, tiny, scale)  # a zero token stays zero; unlike a maximum, this keeps NaN
     return shift, scale
 
 

@@ -124,21 +124,21 @@ def _count_kernel(
         offs_m = tile % token_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = tile // token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_m = offs_m < n_firing
+        token = tl.load(firing_ptr + offs_m, mask=mask_m, other=0)
+        n_slots = tl.load(n_slots_ptr + token, mask=mask_m, other=0)
+        # Other programs raise begin and the counts meanwhile. An older value only costs a slot that was decided; from
+        # the L1 cache it might stay old. All is loaded before the product, which hides how long that takes.
+        begin = tl.load(begin_ptr + token, mask=mask_m, other=0, cache_modifier=".cg")
+        slot = begin
+        entry = token.to(tl.int64) * n_set + slot
+        act = tl.load(acts_ptr + entry, mask=slot < n_slots, other=float("inf"))
+        count = tl.load(counts_ptr + entry, mask=slot < n_slots, other=0, cache_modifier=".cg")
         unused = tl.zeros([BLOCK_M], tl.float32)
         h = pre_acts(
             z_ptr + tl.minimum(offs_m, n_firing - 1).to(tl.int64) * D_MODEL, 1, unused, unused,
             W_ptr, D_SAE, b_ptr, offs_n, D_SAE, D_MODEL, "none", BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         highest = tl.max(h, 1)
-        token = tl.load(firing_ptr + offs_m, mask=mask_m, other=0)
-        n_slots = tl.load(n_slots_ptr + token, mask=mask_m, other=0)
-        # Other programs raise begin and the counts meanwhile. An older value only costs a slot that was decided; from
-        # the L1 cache it might stay old.
-        begin = tl.load(begin_ptr + token, mask=mask_m, other=0, cache_modifier=".cg")
-        slot = begin
-        entry = token.to(tl.int64) * n_set + slot
-        act = tl.load(acts_ptr + entry, mask=slot < n_slots, other=float("inf"))
-        count = tl.load(counts_ptr + entry, mask=slot < n_slots, other=0, cache_modifier=".cg")
         while tl.max((highest > act).to(tl.int32), 0) > 0:
             has_next = slot + 1 < n_slots
             next_act = tl.load(acts_ptr + entry + 1, mask=has_next, other=float("inf"))
@@ -249,8 +249,8 @@ def _subtract(edit: Edit, out: Tensor, W_enc: Tensor, b_others: Tensor, k: int) 
     launching.launch(
         _count_kernel, (launching.n_programs(resid.device, tile.per_sm),),
         z, W_enc, b_others, acts, counts, begin, n_slots, firing, n_firing, n_set, k,
-        D_MODEL=d_model, D_SAE=W_enc.shape[1],
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        D_MODEL=d_model, D_SAE=W_enc.shape[1], BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
     )  # fmt: skip
     launching.launch(
         _subtract_kernel, (triton.cdiv(batch * n_pos, _SUBTRACT_ROWS), triton.cdiv(d_model, _SUBTRACT_COLUMNS)),
