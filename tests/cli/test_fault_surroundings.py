@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("open_clip")
 
+from defense.cli.common import print_json
 from defense.hosts.clip import embedded_folder
 
 APPLE = embedded_folder("examples") / "apple-pizza.png"
@@ -236,3 +237,14 @@ def test_fault_77_a_hub_that_gives_nothing_is_one_sentence_and_code_5(tmp_path, 
     assert "some-org/some-defense" in said(done)
     assert (done.returncode, done.stdout) == (5, b"")
     assert not list((tmp_path / "hub").rglob("*.incomplete"))
+
+
+# --- fault 50: what a spreadsheet would run ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", ["=HYPERLINK(1)", "+1", "-1", "@SUM(A1)", 'a"b', "a\nb", "a,b"])
+def test_fault_50_a_label_is_a_string_in_a_line_of_json(capsys, label):
+    print_json({"file": label, "robust": [{"label": label, "score": 1.0}]})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == {"file": label, "robust": [{"label": label, "score": 1.0}]}
+    assert line.startswith("{")
