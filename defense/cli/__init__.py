@@ -6,8 +6,6 @@ was rejected, 130 interrupted.
 
 from __future__ import annotations
 
-import io
-import sys
 from importlib.metadata import version
 from typing import Annotated
 
@@ -30,7 +28,4 @@ def _root(
 
 def main() -> None:
     """Run the command line."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what a console cannot print, it shows as an escape
     app()
