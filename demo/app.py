@@ -12,11 +12,12 @@ there by then.
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from defense.demo import guard, limits
@@ -24,6 +25,8 @@ from defense.errors import ConfigError
 
 if TYPE_CHECKING:
     from defense.demo.engine import Engine
+
+_NEWER = {"run_history": False}
 
 
 @contextmanager
@@ -56,13 +59,19 @@ def serving(engine: Engine, *, host: str = "127.0.0.1", port: int | None = None,
                 server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, inbrowser=False,
                 show_error=False, max_file_size=limits.MAX_FILE_BYTES, state_session_capacity=limits.MAX_SESSIONS,
                 allowed_paths=[], enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
-                run_history=False, footer_links=[], theme=page.theme(), css_paths=[page.STYLE], head=page.head(),
+                footer_links=[], theme=page.theme(), css_paths=[page.STYLE], head=page.head(), **_newer(blocks.launch),
                 root_path=root_path or None, app_kwargs={"middleware": [*middleware, Middleware(uploads.Apart)]},
             )  # fmt: skip
             app.uploaded_file_dir = uploads.Folder(folder)  # type: ignore[assignment]  # anything with a path will do
             yield address
         finally:
             blocks.close(verbose=False)
+
+
+def _newer(launch: Callable[..., Any]) -> dict[str, Any]:
+    """Return what switches off those features that only newer versions of Gradio have."""
+    known = inspect.signature(launch).parameters
+    return {name: value for name, value in _NEWER.items() if name in known}
 
 
 def _public_host(root_path: str) -> str | None:

@@ -176,5 +176,6 @@ def shown(path: Path) -> str:
 
 
 def print_json(fields: dict[str, Any]) -> None:
-    """Print a line of JSON on stdout."""
-    sys.stdout.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    """Print a line of JSON on stdout, with escapes where that takes ASCII or another encoding than UTF-8."""
+    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(fields, ensure_ascii=not is_utf8) + "\n")

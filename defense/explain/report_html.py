@@ -17,21 +17,8 @@ from PIL import Image
 from defense.data.notes import NOTES
 from defense.data.preprocess import Box
 
+from . import report_words as words
 from .heat import overlay, scale_bar
-from .report_words import (
-    _HTML_LATENTS,
-    _READING,
-    _bars,
-    _facts,
-    _minimum,
-    _names,
-    _number,
-    _percent,
-    _seen,
-    _sized,
-    _summary,
-    _verdict,
-)
 
 if TYPE_CHECKING:
     from defense.classify.explanation import Explanation, Removed
@@ -106,12 +93,12 @@ def report_html(
         catalogues: Names of latents, by hook point; a latent without one is called by its number.
         counterfactual: Of the same picture.
     """
-    small, box = _sized(picture, explanation.box, *_SIDES)
+    small, box = words.sized(picture, explanation.box, *_SIDES)
     catalogues = catalogues or {}
     parts = [
         f"<p class='name'>{escape(name)}</p>" if name else "",
-        f"<h1>{escape(_verdict(explanation))}</h1>",
-        f"<p>{escape(_summary(explanation))}</p>",
+        f"<h1>{escape(words.verdict(explanation))}</h1>",
+        f"<p>{escape(words.summary(explanation))}</p>",
         *(
             f"<p>Note on the file: {escape(NOTES.get(note, note))} ({escape(note)}).</p>"
             for note in explanation.warnings
@@ -119,12 +106,12 @@ def report_html(
         _html_pictures(small, box, explanation),
         _html_answers(explanation),
         "<h2>The least that changes the answer</h2>" if counterfactual is not None else "",
-        f"<p>{escape(_minimum(counterfactual, catalogues))}</p>" if counterfactual is not None else "",
+        f"<p>{escape(words.minimum(counterfactual, catalogues))}</p>" if counterfactual is not None else "",
         _html_latents(small, box, explanation, catalogues) if explanation.removed else "",
         "<h2>How to read this</h2>",
-        *(f"<p>{escape(paragraph)}</p>" for paragraph in _READING),
+        *(f"<p>{escape(paragraph)}</p>" for paragraph in words.READING),
         "<h2>Which defense</h2><dl>",
-        *(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in _facts(explanation, defense)),
+        *(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in words.facts(explanation, defense)),
         "</dl>",
     ]
     title = f"{name}: what the defense removed" if name else "What the defense removed"
@@ -147,13 +134,13 @@ def _html_pictures(picture: Image.Image, box: Box, explanation: Explanation) -> 
         f"<figure>{_img(picture, 'The picture.')}<figcaption>The picture.</figcaption></figure>"
         f"<figure>{_img(overlay(picture, explanation.heatmap, box=box), 'Map of what was removed, over the picture.')}"
         f"<figcaption>What was removed, by patch: 0{_img(scale_bar((96, 9)), 'color scale', 'scale')}"
-        f"{_number(peak**0.5)} (length of the difference).{covered}</figcaption></figure></div>"
+        f"{words.number(peak**0.5)} (length of the difference).{covered}</figcaption></figure></div>"
     )
 
 
 def _html_answers(explanation: Explanation) -> str:
     rows = []
-    for bar in _bars(explanation.plain, explanation.robust):
+    for bar in words.bars(explanation.plain, explanation.robust):
         direction = {"+": " up", "\N{MINUS SIGN}": " down"}.get(bar.change[0], "")
         rows.append(
             f"<tr><th scope='row'>{escape(bar.label)}</th><td>{_html_bar(bar.plain, 'plain')}</td>"
@@ -170,16 +157,16 @@ def _html_answers(explanation: Explanation) -> str:
 def _html_bar(share: float | None, kind: str) -> str:
     filled = 0 if share is None else 100 * share
     return (
-        f"<div class='bar'><b>{_percent(share)}</b>"
+        f"<div class='bar'><b>{words.percent(share)}</b>"
         f"<span aria-hidden='true'><i class='{kind}' style='width:{filled:.1f}%'></i></span></div>"
     )
 
 
 def _html_latents(picture: Image.Image, box: Box, explanation: Explanation, catalogues: Mapping[str, Catalogue]) -> str:
-    seen = _seen(picture, box, _MAP)
-    shown, rest = explanation.removed[:_HTML_LATENTS], explanation.removed[_HTML_LATENTS:]
+    seen = words.seen_part(picture, box, _MAP)
+    shown, rest = explanation.removed[: words.HTML_LATENTS], explanation.removed[words.HTML_LATENTS :]
     rows = "".join(_html_latent(item, seen, catalogues) for item in shown)
-    more = f" {len(rest)} more, with {_percent(sum(item.share for item in rest))}, are left out." if rest else ""
+    more = f" {len(rest)} more, with {words.percent(sum(item.share for item in rest))}, are left out." if rest else ""
     return (
         "<h2>What was removed</h2><div class='scroll' tabindex='0' role='region' aria-label='Latents'><table>"
         f"<caption>Latents by energy. Each map has a scale of its own.{more}</caption><thead><tr>"
@@ -190,12 +177,12 @@ def _html_latents(picture: Image.Image, box: Box, explanation: Explanation, cata
 
 
 def _html_latent(item: Removed, seen: Image.Image, catalogues: Mapping[str, Catalogue]) -> str:
-    names = _names(catalogues, item.hook_point, item.latent)
+    names = words.names_of(catalogues, item.hook_point, item.latent)
     title = f"{escape(names)} <span class='quiet'>{item.latent}</span>" if names else f"latent {item.latent}"
     return (
         f"<tr><td>{_img(overlay(seen, item.map), f'Where latent {item.latent} was removed.')}</td>"
         f"<th scope='row'>{title}</th><td>{escape(item.set_name)}</td><td>{escape(item.hook_point)}</td>"
-        f"<td class='number'>{_number(item.activation)}</td><td class='number'>{_number(item.energy)}</td>"
+        f"<td class='number'>{words.number(item.activation)}</td><td class='number'>{words.number(item.energy)}</td>"
         f"<td>{_html_bar(item.share, 'robust')}</td></tr>"
     )
 

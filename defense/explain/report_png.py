@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
+from . import report_words as words
 from .heat import overlay
-from .report_words import (
-    _LABELS,
-    _PNG_LATENTS,
-    _bars,
-    _facts,
-    _minimum,
-    _names,
-    _percent,
-    _seen,
-    _sized,
-    _summary,
-    _verdict,
-)
 
 if TYPE_CHECKING:
     from defense.classify.explanation import Explanation
@@ -83,27 +71,27 @@ def report_png(
     sheet, catalogues = _Sheet(), catalogues or {}
     if name:
         sheet.text(name, 15, ink=_QUIET)
-    sheet.text(_verdict(explanation), 28)
-    sheet.text(_summary(explanation), 16, ink=_QUIET)
+    sheet.text(words.verdict(explanation), 28)
+    sheet.text(words.summary(explanation), 16, ink=_QUIET)
     if counterfactual is not None:
-        sheet.text(_minimum(counterfactual, catalogues), 16, ink=_QUIET)
+        sheet.text(words.minimum(counterfactual, catalogues), 16, ink=_QUIET)
     sheet.y += _GAP
     _draw_pictures(sheet, picture, explanation)
     if explanation.removed:
         _draw_latents(sheet, picture, explanation, catalogues)
-    facts = "; ".join(f"{key}: {value}" for key, value in _facts(explanation, defense))
+    facts = "; ".join(f"{key}: {value}" for key, value in words.facts(explanation, defense))
     sheet.text(facts, 13, ink=_QUIET)
     return sheet.finished()
 
 
 def _draw_pictures(sheet: _Sheet, picture: Image.Image, explanation: Explanation) -> None:
     """Draw the picture, the map and the answers side by side."""
-    small, box = _sized(picture, explanation.box, _COLUMN, _COLUMN)
+    small, box = words.sized(picture, explanation.box, _COLUMN, _COLUMN)
     top, right = sheet.y, _MARGIN + 2 * (_COLUMN + _GAP)
     sheet.image.paste(small, (_MARGIN, top))
     sheet.image.paste(overlay(small, explanation.heatmap, box=box), (_MARGIN + _COLUMN + _GAP, top))
     sheet.text("plain CLIP (gray) and defended", 15, x=right, ink=_QUIET)
-    for bar in _bars(explanation.plain, explanation.robust)[:_LABELS]:
+    for bar in words.bars(explanation.plain, explanation.robust)[: words.LABELS]:
         sheet.y += 8
         sheet.draw.text((right, sheet.y), _fitted(bar.label, _font(16), _COLUMN), _INK, _font(16))
         sheet.y += 24
@@ -118,16 +106,16 @@ def _draw_bar(sheet: _Sheet, x: int, share: float | None, color: str) -> None:
     sheet.draw.rectangle((x, y + 2, x + length, y + 11), _TRACK)
     if share is not None and share * length >= 1:
         sheet.draw.rectangle((x, y + 2, x + round(share * length), y + 11), color)
-    sheet.draw.text((_WIDTH - _MARGIN, y + 7), _percent(share), _QUIET, _font(14), anchor="rm")
+    sheet.draw.text((_WIDTH - _MARGIN, y + 7), words.percent(share), _QUIET, _font(14), anchor="rm")
 
 
 def _draw_latents(
     sheet: _Sheet, picture: Image.Image, explanation: Explanation, catalogues: Mapping[str, Catalogue]
 ) -> None:
     """Draw the maps of the first latents in a row, each with what it is called."""
-    n = _PNG_LATENTS
+    n = words.PNG_LATENTS
     side = (_WIDTH - 2 * _MARGIN - (n - 1) * _GAP) // n
-    seen = _seen(picture, explanation.box, side)
+    seen = words.seen_part(picture, explanation.box, side)
     shown = explanation.removed[:n]
     sheet.text(f"The first {len(shown)} latents by energy, each with a scale of its own", 16)
     sheet.y += 6
@@ -135,8 +123,8 @@ def _draw_latents(
         x, y = _MARGIN + index * (side + _GAP), sheet.y
         sheet.image.paste(overlay(seen, item.map), (x, y))
         lines = (
-            (_names(catalogues, item.hook_point, item.latent) or f"latent {item.latent}", 15, _INK),
-            (f"{item.set_name}, {_percent(item.share)} of energy", 13, _QUIET),
+            (words.names_of(catalogues, item.hook_point, item.latent) or f"latent {item.latent}", 15, _INK),
+            (f"{item.set_name}, {words.percent(item.share)} of energy", 13, _QUIET),
             (f"{item.latent} at {item.hook_point.removesuffix('.hook_resid_post')}", 13, _QUIET),
         )
         y += seen.height + 6

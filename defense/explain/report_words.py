@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from .catalogue import Catalogue
     from .counterfactual import Counterfactual
 
-_LABELS = 6
+LABELS = 6
 """Labels of either side that are drawn as bars."""
-_HTML_LATENTS, _PNG_LATENTS = 40, 7
+HTML_LATENTS, PNG_LATENTS = 40, 7
 _WORDS = 3
 """Of a latent's names that are shown."""
 
-_READING = (
+READING = (
     "CLIP's vision transformer carries a picture as one vector per patch, the residual stream. A sparse autoencoder "
     "(SAE) reads each of these vectors as a sum of a few latents. The defense subtracts what chosen latents wrote, "
     "and the network goes on from there. Both answers are a softmax over the same labels: one without the "
@@ -40,7 +40,7 @@ _READING = (
 )
 
 
-class _Bar(NamedTuple):
+class Bar(NamedTuple):
     """One label's scores on both sides, from 0 to 1; None where it is not among the labels that were kept."""
 
     label: str
@@ -56,37 +56,38 @@ class _Bar(NamedTuple):
         return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}") if points else "0.0"
 
 
-def _bars(plain: Prediction, robust: Prediction) -> list[_Bar]:
+def bars(plain: Prediction, robust: Prediction) -> list[Bar]:
     """Return the best labels of either side, those with the highest score first."""
     sides = [{entry["label"]: entry["score"] for entry in answer} for answer in (plain, robust)]
-    kept = {entry["label"] for answer in (plain, robust) for entry in answer[:_LABELS]}
-    bars = [_Bar(label, sides[0].get(label), sides[1].get(label)) for label in kept]
-    return sorted(bars, key=lambda bar: (-max(bar.plain or 0, bar.robust or 0), bar.label))
+    kept = {entry["label"] for answer in (plain, robust) for entry in answer[:LABELS]}
+    scored = [Bar(label, sides[0].get(label), sides[1].get(label)) for label in kept]
+    return sorted(scored, key=lambda bar: (-max(bar.plain or 0, bar.robust or 0), bar.label))
 
 
-def _percent(score: float | None) -> str:
+def percent(score: float | None) -> str:
+    """Return a share of 1 in percent, or a dash for None."""
     return "-" if score is None else f"{100 * score:.1f} %"
 
 
-def _number(value: float) -> str:
-    """Return three digits or more, without an exponent for what is commonly met."""
+def number(value: float) -> str:
+    """Return a value with three digits or more, without an exponent for what is commonly met."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _verdict(explanation: Explanation) -> str:
+def verdict(explanation: Explanation) -> str:
     """Return the answer in a sentence or two."""
     plain, robust = explanation.plain[0], explanation.robust[0]
     if explanation.changed:
         return (
-            f"Plain CLIP says {plain['label']} ({_percent(plain['score'])}). "
-            f"Defended, it says {robust['label']} ({_percent(robust['score'])})."
+            f"Plain CLIP says {plain['label']} ({percent(plain['score'])}). "
+            f"Defended, it says {robust['label']} ({percent(robust['score'])})."
         )
     return (
-        f"Plain and defended CLIP agree: {plain['label']} ({_percent(plain['score'])} and {_percent(robust['score'])})."
+        f"Plain and defended CLIP agree: {plain['label']} ({percent(plain['score'])} and {percent(robust['score'])})."
     )
 
 
-def _summary(explanation: Explanation) -> str:
+def summary(explanation: Explanation) -> str:
     """Return how much was removed, and what it cost."""
     times = f"Image tower: {explanation.plain_ms:.0f} ms plain, {explanation.robust_ms:.0f} ms defended."
     if not explanation.removed:
@@ -99,60 +100,60 @@ def _summary(explanation: Explanation) -> str:
     )
 
 
-def _minimum(counterfactual: Counterfactual, catalogues: Mapping[str, Catalogue]) -> str:
+def minimum(counterfactual: Counterfactual, catalogues: Mapping[str, Catalogue]) -> str:
     """Return what a counterfactual says."""
     if counterfactual.flipped is None:
         return "No set of these latents was found whose removal changes the answer of plain CLIP."
     listed = []
     for point, latent in counterfactual.latents:
-        names = _names(catalogues, point, latent)
+        names = names_of(catalogues, point, latent)
         listed.append(f"{latent} at {point} ({names})" if names else f"{latent} at {point}")
     which = "this one latent" if len(listed) == 1 else f"these {len(listed)} latents"
     flipped = counterfactual.flipped[0]
     return (
         f"Removing just {which} turns {counterfactual.plain[0]['label']} into {flipped['label']} "
-        f"({_percent(flipped['score'])}): {'; '.join(listed)}."
+        f"({percent(flipped['score'])}): {'; '.join(listed)}."
     )
 
 
-def _names(catalogues: Mapping[str, Catalogue], hook_point: str, latent: int) -> str:
+def names_of(catalogues: Mapping[str, Catalogue], hook_point: str, latent: int) -> str:
     """Return the best words for a latent, or nothing."""
     found = catalogues.get(hook_point)
     return ", ".join(word for word, _ in found.names_of(latent)[:_WORDS]) if found is not None else ""
 
 
-def _facts(explanation: Explanation, defense: Defense | None) -> list[tuple[str, str]]:
+def facts(explanation: Explanation, defense: Defense | None) -> list[tuple[str, str]]:
     """Return what it takes to get the same answer again."""
-    facts = [("clip-defense", package_version())]
+    listed = [("clip-defense", package_version())]
     for package in ("torch", "open_clip_torch"):
         try:
-            facts.append((package, version(package)))
+            listed.append((package, version(package)))
         except PackageNotFoundError:
             continue
     if defense is not None:
         clip = defense.clip
-        facts += [
+        listed += [
             ("CLIP", clip.name),
             ("its vision tower, sha256", clip.sha256),
             ("defense, sha256 of the manifest", defense.manifest_sha256 or "not read from disk"),
         ]
     controls = explanation.controls
-    facts.append(
+    listed.append(
         ("latent sets", ", ".join(dict.fromkeys(item.set_name for item in explanation.removed)) or "none fired")
     )
     if controls.sets is not None:
-        facts.append(("only the sets", ", ".join(controls.sets) or "none"))
-    facts.append(("strength", f"{controls.strength:g}"))
-    facts.append(("edit", controls.edit or "each set's own"))
+        listed.append(("only the sets", ", ".join(controls.sets) or "none"))
+    listed.append(("strength", f"{controls.strength:g}"))
+    listed.append(("edit", controls.edit or "each set's own"))
     if controls.off:
-        facts.append(("left alone", ", ".join(f"{latent} at {point}" for point, latent in sorted(controls.off))))
+        listed.append(("left alone", ", ".join(f"{latent} at {point}" for point, latent in sorted(controls.off))))
     if controls.steer:
         steered = (f"{latent} at {point} to {value:g}" for (point, latent), value in controls.steer.items())
-        facts.append(("steered", ", ".join(steered)))
-    return facts
+        listed.append(("steered", ", ".join(steered)))
+    return listed
 
 
-def _sized(picture: Image.Image, box: Box, least: int, most: int) -> tuple[Image.Image, Box]:
+def sized(picture: Image.Image, box: Box, least: int, most: int) -> tuple[Image.Image, Box]:
     """Return a picture whose longer side has `least` to `most` pixels, and the box of the same part of it."""
     longest = max(picture.size)
     factor = min(max(longest, least), most) / longest
@@ -161,7 +162,7 @@ def _sized(picture: Image.Image, box: Box, least: int, most: int) -> tuple[Image
     return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), (left, upper, right, lower)
 
 
-def _seen(picture: Image.Image, box: Box, side: int) -> Image.Image:
+def seen_part(picture: Image.Image, box: Box, side: int) -> Image.Image:
     """Return the part of a picture that the model saw, `side` pixels wide."""
     left, upper, right, lower = box
     return picture.crop(box).resize((side, max(1, round(side * (lower - upper) / (right - left)))))

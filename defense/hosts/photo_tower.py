@@ -57,7 +57,7 @@ class Stem(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = fold_norms(timm.create_model(STEM, num_classes=0).eval()).requires_grad_(False)
+        self.network: Any = fold_norms(timm.create_model(STEM, num_classes=0).eval()).requires_grad_(False)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         x = self.network.bn1(self.network.conv_stem(pixel_values))
@@ -98,6 +98,9 @@ class PhotoEmbed(nn.Module):
 
 class PhotoTransformer(VisionTransformer):
     """A vision transformer whose patch embedding gives the CLS token too; `cls_token` is added to it."""
+
+    cls_token: nn.Parameter
+    pos_embed: nn.Parameter
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         return torch.cat([x[:, :1] + self.cls_token, x[:, 1:] + self.pos_embed], dim=1)

@@ -250,3 +250,27 @@ def test_fault_70_a_bundle_is_served_without_torch(tiny_bundle):
         assert tabs == ["Try it", "Measured", "API and privacy"]
         said = "".join(str(each["props"].get("value")) for each in client.config["components"])
         assert "This is an exported bundle" in said
+
+
+def test_fault_78_a_megabyte_of_labels_is_one_sentence(address):
+    said = call(address, "classify", [{"path": uploaded(address), **META}, "a" * 1_000_000, "", 5])
+    assert "event: error" in said
+    assert "1,000,000 characters long" in said
+    assert len(said) < 1_000
+
+
+def test_fault_78_of_several_moves_of_one_control_the_latest_wins_and_all_wait_in_one_queue(address):
+    """What the page does when many drag a slider: Gradio drops the moves between, and works on two at a time."""
+    config = httpx.get(f"{address}config").json()
+    names = {each["id"]: each["props"].get("elem_id") for each in config["components"]}
+    moved = [
+        event for event in config["dependencies"]
+        if any(names.get(target) in ("strength", "word", "edit", "tasks") for target, _ in event["targets"])
+    ]  # fmt: skip
+    assert moved
+    for event in config["dependencies"]:
+        if event["targets"] and event["inputs"] and event["backend_fn"]:
+            assert event["queue"] is not False
+            if event["api_visibility"] == "private":
+                assert event["trigger_mode"] == "always_last"
+    assert config["max_file_size"] == limits.MAX_FILE_BYTES

@@ -16,6 +16,7 @@ import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -83,7 +84,7 @@ def find_weights() -> Path:
 
 def load_stem(path: Path) -> tuple[Stem, tuple[Tensor, Tensor]]:
     """Return the stem and its classifier (weight and bias). The file's tensors come in the order of timm's."""
-    network = timm.create_model(STEM).eval()
+    network: Any = timm.create_model(STEM).eval()
     with path.open("rb") as file:
         tensors = pickles.load(file, str(path))
     network.load_state_dict(dict(zip(network.state_dict(), tensors.values(), strict=True)))
@@ -156,7 +157,7 @@ def start_tower(trunk: PhotoTransformer, head: nn.Linear, start: Start, seed: in
     width = trunk.embed_dim
     basis = torch.eye(width) - 1 / width
     basis = torch.linalg.qr(torch.cat([torch.ones(width, 1), basis[:, : width - 1]], 1)).Q[:, 1:]  # [width, width - 1]
-    embed = trunk.patch_embed
+    embed: Any = trunk.patch_embed
     weight, bias = (each[:WRITTEN] for each in start.pooled)
     with torch.no_grad():
         embed.stem.load_state_dict(start.stem.state_dict())
@@ -170,7 +171,8 @@ def start_tower(trunk: PhotoTransformer, head: nn.Linear, start: Start, seed: in
         embed.patches.bias.copy_(-embed.patches.weight @ mean)
         trunk.cls_token.zero_()
         trunk.pos_embed.copy_(_waves(embed.grid_size, width)[None])
-        for block in trunk.blocks:
+        blocks: Any = trunk.blocks
+        for block in blocks:
             for layer in (block.attn.proj, block.mlp.fc2):
                 layer.weight.zero_()
                 layer.bias.zero_()
