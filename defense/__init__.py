@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .errors import ShapeError as ShapeError
     from .hosts.attach import detach as detach
     from .hosts.attach import wrap as wrap
+    from .hosts.clip import Clip as Clip
     from .hosts.controls import Controls as Controls
     from .hosts.defense import Defense as Defense
 
@@ -56,6 +57,7 @@ _HOMES = {
         "ShapeError",
     ),
     "hosts.attach": ("detach", "wrap"),
+    "hosts.clip": ("Clip",),
     "hosts.controls": ("Controls",),
     "hosts.defense": ("Defense",),
 }
@@ -65,6 +67,7 @@ __all__ = [
     "BackendError",
     "CalibrationError",
     "CheckpointError",
+    "Clip",
     "ConfigError",
     "Controls",
     "Defense",

@@ -82,7 +82,7 @@ def test_a_file_is_known_by_its_hash(tmp_path, published, is_quick, caplog):
     if is_quick:
         assert not needs_quick_gelu("ViT-B-32-quickgelu", str(file))
     else:
-        with pytest.raises(ConfigError, match="trained with the exact GELU; use the name ViT-B-32$"):
+        with pytest.raises(ConfigError, match=r"trained with the exact GELU; use the name ViT-B-32$"):
             needs_quick_gelu("ViT-B-32-quickgelu", str(file))
     assert not caplog.records
 
