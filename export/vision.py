@@ -149,7 +149,8 @@ class VisionGraph(nn.Module):
         if mode not in get_args(Mode):
             raise ConfigError(f"mode={mode!r}; it must be one of {', '.join(get_args(Mode))}")
         self.tower = tower_of(model)
-        self.parts = nn.ModuleList(self.tower.parts)  # their weights are the graph's
+        self.visual, *others = self.tower.parts  # their weights are the graph's
+        self.others = nn.ModuleList(others)
         self.register_buffer("scale", model.logit_scale.detach().exp().reshape(()))
         bias = getattr(model, "logit_bias", None)
         self.register_buffer("bias", torch.zeros(()) if bias is None else bias.detach().clone().reshape(()))
@@ -172,7 +173,8 @@ class VisionGraph(nn.Module):
     def in_place(self) -> Iterator[None]:
         """Let the traced edits stand in for the library's own, and `operators` for the tower's."""
         with ExitStack() as stack:
-            stack.enter_context(rewritten(self.parts))
+            for part in self.tower.parts:
+                stack.enter_context(rewritten(part))
             if self._attached is not None:
                 stack.enter_context(self._attached.bypassed())
             for hook_point, block in zip(self.hook_points, self.blocks, strict=True):

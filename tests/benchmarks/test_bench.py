@@ -103,7 +103,7 @@ def test_readers_metrics_and_reports_load_no_torch():
         "defense.benchmarks.plots, defense.benchmarks.robust; "
         "sys.exit(bool({'torch', 'open_clip', 'matplotlib', 'scipy'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 6  # three data sets, two methods
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # --- a full-size model ------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_a_rehearsal_with_a_full_size_model_that_is_interrupted(rehearsal, tmp_p
         printed = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 6  # three data sets, two methods
+    assert process.returncode == 0
     assert usage.ru_maxrss < 3 * 2**20  # KiB: the model holds 0.6 GiB, torch and its libraries about as much
     assert "random weights: a rehearsal" in printed
     assert "70 of 1,000 pictures" in printed
