@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -148,15 +148,6 @@ class RobustClassifier(ZeroShotClassifier):
         return self.clip.logit_scale
 
     # --- labels ---
-
-    def set_labels(self, candidate_labels: Sequence[str], templates: str | Sequence[str] = "simple") -> Self:
-        """Choose what to classify into, and return self; see the base class.
-
-        Raises:
-            ConfigError: The model has no text tower, or see the base class.
-        """
-        self.clip.text_tower  # noqa: B018 - raises where there is none
-        return super().set_labels(candidate_labels, templates)
 
     def _embeds_of(self, prompts: Prompts) -> np.ndarray:
         key = prompts.sha256()

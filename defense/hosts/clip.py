@@ -45,7 +45,10 @@ def no_tokenizer(_texts: list[str]) -> Any:
     Raises:
         ConfigError: Always.
     """
-    raise ConfigError("this model takes pictures alone; to classify by labels it takes a whole CLIP and its tokenizer")
+    raise ConfigError(
+        "there is no tokenizer: this model has no text tower, or came without its processor; take embeddings "
+        "(transform), or a whole CLIP and its tokenizer"
+    )
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,10 @@ class Clip:
                 no `Preprocess` for.
         """
         from .transformers_inputs import preprocess_of, tokenizer_of
+        from .transformers_vision import find_text
 
-        texts = getattr(model.config, "text_config", None)
-        n_positions = getattr(texts, "max_position_embeddings", None)
-        tokenizer = None if n_positions is None else tokenizer_of(processor, n_positions)
+        has_texts = find_text(model) is not None
+        tokenizer = tokenizer_of(processor, model.config.text_config.max_position_embeddings) if has_texts else None
         return cls(model.eval(), preprocess_of(processor), tokenizer or no_tokenizer)._checked()
 
     @classmethod

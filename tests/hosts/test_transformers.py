@@ -300,8 +300,10 @@ def test_a_language_model_that_reads_no_block_is_refused(clips):
         tower_of(twins.llava_of(vision_model(clips[1]), vision_feature_layer=0))
 
 
-def test_the_embedding_of_a_picture_in_a_language_model_is_defended(clips, llava):
-    clf = RobustClassifier(Clip.from_transformers(llava, PREPROCESS), a_defense(clips[0]))
+def test_the_embedding_of_a_picture_in_a_language_model_is_defended(clips, llava, processor):
+    clf = RobustClassifier(Clip.from_transformers(llava, processor), a_defense(clips[0]))
+    with pytest.raises(ConfigError, match="has no text tower"):  # its tokenizer is the language model's
+        clf.set_labels(["a", "b"]).text_embeds()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
     robust = clf.transform([picture])
     assert np.abs(robust - clf.encode_pixels(PREPROCESS(picture)[None], plain=True)).max() > 1e-3
@@ -492,7 +494,7 @@ def test_a_tower_alone_embeds_and_does_not_classify(name):
     embeds = clf.transform(pictures())
     assert embeds.shape == (3, D_MODEL)
     assert np.abs(embeds - clf.encode_pixels(np.stack([PREPROCESS(p) for p in pictures()]), plain=True)).max() > 1e-3
-    for classify in (lambda: clf.set_labels(LABELS), lambda: clf(pictures(), LABELS)):
+    for classify in (lambda: clf.set_labels(LABELS).predict(pictures()), lambda: clf(pictures(), LABELS)):
         with pytest.raises(ConfigError, match="has no text tower"):
             classify()
     with pytest.raises(ConfigError, match="no logit_scale"):
