@@ -291,16 +291,16 @@ def load_clip(model: str = EMBEDDED, pretrained: str | None = None, *, device: s
     """
     from .transformers_inputs import SCHEME, load
 
-    device = resolve_device(device)
-    if model.startswith(SCHEME):
-        net, processor = load(model.removeprefix(SCHEME))
-        return Clip.from_transformers(net.to(device).requires_grad_(False), processor)
     try:
         import open_clip
 
         from . import photo_tower  # noqa: F401 - registers the tower, which a configuration may name
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "torch") from error
+    device = resolve_device(device)
+    if model.startswith(SCHEME):
+        net, processor = load(model.removeprefix(SCHEME))
+        return Clip.from_transformers(net.to(device).requires_grad_(False), processor)
     if model.startswith(TIMM):
         return _load_timm(model.removeprefix(TIMM), device)
     if model == EMBEDDED:
