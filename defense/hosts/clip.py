@@ -279,7 +279,7 @@ def load_clip(model: str = EMBEDDED, pretrained: str | None = None, *, device: s
 
     Args:
         model: "embedded"; a name of open_clip such as "ViT-B-32", also written "ViT-B/32"; "hf-hub:org/repo" or
-            "local-dir:path" of open_clip; "transformers:" with a folder or hub id; "timm:" with a name or file of timm,
+            "local-dir:path" of open_clip; "transformers:" with a folder or hub id; "timm:" with a name of timm,
             for embeddings alone.
         pretrained: open_clip's tag or a path, for a plain name. A tag that is not cached is downloaded.
         device: "cpu", "cuda", "cuda:1" or "auto".

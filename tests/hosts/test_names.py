@@ -47,6 +47,35 @@ def test_a_name_that_is_nearly_one_is_answered_with_those_that_are_near():
     assert spelled("local-dir:/a/b") == "local-dir:/a/b"
 
 
+@pytest.mark.parametrize("name", ["timm:no_such_vit", "timm:vit_tiny_patch16_224", "transformers:/no/such/folder"])
+def test_a_model_that_its_library_cannot_load_is_one_error(name, monkeypatch):
+    """Also weights that are neither cached nor to be had without a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if name.startswith("transformers"):
+        pytest.importorskip("transformers")
+    with pytest.raises(ConfigError, match=f"{name.split(':')[0]} cannot load"):
+        load_clip(name)
+
+
+def test_a_vit_of_timm_is_loaded_by_name_without_its_classes(monkeypatch):
+    import timm
+
+    create = timm.create_model
+
+    def drawn(name: str, **settings):
+        assert settings.pop("pretrained"), "no random weights"
+        model = create(
+            name, pretrained=False, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, **settings
+        )
+        model.pretrained_cfg |= {"crop_pct": 1.0, "crop_mode": "center"}
+        return model
+
+    monkeypatch.setattr(timm, "create_model", drawn)
+    clip = load_clip("timm:vit_tiny_patch16_224")
+    assert clip.image_embeds(torch.zeros(3, 3, 32, 32)).shape == (3, 32)
+    assert clip.preprocess.size == clip.tower.image_size == (32, 32)
+
+
 # --- GELU -------------------------------------------------------------------------------------------------------------
 
 
