@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .errors import ShapeError as ShapeError
     from .hosts.attach import detach as detach
     from .hosts.attach import wrap as wrap
+    from .hosts.clip import Clip as Clip
     from .hosts.controls import Controls as Controls
     from .hosts.defense import Defense as Defense
 
@@ -61,6 +62,7 @@ _HOMES = {
         "ShapeError",
     ),
     "hosts.attach": ("detach", "wrap"),
+    "hosts.clip": ("Clip",),
     "hosts.controls": ("Controls",),
     "hosts.defense": ("Defense",),
 }
@@ -70,6 +72,7 @@ __all__ = [
     "BackendError",
     "CalibrationError",
     "CheckpointError",
+    "Clip",
     "ConfigError",
     "Controls",
     "Defense",

@@ -167,7 +167,8 @@ class VisionGraph(nn.Module):
         if mode not in get_args(Mode):
             raise ConfigError(f"mode={mode!r}; it must be one of {', '.join(get_args(Mode))}")
         self.tower = tower_of(model)
-        self.parts = nn.ModuleList(self.tower.parts)  # their weights are the graph's
+        self.visual, *others = self.tower.parts  # their weights are the graph's
+        self.others = nn.ModuleList(others)
         self.register_buffer("scale", model.logit_scale.detach().exp().reshape(()))
         bias = getattr(model, "logit_bias", None)
         self.register_buffer("bias", torch.zeros(()) if bias is None else bias.detach().clone().reshape(()))
@@ -190,7 +191,8 @@ class VisionGraph(nn.Module):
     def in_place(self) -> Iterator[None]:
         """Keep the library's own edits out of the tower, and let `operators` stand in for its modules."""
         with ExitStack() as stack:
-            stack.enter_context(rewritten(self.parts))
+            for part in self.tower.parts:
+                stack.enter_context(rewritten(part))
             if self._attached is not None:
                 stack.enter_context(self._attached.bypassed())
             yield

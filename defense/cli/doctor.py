@@ -18,6 +18,7 @@ def doctor() -> None:
         "torch",
         "torchvision",
         "open_clip_torch",
+        "transformers",
         "triton",
         "onnxruntime",
         "onnxruntime-gpu",

@@ -111,7 +111,8 @@ def describe(
         provenance: Where pictures and words came from, as JSON values.
 
     Raises:
-        ConfigError: Fewer than two pictures (all, or to steer on), fewer than two words, or a number below 1.
+        ConfigError: Fewer than two pictures (all, or to steer on), fewer than two words, a number below 1, or a CLIP
+            without a text tower.
         ShapeError: The SAE is made for another width.
         HookPointError: There is no such block.
     """
@@ -122,10 +123,10 @@ def describe(
         )
     clip.tower.check_width(sae.config.d_model, "this SAE")
     sae = sae.to(clip.device)
+    prompts = Prompts(labels.check_labels(words), labels.resolve_templates(templates))
+    text_embeds = torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)
     with clip.undefended():
         sums, resid = _pass(clip, hook_point, sae, source, n_top=n_top, n_probed=n_probed, batch=batch, seed=seed)
-        prompts = Prompts(labels.check_labels(words), labels.resolve_templates(templates))
-        text_embeds = torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)
         shared = functional.normalize(text_embeds.mean(0), dim=0)
         directions = directions_of(clip.tower, hook_point, resid, sae, sums, shared)
         steered = steerability(clip, hook_point, resid[:n_steered], sae, text_embeds, sums.fires)

@@ -46,7 +46,10 @@ def no_tokenizer(_texts: list[str]) -> Any:
     Raises:
         ConfigError: Always.
     """
-    raise ConfigError("this model takes pictures alone; to classify by labels it takes a whole CLIP and its tokenizer")
+    raise ConfigError(
+        "there is no tokenizer: this model has no text tower, or came without its processor; take embeddings "
+        "(transform), or a whole CLIP and its tokenizer"
+    )
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,10 @@ class Clip:
                 no `Preprocess` for.
         """
         from .transformers_inputs import preprocess_of, tokenizer_of
+        from .transformers_vision import find_text
 
-        texts = getattr(model.config, "text_config", None)
-        n_positions = getattr(texts, "max_position_embeddings", None)
-        tokenizer = None if n_positions is None else tokenizer_of(processor, n_positions)
+        has_texts = find_text(model) is not None
+        tokenizer = tokenizer_of(processor, model.config.text_config.max_position_embeddings) if has_texts else None
         return cls(model.eval(), preprocess_of(processor), tokenizer or no_tokenizer)._checked()
 
     @classmethod
@@ -280,7 +283,7 @@ def load_clip(
 
     Args:
         model: "embedded"; a name of open_clip such as "ViT-B-32", also written "ViT-B/32"; "hf-hub:org/repo" or
-            "local-dir:path" of open_clip; "transformers:" with a folder or hub id; "timm:" with a name or file of timm,
+            "local-dir:path" of open_clip; "transformers:" with a folder or hub id; "timm:" with a name of timm,
             for embeddings alone.
         pretrained: open_clip's tag or a path, for a plain name. A tag that is not cached is downloaded.
         device: See `resolve_device`.
@@ -292,16 +295,16 @@ def load_clip(
     """
     from .transformers_inputs import SCHEME, load
 
-    device = resolve_device(device)
-    if model.startswith(SCHEME):
-        net, processor = load(model.removeprefix(SCHEME))
-        return Clip.from_transformers(net.to(device).requires_grad_(False), processor)
     try:
         import open_clip
 
         from . import photo_tower  # noqa: F401 - registers the tower, which a configuration may name
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "torch") from error
+    device = resolve_device(device)
+    if model.startswith(SCHEME):
+        net, processor = load(model.removeprefix(SCHEME))
+        return Clip.from_transformers(net.to(device).requires_grad_(False), processor)
     if model.startswith(TIMM):
         return _load_timm(model.removeprefix(TIMM), device)
     if model == EMBEDDED:

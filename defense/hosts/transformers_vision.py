@@ -18,7 +18,7 @@ from defense.errors import HookPointError
 from . import open_clip_native, timm_vit
 from .text import TextTower
 from .tower import VisionTower
-from .transformers_weights import DINOV2, clip_weights, siglip_weights
+from .transformers_weights import clip_weights, dinov2_weights, siglip_weights
 
 _CLIP = {"CLIPVisionModel"}
 _SIGLIP = {"SiglipVisionModel", "Siglip2VisionModel"}
@@ -145,7 +145,7 @@ def _siglip_weights(vision: Any) -> dict[str, Tensor]:
 
 
 def _dinov2_weights(vision: nn.Module) -> dict[str, Tensor]:
-    return DINOV2.renamed(vision.state_dict())
+    return dinov2_weights(vision.state_dict())
 
 
 def _run(vision: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:

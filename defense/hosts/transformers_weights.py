@@ -127,6 +127,30 @@ DINOV2 = Names(
 )
 
 
+_DINOV2_BEFORE = {
+    ".attention.attention.query.": ".attention.q_proj.",
+    ".attention.attention.key.": ".attention.k_proj.",
+    ".attention.attention.value.": ".attention.v_proj.",
+    ".attention.output.dense.": ".attention.o_proj.",
+}
+"""Names in earlier releases of transformers (5.10 has them) -> in later ones (5.24)."""
+
+
+def dinov2_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of DINOv2 by the names that timm's have in open_clip.
+
+    Args:
+        weights: The tower's state dict.
+    """
+    found = {}
+    for name, tensor in weights.items():
+        now = name
+        for before, since in _DINOV2_BEFORE.items():
+            now = now.replace(before, since)
+        found[now] = tensor
+    return DINOV2.renamed(found)
+
+
 def clip_weights(weights: Mapping[str, Tensor], projection: Tensor | None) -> dict[str, Tensor]:
     """Return the weights of CLIP's vision tower by open_clip's names.
 

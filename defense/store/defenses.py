@@ -54,7 +54,7 @@ _HOST_FIELDS = {
     "stream_sha256": str | None,
 }
 _SINCE_FIRST = {"stream_sha256": None}
-"""What a manifest of before a key of the host was there is read as having."""
+"""Keys of the host that a manifest may be without, as those of before they were there are -> what that means."""
 _SITE_FIELDS = {"hook_point": str, "sae": dict, "sets": list}
 _PART_FIELDS = {"latents": list, "hashes": list, "elsewhere": float | int | None}
 
@@ -103,7 +103,7 @@ def _write(defense: Defense, folder: Path, dtype: type[np.floating]) -> None:
     for name, tensors in files.items():
         folders.write_tensors(tensors, folder / name, save_file)
     fields = {
-        "host": asdict(defense.clip),
+        "host": {key: value for key, value in asdict(defense.clip).items() if (key, value) not in _SINCE_FIRST.items()},
         "preprocess": defense.preprocess.to_dict(),
         "sites": [_site_fields(site) for site in defense.sites],
         "licence": defense.license,

@@ -55,8 +55,9 @@ def test_bench_prints_tables_and_writes_results(data, tmp_path, defense):
     assert "Not the published data: 3 of 1,000 pictures; 3 of 100 classes" in out
     assert "### drawn words on synthetic" in out
     assert (tmp_path / "out" / "results.md").read_text() == out
-    assert "### Mini-typographic" in out
-    assert len(list((tmp_path / "out").glob("*.json"))) == 12  # three data sets and three that are drawn, two methods
+    assert "Mini-typographic" not in out, "nobody asked for drawn pictures"
+    assert "drawn, left out beside real pictures: mini-typographic; --with-drawn adds them" in err
+    assert len(list((tmp_path / "out").glob("*.json"))) == 6  # three data sets, two methods
     assert len(list((tmp_path / "out").glob("*.png"))) > 0
 
 

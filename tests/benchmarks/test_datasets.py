@@ -79,7 +79,10 @@ def test_a_suite_reads_what_is_there_and_names_the_rest(tmp_path, named_folder, 
     named_folder.rename(tmp_path / "paint")
     image_folder.rename(tmp_path / "synthetic")
     tasks, missing = read_tasks("typographic", tmp_path, PARTIAL)
-    assert [task.name for task in tasks] == ["paint", "synthetic", "mini-typographic"]
+    assert [task.name for task in tasks] == ["paint", "synthetic"], "nothing drawn is added to real pictures"
+    assert missing == ["rta100", "disentangling", "scam", "mini-typographic"]
+    tasks, missing = read_tasks("typographic", tmp_path, PARTIAL, with_drawn=True)
+    assert [task.name for task in tasks] == ["paint", "synthetic", "mini-typographic"], "unless it is asked for"
     assert missing == ["rta100", "disentangling", "scam"]
 
 
@@ -122,8 +125,10 @@ def test_a_data_set_with_the_name_of_a_suite_may_be_given_by_its_own_folder(tmp_
     with pytest.raises(ConfigError, match=r"metadata\.csv is missing"):
         read_tasks("waterbirds", tmp_path, PARTIAL)
     write_waterbirds(tmp_path, waterbird_lines(SMALL))
-    tasks, _ = read_tasks("waterbirds", tmp_path, PARTIAL)
-    assert [task.name for task in tasks] == ["waterbirds", "mini-waterbirds"]
+    tasks, left_out = read_tasks("waterbirds", tmp_path, PARTIAL)
+    assert ([task.name for task in tasks], left_out) == (["waterbirds"], ["mini-waterbirds"])
+    tasks, left_out = read_tasks("waterbirds", tmp_path, PARTIAL, with_drawn=True)
+    assert ([task.name for task in tasks], left_out) == (["waterbirds", "mini-waterbirds"], [])
 
 
 def test_a_data_set_of_a_suite_that_cannot_be_used_is_an_error(tmp_path, image_folder):

@@ -18,7 +18,10 @@ pytest.importorskip("open_clip")
 
 from defense.cli import app
 from defense.core.latents import LatentSet
+from defense.data.labels import common_nouns
+from defense.hosts.clip import embedded_folder
 from defense.store import defenses, folders
+from defense.world.scenes import OBJECTS
 
 from ..conftest import random_defense, random_sae
 
@@ -136,17 +139,67 @@ def test_bad_pictures_are_named_and_the_rest_goes_on(defense_folder, pictures):
         (["--labels", "dog,dog"], "dog"),
         (["--labels", "dog,,cat"], "blank"),
         (["--labels", "dog", "--template", "no braces"], "{}"),
-        ([], "--labels"),
         (["--labels", "dog", "--top-k", "0"], "top-k"),
         (["--labels", "dog", "--model", "ViT-Z-99"], "ViT-Z-99"),
     ],
-    ids=["duplicate", "blank", "template", "no-labels", "top-k", "model"],
+    ids=["duplicate", "blank", "template", "top-k", "model"],
 )
 def test_usage_errors_exit_with_2(defense_folder, pictures, arguments, message):
     code, out, err = run("classify", pictures, "--defense", defense_folder, *arguments)
     assert code == 2
     assert message in err
     assert not out
+
+
+def test_without_labels_a_model_of_ones_own_chooses_among_common_nouns(defense_folder, pictures, tmp_path):
+    code, out, err = run("classify", pictures, "--defense", defense_folder, "--json", "--top-k", 1000)
+    assert code == 0
+    said = [json.loads(line)["robust"] for line in out.splitlines()]
+    assert {entry["label"] for entry in said[0]} == set(common_nouns())
+    assert f"labels: {len(common_nouns())} common nouns" in err
+    code, out, err = run("export", tmp_path / "bundle", "--defense", defense_folder)
+    assert (code, out) == (2, ""), "labels that nobody chose are not baked into a graph"
+    assert "--labels or --labels-file is missing" in err
+    code, out, err = run("classify", "--json", "--top-k", 1000)
+    assert {entry["label"] for entry in json.loads(out.splitlines()[0])["robust"]} == set(OBJECTS)
+    assert not err, "the embedded model has labels of its own"
+
+
+OF_ANOTHER_MODEL = {
+    "bench": ["mini", "--defense", "embedded:waterbirds"],
+    "classify": ["--labels", "dog,cat"],
+    "classify without labels": [],
+    "demo": [],
+    "explain": ["PICTURE", "--out", "b.html"],
+    "export": ["OUT", "--labels", "dog,cat"],
+    "info": ["--check"],
+}
+
+
+@pytest.mark.parametrize("command", OF_ANOTHER_MODEL)
+@pytest.mark.parametrize("pretrained", ["openai", "weights.pt"])
+def test_the_embedded_defense_goes_into_no_other_model(command, pretrained, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(pictures / "b.png") if each == "PICTURE" else each for each in OF_ANOTHER_MODEL[command]]
+    code, out, err = run(command.split()[0], *arguments, "--model", "ViT-B-32", "--pretrained", pretrained)
+    assert code == 2
+    assert err == (
+        "error: the embedded defense fits the embedded model alone, which knows a hundred drawn things; one for this "
+        f"model comes from: defense protect ViT-B-32 --pretrained {pretrained}\n"
+    )
+    assert not out or command == "info", "nothing is classified on the way"
+    assert {path.name for path in tmp_path.iterdir()} == {"pictures"}
+
+
+def test_the_embedded_defense_is_known_by_its_models_weights(tiny_folder, pictures):
+    """A folder may hold the embedded model itself; this one does not."""
+    code, out, err = run("classify", pictures, "--labels", "a,b", "--model", f"local-dir:{tiny_folder}")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "defense protect MODEL" in err
+    folder = embedded_folder("clip")
+    code, _, _ = run("classify", pictures, "--labels", "a,b", "--model", f"local-dir:{folder}")
+    assert code == 0
 
 
 CHOICES = [

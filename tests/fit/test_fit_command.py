@@ -569,3 +569,13 @@ def test_what_is_kept_is_what_a_pass_would_give(clip, material):
     with clip.edited([first.site, second.site]):
         embeds = part.image_embeds(POINT.format(0))["attacked"]
         torch.testing.assert_close(embeds, clip.image_embeds(material.data.attacked[rows]), atol=1e-5, rtol=0)
+
+
+def test_labels_that_nobody_gave_are_those_of_the_model():
+    from defense.cli.fit import _answers
+    from defense.data.labels import common_nouns
+    from defense.world.scenes import OBJECTS
+
+    assert _answers("text", None, None, None, "simple", uses_embedded=True) == tuple(OBJECTS)
+    assert _answers("text", None, None, None, "simple", uses_embedded=False) == common_nouns()
+    assert _answers("text", "a,b", None, None, "simple", uses_embedded=False) == ("a", "b")

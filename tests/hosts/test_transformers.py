@@ -300,8 +300,10 @@ def test_a_language_model_that_reads_no_block_is_refused(clips):
         tower_of(twins.llava_of(vision_model(clips[1]), vision_feature_layer=0))
 
 
-def test_the_embedding_of_a_picture_in_a_language_model_is_defended(clips, llava):
-    clf = RobustClassifier(Clip.from_transformers(llava, PREPROCESS), a_defense(clips[0]))
+def test_the_embedding_of_a_picture_in_a_language_model_is_defended(clips, llava, processor):
+    clf = RobustClassifier(Clip.from_transformers(llava, processor), a_defense(clips[0]))
+    with pytest.raises(ConfigError, match="has no text tower"):  # its tokenizer is the language model's
+        clf.set_labels(["a", "b"]).text_embeds()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
     robust = clf.transform([picture])
     assert np.abs(robust - clf.encode_pixels(PREPROCESS(picture)[None], plain=True)).max() > 1e-3
@@ -492,9 +494,9 @@ def test_a_tower_alone_embeds_and_does_not_classify(name):
     embeds = clf.transform(pictures())
     assert embeds.shape == (3, D_MODEL)
     assert np.abs(embeds - clf.encode_pixels(np.stack([PREPROCESS(p) for p in pictures()]), plain=True)).max() > 1e-3
-    clf.set_labels(LABELS)
-    with pytest.raises(ConfigError, match="has no text tower"):
-        clf.predict(pictures())
+    for classify in (lambda: clf.set_labels(LABELS).predict(pictures()), lambda: clf(pictures(), LABELS)):
+        with pytest.raises(ConfigError, match="has no text tower"):
+            classify()
     with pytest.raises(ConfigError, match="no logit_scale"):
         _ = clf.logit_scale
 
@@ -564,6 +566,20 @@ def test_a_defense_is_fitted_the_same_on_both_twins(clips):
         fit = TextFit(clip, POINT, random_sae(act="topk", k=8), pairs, text_embeds)
         chosen.append(fit.choose(fit.rank().order(), FitConfig(n_candidates=20, steps=3, clean_budget=1.0)))
     assert chosen[0].latents == chosen[1].latents
+
+
+def test_latents_are_described_the_same_on_both_twins(clips):
+    from defense.explain.describe import Example, describe
+
+    tables = []
+    for model in clips:
+        clip = Clip(model, PREPROCESS, ClipTokenizer(16))
+        shown = (Example(f"{i}", one.numpy()) for i, one in enumerate(pixels(20)))
+        tables.append(describe(clip, POINT, random_sae(act="topk", k=8), shown, ["cat", "dog", "fish"], n_steered=2))
+    assert tables[0].columns["frequency"].max() > 0
+    for name, column in tables[0].columns.items():
+        np.testing.assert_allclose(tables[1].columns[name], column, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert np.array_equal(tables[0].top, tables[1].top)
 
 
 def test_half_precision_for_a_graph_reaches_the_projection_too(clips):

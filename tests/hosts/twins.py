@@ -147,6 +147,10 @@ def dinov2_pair() -> tuple[nn.Module, nn.Module]:
     twin = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
     state = own.state_dict()
     found = _timm_blocks("encoder.layer.", "attention.{}_proj", "attention.o_proj", state)
+    if not found.keys() <= twin.state_dict().keys():  # as earlier releases called the layers
+        before = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
+        for now, then in {**before, "o_proj": "output.dense"}.items():
+            found = {name.replace(now, then): tensor for name, tensor in found.items()}
     for block in range(N_BLOCKS):
         for scale in "12":
             found[f"encoder.layer.{block}.layer_scale{scale}.lambda1"] = state[f"blocks.{block}.ls{scale}.gamma"]
