@@ -151,8 +151,7 @@ def fit(
         plans = plan_sites(clip, checkpoints, config, scope)
         clf = RobustClassifier(clip).set_labels(answers, template)
         with shown_progress() as progress:
-            with progress.stage("reading pictures", 1):
-                material = _material(clf, source, opened, n=n_pictures, seed=seed)
+            material = _material(clf, source, opened, n=n_pictures, seed=seed, progress=progress)
             fitted = fit_defense(
                 clip, clip.id_as(model, pretrained), plans, material, torch.from_numpy(clf.text_embeds()),
                 name=name or task, folds=folds, seed=seed, is_swept=sweep, license=license,
@@ -269,16 +268,25 @@ def _opened(source: _Source, classes: Sequence[str]) -> Metadata | Pictures:
 # --- the work ---
 
 
-def _material(clf: RobustClassifier, source: _Source, opened: Metadata | Pictures, *, n: int, seed: int) -> Material:
+def _material(
+    clf: RobustClassifier,
+    source: _Source,
+    opened: Metadata | Pictures,
+    *,
+    n: int,
+    seed: int,
+    progress: Progress,
+) -> Material:
     """Read up to `n` of the pictures, and say of each what is right and what is wrong with it."""
     from defense.data.sources import Pictures
     from defense.fit import from_pictures
 
     if not isinstance(opened, Pictures):
-        return from_pictures.metadata_material(clf, opened, n=n, seed=seed)
+        return from_pictures.metadata_material(clf, opened, n=n, seed=seed, progress=progress)
     if source.spurious is None:
-        return from_pictures.text_material(clf, opened, n=n, seed=seed)
-    return from_pictures.spurious_material(clf, opened, _split(source.spurious), n=n, seed=seed)
+        return from_pictures.text_material(clf, opened, n=n, seed=seed, progress=progress)
+    spurious = _split(source.spurious)
+    return from_pictures.spurious_material(clf, opened, spurious, n=n, seed=seed, progress=progress)
 
 
 def _record(task: FitTask, answers: Sequence[str], template: str, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
