@@ -130,7 +130,7 @@ def test_a_fit_that_gets_sigkill_ends_in_the_same_bytes(tiny_folder, tmp_path):
         return subprocess.run([*map(str, command)], check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
 
     assert run("want", 0) == 0
-    for after in (40, 90, 110):
+    for after in (40, 45, 8):  # of 102 files that are kept; what is there already is not written again
         assert run("got", after) == -signal.SIGKILL
     assert run("got", 0) == 0
     for path in (tmp_path / "want").iterdir():
