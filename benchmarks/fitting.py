@@ -110,9 +110,11 @@ class _Timed(Progress):
         def advance(n: int) -> None:
             self.steps[kind] = self.steps.get(kind, 0) + n
 
-        yield advance
-        self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
-        self.cpu_seconds[kind] = self.cpu_seconds.get(kind, 0.0) + time.process_time() - cpu_start
+        try:
+            yield advance
+        finally:  # thresholds that do not stand in for a TopK rule raise
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
+            self.cpu_seconds[kind] = self.cpu_seconds.get(kind, 0.0) + time.process_time() - cpu_start
 
 
 def measure(case: FitCase, command: str) -> dict[str, Any]:

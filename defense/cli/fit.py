@@ -25,7 +25,6 @@ from defense.cli.common import (
     say,
     shown,
 )
-from defense.cli.progress import shown_progress
 from defense.core.latents import Removal, Scope
 
 if TYPE_CHECKING:
@@ -133,6 +132,7 @@ def fit(
         import torch
 
         from defense.classify.classifier import RobustClassifier
+        from defense.cli.progress import shown_progress  # it brings torch
         from defense.fit.config import FitConfig
         from defense.fit.placing import fit_defense
         from defense.fit.sites import plan_sites
