@@ -103,7 +103,7 @@ def fit(
     folds: Annotated[int, typer.Option(min=0, help="Of the cross-validation; 0 holds nothing out.")] = 3,
     steps: Annotated[
         int, typer.Option(min=1, help="Of the joint step, at most; it stops where held-out pictures gain no more.")
-    ] = 200,
+    ] = 100,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try each block alone, and each scope; take the best.")
     ] = False,

@@ -27,7 +27,7 @@ def test_a_fit_is_timed_by_stages(tiny_clip, monkeypatch):
     assert set(result["stages"]) == set(result["cpu_stages"])
     assert {"residuals", "joint step", "clean budget", "measuring", "thresholds"} <= set(result["stages"])
     assert sum(result["stages"].values()) <= result["seconds"] + 0.1 * len(result["stages"])
-    assert result["peak_mib"] > 100
+    assert result["peak_mib"] is None or result["peak_mib"] > 100
     assert result["stored"] in ("slim", "whole")
 
 
