@@ -70,15 +70,26 @@ def peak_rise_mib(job: Callable[[], object]) -> float | None:
 
     None where the system does not tell (only Linux does); the job was not run then.
     """
+    if (before := begin_peak_mib()) is None:
+        return None
+    job()
+    return peak_mib() - before
+
+
+def begin_peak_mib() -> float | None:
+    """Return the resident memory now, in MiB, and let `peak_mib` count anew; None where the system does not tell."""
     try:
         if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
             trim(0)  # memory that was freed but kept would hide the same amount of the rise
         _CLEAR_REFS.write_text("5")  # VmHWM starts anew; getrusage's peak would be that of all that ran before
-        before = _resident_mib("VmRSS")
+        return _resident_mib("VmRSS")
     except (OSError, TypeError):
         return None
-    job()
-    return _resident_mib("VmHWM") - before
+
+
+def peak_mib() -> float:
+    """Return the most resident memory since `begin_peak_mib`, in MiB."""
+    return _resident_mib("VmHWM")
 
 
 def _resident_mib(key: str) -> float:

@@ -41,7 +41,7 @@ from defense.fit.material import Pairs
 from defense.fit.selecting import TextFit
 from defense.hosts.attach import sae_of
 from defense.hosts.clip import EMBEDDED, Clip, embedded_folder, load_clip
-from defense.hosts.defense import Site
+from defense.hosts.defense import Defense
 from defense.hosts.slim import restored
 from defense.hosts.tower import BATCH
 from defense.store import checkpoint, defenses, folders
@@ -151,8 +151,8 @@ def run(
     path = out if out.suffix == ".json" else out / FILE
     settings = settings or Settings()
     folder = embedded_folder("text")
-    saes = [each.sae for each in checkpoint.embedded_saes()]
-    site = restored(defenses.load(folder), saes, own_rule=True).sites[0]
+    defense = defenses.load(folder)
+    site = defense.sites[0]
     found = catalogue.find(EMBEDDED).get(site.hook_point)
     if found is None:
         raise ConfigError(f"no catalogue for {site.hook_point}; run: python -m defense.embedded.describe")
@@ -164,7 +164,7 @@ def run(
     }
     result = _started(path, made_with, command)
     clip = load_clip(EMBEDDED)
-    bench = _embedded_bench(clip, site, settings)
+    bench = _embedded_bench(clip, defense, settings)
     for seed in seeds:
         done = [record["arm"] for record in result["arms"] if record["seed"] == seed]
         for record in measure_choices(bench, settings.fit, found.columns["steerability"], seed, done):
@@ -176,7 +176,8 @@ def run(
     return result
 
 
-def _embedded_bench(clip: Clip, site: Site, settings: Settings) -> Bench:
+def _embedded_bench(clip: Clip, defense: Defense, settings: Settings) -> Bench:
+    site = restored(defense, [each.sae for each in checkpoint.embedded_saes()], own_rule=True).sites[0]
     sae = sae_of(site)
     text_embeds = build.text_embeds_of(clip, list(scenes.OBJECTS))
 

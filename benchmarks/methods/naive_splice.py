@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from defense.benchmarks.datasets import Task
@@ -38,7 +38,6 @@ class NaiveSplice:
 
     name: str
     chosen: Defended
-    _exact: list[Defense] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, name: str, defense: Defense | None, strength: float | None) -> NaiveSplice:
@@ -61,7 +60,7 @@ class NaiveSplice:
         Raises:
             NotApplicableError: See `exact`.
         """
-        self._exact[:] = [exact(self.name, self.chosen.defense)]
+        exact(self.name, self.chosen.defense)
 
     @contextmanager
     def apply(self, clip: Clip) -> Iterator[Encoder]:
@@ -70,7 +69,7 @@ class NaiveSplice:
 
         check_clip(clip.tower, self.chosen.defense.clip)
         with ExitStack() as stack:
-            for site in self._exact[0].sites:
+            for site in exact(self.name, self.chosen.defense).sites:
                 stack.enter_context(clip.tower.changed(site.hook_point, _splice(clip, site)))
             yield Encoder(clip)
 

@@ -107,7 +107,7 @@ def fit(
     folds: Annotated[int, typer.Option(min=0, help="Of the cross-validation; 0 holds nothing out.")] = 3,
     steps: Annotated[
         int, typer.Option(min=1, help="Of the joint step, at most; it stops where held-out pictures gain no more.")
-    ] = 200,
+    ] = 100,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try each block alone, and each scope; take the best.")
     ] = False,
@@ -136,7 +136,7 @@ def fit(
         import torch
 
         from defense.classify.classifier import RobustClassifier
-        from defense.cli.progress import shown_progress
+        from defense.cli.progress import shown_progress  # it brings torch
         from defense.fit.config import FitConfig
         from defense.fit.placing import fit_defense
         from defense.fit.sites import plan_sites
@@ -155,8 +155,7 @@ def fit(
         plans = plan_sites(clip, checkpoints, config, scope)
         clf = RobustClassifier(clip).set_labels(answers, template)
         with shown_progress() as progress:
-            with progress.stage("reading pictures", 1):
-                material = _material(clf, source, opened, n=n_pictures, seed=seed)
+            material = _material(clf, source, opened, n=n_pictures, seed=seed, progress=progress)
             fitted = fit_defense(
                 clip, clip.id_as(model, pretrained), plans, material, torch.from_numpy(clf.text_embeds()),
                 name=name or task, folds=folds, seed=seed, is_swept=sweep, license=license,
@@ -280,17 +279,26 @@ def _opened(source: _Source, classes: Sequence[str]) -> Metadata | Pictures:
 # --- the work ---
 
 
-def _material(clf: RobustClassifier, source: _Source, opened: Metadata | Pictures, *, n: int, seed: int) -> Material:
+def _material(
+    clf: RobustClassifier,
+    source: _Source,
+    opened: Metadata | Pictures,
+    *,
+    n: int,
+    seed: int,
+    progress: Progress,
+) -> Material:
     """Read up to `n` of the pictures, and say of each what is right and what is wrong with it."""
     from defense.data.sources import Pictures
     from defense.fit import from_pictures
 
     if not isinstance(opened, Pictures):
-        return from_pictures.metadata_material(clf, opened, n=n, seed=seed)
+        return from_pictures.metadata_material(clf, opened, n=n, seed=seed, progress=progress)
     if source.spurious is None:
-        material = from_pictures.text_material(clf, opened, n=n, seed=seed)
+        material = from_pictures.text_material(clf, opened, n=n, seed=seed, progress=progress)
     else:
-        material = from_pictures.spurious_material(clf, opened, _split(source.spurious), n=n, seed=seed)
+        spurious = _split(source.spurious)
+        material = from_pictures.spurious_material(clf, opened, spurious, n=n, seed=seed, progress=progress)
     say_passed_over(opened)
     return material
 

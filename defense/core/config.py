@@ -106,7 +106,7 @@ def fingerprint(parameters: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(parameters.items()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensor, np.float32).tobytes())
+        digest.update(np.ascontiguousarray(tensor, np.float32).data)
     return digest.hexdigest()
 
 

@@ -62,6 +62,7 @@ class SparseAutoencoder(nn.Module):
     Args:
         config: What the numbers mean.
         parameters: The tensors of `config.parameter_shapes`, as numpy arrays of any float type; held in float32.
+        copy: Whether to hold copies; else float32 arrays are shared, and must not be changed as long as this lives.
         held: The latents that the tensors are of, in rising order, where they are not of all: see `part_of`.
 
     Attributes:
@@ -84,7 +85,12 @@ class SparseAutoencoder(nn.Module):
     b_mag: Tensor
 
     def __init__(
-        self, config: SAEConfig, parameters: dict[str, np.ndarray], held: tuple[int, ...] | None = None
+        self,
+        config: SAEConfig,
+        parameters: dict[str, np.ndarray],
+        held: tuple[int, ...] | None = None,
+        *,
+        copy: bool = True,
     ) -> None:
         super().__init__()
         if held is not None:
@@ -92,8 +98,10 @@ class SparseAutoencoder(nn.Module):
         check_parameters(config, parameters, None if held is None else len(held))
         self.config, self.held = config, held
         for name, array in parameters.items():
+            is_copied = copy or not array.flags.writeable  # torch takes no array that cannot be written
             # In C order: a transposed checkpoint would be copied at every call of the kernels.
-            self.register_buffer(name, torch.from_numpy(np.array(array, dtype=np.float32, order="C")))
+            own = np.array(array, np.float32, order="C") if is_copied else np.ascontiguousarray(array, np.float32)
+            self.register_buffer(name, torch.from_numpy(own))
         bias = self.b_enc - self.b_dec @ self.W_enc if config.subtract_b_dec else self.b_enc
         self.register_buffer("folded_bias", bias, persistent=False)
         magnitude_bias = self.b_enc.new_zeros(0)
@@ -136,9 +144,12 @@ class SparseAutoencoder(nn.Module):
             "the SAE that it was fitted with back first (`defense.hosts.slim.restored`)"
         )
 
-    def parameters_numpy(self, dtype: type[np.floating] = np.float32) -> dict[str, np.ndarray]:
-        """Return the tensors as numpy arrays of `dtype`."""
-        return {name: getattr(self, name).detach().cpu().numpy().astype(dtype) for name in self.config.parameter_shapes}
+    def parameters_numpy(self, dtype: type[np.floating] = np.float32, *, copy: bool = True) -> dict[str, np.ndarray]:
+        """Return the tensors as numpy arrays of `dtype`; without `copy` they may be the SAE's own memory."""
+        return {
+            name: getattr(self, name).detach().cpu().numpy().astype(dtype, copy=copy)
+            for name in self.config.parameter_shapes
+        }
 
     def rounded(self, dtype: type[np.floating]) -> SparseAutoencoder:
         """Return the SAE as it is read once it was stored in `dtype`, thresholds in float32; itself for float32."""
@@ -151,7 +162,7 @@ class SparseAutoencoder(nn.Module):
     @cached_property
     def hashes(self) -> tuple[str, str]:
         """sha256 of the tensors, and of all but the thresholds, which calibrating changes (`config.fingerprint`)."""
-        parameters = self.parameters_numpy()
+        parameters = self.parameters_numpy(copy=False)
         whole = fingerprint(parameters)
         parameters.pop("threshold", None)
         return whole, fingerprint(parameters)

@@ -92,20 +92,19 @@ def calibrated(
     groups = np.arange(len(pixel_values)) if groups is None else np.asarray(groups)
     _check(defense, pixel_values, groups)
     rows, rows_held_out = _halves(groups)
-    fitted, held_out = pixel_values[rows], pixel_values[rows_held_out]
     with clip.defended(defense) as attachment:
-        sites, wrong_energy, fitted_embeds = _threshold_sites(clip, attachment, defense, fitted)
-        wanted = _embeds(clip, held_out)
+        sites, wrong_energy, fitted_embeds = _threshold_sites(clip, attachment, defense, pixel_values, rows)
+        wanted = _embeds(clip, pixel_values, rows_held_out)
     firsts = np.sort(np.unique(groups[rows], return_index=True)[1])  # one of each group: the others are alike
     anchors = fitted_embeds[firsts[:_N_ANCHORS]] if text_embeds is None else text_embeds
     result = replace(defense, sites=sites, golden=None)
     with clip.defended(result):
-        got = _embeds(clip, held_out)
+        got = _embeds(clip, pixel_values, rows_held_out)
         golden = None if defense.golden is None else make_golden(clip, defense.golden.pictures)
     cosines = (got * wanted).sum(1)
     calibration = Calibration(
-        n_fitted=len(fitted),
-        n_held_out=len(held_out),
+        n_fitted=len(rows),
+        n_held_out=len(rows_held_out),
         compared="pictures" if text_embeds is None else "labels",
         agreement=float(((got @ anchors.T).argmax(1) == (wanted @ anchors.T).argmax(1)).mean()),
         cosine_mean=float(cosines.mean()),
@@ -150,14 +149,18 @@ def _halves(groups: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(rows[is_fitted]), torch.from_numpy(rows[~is_fitted])
 
 
-def _embeds(clip: Clip, pixel_values: Tensor) -> np.ndarray:
-    if not pixel_values.isfinite().all():
-        raise NonFiniteError("pixel_values")
-    return torch.cat([clip.image_embeds(part) for part in pixel_values.split(_BATCH)]).cpu().numpy()
+def _embeds(clip: Clip, pixel_values: Tensor, rows: Tensor) -> np.ndarray:
+    parts = []
+    for index in rows.split(_BATCH):  # taken batch by batch: a copy of all of them would be large
+        part = pixel_values[index]
+        if not part.isfinite().all():
+            raise NonFiniteError("pixel_values")
+        parts.append(clip.image_embeds(part))
+    return torch.cat(parts).cpu().numpy()
 
 
 def _threshold_sites(
-    clip: Clip, attachment: AttachedDefense, defense: Defense, pixel_values: Tensor
+    clip: Clip, attachment: AttachedDefense, defense: Defense, pixel_values: Tensor, rows: Tensor
 ) -> tuple[tuple[Site, ...], dict[str, float], np.ndarray]:
     """Return the sites with thresholds for TopK rules, the energy that is wrong at each, and the exact embeddings."""
     observers = {
@@ -165,8 +168,8 @@ def _threshold_sites(
     }
     embeds = []
     with attachment.recording() as told:
-        for part in pixel_values.split(_BATCH):
-            embeds.append(_embeds(clip, part))
+        for part in rows.split(_BATCH):
+            embeds.append(_embeds(clip, pixel_values, part))
             for observer in observers.values():
                 observer.see(told[observer.site.hook_point].resid.float().cpu())
     sites = list(defense.sites)

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 
 from defense.hosts.tower import VisionTower, block_of
 
-AT_ONCE = 2**28
+AT_ONCE = 2**27
 """Bytes that one step computes on, on top of what is kept."""
+
+COPIES = 3
+"""Matrices [tokens, d_sae] that encoding with an SAE holds at a time."""
 
 _FLOATS_PER_BLOCK = 24
 """Numbers, in units of d_model, that a token takes in a block whose gradient is wanted: about that many in a ViT."""

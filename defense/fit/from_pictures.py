@@ -31,6 +31,7 @@ from defense.errors import ConfigError
 
 from .material import Groups, Material, Pairs
 from .metadata import Metadata
+from .progress import SILENT, Progress
 
 WORD_HEIGHT = (0.10, 0.28)
 """Of the written label's capitals, as a fraction of the picture's shorter side."""
@@ -62,8 +63,12 @@ class _Read:
     unreadable: tuple[str, ...]
 
 
-def _read(clf: RobustClassifier, pictures: Sequence[Picture]) -> _Read:
-    found = [pixels for batch in prepared(clf.clip.preprocess, pictures) for _, pixels in batch]
+def _read(clf: RobustClassifier, pictures: Sequence[Picture], progress: Progress) -> _Read:
+    found = []
+    with progress.stage("reading pictures", len(pictures)) as advance:
+        for batch in prepared(clf.clip.preprocess, pictures):
+            found += [pixels for _, pixels in batch]
+            advance(len(batch))
     rows = [row for row, pixels in enumerate(found) if pixels is not None]
     unreadable = tuple(picture.name for picture, pixels in zip(pictures, found, strict=True) if pixels is None)
     _check_any(rows, pictures)
@@ -92,7 +97,9 @@ def _provenance(kind: str, pictures: Sequence[Picture], n_unreadable: int, **mor
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def text_material(clf: RobustClassifier, source: Pictures, *, n: int, seed: int) -> Material:
+def text_material(
+    clf: RobustClassifier, source: Pictures, *, n: int, seed: int, progress: Progress = SILENT
+) -> Material:
     """Return pictures with a wrong label written on each, and their twins.
 
     The right answer is plain CLIP's own on the picture without the writing: no labels are needed, and what the defense
@@ -103,6 +110,7 @@ def text_material(clf: RobustClassifier, source: Pictures, *, n: int, seed: int)
         source: Pictures; some writing on them does no harm.
         n: Pictures to use, at most.
         seed: Decides which pictures, which label is written on each, and how.
+        progress: Told of the pictures.
 
     Raises:
         ConfigError: Fewer than two labels can be written in letters A-Z and a-z, or no picture can be read.
@@ -118,12 +126,14 @@ def text_material(clf: RobustClassifier, source: Pictures, *, n: int, seed: int)
     used: list[Picture] = []
     unreadable: list[str] = []
     columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-    for batch in decoded(pictures, _DECODED_AT_ONCE):
-        readable = [(picture, image) for picture, image in batch if image is not None]
-        unreadable += [picture.name for picture, image in batch if image is None]
-        if readable:
-            used += [picture for picture, _ in readable]
-            columns.append(_with_twins(clf, readable, words, choices, seed))
+    with progress.stage("reading pictures", len(pictures)) as advance:
+        for batch in decoded(pictures, _DECODED_AT_ONCE):
+            readable = [(picture, image) for picture, image in batch if image is not None]
+            unreadable += [picture.name for picture, image in batch if image is None]
+            if readable:
+                used += [picture for picture, _ in readable]
+                columns.append(_with_twins(clf, readable, words, choices, seed))
+            advance(len(batch))
     _check_any(used, pictures)
     pairs = Pairs(*(torch.from_numpy(np.concatenate(column)) for column in zip(*columns, strict=True)))
     provenance = _provenance("text", used, len(unreadable), source_sha256=source.fingerprint)
@@ -170,7 +180,9 @@ def _rng(seed: int, picture: Picture) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(picture.name.encode())])
 
 
-def metadata_material(clf: RobustClassifier, metadata: Metadata, *, n: int, seed: int) -> Material:
+def metadata_material(
+    clf: RobustClassifier, metadata: Metadata, *, n: int, seed: int, progress: Progress = SILENT
+) -> Material:
     """Return group-labeled pictures, as many of each group as may be.
 
     Where no attribute is known, it is whether plain CLIP is right: its errors stand for the minority (Liu et al. 2021,
@@ -181,6 +193,7 @@ def metadata_material(clf: RobustClassifier, metadata: Metadata, *, n: int, seed
         metadata: The rows.
         n: Pictures to use, at most.
         seed: Decides which.
+        progress: Told of the pictures.
 
     Raises:
         ConfigError: A group is empty, or no picture can be read.
@@ -189,7 +202,7 @@ def metadata_material(clf: RobustClassifier, metadata: Metadata, *, n: int, seed
     group = metadata.y * n_values + (0 if metadata.a is None else metadata.a)
     rows = _balanced(group, n, seed)
     pictures = [metadata.pictures[row] for row in rows]
-    read = _read(clf, pictures)
+    read = _read(clf, pictures, progress)
     y = metadata.y[rows][read.rows]
     values = metadata.values
     if metadata.a is None:
@@ -232,7 +245,13 @@ def _balanced(group: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 
 def spurious_material(
-    clf: RobustClassifier, source: Pictures, spurious: Sequence[str], *, n: int, seed: int
+    clf: RobustClassifier,
+    source: Pictures,
+    spurious: Sequence[str],
+    *,
+    n: int,
+    seed: int,
+    progress: Progress = SILENT,
 ) -> Material:
     """Return pictures grouped by what CLIP sees in them.
 
@@ -247,6 +266,7 @@ def spurious_material(
         spurious: Two prompts or more for what should not count, taken as they are.
         n: Pictures to use, at most.
         seed: Decides which.
+        progress: Told of the pictures.
 
     Raises:
         ConfigError: There are fewer than two prompts or classes, a group comes out empty, or no picture can be read.
@@ -256,7 +276,7 @@ def spurious_material(
     if len(clf.classes_) < 2:
         raise ConfigError(f"the classes are {list(clf.classes_)}; give two or more")
     pictures = sample(source, n, seed)
-    read = _read(clf, pictures)
+    read = _read(clf, pictures, progress)
     embeds = _embeds(clf, read.pixel_values)
     spurious_embeds = RobustClassifier(clf.clip).set_labels(spurious, "{}").text_embeds()
     a = (embeds @ spurious_embeds.T).argmax(1)

@@ -10,11 +10,11 @@ from torch import Tensor
 from defense.core.sae import SparseAutoencoder
 from defense.errors import GateError
 
+from .chunks import COPIES, chunks
 from .validation import CrossValidation
 
 _TOKENS = 8192
 """That the explained variance is measured on, at most; spread over all pictures."""
-_AT_A_TIME = 512
 
 
 @dataclass(frozen=True)
@@ -84,5 +84,7 @@ def explained_variance(sae: SparseAutoencoder, resid: Tensor) -> float:
     """
     rows = resid[torch.linspace(0, len(resid) - 1, min(_TOKENS, len(resid))).long()].float()
     variance = (rows - rows.mean(0)).square().sum()
-    error = sum(float((part - sae.decode(sae.encode(part), part)).square().sum()) for part in rows.split(_AT_A_TIME))
+    error = 0.0
+    for part in chunks(len(rows), 4 * COPIES * sae.config.d_sae):
+        error += float((rows[part] - sae.decode(sae.encode(rows[part]), rows[part])).square().sum())
     return 1 - error / float(variance)

@@ -24,7 +24,7 @@ LEAST_REMOVAL = 0.05
 
 CHECK_EVERY = 10
 """Steps from one look at the pictures that are not learned from to the next."""
-_PATIENCE = 3
+PATIENCE = 3
 """Looks without a better one after which it stops."""
 _HELD_OUT = 5
 """One picture in so many of each group is not learned from, to see when to stop."""
@@ -93,7 +93,7 @@ class _Descent:
     @property
     def is_done(self) -> bool:
         """Whether more steps would not help on pictures that are not learned from."""
-        return self.stale >= _PATIENCE
+        return self.stale >= PATIENCE
 
     def take_step(self) -> None:
         """Move once, on a batch of each group."""

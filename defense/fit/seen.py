@@ -19,12 +19,9 @@ from defense.core.suppress import Suppressor
 from defense.hosts.clip import Clip
 from defense.hosts.tower import block_of
 
-from .chunks import bytes_behind, chunks
+from .chunks import COPIES, bytes_behind, chunks
 from .material import Groups, Pairs
 from .progress import SILENT, Progress
-
-_COPIES = 3
-"""Matrices [tokens, d_sae] that encoding holds at a time."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ class Seen:
             return found
         alone = Suppressor(self.sae, LatentSet("candidates", tuple(latents.tolist())), backend="reference")
         alone = alone.to(self.device)
-        for part in chunks(len(rows), 4 * _COPIES * n_tokens * len(latents)):
+        for part in chunks(len(rows), 4 * COPIES * n_tokens * len(latents)):
             found[part] = alone.acts(self.resid[kind][rows[part]][:, positions])
         return found
 
@@ -142,7 +139,7 @@ class Seen:
         largest: list[tuple[Tensor, Tensor]] = []
         n_tokens = len(range(resid.shape[1])[positions])
         with self.progress.stage(f"latents of block {block_of(self.hook_point)}, {kind}", len(resid)) as advance:
-            for part in chunks(len(resid), 4 * _COPIES * n_tokens * config.d_sae):
+            for part in chunks(len(resid), 4 * COPIES * n_tokens * config.d_sae):
                 tokens = resid[part][:, positions]
                 if self._is_sparse:
                     acts, indices = self._encode_sparse(tokens)
@@ -169,7 +166,7 @@ class Seen:
         found = torch.zeros(len(resid), self.sae.config.d_sae, device=self.device)
         n_tokens = len(range(resid.shape[1])[positions])
         each = bytes_behind(self.tower, self.hook_point, resid.shape[1])
-        each = max(each, 4 * _COPIES * n_tokens * self.sae.config.d_sae)
+        each = max(each, 4 * COPIES * n_tokens * self.sae.config.d_sae)
         with self.progress.stage(f"effects of block {block_of(self.hook_point)}, {kind}", len(resid)) as advance:
             for part in chunks(len(resid), each):
                 leaf = resid[part].clone().requires_grad_()

@@ -180,9 +180,12 @@ class AttachedDefense(nn.Module):
 
 
 def sae_of(site: Site) -> SparseAutoencoder:
-    """Return the autoencoder of a defense's site, in float32 on the CPU; of a slim one, what it holds of it."""
+    """Return the autoencoder of a defense's site, in float32 on the CPU; of a slim one, what it holds of it.
+
+    It shares the site's memory: whole SAEs are large.
+    """
     held = None if site.part is None else site.part.latents
-    return SparseAutoencoder(site.sae_config, dict(site.parameters), held)
+    return SparseAutoencoder(site.sae_config, dict(site.parameters), held, copy=False)
 
 
 def suppressors_of(

@@ -34,7 +34,8 @@ def slim_site(site: Site) -> Site:
     """
     if site.part is not None or site.sae_config.couples_latents:
         return site
-    return site_of(site.hook_point, SparseAutoencoder(site.sae_config, dict(site.parameters)), site.sets)
+    sae = SparseAutoencoder(site.sae_config, dict(site.parameters), copy=False)
+    return site_of(site.hook_point, sae, site.sets)
 
 
 def site_of(hook_point: str, sae: SparseAutoencoder, sets: tuple[LatentSet, ...]) -> Site:
@@ -42,11 +43,11 @@ def site_of(hook_point: str, sae: SparseAutoencoder, sets: tuple[LatentSet, ...]
 
     Args:
         hook_point: Where.
-        sae: The whole SAE.
+        sae: The whole SAE; a whole site shares its memory.
         sets: What is edited there.
     """
     if sae.config.couples_latents:
-        return Site(hook_point, sae.config, sae.parameters_numpy(), sets)
+        return Site(hook_point, sae.config, sae.parameters_numpy(copy=False), sets)
     latents = sorted({latent for latent_set in sets for latent in latent_set.latents})
     config, parameters, held = part_of(sae, latents)
     elsewhere = None

@@ -20,7 +20,8 @@ from defense.fit.control import activity_of, random_control
 from defense.hosts.clip import embedded_folder, load_clip
 from defense.hosts.defense import Defense, join
 from defense.hosts.golden import golden_difference
-from defense.store import defenses
+from defense.hosts.slim import restored
+from defense.store import checkpoint, defenses
 from defense.store.defenses import embedded_defenses, find_defense
 from defense.world import draws, scenes
 
@@ -109,7 +110,8 @@ def test_several_defenses_work_together():
 
 def test_random_latents_of_equal_activity_do_not_defend(pairs):
     clip = load_clip("embedded")
-    defense = defenses.load(embedded_folder("text"))
+    saes = [each.sae for each in checkpoint.embedded_saes()]
+    defense = restored(defenses.load(embedded_folder("text")), saes, own_rule=True)
     control = Defense(
         defense.clip,
         defense.preprocess,
@@ -186,8 +188,26 @@ def test_the_shipped_weights_are_small():
     def size(name: str) -> int:
         return sum(path.stat().st_size for path in (FOLDER / name).rglob("*.safetensors"))
 
-    assert size("clip") + size("text") <= 25e6
-    assert all(size(task) <= 1e6 for task in draws.GROUPINGS)
+    assert size("clip") + size("sae") <= 25e6
+    assert all(size(task) <= 4e5 for task in embedded_defenses())
+
+
+@pytest.mark.parametrize("name", embedded_defenses())
+def test_a_shipped_defense_is_calibrated_and_slim_and_its_sae_ships_beside_it(name):
+    defense = find_defense(f"embedded:{name}")
+    assert defense.provenance["calibration"]["agreement"] >= 0.99
+    whole = restored(defense, [each.sae for each in checkpoint.embedded_saes()])
+    for site, again in zip(defense.sites, whole.sites, strict=True):
+        assert site.sae_config.act == "batchtopk"
+        assert site.part.latents == tuple(sorted(site.sets[0].latents))
+        assert again.part is None
+    assert golden_difference_of(whole) < 1e-4
+
+
+def golden_difference_of(defense: Defense) -> float:
+    clip = load_clip("embedded")
+    with clip.defended(defense):
+        return golden_difference(clip, defense.golden)
 
 
 def test_training_resumes_where_it_stopped(tmp_path):
