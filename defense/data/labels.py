@@ -32,6 +32,7 @@ __all__ = [
     "Prompts",
     "average_templates",
     "check_labels",
+    "common_nouns",
     "encode_prompts",
     "fill",
     "read_labels",
@@ -107,6 +108,11 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
     if len(first_at) == 1:
         _log.warning("there is one label only, so its score is 1.0 for every image; add what else it could be")
     return tuple(first_at)
+
+
+def common_nouns() -> tuple[str, ...]:
+    """Return names of things that photographs show, for who has no labels of their own: all different, sorted."""
+    return check_labels(json.loads((_DATA / "nouns.json").read_text("utf-8")))
 
 
 def read_labels(path: str | Path) -> tuple[str, ...]:

@@ -209,7 +209,6 @@ def load_clip(model: str = EMBEDDED, pretrained: str | None = None, *, device: s
             raise ConfigError(
                 f"{model} needs weights: give pretrained=, one of {open_clip.list_pretrained_tags_by_model(model)}"
             )
-        model = _with_gelu_of_weights(model, pretrained)
     try:
         net = open_clip.create_model(model, pretrained=pretrained, device=resolve_device(device))
     except (RuntimeError, ValueError, OSError) as error:
@@ -224,44 +223,6 @@ def load_clip(model: str = EMBEDDED, pretrained: str | None = None, *, device: s
         tokenizer = ClipTokenizer(text_cfg.get("context_length", 77))
     preprocess = Preprocess.from_open_clip(open_clip.get_model_preprocess_cfg(net))
     return Clip(net.eval().requires_grad_(False), preprocess, tokenizer)
-
-
-def _with_gelu_of_weights(model: str, pretrained: str) -> str:
-    """Return the name of the model with the GELU that a tag's weights were trained with: open_clip only warns."""
-    import open_clip
-
-    config = open_clip.get_pretrained_cfg(model, pretrained) or {}
-    twin = f"{model}-quickgelu"
-    return twin if config.get("quick_gelu") and twin in open_clip.list_models() else model
-
-
-def names_clip(name: str) -> bool:
-    """Return whether open_clip has a model of a name, or takes it for an address of one.
-
-    Raises:
-        MissingDependencyError: torch or open_clip is not installed.
-    """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "torch", "torch") from error
-    return name.startswith(("hf-hub:", "local-dir:")) or name in open_clip.list_models()
-
-
-def load_clip_of(clip_id: ClipId, *, device: str = "cpu") -> Clip:
-    """Load the CLIP that a defense names, by what it was loaded by when the defense was made.
-
-    Raises:
-        MissingDependencyError: See `load_clip`.
-        ConfigError: There is none of that name here; the message says which one will do.
-    """
-    try:
-        return load_clip(clip_id.model, clip_id.pretrained, device=device)
-    except ConfigError as error:
-        raise ConfigError(
-            f"this defense was made with a CLIP called {clip_id.name}, which cannot be loaded here. Give model= (and "
-            f"pretrained=) of any with the same vision tower (sha256 {clip_id.sha256[:16]}...). {error}"
-        ) from error
 
 
 def resolve_device(device: str) -> str:
