@@ -414,7 +414,9 @@ def test_the_command_takes_a_registry_on_the_hub_and_info_says_what_is_weak(
     assert "weak        fitted on drawn scenes" in stdout
 
 
-@pytest.mark.parametrize("arguments", [[], ["--list", "--verify-registry"], ["ViT-B-32", "--list"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--pretrained", "openai"], ["--list", "--verify-registry"], ["ViT-B-32", "--list"]]
+)
 def test_the_command_does_one_thing(arguments: list[str]) -> None:
     code, stdout, stderr = run("protect", *arguments)
     assert (code, stdout) == (2, "")
