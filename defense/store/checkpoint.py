@@ -169,20 +169,6 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
     folders.write_manifest(folder / MANIFEST, SCHEMA, fields, "the SAE")
 
 
-def load(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Read an SAE that `save` wrote, check every byte of it, and recompute its golden triple.
-
-    Raises:
-        CheckpointError: A file is missing or unreadable, was written by a newer version, or the golden
-            triple comes out differently.
-        IntegrityError: A file's bytes are not the ones that were written.
-        NonFiniteError: A weight is NaN or infinite.
-    """
-    root = Path(folder)
-    with folders.reading(root / MANIFEST, SCHEMA):
-        return _load(root)
-
-
 def find(source: str | os.PathLike[str], hub: Hub | None = None) -> Checkpoint:
     """Read an SAE by name: a folder, or on the hub "hf://org/repo[/folder][@revision]" or "org/repo".
 
@@ -198,6 +184,20 @@ def find(source: str | os.PathLike[str], hub: Hub | None = None) -> Checkpoint:
     if address is None:
         return load(source)
     return load((hub or Hub()).fetch_folder(address, MANIFEST, "an SAE of ours"))
+
+
+def load(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Read an SAE that `save` wrote, check every byte of it, and recompute its golden triple.
+
+    Raises:
+        CheckpointError: A file is missing or unreadable, was written by a newer version, or the golden
+            triple comes out differently.
+        IntegrityError: A file's bytes are not the ones that were written.
+        NonFiniteError: A weight is NaN or infinite.
+    """
+    root = Path(folder)
+    with folders.reading(root / MANIFEST, SCHEMA):
+        return _load(root)
 
 
 def _load(root: Path) -> Checkpoint:
