@@ -21,10 +21,11 @@ from defense.data.labels import Prompts
 from defense.data.notes import NoteLog
 from defense.data.preprocess import Preprocess
 from defense.errors import CheckpointError, ConfigError
-from defense.hosts.clip import EMBEDDED, Clip, load_clip, load_clip_of, names_clip
+from defense.hosts.clip import EMBEDDED, Clip, load_clip
 from defense.hosts.controls import Controls, applied
 from defense.hosts.defense import ClipId, Defense, Site, check_own_model
 from defense.hosts.golden import check_golden
+from defense.hosts.naming import load_clip_of, names_clip
 from defense.store import defenses, registry
 from defense.store.defenses import find_defense
 from defense.store.hub import Hub, hub_source
@@ -416,9 +417,11 @@ class RobustClassifier(ZeroShotClassifier):
 def _is_clip(source: str | os.PathLike[str], pretrained: str | None) -> bool:
     """Return whether a source is the name of a CLIP: of a folder of that name, only where weights are named."""
     name = str(source)
-    if name.split(":")[0] == EMBEDDED or hub_source(name) is not None:
+    if name.split(":")[0] == EMBEDDED:
         return False
-    return (pretrained is not None or not Path(name).exists()) and names_clip(name)
+    if pretrained is None and (Path(name).exists() or hub_source(name) is not None):
+        return False
+    return names_clip(name)
 
 
 def _ready(clip: Clip, clip_id: ClipId, hub: Hub) -> Defense:

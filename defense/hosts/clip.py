@@ -356,40 +356,6 @@ def _load_timm(name: str, device: str) -> Clip:
     return Clip.from_timm(net.to(device).requires_grad_(False))
 
 
-def names_clip(name: str) -> bool:
-    """Return whether `load_clip` knows a model by a name, or takes it for an address of one.
-
-    Raises:
-        MissingDependencyError: torch or open_clip is not installed.
-    """
-    from .transformers_inputs import SCHEME
-
-    try:
-        import open_clip
-
-        from . import open_clip_names
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "torch", "torch") from error
-    is_address = name.startswith(("hf-hub:", "local-dir:", SCHEME, TIMM))
-    return is_address or open_clip_names.spelled(name) in open_clip.list_models()
-
-
-def load_clip_of(clip_id: ClipId, *, device: str | int | torch.device = "cpu") -> Clip:
-    """Load the CLIP that a defense names, by what it was loaded by when the defense was made.
-
-    Raises:
-        MissingDependencyError: See `load_clip`.
-        ConfigError: There is none of that name here; the message says which one will do.
-    """
-    try:
-        return load_clip(clip_id.model, clip_id.pretrained, device=device)
-    except ConfigError as error:
-        raise ConfigError(
-            f"this defense was made with a CLIP called {clip_id.name}, which cannot be loaded here. Give model= (and "
-            f"pretrained=) of any with the same vision tower (sha256 {clip_id.sha256[:16]}...). {error}"
-        ) from error
-
-
 def resolve_device(device: str | int | torch.device) -> str:
     """Return the name of a torch device that is there.
 

@@ -6,11 +6,11 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
+from defense.data.labels import common_nouns
 from defense.data.sources import Picture, Pictures, open_pictures
 from defense.world import draws, scenes
 
@@ -53,12 +53,6 @@ def wanted_pictures(paths: Sequence[Path], labels: Sequence[str] | None, *, n: i
     if paths:
         return Wanted(open_pictures(paths), tuple(labels or common_nouns()), None)
     return Wanted(_drawn(n, max(size)), tuple(labels or scenes.OBJECTS), WEAK)
-
-
-def common_nouns() -> tuple[str, ...]:
-    """Return some hundred words for what is on photographs, each of letters alone."""
-    text = resources.files(__package__).joinpath("nouns.txt").read_text(encoding="utf-8")
-    return tuple(text.split())
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from defense.hosts.clip import Clip, load_clip, resolve_device
 from defense.hosts.defense import ClipId, Defense
 from defense.hosts.golden import check_golden
 from defense.store import checkpoint, defenses, folders, ready
-from defense.store.cache import cache_folder
+from defense.store.cache import VARIABLE, cache_folder
 from defense.store.checkpoint import Checkpoint
 from defense.store.hub import Hub, in_words
 from defense.store.registry import FitSettings, HostRow, SaeRow, TrainSettings, row_of
@@ -235,7 +235,7 @@ class _Route:
         weights = self.hub.fetch_weights(row.source)
         stated = {"tokens": row.tokens, "hook_point": row.hook_point}
         key = [row.repo, folders.sha256_of(weights), row.format, row.license, stated]
-        folder = ready.cache_folder() / "saes" / _hash(key)
+        folder = cache_folder() / "saes" / _hash(key)
         found = _converted(folder)
         if found is None:
             self.say("converting it")
@@ -316,7 +316,7 @@ class _Route:
         """Return an SAE that was trained here; first an estimate, and without leave to train nothing more."""
         settings, request = self.train_settings, self.request
         block = train_block(settings, len(self.clip.tower.blocks))
-        work = ready.cache_folder() / "work" / _hash([self.clip_id.sha256, self._training(), asdict(settings)])
+        work = cache_folder() / "work" / _hash([self.clip_id.sha256, self._training(), asdict(settings)])
         if request.may_train and (work / "sae" / checkpoint.MANIFEST).is_file():
             self.say("the SAE was trained before")
             return checkpoint.load(work / "sae")
@@ -349,13 +349,13 @@ class _Route:
         return [self.wanted.pictures.fingerprint, self.request.seed]
 
     def _check_room(self, n_bytes: int) -> None:
-        folder = ready.cache_folder()
+        folder = cache_folder()
         there = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(there).free
         if n_bytes > free:
             raise ConfigError(
                 f"the training takes {in_words(n_bytes)}, and {there} has {in_words(free)} left; make room, or set "
-                f"{ready.CACHE_VARIABLE} to a folder on another disk"
+                f"{VARIABLE} to a folder on another disk"
             )
 
 

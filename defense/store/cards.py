@@ -18,6 +18,7 @@ _MEASURES = {
     "attacked": "right, another word written",
     "attack_success": "the written word is the answer",
     "average": "right, mean over groups",
+    "weighted": "right, groups as frequent as in training",
     "worst": "right, worst group",
 }
 _Z = 1.959964
@@ -117,15 +118,23 @@ clf("picture.jpg", candidate_labels=["dog", "cat"])
 def _figures(provenance: Mapping[str, Any]) -> str:
     """Return what was measured on held-out pictures, with intervals; nothing where nothing was."""
     validation = provenance.get("cross_validation")
-    held_out = validation.get("held_out") if isinstance(validation, Mapping) else None
+    validation = validation if isinstance(validation, Mapping) else {}
+    held_out = validation.get("held_out", validation.get("fitted_on"))
     if not isinstance(held_out, Mapping) or not held_out:
         return ""
     pictures = provenance.get("pictures")
     n = pictures.get("n") if isinstance(pictures, Mapping) else None
     rows = list(_rows(held_out, n if isinstance(n, int) and n > 0 else None))
-    of = f"{n} pictures, each held out once" if isinstance(n, int) else "held-out pictures"
-    head = f"Cross-validated on {of}; in percent, with 95 % intervals where the number of pictures is known."
-    return "\n".join(["## Figures", "", head, "", "| | plain | defended |", "|---|---|---|", *rows])
+    of = f"{n} pictures" if isinstance(n, int) else "pictures"
+    how = (
+        f"Cross-validated on {of}, each held out once" if "held_out" in validation else f"On the {of} it was fitted on"
+    )
+    lines = [f"{how}; in percent, with 95 % intervals where the number of pictures is known."]
+    gained = validation.get("gain_interval")
+    if isinstance(gained, list) and len(gained) == 2:
+        low, high = gained
+        lines += ["", f"Gained on what it is for: {100 * low:+.1f} to {100 * high:+.1f} points (95 % interval)."]
+    return "\n".join(["## Figures", "", *lines, "", "| | plain | defended |", "|---|---|---|", *rows])
 
 
 def _rows(held_out: Mapping[str, Any], n: int | None) -> Iterator[str]:

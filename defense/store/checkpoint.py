@@ -175,19 +175,6 @@ def _write(checkpoint: Checkpoint, folder: Path, dtype: type[np.floating]) -> No
     folders.write_manifest(folder / MANIFEST, SCHEMA, fields, "the SAE")
 
 
-def load(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Read an SAE that `save` wrote, check every byte of it, and recompute its golden triple.
-
-    Raises:
-        CheckpointError: A file is missing or unreadable, was written by a newer version, or the golden
-            triple comes out differently.
-        IntegrityError: A file's bytes are not the ones that were written.
-        NonFiniteError: A weight is NaN or infinite.
-    """
-    root = Path(folder)
-    return folders.read_whole(root / MANIFEST, SCHEMA, lambda: _load(root))
-
-
 def embedded_saes() -> list[Checkpoint]:
     """Return the SAEs that the embedded model's defenses were fitted with: those hold just a part of them."""
     return [load(path.parent) for path in sorted(embedded_folder("sae").glob(f"*/{MANIFEST}"))]
@@ -208,6 +195,19 @@ def find(source: str | os.PathLike[str], hub: Hub | None = None) -> Checkpoint:
     if address is None:
         return load(source)
     return load((hub or Hub()).fetch_folder(address, MANIFEST, "an SAE of ours"))
+
+
+def load(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Read an SAE that `save` wrote, check every byte of it, and recompute its golden triple.
+
+    Raises:
+        CheckpointError: A file is missing or unreadable, was written by a newer version, or the golden
+            triple comes out differently.
+        IntegrityError: A file's bytes are not the ones that were written.
+        NonFiniteError: A weight is NaN or infinite.
+    """
+    root = Path(folder)
+    return folders.read_whole(root / MANIFEST, SCHEMA, lambda: _load(root))
 
 
 def _load(root: Path) -> Checkpoint:

@@ -218,8 +218,11 @@ class Hub:
         Raises:
             CheckpointError: There is no such repository or revision, or it cannot be asked.
         """
-        if self.local_files_only:
-            return self._cached_listing(source, "the network was not to be used")
+        from huggingface_hub import constants
+
+        if self.local_files_only or constants.HF_HUB_OFFLINE:
+            reason = "the network was not to be used" if self.local_files_only else "HF_HUB_OFFLINE is set"
+            return self._cached_listing(source, f"{reason}; let it be fetched once")
         try:
             with failures(source.repo, source.revision, f"{source.repo} could not be looked up"):
                 info = self._api().model_info(source.repo, revision=source.revision, files_metadata=True, timeout=30)

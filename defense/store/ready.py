@@ -1,14 +1,11 @@
 """Defenses that are ready for a CLIP: by the fingerprint of its vision tower, whatever it was loaded by.
 
-    <cache>/defenses/<fingerprint>/     what `defense protect` made for that CLIP, or fetched and checked
-
-The cache is $CLIP_DEFENSE_CACHE, or clip-defense in $XDG_CACHE_HOME, or ~/.cache/clip-defense.
+<cache>/defenses/<fingerprint>/     what `defense protect` made for that CLIP, or fetched and checked
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,20 +14,11 @@ from defense.errors import CheckpointError, ConfigError, NonFiniteError
 from defense.hosts.defense import ClipId, Defense
 
 from . import defenses, folders
+from .cache import cache_folder
 from .hub import Hub, HubSource
 from .registry import DefenseRow, HostRow, row_of
 
 log = logging.getLogger(__name__)
-
-CACHE_VARIABLE = "CLIP_DEFENSE_CACHE"
-
-
-def cache_folder() -> Path:
-    """Return the folder of what is made for a user's CLIPs; it need not be there."""
-    if stated := os.environ.get(CACHE_VARIABLE):
-        return Path(stated).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "clip-defense"
 
 
 def cached_defense(sha256: str) -> Defense | None:

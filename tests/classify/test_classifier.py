@@ -23,6 +23,7 @@ from defense.explain.counterfactual import counterfactual
 from defense.hosts.clip import Clip, load_clip, resolve_device
 from defense.hosts.controls import Controls
 from defense.hosts.golden import golden_difference, make_golden
+from defense.hosts.naming import names_clip
 from defense.store import defenses
 from defense.store.defenses import find_defense
 
@@ -269,6 +270,49 @@ def test_fault_51_a_defense_that_is_not_there_is_named(tmp_path):
 def test_fault_77_a_hub_id_without_network_gives_one_error(monkeypatch, tmp_path):
     with pytest.raises(CheckpointError, match="no-such-org/no-such-defense"):
         find_defense("no-such-org/no-such-defense", local_files_only=True, cache_dir=str(tmp_path))
+
+
+def test_a_defense_whose_clip_is_elsewhere_says_which_will_do_and_takes_it(tmp_path, tiny_defense, tiny_folder):
+    """What binds a defense is the fingerprint, not the path that the CLIP was loaded from."""
+    moved = replace(tiny_defense, clip=replace(tiny_defense.clip, model="local-dir:/home/somebody/clip"))
+    folder = defenses.save(moved, tmp_path / "defense")
+    with pytest.raises(ConfigError, match=rf"Give model= .* vision tower \(sha256 {moved.clip.sha256[:16]}"):
+        RobustClassifier.from_pretrained(folder, device="cpu")
+    clf = RobustClassifier.from_pretrained(folder, model=f"local-dir:{tiny_folder}", device="cpu")
+    again = clf.save_pretrained(tmp_path / "again")
+    assert defenses.load(again).sets == moved.sets
+    with pytest.raises(ConfigError, match="no defense to save"):
+        RobustClassifier(load_clip(f"local-dir:{tiny_folder}")).save_pretrained(tmp_path / "stock")
+
+
+def test_the_name_of_a_clip_without_a_ready_defense_says_how_to_make_one(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setenv("CLIP_DEFENSE_CACHE", str(tmp_path))
+    with pytest.raises(
+        CheckpointError, match=r"no defense is ready for local-dir:.*make one: defense protect local-dir"
+    ):
+        RobustClassifier.from_pretrained(f"local-dir:{tiny_folder}", device="cpu", local_files_only=True)
+    with pytest.raises(ConfigError, match="ViT-B-32 needs weights"):
+        RobustClassifier.from_pretrained("ViT-B-32")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ViT-B-32", True),
+        ("ViT-B/32", True),
+        ("ViT-L/14@336px", True),
+        ("ViT-B-32-quickgelu", True),
+        ("hf-hub:org/repo", True),
+        ("local-dir:here", True),
+        ("ViT-Z-99", False),
+        ("org/repo", False),
+        ("embedded", False),
+        ("embedded:text", False),
+        ("./folder", False),
+    ],
+)
+def test_a_name_of_a_clip_is_told_from_one_of_a_defense(name, expected):
+    assert names_clip(name) == expected
 
 
 def test_a_host_that_open_clip_does_not_know_is_refused():

@@ -87,6 +87,10 @@ def test_a_card_of_little_says_little(defense: Defense) -> None:
     assert "license: other" in bare
     assert "ask me" in bare
     assert "## Figures" not in bare
+    measured = {"fitted_on": {"clean": {"plain": 1.0, "defended": 0.9}}, "gain_interval": [0.1, 0.25]}
+    own = cards.card(replace(defense, provenance={"cross_validation": measured}), "org/own")
+    assert "On the pictures it was fitted on; in percent" in own
+    assert "Gained on what it is for: +10.0 to +25.0 points (95 % interval)." in own
     for odd in ({"cross_validation": [1]}, {"pictures": "none", "saes": "none"}, {"saes": [1]}):
         assert "## Use" in cards.card(replace(defense, provenance=odd), "org/odd")
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import jsonschema
 import pytest
+
+pytest.importorskip("torch")
 from typer.testing import CliRunner
 
 from defense.cli import app
