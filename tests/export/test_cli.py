@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -39,9 +40,13 @@ def defense_folder(tmp_path, tiny_clip, tiny_folder):
 
 def test_export_then_info(defense_folder, tmp_path):
     out = tmp_path / "bundle"
-    code, printed, _ = run("export", out, "--labels", "dog, cat", "--defense", defense_folder, "--mode", "delta")
+    code, printed, told = run("export", out, "--labels", "dog, cat", "--defense", defense_folder, "--mode", "delta")
     assert code == 0
     assert "delta, fp32" in printed
+    stages = re.findall(r"^ *\d+ s  (.*)$", told, re.MULTILINE)
+    assert [stage.split()[0] for stage in stages] == [
+        "loading", "embedding", "tracing", "asking", "comparing", "writing"
+    ]  # fmt: skip
     assert "40, batches of 1, 2, 5, 32: max difference to PyTorch" in printed
     manifest = bundle.load(out).manifest_sha256
     assert manifest in printed

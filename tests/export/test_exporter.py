@@ -155,6 +155,12 @@ def test_arguments_that_cannot_work_are_refused(tiny_classifier, tmp_path, monke
         export_onnx(tiny_classifier, tmp_path / "out")
 
 
+def test_a_factor_that_a_bundle_refuses_is_refused_before_the_work(tiny_classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tiny_classifier.clip), "logit_scale", property(lambda _clip: 1e9))
+    with pytest.raises(ConfigError, match="logit_scale is 1000000000"):
+        export_onnx(tiny_classifier, tmp_path / "out")
+
+
 def test_a_tokenizer_that_a_bundle_cannot_bring_is_refused(tiny_classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_classifier, "clip", replace(tiny_classifier.clip, tokenizer=str))
     with pytest.raises(ConfigError, match="tokenizer"):

@@ -1,7 +1,7 @@
 """What a bundle does without torch, on whichever ONNX Runtime is installed.
 
-`.ci/run` runs this with the oldest one that pyproject.toml allows, on the bundle $CLIP_DEFENSE_BUNDLE, which was exported
-where torch is. Elsewhere the tiny bundle is exported here.
+`.ci/run` runs this with the oldest one that pyproject.toml allows, on the bundle $CLIP_DEFENSE_BUNDLE, which was
+exported where torch is. Elsewhere the tiny bundle is exported here.
 """
 
 from __future__ import annotations
