@@ -188,7 +188,7 @@ def _write_vision(
         from defense.export.int8 import quantize
 
         tell("quantizing its linear layers")
-        with tempfile.TemporaryDirectory(prefix="clip-defense-", dir=folder.parent) as aside:
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
             write(model, Path(aside) / MODEL, metadata)
             quantize(Path(aside) / MODEL, folder / MODEL)
     else:

@@ -7,19 +7,17 @@ its schema itself, and reads what is its own; what they have in common is here.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import safetensors
@@ -29,8 +27,6 @@ from defense.errors import CheckpointError, ConfigError, DefenseError, Integrity
 
 Verify = Literal["sha256", "size"]
 _FILE_FIELDS = {"sha256": str, "size": int}
-_LOCK = ".clip-defense.lock"
-"""In a folder that is being filled: locked for as long as the process that fills it lives."""
 
 
 def sha256_of(path: Path) -> str:
@@ -105,60 +101,30 @@ def publishing(target: Path, *, read: Callable[[Path], object]) -> Iterator[Path
     """Yield an empty folder to fill; when the context ends it is read back and takes the place of `target`.
 
     It lies beside `target`, so that giving it its name is one rename. Where the body or `read` raises, what was at
-    `target` stays, and nothing else is left. What a process left that was killed meanwhile goes when the next one
-    publishes there; if it was killed between taking the old folder away and naming the new one, the old one comes back.
+    `target` stays, and nothing else is left.
 
     Args:
         target: The folder's final place; what is there is replaced as a whole. Its parent must exist.
         read: Reads the filled folder; raises where it is not what it should be.
     """
-    _tidy(target)
     workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    staging, retired = workshop / "new", workshop / "old"
-    with (workshop / "lock").open("w", encoding="utf-8") as lock:
-        _try_lock(lock)
-        (workshop / "lock").rename(workshop / _LOCK)  # by now nobody takes it for one that was left behind
-        try:
-            staging.mkdir()  # not `workshop` itself: only its owner may read that
-            yield staging
-            read(staging)
-            try:
-                if target.exists():
-                    target.rename(retired)
-                staging.rename(target)
-            except BaseException:
-                _restore(retired, target)
-                raise
-        finally:
-            if target.exists() or not retired.exists():  # else nothing but `retired` holds what was there
-                shutil.rmtree(workshop, ignore_errors=True)
-
-
-def _tidy(target: Path) -> None:
-    """Remove what killed processes left beside a folder that they were to publish; see `publishing`."""
-    for lock_file in target.parent.glob(f".{glob.escape(target.name)}-{'[a-z0-9_]' * 8}/{_LOCK}"):
-        with suppress(OSError), lock_file.open("r+", encoding="utf-8") as lock:  # gone, or another user's
-            if _try_lock(lock):
-                _restore(lock_file.parent / "old", target)
-                shutil.rmtree(lock_file.parent, ignore_errors=True)
-
-
-def _restore(retired: Path, target: Path) -> None:
-    if retired.exists() and not target.exists():
-        retired.rename(target)
-
-
-def _try_lock(file: IO[str]) -> bool:
-    """Lock a file for as long as it is open; return False where another process has it, or no file can be locked."""
-    if sys.platform == "win32":
-        return False  # there is no flock: what a killed process left stays
-    import fcntl
-
+    staging, retired = workshop / "new", workshop.with_name(f"{workshop.name}.old")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        staging.mkdir()  # not `workshop` itself: only its owner may read that
+        yield staging
+        read(staging)
+        try:
+            if target.exists():
+                target.rename(retired)
+            staging.rename(target)
+        except BaseException:
+            if retired.exists() and not target.exists():
+                retired.rename(target)
+            raise
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    if retired.exists():
+        shutil.rmtree(retired)
 
 
 @contextmanager

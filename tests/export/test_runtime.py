@@ -458,6 +458,37 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     assert in_fresh_process(code, tiny_bundle) == "0"
 
 
+FORKED_BUSY = """
+import os, signal, sys, threading, time
+import numpy as np
+from defense.export.runtime import OnnxClassifier
+pictures = list(np.random.default_rng(0).integers(0, 256, (6, 40, 40, 3), dtype=np.uint8))
+clf = OnnxClassifier(sys.argv[1], session_options={"intra_op_num_threads": 2}, batch_size=2)
+want = clf.predict_proba(pictures)
+done = threading.Event()
+def work():
+    while not done.is_set():
+        clf.predict_proba(pictures)
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads: thread.start()
+right = 0
+for _ in range(int(sys.argv[2])):
+    time.sleep(0.02)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)  # a child that hangs dies of this
+        os._exit(0 if np.allclose(clf.predict_proba(pictures), want, atol=1e-5) else 1)
+    right += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+done.set()
+for thread in threads: thread.join()
+print(right)
+"""
+
+
+def test_fault_73_children_of_a_busy_parent_answer(tiny_bundle):
+    assert in_fresh_process(FORKED_BUSY, tiny_bundle, 20, timeout=500) == "20"
+
+
 def test_fault_73_a_spawned_process_gets_a_working_copy(tiny_bundle):
     code = """
 import sys, pickle, numpy as np

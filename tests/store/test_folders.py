@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -86,51 +83,6 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(
         _fill(target, error)
     assert everything_below(tmp_path) == before
     assert list(tmp_path.iterdir()) == [target] * is_there
-
-
-KILLED = """
-import os, pathlib, signal, sys
-from defense.store import folders
-target, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
-def die(*_): os.kill(os.getpid(), signal.SIGKILL)
-rename = pathlib.Path.rename
-def renamed(path, other):
-    if moment == "renaming" and path.name == "new": die()
-    return rename(path, other)
-pathlib.Path.rename = renamed
-with folders.publishing(target, read=die if moment == "reading" else str) as staging:
-    (staging / "a.txt").write_text("half")
-    if moment == "filling": die()
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs flock; runs on Linux and macOS")
-@pytest.mark.parametrize("moment", ["filling", "reading", "renaming"])
-def test_fault_what_a_killed_process_left_goes_when_the_next_one_publishes_and_what_it_took_away_is_back(
-    tmp_path: Path, moment: str
-) -> None:
-    target = tmp_path / "made"
-    target.mkdir()
-    (target / "old.txt").write_text("old")
-    mine = tmp_path / ".made-personal"
-    mine.mkdir()
-    done = subprocess.run([sys.executable, "-P", "-c", KILLED, target, moment], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == (2 if moment == "renaming" else 3)
-    with pytest.raises(OSError, match="full"), folders.publishing(target, read=str):
-        raise OSError("full")
-    assert everything_below(target) == {"old.txt": "old"}
-    assert sorted(tmp_path.iterdir()) == sorted([mine, target])
-
-
-def test_fault_a_folder_that_is_still_being_filled_is_left_alone(tmp_path: Path) -> None:
-    target = tmp_path / "made"
-    with folders.publishing(target, read=everything_below) as first:
-        (first / "a.txt").write_text("first")
-        with folders.publishing(target, read=everything_below) as second:
-            (second / "a.txt").write_text("second")
-        assert everything_below(first) == {"a.txt": "first"}
-    assert everything_below(tmp_path) == {"made/a.txt": "first"}
 
 
 def test_a_manifest_comes_with_its_schema_and_opens_the_other_files_to_its_readers(tmp_path: Path, mask: int) -> None:
