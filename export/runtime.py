@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from numbers import Real
@@ -22,6 +21,7 @@ import numpy as np
 from defense.classify.zeroshot import OnError, ZeroShotClassifier, warn_of_unknown_words
 from defense.data import labels
 from defense.data.labels import Prompts
+from defense.data.locks import fork_safe_lock
 from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, CheckpointError, ConfigError, DefenseError, ShapeError
@@ -129,7 +129,7 @@ class OnnxClassifier(ZeroShotClassifier):
         # Of a forked process: ending a session would wait for its threads, which stayed in the parent.
         _left_behind.append((vars(self).get("_sessions"), vars(self).get("_pool")))
         self._pid = os.getpid()
-        self._lock = threading.RLock()
+        self._lock = fork_safe_lock()
         self._pool: ThreadPoolExecutor | None = None
         self._sessions: dict[str, Any] = {}
         self._session(self.bundle.model)

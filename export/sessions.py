@@ -30,7 +30,7 @@ def import_onnxruntime() -> Any:
 
     Raises:
         MissingDependencyError: It is not installed.
-        BackendError: Both of its wheels are, which overwrite each other; or it cannot be imported.
+        BackendError: Both of its wheels are, which overwrite each other.
     """
     if len(installed_wheels()) > 1:
         raise BackendError(
@@ -40,12 +40,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
-            raise MissingDependencyError("onnxruntime", "onnx") from error
-        raise BackendError(
-            f"onnxruntime is installed, but cannot be imported: {error}. Install it anew: pip install "
-            "--force-reinstall onnxruntime"
-        ) from error
+        raise MissingDependencyError("onnxruntime", "onnx") from error
     return onnxruntime
 
 

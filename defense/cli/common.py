@@ -69,13 +69,8 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(code) from None
 
 
-def chosen_labels(
-    labels: str | None, labels_file: Path | None, uses_embedded: bool, defense: str | None = None
-) -> Sequence[str]:
-    """Return the labels given by either option, or the embedded model's own.
-
-    Where none are given but are needed, a defense that is not there is told first.
-    """
+def chosen_labels(labels: str | None, labels_file: Path | None, uses_embedded: bool) -> Sequence[str]:
+    """Return the labels given by either option, or the embedded model's own."""
     if labels is not None and labels_file is not None:
         raise typer.BadParameter("give --labels or --labels-file, not both")
     if labels_file is not None:
@@ -85,10 +80,6 @@ def chosen_labels(
     if labels is not None:
         return [label.strip() for label in labels.split(",")]
     if not uses_embedded:
-        if defense is not None:
-            from defense.store.defenses import find_defense
-
-            find_defense(defense)
         raise typer.BadParameter('--labels or --labels-file is missing, e.g. --labels "dog,cat"')
     from defense.world.scenes import OBJECTS
 

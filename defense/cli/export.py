@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +23,7 @@ from defense.cli.common import (
     say,
     shown,
 )
-from defense.errors import BackendError, DefenseError, MissingDependencyError
+from defense.errors import MissingDependencyError
 from defense.export.layouts import Dtype, Layout, Mode  # the one module on top that a command needs for its options
 
 if TYPE_CHECKING:
@@ -53,11 +52,11 @@ def export(
 
         try:
             from defense.export.exporter import export_onnx, free_target
-        except ImportError as error:
-            raise _unimportable(error) from error
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(error.name or "onnxscript", "export") from error
 
         check_pretrained(model, pretrained)
-        chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED), defense)
+        chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED))
         free_target(out)
         start = time.monotonic()
 
@@ -69,17 +68,6 @@ def export(
         clf.set_labels(chosen, template)
         report = export_onnx(clf, out, mode=mode, dtype=dtype, text=text, layout=layout, tell=tell)
         _print_report(report)
-
-
-def _unimportable(error: ImportError) -> DefenseError:
-    """Return what to say of a package that export needs: that it is not installed, or that it is broken."""
-    name = error.name or ""
-    if isinstance(error, ModuleNotFoundError) and "." not in name and find_spec(name) is None:
-        return MissingDependencyError(name, "export")
-    return BackendError(
-        f"a package that export needs is installed, but cannot be imported: {error}. Install it anew; `defense doctor` "
-        "lists what is there"
-    )
 
 
 def _print_report(report: ExportReport) -> None:

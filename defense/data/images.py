@@ -11,7 +11,6 @@ import io
 import os
 import re
 import stat
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,6 +21,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from defense.errors import ConfigError, InvalidImageError
+
+from .locks import fork_safe_lock
 
 __all__ = ["Decoded", "Limits", "decode"]
 
@@ -382,7 +383,7 @@ def _is_cut(kind: str | None, data: bytes) -> bool:
     return False
 
 
-_SILENCE_LOCK = threading.Lock()
+_SILENCE_LOCK = fork_safe_lock()
 
 
 @contextmanager

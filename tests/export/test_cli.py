@@ -93,13 +93,6 @@ def test_strength_switches_the_defense_of_a_bundle_off(tiny_bundle, tiny_classif
     assert "--strength is a bundle's" in err
 
 
-@pytest.mark.parametrize("command", [["classify", "picture.png"], ["export", "out"]])
-def test_a_defense_that_is_not_there_is_told_before_labels_are_asked_for(command):
-    code, _, err = run(*command, "--defense", "/nope")
-    assert code in (2, 5)
-    assert "no defense at /nope" in err
-
-
 @pytest.mark.parametrize("option", [["--plain"], ["--model", "ViT-B-32"]])
 def test_a_bundle_has_no_plain_model_and_no_other_one(tiny_bundle, picture, option):
     code, _, err = run("classify", picture, "--defense", tiny_bundle, *option)
@@ -200,21 +193,6 @@ def test_fault_70_without_the_exporter_the_answer_is_the_command_that_installs_i
         assert done.returncode == 3
         assert 'pip install "clip-defense[export]"' in done.stderr.replace("\n", "")
         assert "Traceback" not in done.stderr
-
-
-def test_a_package_that_is_broken_is_not_called_missing(tmp_path):
-    (tmp_path / "onnxscript.py").write_text("raise ImportError('libprotobuf.so.99: no such file')")
-    (tmp_path / "onnxruntime.py").write_text("from numpy import no_such_name")
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from defense.cli import main; main()"
-    command = [sys.executable, "-P", "-c", code, tmp_path]
-    done = subprocess.run([*command, "export", tmp_path / "out"], capture_output=True, text=True, check=False)
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-    assert "is installed, but cannot be imported: libprotobuf.so.99" in done.stderr
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from defense.export import sessions as s; s.import_onnxruntime()"
-    )
-    done = subprocess.run([*command[:3], code, tmp_path], capture_output=True, text=True, check=False)
-    assert "BackendError: onnxruntime is installed, but cannot be imported: cannot import name" in done.stderr
 
 
 def test_fault_70_info_checks_a_bundle_without_torch_and_says_so_without_a_runtime(tiny_bundle):
