@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,6 +89,7 @@ def export_onnx(
     dtype: Dtype = "fp32",
     text: bool = False,
     layout: Layout = "bundle",
+    tell: Callable[[str], None] = lambda _stage: None,
 ) -> ExportReport:
     """Write a classifier and its labels as a bundle, and return what was written and how it was verified.
 
@@ -101,18 +102,21 @@ def export_onnx(
         dtype: "fp32"; "fp16", for CUDA; or "int8", for CPUs (see int8.py).
         text: Add the text tower, so that labels can be chosen at run time.
         layout: "bundle", or the files of a server around the same; see layouts.py.
+        tell: Called at the start of each stage with what it is, in a few words.
 
     Raises:
         ConfigError: An argument that cannot work, no labels, or a folder with something in it.
         ParityError: The graph answers otherwise than torch.
         ExportError: ONNX Runtime refuses the graph, or dies of it.
     """
-    target = _free_target(folder)
+    target = free_target(folder)
+    tell("embedding the labels")
     _check(clf, dtype, layout)
     graph, text_graph = VisionGraph(_tower(clf, dtype), mode), TextGraph(clf) if text else None
     with folders.publishing(target, read=bundle.load) as staging:
-        parity = _write_vision(staging, clf, graph, mode, dtype)
-        text_parity = None if text_graph is None else _write_text(staging, clf, text_graph)
+        parity = _write_vision(staging, clf, graph, mode, dtype, tell)
+        text_parity = None if text_graph is None else _write_text(staging, clf, text_graph, tell)
+        tell("writing and reading back the rest")
         folders.write_tensors(_labels(clf, with_tokens=text), staging / bundle.LABELS, save_file)
         folders.write_tensors(_golden(clf), staging / bundle.GOLDEN, save_file)
         fields = _fields(clf, mode, dtype, text_graph, parity)
@@ -132,7 +136,7 @@ def export_onnx(
     )
 
 
-def _free_target(folder: str | os.PathLike[str]) -> Path:
+def free_target(folder: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a folder that is not there yet, or empty.
 
     Raises:
@@ -171,33 +175,42 @@ def _tower(clf: RobustClassifier, dtype: Dtype) -> Any:
     return model
 
 
-def _write_vision(folder: Path, clf: RobustClassifier, graph: VisionGraph, mode: Mode, dtype: Dtype) -> Parity:
+def _write_vision(
+    folder: Path, clf: RobustClassifier, graph: VisionGraph, mode: Mode, dtype: Dtype, tell: Callable[[str], None]
+) -> Parity:
     """Write the vision graph into a folder, and return how it differs from torch.
 
     Raises:
         ParityError, ExportError: See `verify`.
     """
+    tell("tracing the vision tower")
     model = trace_vision(graph, clf.clip.preprocess.size, torch.from_numpy(clf.text_embeds()))
     metadata = _metadata(clf, mode, dtype)
     if dtype == "int8":
         from defense.export.int8 import quantize
 
-        with tempfile.TemporaryDirectory(prefix="clip-defense-", dir=folder.parent) as aside:
+        tell("quantizing its linear layers")
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
             write(model, Path(aside) / MODEL, metadata)
             quantize(Path(aside) / MODEL, folder / MODEL)
     else:
         write(model, folder / MODEL, metadata)
     options = HALF_OPTIONS if dtype == "fp16" else {}
-    return verify(folder / MODEL, _expected_of_vision(clf, graph, dtype), TOLERANCES[dtype], options)
+    tell("asking PyTorch for the answers")
+    expected = _expected_of_vision(clf, graph, dtype)
+    tell(f"comparing the graph's on {expected.n_rows} pictures")
+    return verify(folder / MODEL, expected, TOLERANCES[dtype], options)
 
 
-def _write_text(folder: Path, clf: RobustClassifier, graph: TextGraph) -> Parity:
+def _write_text(folder: Path, clf: RobustClassifier, graph: TextGraph, tell: Callable[[str], None]) -> Parity:
     """Write the text graph into a folder, and return how it differs from torch.
 
     Raises:
         ParityError, ExportError: See `verify`.
     """
+    tell("tracing the text tower")
     write(trace_text(graph), folder / TEXT_MODEL, {})
+    tell("comparing its answers with PyTorch's")
     return verify(folder / TEXT_MODEL, _expected_of_text(clf, graph), TOLERANCES["fp32"])
 
 

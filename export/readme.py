@@ -80,7 +80,18 @@ print(manifest["labels"][int(logits[0].argmax())])
 ```
 
 This shortens the preparation to a plain resize; `OnnxClassifier` does all of it. Other labels: feed their normalized
-embeddings as `text_embeds` [n_labels, {fields["d_embed"]}]."""
+embeddings as `text_embeds` [n_labels, {fields["d_embed"]}].{_strength(fields)}"""
+
+
+def _strength(fields: Mapping[str, Any]) -> str:
+    """Return how the defense is switched off; nothing where there is none."""
+    if not fields["defense"]:
+        return ""
+    return f"""
+
+`strength`, float32 [], is how much the defense removes: 1 where it is not fed, 0 is the CLIP without its defense, for a
+rollback or a shadow run. At 0 the embeddings differed by {fields["parity"]["plain_diff"]:.1e} from PyTorch's without a
+defense. `OnnxClassifier(".", strength=0)`, or `clf.with_strength(0)` beside `clf`, in the same session."""
 
 
 def _server(fields: Mapping[str, Any], layout: Layout) -> str:
@@ -154,7 +165,10 @@ def _what_is_removed(fields: Mapping[str, Any]) -> str:
 def _open_vocabulary(fields: Mapping[str, Any]) -> str:
     """Return how other labels are chosen than those that are baked in."""
     if fields["text_model"] is None:
-        return "Embeddings of other labels, from the same CLIP, go to `clf.set_label_embeds(labels, text_embeds)`.\n"
+        return (
+            "Some of its labels: `clf(picture, candidate_labels=[...])`. Embeddings of others, from the same CLIP, go "
+            "to `clf.set_label_embeds(labels, text_embeds)`.\n"
+        )
     return "Other labels: `clf.set_labels([...])`, or `clf(picture, candidate_labels=[...])`.\n"
 
 

@@ -28,7 +28,7 @@ from defense.data.threads import decoding_threads
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, CheckpointError, ConfigError, DefenseError, ShapeError
 from defense.export import bundle
-from defense.export.sessions import CPU, CUDA, HALF_OPTIONS, open_session
+from defense.export.sessions import CPU, CUDA, HALF_OPTIONS, import_onnxruntime, open_session
 from defense.store.folders import Verify
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 STRENGTH = "strength"
 """The input of a graph that says how much its defense removes."""
 
+_TOPK_TAKES_NO_ROWS = (1, 31)
 _N_SHOWN = 10
 _left_behind: list[Any] = []
 """Sessions and thread pools of a parent process, kept so that they are never ended here: see `_start`."""
@@ -110,7 +111,7 @@ class OnnxClassifier(ZeroShotClassifier):
     def has_strength(self) -> bool:
         """Whether the graph has a strength to set; one without a defense, or of an older version, has none."""
         self._own_process()
-        return any(value.name == STRENGTH for value in self._session(self.bundle.model).get_overridable_initializers())
+        return _has_strength(self._session(self.bundle.model))
 
     def _check_strength(self) -> None:
         if self.strength != 1 and not self.has_strength:
@@ -161,6 +162,7 @@ class OnnxClassifier(ZeroShotClassifier):
                         f"this bundle is fp16, which can end the process on a CPU; use {CUDA}, or export fp32 or int8"
                     )
                 self._check_axes(name, session)
+                self._check_empty_tensors(name, session)
                 self._sessions[name] = session
             return self._sessions[name]
 
@@ -175,6 +177,23 @@ class OnnxClassifier(ZeroShotClassifier):
         if not wanted.items() <= got.items():
             raise CheckpointError(
                 f"{self.bundle.folder / name} has the inputs and outputs {got} (less their first axis); want {wanted}"
+            )
+
+    def _check_empty_tensors(self, name: str, session: Any) -> None:
+        """Raise `BackendError` where the runtime could end the process on a picture in which no latent fires.
+
+        Graphs that have a strength keep empty tensors from TopK; the ones of before do not.
+        """
+        sites = self.bundle.defense["sites"] if self.bundle.defense is not None else ()
+        ranks = self.bundle.mode == "exact" and any(site["act"] == "topk" for site in sites)
+        solves = any(each["edit"] == "project" for site in sites for each in site["sets"])
+        if name != self.bundle.model or not (ranks or solves) or _has_strength(session):
+            return
+        version = import_onnxruntime().__version__
+        if tuple(map(int, version.split(".")[:2])) < _TOPK_TAKES_NO_ROWS:
+            raise BackendError(
+                f"this bundle was exported by an older version, and onnxruntime {version} can end the process on its "
+                "graph; export the defense again, or install onnxruntime 1.31 or newer"
             )
 
     @property
@@ -350,6 +369,10 @@ class OnnxClassifier(ZeroShotClassifier):
                 f"{tolerance['atol']:.2g} ({tolerance['cosine']}): this runtime does not compute what was exported"
             )
         return difference
+
+
+def _has_strength(session: Any) -> bool:
+    return any(value.name == STRENGTH for value in session.get_overridable_initializers())
 
 
 def _checked_strength(strength: float) -> float:

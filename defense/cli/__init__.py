@@ -42,6 +42,6 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. SIGTERM ends a command as Ctrl-C does: what is half done is cleaned up."""
+    """Run the command line. SIGTERM ends it as Ctrl-C does: nothing half done is left."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()

@@ -96,7 +96,7 @@ def classify(
         if strength is not None:
             raise typer.BadParameter("--strength is a bundle's; a defense is shown beside plain CLIP, or see --plain")
         uses_embedded = defense == EMBEDDED and model in (None, EMBEDDED)
-        chosen = chosen_labels(labels, labels_file, uses_embedded, defense)
+        chosen = chosen_labels(labels, labels_file, uses_embedded)
         if plain:
             clf = _undefended(defense, model, pretrained, device, limits)
         else:

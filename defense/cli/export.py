@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +22,6 @@ from defense.cli.common import (
     put,
     say,
     shown,
-    stderr,
 )
 from defense.errors import MissingDependencyError
 from defense.export.layouts import Dtype, Layout, Mode  # the one module on top that a command needs for its options
@@ -52,17 +51,23 @@ def export(
         from defense.hosts.clip import EMBEDDED
 
         try:
-            from defense.export.exporter import export_onnx
+            from defense.export.exporter import export_onnx, free_target
         except ModuleNotFoundError as error:
             raise MissingDependencyError(error.name or "onnxscript", "export") from error
 
         check_pretrained(model, pretrained, defense)
         uses_embedded = defense == EMBEDDED and model in (None, EMBEDDED)
         chosen = chosen_labels(labels, labels_file, uses_embedded, defense, needs_own=True)
+        free_target(out)
+        start = time.monotonic()
+
+        def tell(stage: str) -> None:
+            say(f"{time.monotonic() - start:4.0f} s  {stage}")
+
+        tell("loading the CLIP and the defense")
         clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device="cpu")
         clf.set_labels(chosen, template)
-        with stderr.status("tracing and checking") if stderr.is_terminal else nullcontext():
-            report = export_onnx(clf, out, mode=mode, dtype=dtype, text=text, layout=layout)
+        report = export_onnx(clf, out, mode=mode, dtype=dtype, text=text, layout=layout, tell=tell)
         _print_report(report)
 
 

@@ -77,13 +77,21 @@ def shifted(expected: verify.Expected) -> verify.Expected:
     return replace(expected, outputs=outputs)
 
 
+def quiet_shifted(expected: verify.Expected) -> verify.Expected:
+    quiet = expected.further["quiet"]
+    assert len(quiet.constants) == 1
+    outputs = {**quiet.outputs, "image_embeds": quiet.outputs["image_embeds"] + np.float32(1e-3)}
+    return replace(expected, further={**expected.further, "quiet": replace(quiet, outputs=outputs)})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (shifted, "image_embeds differs by 0.001"),
+        (quiet_shifted, "image_embeds differs by 0.001 at the quiet batch"),
         (lambda e: replace(e, input_axes={"pixels": ["batch", 3, 32, 32]}), r"its inputs are \['pixel_values'\]"),
     ],
-    ids=["values", "names"],
+    ids=["values", "quiet", "names"],
 )
 def test_a_graph_that_answers_otherwise_is_not_written(tiny_classifier, tmp_path, monkeypatch, change, message):
     wrong(monkeypatch, change)
@@ -155,6 +163,12 @@ def test_arguments_that_cannot_work_are_refused(tiny_classifier, tmp_path, monke
         export_onnx(tiny_classifier, tmp_path / "out")
 
 
+def test_a_factor_that_a_bundle_refuses_is_refused_before_the_work(tiny_classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tiny_classifier.clip), "logit_scale", property(lambda _clip: 1e9))
+    with pytest.raises(ConfigError, match="logit_scale is 1000000000"):
+        export_onnx(tiny_classifier, tmp_path / "out")
+
+
 def test_a_tokenizer_that_a_bundle_cannot_bring_is_refused(tiny_classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_classifier, "clip", replace(tiny_classifier.clip, tokenizer=str))
     with pytest.raises(ConfigError, match="tokenizer"):
@@ -173,6 +187,13 @@ def test_the_code_in_its_readme_runs(copied):
         )
         assert done.returncode == 0, done.stderr
         assert any(label in done.stdout for label in ("dog", "cat", "red fish"))
+
+
+def test_its_readme_says_how_the_defense_is_switched_off_and_how_near_that_is(tiny_bundle):
+    text = (tiny_bundle / "README.md").read_text(encoding="utf-8")
+    plain_diff = bundle.load(tiny_bundle).parity["plain_diff"]
+    assert f"At 0 the embeddings differed by {plain_diff:.1e} from PyTorch's" in text
+    assert 0 < plain_diff <= 1e-5
 
 
 def test_errors_are_those_of_a_rejected_bundle():

@@ -441,6 +441,60 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     assert in_fresh_process(code, tiny_bundle) == "0"
 
 
+FORKED_BUSY = """
+import io, os, signal, sys, threading, time
+import numpy as np
+from PIL import Image
+from defense.export.runtime import OnnxClassifier
+
+def encoded(pixels):  # decoding takes a lock that arrays do not
+    Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+pictures = [encoded(each) for each in np.random.default_rng(0).integers(0, 256, (6, 40, 40, 3), dtype=np.uint8)]
+clf = OnnxClassifier(sys.argv[1], session_options={"intra_op_num_threads": 2}, batch_size=2)
+want = clf.predict_proba(pictures)
+clf.set_labels(["stone", "tree"])
+parent, fast = os.getpid(), Image.open
+
+def slow(*arguments, **options):  # so that a fork finds the decoder at work, whatever it holds then
+    if os.getpid() == parent:
+        time.sleep(0.05)
+    return fast(*arguments, **options)
+
+Image.open = slow
+done = threading.Event()
+
+def work():
+    while not done.is_set():
+        clf.predict_proba(pictures)
+
+def label():
+    while not done.is_set():
+        clf.set_labels(["stone", "tree"]).text_embeds()
+        clf.forget_labels(0)
+
+threads = [threading.Thread(target=each) for each in (work, work, label)]
+for thread in threads: thread.start()
+right = 0
+for _ in range(int(sys.argv[2])):
+    time.sleep(0.02)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(10)  # a child that hangs dies of this
+        clf.prompts = clf.bundle.prompts
+        os._exit(0 if np.allclose(clf.predict_proba(pictures), want, atol=1e-5) else 1)
+    right += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+done.set()
+for thread in threads: thread.join()
+print(right)
+"""
+
+
+def test_fault_73_children_of_a_busy_parent_answer(tiny_bundle):
+    assert in_fresh_process(FORKED_BUSY, tiny_bundle, 6, timeout=200) == "6"
+
+
 def test_fault_73_a_spawned_process_gets_a_working_copy(tiny_bundle):
     code = """
 import sys, pickle, numpy as np

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from defense.export import verify
-from defense.export.verify import BATCHES, N_ROWS, Expected, Parity, ParityError, Tolerance
+from defense.export.verify import BATCHES, N_ROWS, Batch, Expected, Parity, ParityError, Tolerance
 
 Answers = dict[str, np.ndarray]
 
@@ -122,6 +122,59 @@ def test_all_failures_are_told_at_once_and_the_largest_difference(expected):
     assert len(caught.value.failures) == 4
     want = max(0.001, 0.01 * float(np.abs(expected.outputs["image_embeds"][5]).max()))
     assert caught.value.max_abs_diff == pytest.approx(want, rel=0.01)
+
+
+@pytest.fixture
+def with_more(expected) -> Expected:
+    """The same with a batch of none, and one at strength 0."""
+    empty = {name: rows[:0] for name, rows in expected.outputs.items()}
+    plain = {name: -rows[:4] for name, rows in expected.outputs.items()}
+    return replace(expected, further={"empty": Batch({}, empty), "plain": Batch({}, plain)})
+
+
+def more_answers_of(expected: Expected) -> Answers:
+    further = {
+        f"{name}.{kind}": rows.copy()
+        for kind, batch in expected.further.items()
+        for name, rows in batch.outputs.items()
+    }
+    return answers_of(expected) | further
+
+
+def test_further_batches_that_are_right_pass_and_tell_how_near_strength_0_is(with_more):
+    answers = more_answers_of(with_more)
+    assert verify._compare_values(answers, with_more, STRICT).plain_diff == 0.0
+    answers["image_embeds.plain"][3, 2] += 5e-6
+    assert verify._compare_values(answers, with_more, STRICT).plain_diff == pytest.approx(5e-6, rel=0.1)
+
+
+def plain_is_off(answers: Answers) -> None:
+    answers["image_embeds.plain"][0, 3] += 0.001
+
+
+def empty_is_not(answers: Answers) -> None:
+    answers["image_embeds.empty"] = np.zeros((1, 8), np.float32)
+
+
+def plain_is_no_number(answers: Answers) -> None:
+    answers["logits_per_image.plain"][0, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("damage", "failure"),
+    [
+        (plain_is_off, "image_embeds differs by 0.001 at the plain batch, allowed are 1e-05"),
+        (empty_is_not, "image_embeds is [1, 8] at the empty batch, want [0, 8]"),
+        (plain_is_no_number, "logits_per_image holds NaN or infinity at the plain batch"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_further_batches_that_are_wrong_are_refused(with_more, damage: Callable[[Answers], None], failure):
+    answers = more_answers_of(with_more)
+    damage(answers)
+    with pytest.raises(ParityError) as caught:
+        verify._compare_values(answers, with_more, STRICT)
+    assert caught.value.failures == (failure,)
 
 
 def test_labels_whose_cosines_are_as_close_as_a_tie_are_no_flips(expected):
