@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress
 from rich.table import Table
 
 from defense.classify.zeroshot import OnError
@@ -29,9 +28,9 @@ from defense.cli.common import (
     put,
     say,
     shown,
-    stderr,
     stdout,
 )
+from defense.cli.progress import stages
 from defense.data import images
 from defense.errors import InvalidImageError
 
@@ -78,7 +77,7 @@ def classify(
             _classify_with_bundle(defense, paths, given, template, as_json=as_json, on_error=on_error, top_k=top_k)
             return
         uses_embedded = defense == EMBEDDED and model in (None, EMBEDDED)
-        chosen = chosen_labels(labels, labels_file, uses_embedded)
+        chosen = chosen_labels(labels, labels_file, uses_embedded, defense)
         if plain:
             clf = _undefended(defense, model, pretrained, device)
         else:
@@ -111,9 +110,8 @@ def _example_pictures() -> list[Path]:
 def _classify_all(clf: RobustClassifier, paths: Sequence[Path], *, as_json: bool, on_error: OnError, top_k: int) -> int:
     """Print an answer per picture; return how many could not be read."""
     n_failed = 0
-    show_progress = len(paths) >= _PROGRESS_FROM and stderr.is_terminal
-    with Progress(console=stderr, disable=not show_progress, transient=True) as progress:
-        for path in progress.track(paths, description="classifying"):
+    with stages(is_shown=len(paths) >= _PROGRESS_FROM) as progress:
+        for path in progress.track(paths, "classifying"):
             try:
                 _classify_one(clf, path, as_json=as_json, top_k=top_k)
             except InvalidImageError as error:

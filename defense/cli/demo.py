@@ -61,7 +61,7 @@ def demo(
             check_pretrained(model, pretrained)
             uses_embedded = defense.partition(":")[0] == "embedded" and model in (None, "embedded")
             is_given = labels is not None or labels_file is not None or not uses_embedded
-            given = chosen_labels(labels, labels_file, uses_embedded) if is_given else None
+            given = chosen_labels(labels, labels_file, uses_embedded, defense) if is_given else None
             engine = defended(defense, given, template, model=model, pretrained=pretrained, device=device)
         with serving(engine, host=host, port=port) as address:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder of uploads is deleted

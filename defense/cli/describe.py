@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from defense.cli.common import (
     EXIT_INPUTS,
@@ -16,11 +15,12 @@ from defense.cli.common import (
     Pretrained,
     app,
     check_pretrained,
+    check_there,
     exit_codes,
     put,
     say,
-    stderr,
 )
+from defense.cli.progress import stages
 
 
 @app.command()
@@ -51,6 +51,7 @@ def describe(
         from defense.store import checkpoint
 
         check_pretrained(model, pretrained)
+        check_there(*sae, words)
         catalogue.check_target(out)
         names, source = read_labels(words), open_pictures(pictures)
         found = [checkpoint.load(folder) for folder in sae]
@@ -59,11 +60,10 @@ def describe(
             each.check_clip(clip.tower)
         unreadable: set[str] = set()
         made_from = {"pictures": source.fingerprint, "host_model": model, "pretrained": pretrained}
-        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
         catalogues = []
-        with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
+        with stages() as progress:
             for each in found:
-                progress.add_task(each.hook_point)
+                progress.start(each.hook_point)
                 stream = describe.examples(clip, source, unreadable.add)
                 catalogues.append(
                     describe.describe(

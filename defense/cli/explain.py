@@ -69,7 +69,7 @@ def explain(
         _check_target(out, picture)
         if bundle.is_bundle(defense):
             raise typer.BadParameter("a bundle cannot explain itself; give the defense that it was exported from")
-        chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED))
+        chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED), defense)
         decoded = images.decode(picture)
         clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device=device)
         clf.set_labels(chosen, template)

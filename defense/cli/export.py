@@ -57,7 +57,7 @@ def export(
             raise MissingDependencyError(error.name or "onnxscript", "export") from error
 
         check_pretrained(model, pretrained)
-        chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED))
+        chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED), defense)
         clf = RobustClassifier.from_pretrained(defense, model=model, pretrained=pretrained, device="cpu")
         clf.set_labels(chosen, template)
         with stderr.status("tracing and checking") if stderr.is_terminal else nullcontext():

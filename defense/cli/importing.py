@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from defense.cli.common import app, exit_codes, put, shown
+from defense.cli.common import app, check_there, exit_codes, put, shown
 from defense.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def import_(
         except ModuleNotFoundError as error:
             raise MissingDependencyError(error.name or "torch", "torch") from error
         checkpoint.check_target(out)
+        check_there(file, config, act_mean)
         stated = {
             "hook_point": hook_point, "tokens": tokens, "act": act, "k": k, "threshold": threshold, "norm": norm,
             "subtract_b_dec": subtract_b_dec, "scaling_factor": scaling_factor, "scalar": scalar,

@@ -26,6 +26,7 @@ def info(
 ) -> None:
     """Say what a defense, an exported bundle or an SAE is, after checking every byte of it."""
     with exit_codes():
+        folders.restore(Path(source))
         if (Path(source) / "sae.json").is_file():
             _refuse_host(model, pretrained)
             _print_sae(Path(source), expect)

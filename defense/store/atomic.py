@@ -1,7 +1,7 @@
 """Folders and files that are written whole or not at all, whoever else writes them, and whenever a process is killed.
 
-What is being written lies in a workshop, a hidden folder beside its final place, and its writer holds a lock on that. So
-the next one at the same target can tell what a killed process left, which nobody holds, from what another one is
+What is being written lies in a workshop, a hidden folder beside its final place, and its writer holds a lock on that.
+So the next one at the same target can tell what a killed process left, which nobody holds, from what another one is
 writing, and removes it. Where locks are not to be had (Windows, some network file systems) nothing is taken for left
 behind.
 """

@@ -30,7 +30,9 @@ from defense.store import atomic, folders
 target = Path(sys.argv[1])
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 """
-PUBLISH = COMMON + """
+PUBLISH = (
+    COMMON
+    + """
 rename, calls = Path.rename, []
 def killed(path, to):
     calls.append(path)
@@ -41,6 +43,7 @@ with folders.publishing(target, read={read}) as staging:
     (staging / "a.txt").write_text("new")
     {body}
 """
+)
 
 
 def run_killed(code: str, target: Path) -> None:
@@ -77,12 +80,16 @@ def test_fault_a_killed_publication_is_undone_at_the_next_start(target: Path, wh
 
 
 def test_fault_a_publication_that_was_killed_behind_its_renames_stays(target: Path) -> None:
-    run_killed(COMMON + """
+    run_killed(
+        COMMON
+        + """
 import shutil
 shutil.rmtree = die
 with folders.publishing(target, read=print) as staging:
     (staging / "a.txt").write_text("new")
-""", target)
+""",
+        target,
+    )
     folders.restore(target)
     assert below(target.parent) == {"made/a.txt": "new"}
     assert list(target.parent.iterdir()) == [target]
@@ -115,7 +122,11 @@ def test_what_another_process_is_writing_and_what_is_nobodys_workshop_stays(targ
 def test_fault_what_a_killed_writer_of_a_file_left_is_removed_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "state.bin"
     path.write_text("old")
-    run_killed(COMMON + "\nwith folders.replacing(target) as partial:\n    (partial.parent / '.tmpAb12').touch()\n    partial.write_text('half')\n    die()", path)
+    run_killed(
+        COMMON
+        + "\nwith folders.replacing(target) as partial:\n    (partial.parent / '.tmpAb12').touch()\n    partial.write_text('half')\n    die()",
+        path,
+    )
     assert len(list(tmp_path.iterdir())) == 2
     with folders.replacing(path) as first, folders.replacing(path) as second:
         first.write_text("first")
