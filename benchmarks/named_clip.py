@@ -11,7 +11,7 @@ from typing import Any
 
 from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
-from defense.errors import ConfigError, MissingDependencyError
+from defense.errors import ConfigError, cannot_import
 from defense.hosts.clip import Clip, load_clip, resolve_device
 
 RANDOM = "random"
@@ -68,7 +68,7 @@ def _random_clip(model: str, device: str) -> Clip:
         import open_clip
         import torch
     except ImportError as error:
-        raise MissingDependencyError(error.name or "torch", "torch") from error
+        raise cannot_import("torch", error) from error
     if model not in open_clip.list_models():
         raise ConfigError(f"open_clip knows no model {model!r}; `open_clip.list_models()` names them all")
     text_cfg = open_clip.get_model_config(model)["text_cfg"]

@@ -30,7 +30,7 @@ from defense.cli.common import (
     shown,
     stdout,
 )
-from defense.cli.progress import stages
+from defense.cli.stages import stages
 from defense.data import images
 from defense.errors import InvalidImageError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,14 @@ import typer
 from rich.console import Console
 
 from defense.data.sources import PICTURE_SUFFIXES
-from defense.errors import CheckpointError, DefenseError, InvalidImageError, MissingDependencyError, NonFiniteError
+from defense.errors import (
+    CheckpointError,
+    DefenseError,
+    InvalidImageError,
+    MissingDependencyError,
+    NonFiniteError,
+    cannot_import,
+)
 from defense.store.defenses import find_defense
 from defense.store.folders import restore
 
@@ -87,6 +95,10 @@ def exit_codes(when_interrupted: str = "") -> Iterator[None]:
         raise typer.Exit(EXIT_UNREAD) from None
     except (DefenseError, OSError) as error:
         _end(error)
+    except ModuleNotFoundError as error:  # of a package that only some commands need
+        if (error.name or "").startswith("defense"):
+            raise
+        _end(cannot_import((error.name or "").partition(".")[0], error))
 
 
 def _end(error: DefenseError | OSError) -> NoReturn:
@@ -94,8 +106,9 @@ def _end(error: DefenseError | OSError) -> NoReturn:
     text = str(error)
     if isinstance(error, OSError) and not isinstance(error, DefenseError):
         code = EXIT_SYSTEM
-        if error.filename is not None and error.strerror is not None:
-            text = f"{shown(Path(os.fsdecode(error.filename)))}: {error.strerror}"
+        text = error.strerror or text
+        if isinstance(error.filename, (str, bytes, os.PathLike)):
+            text = f"{shown(Path(os.fsdecode(error.filename)))}: {text}"
     else:
         code = EXIT_USAGE
         for kind, value in (
@@ -112,11 +125,15 @@ def _end(error: DefenseError | OSError) -> NoReturn:
 def _is_unread() -> bool:
     """Return whether the reader of stdout is gone, as `head` is after ten lines; nothing more is written then."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
-        return True
-    return False
+        number = sys.stdout.fileno()
+        poll = select.poll()
+    except (AttributeError, ValueError, OSError):  # it is closed, is no file, or this is Windows
+        return False
+    poll.register(number, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # else the interpreter complains at its end
+    return True
 
 
 def make_printable() -> None:
@@ -188,7 +205,7 @@ def shown(path: Path) -> str:
 
 def print_json(fields: dict[str, Any]) -> None:
     """Print a line of JSON on stdout, in ASCII where that cannot hold all characters."""
-    is_unicode = stdout.encoding.replace("-", "").lower().startswith("utf")
     file = stdout.file  # not sys.stdout: that is None where stdout is closed
+    is_unicode = (getattr(file, "encoding", None) or "").replace("-", "").lower().startswith("utf")
     file.write(json.dumps(fields, ensure_ascii=not is_unicode) + "\n")
     file.flush()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from defense.cli.common import (
     EXIT_INPUTS,
@@ -25,8 +27,8 @@ from defense.cli.common import (
     put,
     say,
     shown,
+    stderr,
 )
-from defense.cli.progress import stages
 from defense.core.latents import Removal, Scope
 
 if TYPE_CHECKING:
@@ -142,17 +144,17 @@ def fit(
         config = FitConfig(clean_budget=clean_budget / len(checkpoints), edit=edit, seed=seed)
         plans = plan_sites(clip, checkpoints, config, scope)
         clf = RobustClassifier(clip).set_labels(answers, template)
-        with stages() as progress:
-            progress.start("reading pictures")
+        with _progress() as told:
+            told("reading pictures")
             material = _material(clf, source, opened, n=n_pictures, seed=seed)
             fitted = fit_defense(
                 clip, clip.id_as(model, pretrained), plans, material, torch.from_numpy(clf.text_embeds()),
                 name=name or task, folds=folds, seed=seed, is_swept=sweep, license=license,
-                provenance=_record(task, answers, template, checkpoints), report=progress.start,
+                provenance=_record(task, answers, template, checkpoints), report=told,
             )  # fmt: skip
             _write(clf, fitted, out, report)
             if calibrate:
-                progress.start("calibrating")
+                told("calibrating")
                 _calibrate(clf, fitted, material, out)
         _print_fit(fitted)
         put(f"written     {shown(out)}")
@@ -315,6 +317,18 @@ def _calibrate(clf: RobustClassifier, fitted: Fitted, material: Material, out: P
 
 
 # --- what is printed ---
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Yield what shows a line of progress on stderr: in place on a terminal, else one after the other."""
+    if not stderr.is_terminal:
+        yield say
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        bar = progress.add_task("", total=None)
+        yield lambda line: progress.update(bar, description=line)
 
 
 def _print_fit(fitted: Fitted) -> None:

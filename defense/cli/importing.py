@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from defense.cli.common import app, check_there, exit_codes, put, shown
-from defense.errors import MissingDependencyError
+from defense.errors import cannot_import
 
 if TYPE_CHECKING:
     from defense.store.checkpoint import Checkpoint
@@ -49,8 +49,8 @@ def import_(
         try:
             from defense import importers
             from defense.store import checkpoint
-        except ModuleNotFoundError as error:
-            raise MissingDependencyError(error.name or "torch", "torch") from error
+        except (ImportError, OSError) as error:
+            raise cannot_import("torch", error) from error
         checkpoint.check_target(out)
         check_there(file, config, act_mean)
         stated = {

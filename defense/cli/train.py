@@ -20,7 +20,7 @@ from defense.cli.common import (
     put,
     say,
 )
-from defense.cli.progress import stages
+from defense.cli.stages import stages
 from defense.core.config import Variant
 from defense.core.latents import Scope
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from defense.errors import ConfigError, InvalidImageError, MissingDependencyError
+from defense.errors import ConfigError, InvalidImageError, cannot_import
 
 from . import images
 from .preprocess import Preprocess
@@ -333,7 +333,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise MissingDependencyError("pyarrow", "parquet") from error
+        raise cannot_import("pyarrow", error) from error
     try:
         with parquet.ParquetFile(path) as file:
             yield file

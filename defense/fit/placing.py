@@ -22,7 +22,6 @@ import numpy as np
 from torch import Tensor
 
 from defense.core.latents import Scope
-from defense.data.remaining import TimeLeft
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 from defense.hosts.defense import ClipId, Defense, Site
@@ -101,11 +100,8 @@ def sweep(
     report: Callable[[str], None] = log.info,
 ) -> list[Option]:
     """Cross-validate every placement; see `cross_validate`."""
-    options: list[Option] = []
-    groups = placements(encoded.clip.tower, plans)
-    left = TimeLeft(len(groups))
-    for group in groups:
-        report(f"placement {len(options) + 1} of {len(groups)}{left.after(len(options))}")
+    options = []
+    for group in placements(encoded.clip.tower, plans):
         result = cross_validate(encoded, group, material, text_embeds, folds=folds, seed=seed, report=report)
         options.append(Option(group, result))
         report(f"{options[-1].name}: gain {100 * result.gain:+.1f}, loss {100 * result.loss:.1f} points")

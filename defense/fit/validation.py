@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defense.data.remaining import TimeLeft
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 from defense.hosts.tower import BATCH, block_of
@@ -142,10 +141,9 @@ def cross_validate(
     if folds < 2:
         raise ConfigError(f"folds={folds}; it takes two or more to hold pictures out")
     plain, defended, n_latents = [], [], []
-    left = TimeLeft(folds)
     first = min((plan.hook_point for plan in plans), key=block_of)
     for index, (fitted_on, held_out) in enumerate(material.folds(folds, seed), start=1):
-        report(f"fold {index} of {folds}{left.after(index - 1)}")
+        report(f"fold {index} of {folds}")
         fitted = fit_sites(encoded.take(fitted_on), plans, text_embeds, name="fold", report=report)
         rest = encoded.take(held_out)
         plain.append(accuracies(rest.data, rest.image_embeds(first), text_embeds))

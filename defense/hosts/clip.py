@@ -19,7 +19,7 @@ from defense.data.images import decode
 from defense.data.labels import Prompts, encode_prompts
 from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
-from defense.errors import BackendError, ConfigError, MissingDependencyError
+from defense.errors import BackendError, ConfigError, cannot_import
 
 from .defense import ClipId, Defense, Site
 
@@ -194,13 +194,14 @@ def load_clip(
         device: See `resolve_device`.
 
     Raises:
-        MissingDependencyError: torch or open_clip is not installed.
+        MissingDependencyError: torch or open_clip is not installed; or transformers, which the tokenizer is of.
+        BackendError: One of them is there and cannot be imported; or see `resolve_device`.
         ConfigError: A plain name without `pretrained`, or one that open_clip does not know.
     """
     try:
         import open_clip
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "torch", "torch") from error
+    except (ImportError, OSError) as error:  # OSError: a library that torch links to is not there
+        raise cannot_import("torch", error) from error
     has_schema = model.startswith(("hf-hub:", "local-dir:"))
     if model == EMBEDDED:
         model, has_schema = f"local-dir:{embedded_folder('clip')}", True
@@ -220,7 +221,10 @@ def load_clip(
         raise ConfigError(f"open_clip gives no configuration of {model!r}, so its tokenizer is unknown")
     text_cfg = config["text_cfg"]
     if text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name"):
-        tokenizer = open_clip.get_tokenizer(model)
+        try:
+            tokenizer = open_clip.get_tokenizer(model)
+        except ImportError as error:
+            raise cannot_import("transformers", error) from error
     else:
         tokenizer = ClipTokenizer(text_cfg.get("context_length", 77))
     preprocess = Preprocess.from_open_clip(open_clip.get_model_preprocess_cfg(net))
