@@ -132,7 +132,7 @@ class MissingDependencyError(DefenseError, ImportError):
         return type(self), (self.package, self.extra)
 
 
-_EXTRAS = {
+EXTRAS = {
     "gradio": "demo",
     "matplotlib": "bench",
     "onnx": "export",
@@ -157,7 +157,7 @@ def cannot_import(package: str, error: Exception) -> DefenseError:
     """
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if missing and not _is_there(missing):
-        return MissingDependencyError(missing, _EXTRAS.get(missing, _EXTRAS.get(package, package)))
+        return MissingDependencyError(missing, EXTRAS.get(missing, EXTRAS.get(package, "torch")))
     return BackendError(
         f"{package} is installed but cannot be imported: {error}. Install it again, with what belongs to it; `defense "
         "doctor` says what does not"

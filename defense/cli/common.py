@@ -17,6 +17,7 @@ from rich.console import Console
 
 from defense.data.sources import PICTURE_SUFFIXES
 from defense.errors import (
+    EXTRAS,
     CheckpointError,
     DefenseError,
     InvalidImageError,
@@ -96,9 +97,10 @@ def exit_codes(when_interrupted: str = "") -> Iterator[None]:
     except (DefenseError, OSError) as error:
         _end(error)
     except ModuleNotFoundError as error:  # of a package that only some commands need
-        if (error.name or "").startswith("defense"):
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
             raise
-        _end(cannot_import((error.name or "").partition(".")[0], error))
+        _end(cannot_import(package, error))
 
 
 def _end(error: DefenseError | OSError) -> NoReturn:
