@@ -14,13 +14,20 @@ from pathlib import Path
 
 import numpy as np
 
+from defense.data.remaining import TimeLeft
+
 MIB = 2**20
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def time_interleaved(jobs: Mapping[str, Callable[[], object]], rounds: int, seed: int) -> dict[str, np.ndarray]:
+def time_interleaved(
+    jobs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    seed: int,
+    report: Callable[[str], None] = lambda _: None,
+) -> dict[str, np.ndarray]:
     """Return each job's times in ms, [rounds], by name.
 
     Each job runs once unmeasured; then all run once a round, in an order drawn anew for each round, so that whatever
@@ -30,13 +37,17 @@ def time_interleaved(jobs: Mapping[str, Callable[[], object]], rounds: int, seed
         jobs: By name.
         rounds: How often each is measured.
         seed: Of the order.
+        report: Called with a line of progress, about ten times, between rounds.
     """
     names = list(jobs)
     for job in jobs.values():
         job()
     times = {name: np.zeros(rounds) for name in names}
     rng = np.random.default_rng([seed, 3])
+    left = TimeLeft(rounds)
     for index in range(rounds):
+        if index % max(1, rounds // 10) == 0:
+            report(f"round {index + 1} of {rounds}{left.after(index)}")
         for place in rng.permutation(len(names)):
             start = time.perf_counter()
             jobs[names[place]]()

@@ -11,7 +11,7 @@ from typing import Any
 
 from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
-from defense.errors import ConfigError, MissingDependencyError
+from defense.errors import ConfigError, cannot_import
 from defense.hosts.clip import Clip, load_clip, resolve_device
 
 RANDOM = "random"
@@ -73,7 +73,7 @@ def _random_clip(model: str, device: str) -> Clip:
 
         from defense.hosts.open_clip_names import known_name
     except ImportError as error:
-        raise MissingDependencyError(error.name or "torch", "torch") from error
+        raise cannot_import("torch", error) from error
     model = known_name(model)
     text_cfg = open_clip.get_model_config(model)["text_cfg"]
     if text_cfg.get("hf_model_name") or text_cfg.get("hf_tokenizer_name"):

@@ -82,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table and return the exit code: 1 where the gate failed, 2 for arguments that cannot work."""
     argv = sys.argv[1:] if argv is None else argv
@@ -98,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if failures := gate(stage, rivals):
                 print("The parity gate failed; nothing was timed.", *failures, sep="\n", file=sys.stderr)
                 return 1
-            rows = time_variants(stage, rivals, environment, memory=memory)
+            rows = time_variants(stage, rivals, environment, memory=memory, report=_say)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

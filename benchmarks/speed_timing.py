@@ -52,7 +52,12 @@ def gate(stage: Stage, all_rivals: Sequence[Rivals]) -> list[str]:
 
 
 def time_variants(
-    stage: Stage, all_rivals: Sequence[Rivals], environment: Environment, *, memory: bool = True
+    stage: Stage,
+    all_rivals: Sequence[Rivals],
+    environment: Environment,
+    *,
+    memory: bool = True,
+    report: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Return a row for each variant, plain CLIP's first. They are timed in turns; `gate` comes before.
 
@@ -61,6 +66,7 @@ def time_variants(
         all_rivals: The variants, by workload; one workload is TopK, "scale", with `BASELINE_SHARE` of tokens firing.
         environment: Goes into every row.
         memory: Measure memory as well.
+        report: Called with a line of progress.
     """
     case = stage.case
     baseline = next(
@@ -79,7 +85,7 @@ def time_variants(
         variant.name: partial(variant.encode_image, stage.pixel_values) for variant, _, _ in entries
     }
     times = time_interleaved(
-        {**jobs, "matmul": lambda: torch.mm(stage.rows, W_enc, out=product)}, case.rounds, case.seed
+        {**jobs, "matmul": lambda: torch.mm(stage.rows, W_enc, out=product)}, case.rounds, case.seed, report
     )
     ms_per_token = float(np.median(times["matmul"])) / len(stage.rows)
     peaks = {name: peak_rise_mib(job) if memory else None for name, job in jobs.items()}

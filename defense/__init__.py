@@ -99,12 +99,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        from .errors import MissingDependencyError
+    except (ImportError, OSError) as error:
+        from .errors import cannot_import
 
-        if error.name in ("torch", "open_clip"):
-            raise MissingDependencyError(error.name, "torch") from error
-        raise
+        raise cannot_import("torch", error) from error
 
 
 def __dir__() -> list[str]:

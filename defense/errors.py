@@ -18,6 +18,8 @@ Each is also the builtin in brackets, so plain `except ValueError` keeps working
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class DefenseError(Exception):
     """Base of all exceptions of this package."""
@@ -133,3 +135,42 @@ class MissingDependencyError(DefenseError, ImportError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.package, self.extra)
+
+
+EXTRAS = {
+    "gradio": "demo",
+    "matplotlib": "bench",
+    "onnx": "export",
+    "onnxruntime": "onnx",
+    "onnxscript": "export",
+    "open_clip": "torch",
+    "pyarrow": "parquet",
+    "scipy": "bench",
+    "torch": "torch",
+    "torchvision": "torch",
+    "transformers": "transformers",
+}
+"""Package -> the extra that brings it."""
+
+
+def cannot_import(package: str, error: Exception) -> DefenseError:
+    """Return the error for a package that an import failed for: it is not installed, or it is and is broken.
+
+    Args:
+        package: What was imported.
+        error: What the import raised.
+    """
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if missing and not _is_there(missing):
+        return MissingDependencyError(missing, EXTRAS.get(missing, EXTRAS.get(package, "torch")))
+    return BackendError(
+        f"{package} is installed but cannot be imported: {error}. Install it again, with what belongs to it; `defense "
+        "doctor` says what does not"
+    )
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return True

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from defense.data.threads import usable_cores
-from defense.errors import BackendError, CheckpointError, ConfigError, MissingDependencyError
+from defense.errors import BackendError, CheckpointError, ConfigError, cannot_import
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingDependencyError("onnxruntime", "onnx") from error
+        raise cannot_import("onnxruntime", error) from error
     return onnxruntime
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress
 
 from defense.cli.common import (
     EXIT_INPUTS,
@@ -21,8 +20,9 @@ from defense.cli.common import (
     exit_codes,
     put,
     say,
-    stderr,
+    shown,
 )
+from defense.cli.stages import stages
 
 if TYPE_CHECKING:
     from defense.benchmarks.datasets import Options, Task
@@ -66,7 +66,7 @@ def bench(
 ) -> None:
     """Measure methods on data sets that attack CLIP with words or spurious cues."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with exit_codes():
+    with exit_codes(f"run the same command again to go on: what was measured is in {shown(out)}"):
         if suite in _WITHOUT_DATA:
             _refuse_options(ctx, suite, _WITHOUT_DATA[suite])
             raise typer.Exit(_speed(model, out) if suite == "speed" else _latents(out))
@@ -79,10 +79,10 @@ def bench(
         model, pretrained = (model, pretrained) if model is not None else _named_by(found, tasks)
         jobs = _jobs(tasks, methods, found, model)
         clip = named_clip.load_named_clip(model, pretrained, device=device)
-        with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
+        with stages() as progress:
             results = robust.run(
                 clip, jobs, out, seed=seed, command=_command(),
-                track=lambda chunks, what: progress.track(chunks, description=what),
+                track=progress.track,
             )  # fmt: skip
         put(tables.markdown(results))
         robust.lay_out(out)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress
 from rich.table import Table
 
 from defense.classify.zeroshot import OnError
@@ -32,9 +31,9 @@ from defense.cli.common import (
     put,
     say,
     shown,
-    stderr,
     stdout,
 )
+from defense.cli.stages import stages
 from defense.data import images
 from defense.data.notes import NOTES
 from defense.errors import InvalidImageError
@@ -96,7 +95,7 @@ def classify(
         if strength is not None:
             raise typer.BadParameter("--strength is a bundle's; a defense is shown beside plain CLIP, or see --plain")
         uses_embedded = defense == EMBEDDED and model in (None, EMBEDDED)
-        chosen = chosen_labels(labels, labels_file, uses_embedded)
+        chosen = chosen_labels(labels, labels_file, uses_embedded, defense)
         if plain:
             clf = _undefended(defense, model, pretrained, device, limits)
         else:
@@ -140,11 +139,13 @@ def _classify_all(
 ) -> tuple[int, int]:
     """Print an answer per picture; return how many there were and how many could not be read."""
     n = n_failed = 0
-    with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
-        bar = progress.add_task("classifying", total=None, visible=False)
+    with stages() as progress:
         for picture in pictures:
             n += 1
-            progress.update(bar, completed=n, description=f"classifying {n}", visible=n >= _PROGRESS_FROM)
+            if n == _PROGRESS_FROM:
+                progress.start("classifying")
+            if n >= _PROGRESS_FROM:
+                progress.done(n)
             try:
                 _classify_one(clf, picture, as_json=as_json, top_k=top_k)
             except InvalidImageError as error:

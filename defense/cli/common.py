@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,7 +19,17 @@ from rich.console import Console
 from defense.data.images import DEFAULT_LIMITS
 from defense.data.listing import in_words
 from defense.data.sources import Picture, Pictures, open_pictures
-from defense.errors import CheckpointError, DefenseError, InvalidImageError, MissingDependencyError, NonFiniteError
+from defense.errors import (
+    EXTRAS,
+    CheckpointError,
+    DefenseError,
+    InvalidImageError,
+    MissingDependencyError,
+    NonFiniteError,
+    cannot_import,
+)
+from defense.store.defenses import find_defense
+from defense.store.folders import restore
 
 app = typer.Typer(
     help="Zero-shot image classification with CLIP that does not read the note on the apple.",
@@ -25,11 +37,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-stdout = Console()
-stderr = Console(stderr=True)
+
+
+class _Stdout(Console):
+    """Where results go."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the process here; `exit_codes` does
+
+
+class _Stderr(Console):
+    """Where talk goes."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True  # nobody listens any more; the work goes on
+
+
+# Nothing is taken for markup or for the name of an emoji: labels and file names may look like either.
+stdout = _Stdout(markup=False, emoji=False, highlight=False)
+stderr = _Stderr(stderr=True, markup=False, emoji=False, highlight=False)
 
 MAX_PIXELS = DEFAULT_LIMITS.max_pixels
-EXIT_USAGE, EXIT_MISSING, EXIT_INPUTS, EXIT_ARTIFACT, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
+EXIT_USAGE, EXIT_MISSING, EXIT_INPUTS, EXIT_ARTIFACT, EXIT_SYSTEM = 2, 3, 4, 5, 6
+EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141  # 128 and the number of the signal, as shells have it: SIGINT, SIGPIPE
 
 # Options that several commands have.
 Labels = Annotated[str | None, typer.Option(help='What to choose from, e.g. "dog,cat".')]
@@ -45,23 +75,48 @@ Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')]
 
 def say(text: str, style: str | None = None) -> None:
     """Print a line for people on stderr; nothing in it is taken for markup."""
-    stderr.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    stderr.print(text, style=style, soft_wrap=True)
 
 
 def put(text: str, style: str | None = None) -> None:
     """Print a line of the result on stdout; nothing in it is taken for markup."""
-    stdout.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    stdout.print(text, style=style, soft_wrap=True)
 
 
 @contextmanager
-def exit_codes() -> Iterator[None]:
-    """Turn exceptions into one line on stderr and the exit code of their kind."""
+def exit_codes(when_interrupted: str = "") -> Iterator[None]:
+    """Turn exceptions into one line on stderr and the exit code of their kind.
+
+    Args:
+        when_interrupted: What to say after Ctrl-C or SIGTERM, of what is kept.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        say("interrupted")
+        say(f"interrupted{when_interrupted and '; '}{when_interrupted}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError as error:
+        if not _is_unread():
+            _end(error)
+        raise typer.Exit(EXIT_UNREAD) from None
     except (DefenseError, OSError) as error:
+        _end(error)
+    except ModuleNotFoundError as error:  # of a package that only some commands need
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _end(cannot_import(package, error))
+
+
+def _end(error: DefenseError | OSError) -> NoReturn:
+    """Say what went wrong, and end with its exit code."""
+    text = str(error)
+    if isinstance(error, OSError) and not isinstance(error, DefenseError):
+        code = EXIT_SYSTEM
+        text = error.strerror or text
+        if isinstance(error.filename, (str, bytes, os.PathLike)):
+            text = f"{shown(Path(os.fsdecode(error.filename)))}: {text}"
+    else:
         code = EXIT_USAGE
         for kind, value in (
             (MissingDependencyError, EXIT_MISSING),
@@ -70,8 +125,29 @@ def exit_codes() -> Iterator[None]:
             (InvalidImageError, EXIT_INPUTS),
         ):
             code = value if isinstance(error, kind) else code
-        say(f"error: {error}", "red")
-        raise typer.Exit(code) from None
+    say(f"error: {text}", "red")
+    raise typer.Exit(code) from None
+
+
+def _is_unread() -> bool:
+    """Return whether the reader of stdout is gone, as `head` is after ten lines; nothing more is written then."""
+    try:
+        number = sys.stdout.fileno()
+        poll = select.poll()
+    except (AttributeError, ValueError, OSError):  # it is closed, is no file, or this is Windows
+        return False
+    poll.register(number, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # else the interpreter complains at its end
+    return True
+
+
+def make_printable() -> None:
+    """Let stdout and stderr write escapes for the characters that their encoding does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def chosen_labels(
@@ -106,8 +182,6 @@ def chosen_labels(
 
         return list(OBJECTS)
     if defense is not None:
-        from defense.store.defenses import find_defense
-
         find_defense(defense)
     if needs_own:
         raise typer.BadParameter('--labels or --labels-file is missing, e.g. --labels "dog,cat"')
@@ -135,6 +209,15 @@ def check_pretrained(model: str | None, pretrained: str | None, defense: str | N
         )
     if defense is not None:
         check_own_model(defense, model, pretrained)
+
+
+def check_there(*paths: Path | None) -> None:
+    """Refuse paths at which there is nothing, as misspelled ones."""
+    for path in paths:
+        if path is not None:
+            restore(path)
+            if not path.exists():
+                raise typer.BadParameter(f"{shown(path)} is not there; check the path")
 
 
 def expand(pictures: Sequence[Path]) -> Iterator[Picture]:
@@ -176,6 +259,8 @@ def shown(path: Path) -> str:
 
 
 def print_json(fields: dict[str, Any]) -> None:
-    """Print a line of JSON on stdout, with escapes where that takes ASCII or another encoding than UTF-8."""
-    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    sys.stdout.write(json.dumps(fields, ensure_ascii=not is_utf8) + "\n")
+    """Print a line of JSON on stdout, in ASCII where that cannot hold all characters."""
+    file = stdout.file  # not sys.stdout: that is None where stdout is closed
+    is_unicode = (getattr(file, "encoding", None) or "").replace("-", "").lower().startswith("utf")
+    file.write(json.dumps(fields, ensure_ascii=not is_unicode) + "\n")
+    file.flush()

@@ -63,7 +63,7 @@ def demo(
             check_pretrained(model, pretrained, defense)
             uses_embedded = defense.partition(":")[0] == "embedded" and model in (None, "embedded")
             is_given = labels is not None or labels_file is not None or not uses_embedded
-            given = chosen_labels(labels, labels_file, uses_embedded) if is_given else None
+            given = chosen_labels(labels, labels_file, uses_embedded, defense) if is_given else None
             engine = defended(defense, given, template, model=model, pretrained=pretrained, device=device)
         if guard.is_open(host):
             say(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from defense.cli.common import (
     EXIT_INPUTS,
@@ -16,12 +15,13 @@ from defense.cli.common import (
     Pretrained,
     app,
     check_pretrained,
+    check_there,
     exit_codes,
     put,
     say,
     say_passed_over,
-    stderr,
 )
+from defense.cli.stages import stages
 
 
 @app.command()
@@ -52,6 +52,7 @@ def describe(
         from defense.store import checkpoint
 
         check_pretrained(model, pretrained)
+        check_there(*sae, words)
         catalogue.check_target(out)
         names, source = read_labels(words), open_pictures(pictures)
         found = [checkpoint.load(folder) for folder in sae]
@@ -60,11 +61,10 @@ def describe(
             each.check_clip(clip.tower)
         unreadable: set[str] = set()
         made_from = {"pictures": source.fingerprint, "host_model": model, "pretrained": pretrained}
-        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
         catalogues = []
-        with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
+        with stages() as progress:
             for each in found:
-                progress.add_task(each.hook_point)
+                progress.start(each.hook_point)
                 stream = describe.examples(clip, source, unreadable.add)
                 catalogues.append(
                     describe.describe(

@@ -7,12 +7,22 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from defense.cli.common import EXIT_MISSING, app, put, say
+from defense.cli.common import EXIT_MISSING, app, exit_codes, put, say
 
 
 @app.command()
 def doctor() -> None:
     """List what is installed and what is wrong with it."""
+    with exit_codes():
+        _print_packages()
+        problems = list(_problems())
+        for problem in problems:
+            say(f"problem: {problem}", "red")
+        if problems:
+            raise typer.Exit(EXIT_MISSING)
+
+
+def _print_packages() -> None:
     for package in (
         "clip-defense",
         "torch",
@@ -32,11 +42,6 @@ def doctor() -> None:
         except PackageNotFoundError:
             found = "not installed"
         put(f"{package:18} {found}")
-    problems = list(_problems())
-    for problem in problems:
-        say(f"problem: {problem}", "red")
-    if problems:
-        raise typer.Exit(EXIT_MISSING)
 
 
 def _problems() -> Iterator[str]:

@@ -72,7 +72,7 @@ def explain(
         _check_target(out, picture)
         if bundle.is_bundle(defense):
             raise typer.BadParameter("a bundle cannot explain itself; give the defense that it was exported from")
-        chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED))
+        chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED), defense)
         limits = images.Limits(max_pixels=max_pixels)
         decoded = images.decode(picture, limits=limits)
         clf = RobustClassifier.from_pretrained(

@@ -23,7 +23,7 @@ from defense.cli.common import (
     say,
     shown,
 )
-from defense.errors import MissingDependencyError
+from defense.errors import cannot_import
 from defense.export.layouts import Dtype, Layout, Mode  # the one module on top that a command needs for its options
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def export(
 
         try:
             from defense.export.exporter import export_onnx, free_target
-        except ModuleNotFoundError as error:
-            raise MissingDependencyError(error.name or "onnxscript", "export") from error
+        except (ImportError, OSError) as error:
+            raise cannot_import("onnxscript", error) from error
 
         check_pretrained(model, pretrained, defense)
         uses_embedded = defense == EMBEDDED and model in (None, EMBEDDED)

@@ -19,6 +19,7 @@ from defense.cli.common import (
     Template,
     app,
     check_pretrained,
+    check_there,
     chosen_labels,
     exit_codes,
     put,
@@ -147,6 +148,7 @@ def fit(
         answers = _answers(task, labels, labels_file, classes, template, uses_embedded=model == EMBEDDED)
         _check_options(source, sae or [], scope=scope, is_swept=sweep, folds=folds)
         check_pretrained(model, pretrained)
+        check_there(*sae or (), metadata)
         _check_targets(out, report)
         checkpoints = _read_saes(sae or [], calibrate=calibrate)
         opened = _opened(source, answers)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from defense.cli.common import app, exit_codes, put, say, shown
-from defense.errors import MissingDependencyError
+from defense.cli.common import app, check_there, exit_codes, put, say, shown
+from defense.errors import cannot_import
 
 if TYPE_CHECKING:
     from defense.store.checkpoint import Checkpoint
@@ -52,10 +52,11 @@ def import_(
         try:
             from defense import importers
             from defense.store import checkpoint
-            from defense.store.hub import Hub
-        except ModuleNotFoundError as error:
-            raise MissingDependencyError(error.name or "torch", "torch") from error
+            from defense.store.hub import Hub, hub_source
+        except (ImportError, OSError) as error:
+            raise cannot_import("torch", error) from error
         checkpoint.check_target(out)
+        check_there(None if hub_source(file) else Path(file), config, act_mean)
         stated = {
             "hook_point": hook_point, "tokens": tokens, "act": act, "k": k, "threshold": threshold, "norm": norm,
             "subtract_b_dec": subtract_b_dec, "scaling_factor": scaling_factor, "scalar": scalar,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from defense.cli.common import app, check_pretrained, exit_codes, put, say, shown
-from defense.errors import CheckpointError, MissingDependencyError
+from defense.errors import CheckpointError, MissingDependencyError, cannot_import
 from defense.hosts.defense import Defense
 from defense.store import folders
 
@@ -26,6 +26,7 @@ def info(
 ) -> None:
     """Say what a defense, an exported bundle or an SAE is, after checking every byte of it."""
     with exit_codes():
+        folders.restore(Path(source))
         if (Path(source) / "sae.json").is_file():
             _refuse_host(model, pretrained)
             _print_sae(Path(source), expect)
@@ -77,8 +78,8 @@ def _print_sae(folder: Path, expect: str | None) -> None:
     """Print what an SAE is, after checking every byte of it, and that it still gives the golden activations."""
     try:
         from defense.store import checkpoint
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(error.name or "torch", "torch") from error
+    except (ImportError, OSError) as error:
+        raise cannot_import("torch", error) from error
     manifest = folders.sha256_of(folder / checkpoint.MANIFEST)
     found = checkpoint.load(folder)
     _check_pinned(manifest, expect)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress
 
 from defense.cli.common import (
     EXIT_INPUTS,
@@ -22,14 +20,13 @@ from defense.cli.common import (
     put,
     say,
     say_passed_over,
-    stderr,
 )
+from defense.cli.stages import stages
 from defense.core.config import Variant
 from defense.core.latents import Scope
 
 if TYPE_CHECKING:
     from defense.data.sources import Pictures
-    from defense.train import trainer
 
 _N_HELD_OUT = 1000
 """Pictures that are kept from training, to measure on."""
@@ -71,7 +68,7 @@ def train(
     """
     # Longer than 60 lines by the list of options.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with exit_codes():
+    with exit_codes("run the same command again to go on from the last step that was saved"):
         from defense.data.sources import open_pictures
         from defense.hosts.clip import load_clip, resolve_device
         from defense.store import checkpoint
@@ -96,10 +93,12 @@ def train(
                 d_sae=d_sae or 16 * stream.d_model, k=None if variant == "relu" else k, steps=-(-n_tokens // batch),
                 batch=batch, lr=lr, seed=seed, variant=variant, l1=l1,
             )  # fmt: skip
-            with _progress(config.steps, is_shown=world.is_first) as report:
+            with stages(is_shown=world.is_first) as progress:
+                progress.start("training", config.steps)
                 trained = train_checkpoint(
                     stream, config, clip.id_as(model, pretrained), names=names, n_held_out=_N_HELD_OUT, shards=shards,
-                    state=state, license=license, report=report,
+                    state=state, license=license,
+                    report=lambda now: progress.done(now.step, f"loss {now.loss:.3f}, {now.n_dead} dead"),
                 )  # fmt: skip
             if world.is_first:
                 checkpoint.save(trained, out)
@@ -121,16 +120,6 @@ def _class_names(labels_file: Path | None, source: Pictures) -> Sequence[str]:
     for picture in source.held_out(_N_HELD_OUT):
         source.class_of(picture, names)
     return names
-
-
-@contextmanager
-def _progress(n_steps: int, *, is_shown: bool) -> Iterator[Callable[[trainer.Progress], None]]:
-    """Yield what moves a bar on stderr, which is there on a terminal only."""
-    with Progress(console=stderr, disable=not (is_shown and stderr.is_terminal), transient=True) as progress:
-        bar = progress.add_task("training", total=n_steps)
-        yield lambda now: progress.update(
-            bar, completed=now.step, description=f"loss {now.loss:.3f}, {now.n_dead} dead"
-        )
 
 
 def _print_training(provenance: Mapping[str, Any]) -> None:

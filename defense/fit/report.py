@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from defense.errors import CheckpointError, MissingDependencyError
+from defense.errors import CheckpointError, cannot_import
 from defense.hosts.tower import block_of
 from defense.store import folders
 
@@ -51,7 +51,7 @@ def check_target(folder: Path) -> None:
     try:
         import matplotlib  # noqa: F401 - only to see whether it is there
     except ImportError as error:
-        raise MissingDependencyError("matplotlib", "bench") from error
+        raise cannot_import("matplotlib", error) from error
     folders.writable_target(folder, "report", REPORT, _own_plots)
 
 

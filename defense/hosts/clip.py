@@ -20,7 +20,7 @@ from defense.data.labels import Prompts, encode_prompts
 from defense.data.notes import NoteLog
 from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
-from defense.errors import BackendError, ConfigError, MissingDependencyError
+from defense.errors import BackendError, ConfigError, cannot_import
 
 from .defense import EMBEDDED as EMBEDDED
 from .defense import ClipId, Defense, Site
@@ -290,6 +290,7 @@ def load_clip(
 
     Raises:
         MissingDependencyError: torch, open_clip, or for a name of it transformers is not installed.
+        BackendError: One of them is there and cannot be imported; or see `resolve_device`.
         ConfigError: A plain name without `pretrained`, one that its library does not know, or weights that were not
             trained with the kind of GELU that the name asks for.
     """
@@ -299,8 +300,8 @@ def load_clip(
         import open_clip
 
         from . import photo_tower  # noqa: F401 - registers the tower, which a configuration may name
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "torch", "torch") from error
+    except (ImportError, OSError) as error:  # OSError: a library that torch links to is not there
+        raise cannot_import("torch", error) from error
     device = resolve_device(device)
     if model.startswith(SCHEME):
         net, processor = load(model.removeprefix(SCHEME))
@@ -341,7 +342,7 @@ def _open_clip_tokenizer(model: str, text_cfg: dict[str, Any]) -> Callable[[list
     try:
         tokenizer: Callable[[list[str]], Any] = open_clip.get_tokenizer(model)
     except (ImportError, NameError, AttributeError) as error:
-        raise MissingDependencyError("transformers", "transformers") from error
+        raise cannot_import("transformers", error) from error
     return tokenizer
 
 

@@ -290,28 +290,30 @@ class OpenAIModel(torch.nn.Module):
         self.visual = OpenAIVisual()
 
 
-def bare_timm():
-    return pytest.importorskip("timm").create_model("vit_tiny_patch16_224", pretrained=False, depth=1)
-
-
 @pytest.mark.parametrize(
     "make",
     [
         OpenAIModel,
-        bare_timm,
         lambda: "ViT-B-32",
         lambda: None,
         dict,
         lambda: torch.nn.Linear(2, 2),
         lambda: torch.nn.Linear,
     ],
-    ids=["OpenAI's clip", "timm", "a name", "None", "a dict", "a layer", "a class"],
+    ids=["OpenAI's clip", "a name", "None", "a dict", "a layer", "a class"],
 )
 def test_fault_what_is_no_model_of_open_clip_is_refused(clf, make):
     with pytest.raises(ConfigError, match=r"open_clip\.create_model"):
         wrap(make(), clf.defense)
     with pytest.raises(ConfigError, match="want a Clip"):
         RobustClassifier(make(), clf.defense)
+
+
+def test_fault_a_bare_model_of_timm_is_refused(clf):
+    model = pytest.importorskip("timm").create_model("vit_tiny_patch16_224", pretrained=False, depth=1)
+    for call in (lambda: wrap(model, clf.defense), lambda: RobustClassifier(model, clf.defense)):
+        with pytest.raises(ConfigError):
+            call()
 
 
 @pytest.mark.parametrize("defense", ["embedded", None, 3])

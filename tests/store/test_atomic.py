@@ -122,12 +122,8 @@ def test_what_another_process_is_writing_and_what_is_nobodys_workshop_stays(targ
 def test_fault_what_a_killed_writer_of_a_file_left_is_removed_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "state.bin"
     path.write_text("old")
-    run_killed(
-        COMMON
-        + "\nwith folders.replacing(target) as partial:\n"
-        + "    (partial.parent / '.tmpAb12').touch()\n    partial.write_text('half')\n    die()",
-        path,
-    )
+    body = "(partial.parent / '.tmpAb12').touch()\n    partial.write_text('half')\n    die()"
+    run_killed(f"{COMMON}\nwith folders.replacing(target) as partial:\n    {body}", path)
     assert len(list(tmp_path.iterdir())) == 2
     with folders.replacing(path) as first, folders.replacing(path) as second:
         first.write_text("first")

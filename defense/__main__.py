@@ -1,0 +1,5 @@
+"""`python -m defense`: the command line."""
+
+from defense.cli import main
+
+main()

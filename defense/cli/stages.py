@@ -1,0 +1,91 @@
+"""Progress on stderr: a bar on a terminal; elsewhere a line at the start of each stage, and one now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from defense.cli.common import say, stderr
+from defense.data.remaining import TimeLeft
+
+T = TypeVar("T")
+
+_EVERY_S = 30.0
+"""Seconds between two lines of one stage, where there is no terminal."""
+
+
+class Stages:
+    """What a command is doing, stage after stage. `stages` makes one.
+
+    Args:
+        bars: What draws on a terminal; None where there is none.
+        is_shown: False says nothing at all.
+    """
+
+    def __init__(self, bars: Progress | None, is_shown: bool) -> None:
+        self._bars, self._is_shown = bars, is_shown
+        self._name, self._n_parts, self._told = "", 0, 0.0
+        self._left = TimeLeft(0)
+
+    def start(self, name: str, n_parts: int | None = None) -> None:
+        """Begin a stage, which ends the one before.
+
+        Args:
+            name: What it is.
+            n_parts: How many parts it has; None where nobody knows.
+        """
+        self._name, self._n_parts, self._told = name, n_parts or 0, time.monotonic()
+        self._left = TimeLeft(self._n_parts)
+        if self._bars is not None:
+            for task in self._bars.task_ids:
+                self._bars.remove_task(task)
+            self._bars.add_task(name, total=n_parts)
+        elif self._is_shown:
+            say(f"{name}: {n_parts}" if n_parts else name)
+
+    def done(self, n: int, note: str = "") -> None:
+        """Say that `n` parts of the stage are done.
+
+        Args:
+            n: How many.
+            note: What there is to say about it.
+        """
+        if self._bars is not None:
+            description = f"{self._name}  {note}" if note else self._name
+            self._bars.update(self._bars.task_ids[-1], completed=n, description=description)
+        elif self._is_shown and time.monotonic() - self._told >= _EVERY_S:
+            self._told = time.monotonic()
+            of = f" of {self._n_parts}" if self._n_parts else ""
+            say(f"{self._name}: {n}{of}{self._left.after(n)}" + (f"; {note}" if note else ""))
+
+    def track(self, items: Collection[T], name: str) -> Iterator[T]:
+        """Yield items, as the parts of a stage of their own."""
+        self.start(name, len(items))
+        for n_done, item in enumerate(items):
+            self.done(n_done)
+            yield item
+
+
+@contextmanager
+def stages(*, is_shown: bool = True) -> Iterator[Stages]:
+    """Yield what shows the stages of a command for as long as the context lasts.
+
+    Args:
+        is_shown: False for what takes no time, and for all but one of several processes.
+    """
+    if not (is_shown and stderr.is_terminal):
+        yield Stages(None, is_shown)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True) as bars:
+        yield Stages(bars, is_shown)
