@@ -41,7 +41,8 @@ For memory errors: compute-sanitizer python -m pytest tests/core/kernel_cases.py
 | `kernel_parity.py` | float64, and the gate |
 | `kernel_timing.py` | times and memory |
 | `kernel_sections.py` | what is timed with what; only whole models (`encode_image`) need open_clip |
-| `kernel_static.py`, `kernel_compiling.py`, `kernel_slots.py` | `--static`: what the compiler makes of them |
+| `kernel_static.py`, `kernel_static_tables.py` | `--static`: what the compiler makes of them |
+| `kernel_compiling.py`, `kernel_slots.py` | how it is read, and followed on a CPU |
 | `kernel_rows.py`, `kernel_targets.py` | the rows as JSON and as a table; how the targets were met |
 """
 
@@ -57,6 +58,7 @@ from pathlib import Path
 
 import torch
 
+from defense.benchmarks import kernel_static_tables
 from defense.benchmarks.environment import environment_of, installed_version, write_json
 from defense.benchmarks.kernel_parity import gate
 from defense.benchmarks.kernel_rows import Row, caption, save_rows, short, table
@@ -128,7 +130,7 @@ def _static(command: str, out: Path, jobs: int) -> int:
     result = {"environment": environment, "triton": installed_version("triton")}
     result |= kernel_static.measure_static(kernel_static.ARCHITECTURES, jobs)
     write_json(out, result)
-    print(kernel_static.static_table(result), kernel_static.static_caption(result), sep="\n\n")
+    print(kernel_static_tables.static_table(result), kernel_static_tables.static_caption(result), sep="\n\n")
     return 0
 
 

@@ -138,10 +138,10 @@ def _kernel_section(path: Path) -> str:
 
 
 def _static_section(path: Path) -> str:
-    from defense.benchmarks import kernel_static
+    from defense.benchmarks import kernel_static_tables
 
     result = _json(path)
-    return f"{kernel_static.static_table(result)}\n\n{kernel_static.static_caption(result)}"
+    return f"{kernel_static_tables.static_table(result)}\n\n{kernel_static_tables.static_caption(result)}"
 
 
 SECTIONS = (

@@ -31,3 +31,15 @@ def test_a_zero_token_has_finite_acts_and_a_reconstruction_of_nothing():
     acts = sae.encode(resid)
     torch.testing.assert_close(acts, sae.folded_bias.relu()[None])
     assert sae.decode(acts, resid).abs().max() < 1e-30
+
+
+def test_fault_parameters_are_held_in_c_order_whatever_order_they_come_in():
+    from defense.core.sae import SparseAutoencoder
+
+    sae = random_sae()
+    transposed = {name: value.T.copy().T for name, value in sae.parameters_numpy().items()}
+    assert not transposed["W_enc"].flags.c_contiguous
+    held = SparseAutoencoder(sae.config, transposed)
+    for name, tensor in held.named_buffers():
+        assert tensor.is_contiguous(), name
+        assert torch.equal(tensor, getattr(sae, name)), name
