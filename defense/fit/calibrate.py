@@ -27,12 +27,13 @@ from defense.hosts.defense import Defense, Site
 from defense.hosts.golden import make_golden
 from defense.hosts.tower import VisionTower
 
+from .chunks import COPIES, chunks
+
 _LEAST_PICTURES = 16
 _N_ANCHORS = 100
 """Pictures that stand in for labels where there are none. Of many more, two would be alike, and which is nearest would
 mean nothing."""
 _BATCH = 50
-_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,9 @@ class _Observer:
         k = self.sae.config.k
         assert k is not None
         for scope, latents in self.latents.items():
-            for rows in resid[:, token_slice(scope, self.tower.n_prefix)].flatten(0, 1).split(_CHUNK_TOKENS):
-                z = normalize(rows, self.sae.config.norm).z
+            tokens = resid[:, token_slice(scope, self.tower.n_prefix)].flatten(0, 1)
+            for part in chunks(len(tokens), 4 * COPIES * self.sae.config.d_sae):
+                z = normalize(tokens[part], self.sae.config.norm).z
                 pre_acts = z @ self.sae.W_enc + self.sae.folded_bias
                 kth_largest = pre_acts.topk(k, dim=1).values[:, -1]
                 self.kth_largest.append(kth_largest)
