@@ -30,7 +30,9 @@ from defense.data.sources import prepared
 from defense.errors import CheckpointError, ConfigError, NonFiniteError
 from defense.fit.config import FitConfig
 from defense.fit.from_pictures import sample, text_material
-from defense.fit.placing import fit_defense, with_golden
+from defense.fit.placing import fit_defense
+from defense.fit.progress import Progress as FitProgress
+from defense.fit.shipping import ship
 from defense.fit.sites import plan_sites
 from defense.hosts.clip import Clip, load_clip, resolve_device
 from defense.hosts.defense import ClipId, Defense
@@ -122,6 +124,16 @@ def protect(
     if request.out is not None:
         defenses.save(defense, request.out)
     return defense
+
+
+class _Said(FitProgress):
+    """Says the lines of a fit."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def line(self, text: str) -> None:
+        self._say(text)
 
 
 @dataclass(frozen=True)
@@ -278,13 +290,16 @@ class _Route:
         weak = {} if wanted.weak is None else {"weak": wanted.weak}
         fitted = fit_defense(
             self.clip, self.clip_id, [plan], material, torch.from_numpy(clf.text_embeds()), name=_NAME, folds=_FOLDS,
-            seed=request.seed, license=sae.license, cache=cache_folder(),
+            seed=request.seed, license=sae.license, cache=cache_folder(), progress=_Said(self.say),
             provenance={
                 **weak, "task": "text", "labels": list(wanted.labels), "template": _TEMPLATE, _RECIPE: recipe,
                 "saes": [{"hook_point": sae.hook_point, **dict(sae.provenance)}],
             },
         )  # fmt: skip
-        return with_golden(self.clip, fitted.defense)
+        shipped = ship(self.clip, fitted.defense, material, clf.text_embeds(), progress=_Said(self.say))
+        ready.keep(shipped.defense)
+        fitted.forget()
+        return shipped.defense
 
     def _explained(self, sae: Checkpoint) -> float:
         """Return how much of the residuals' variance an SAE explains here.

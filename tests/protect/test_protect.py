@@ -28,7 +28,6 @@ from defense.cli import app
 from defense.core.latents import LatentSet
 from defense.errors import CheckpointError, ConfigError
 from defense.fit.config import FitConfig
-from defense.hosts.attach import sae_of
 from defense.hosts.clip import embedded_folder, load_clip
 from defense.hosts.defense import Defense, Site
 from defense.protect import route
@@ -42,18 +41,18 @@ from ..hub_server import FakeHub
 NAME = f"local-dir:{embedded_folder('clip')}"
 BLOCK = 3
 SAE = "Prisma/sae-block-3"
-FIT = {"hook_points": [f"blocks.{BLOCK}.hook_resid_post"], "n_pictures": 9, "clean_budget": 0.5, "steps": 2}
+FIT = {"hook_points": [f"blocks.{BLOCK}.hook_resid_post"], "n_pictures": 60, "clean_budget": 0.5, "steps": 40}
 TRAIN = {"block": 2, "d_sae": 256, "k": 8, "n_tokens": 4000, "batch": 250, "text_rate": 0.3}
 
 
 def prisma_files(scale: float = 1.0) -> dict[str, bytes]:
     """The embedded model's SAE as ViT-Prisma writes one; with another scale it is one of another CLIP."""
-    site = next(s for s in defenses.load(embedded_folder("text")).sites if s.hook_point == FIT["hook_points"][0])
-    state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in site.parameters.items()}
+    site = next(each for each in checkpoint.embedded_saes() if each.hook_point == FIT["hook_points"][0])
+    state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in site.sae.parameters_numpy().items()}
     state["W_dec"] = state["W_dec"] * scale
     config = {
-        "d_in": site.sae_config.d_model, "expansion_factor": 16, "activation_fn_str": "topk",
-        "activation_fn_kwargs": {"k": site.sae_config.k}, "normalize_activations": "none", "cls_token_only": False,
+        "d_in": site.sae.config.d_model, "expansion_factor": 16, "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": site.sae.config.k}, "normalize_activations": "none", "cls_token_only": False,
         "use_patches_only": False, "hook_point": site.hook_point, "architecture": "standard", "is_transcoder": False,
     }  # fmt: skip
     weights = io.BytesIO()
@@ -111,7 +110,9 @@ def fitted_at_once(monkeypatch) -> list[str]:
         asked.append(plans[0].hook_point)
         sites = tuple(site for site in shipped.sites if site.hook_point == plans[0].hook_point)
         provenance = {**options["provenance"], "seed": options["seed"]}
-        return SimpleNamespace(defense=replace(shipped, clip=clip_id, sites=sites, golden=None, provenance=provenance))
+        return SimpleNamespace(
+            defense=replace(shipped, clip=clip_id, sites=sites, golden=None, provenance=provenance), forget=lambda: None
+        )
 
     monkeypatch.setattr(route, "fit_defense", fit_defense)
     return asked
@@ -379,11 +380,11 @@ def stand_in(way: Any, sae: Any) -> Any:
 
 def test_an_estimate_has_a_split_and_a_sum() -> None:
     clip = load_clip()
-    site = defenses.load(embedded_folder("text")).sites[0]
-    cost = room.fit_cost(clip, site.hook_point, sae_of(site), FitConfig(steps=10), n_pictures=30, folds=2)
+    site = checkpoint.embedded_saes()[0]
+    cost = room.fit_cost(clip, site.hook_point, site.sae, FitConfig(steps=10), n_pictures=30, folds=2)
     assert cost.seconds == pytest.approx(cost.host_s + cost.sae_s + cost.joint_s)
     assert min(cost.host_s, cost.sae_s, cost.joint_s) > 0
-    last = room.fit_cost(clip, "blocks.5.hook_resid_post", sae_of(site), FitConfig(steps=10), n_pictures=30, folds=2)
+    last = room.fit_cost(clip, "blocks.5.hook_resid_post", site.sae, FitConfig(steps=10), n_pictures=30, folds=2)
     assert last.joint_s / last.host_s < cost.joint_s / cost.host_s  # less of the tower lies behind it
 
 
