@@ -351,7 +351,8 @@ def _advised_extras(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "MissingDependencyError":
             extra = node.args[1] if len(node.args) > 1 else None
-            found.add(str(extra.value) if isinstance(extra, ast.Constant) else "?")
+            known = set(errors.EXTRAS.values()) if ast.unparse(extra or node).startswith("EXTRAS.get(") else {"?"}
+            found |= {str(extra.value)} if isinstance(extra, ast.Constant) else known
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             for extras in re.findall(r"clip-defense\[([\w,-]+)\]", node.value):
                 found |= set(extras.split(","))

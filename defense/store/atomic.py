@@ -132,7 +132,7 @@ def write_tensors(
             the operating system's number in its text only.)
     """
     try:
-        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+        save_file(dict(tensors), path, *([] if metadata is None else [dict(metadata)]))
     except safetensors.SafetensorError as error:
         code = re.search(r"(?:os error |code: )(\d+)", str(error))
         if code is None:

@@ -178,13 +178,16 @@ def read_whole(manifest: Path, schema: int, read: Callable[[], T]) -> T:
         return read()
 
 
-def _state(folder: Path) -> tuple[int, int] | None:
-    """Return what tells a folder from one that takes its place; None where there is none."""
+def _state(folder: Path) -> tuple[int, ...] | None:
+    """Return what tells a folder from one that takes its place; None where there is none.
+
+    The number alone does not: a file system soon gives that of a deleted folder to a new one.
+    """
     try:
         status = folder.stat()
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager
