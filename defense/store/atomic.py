@@ -98,10 +98,14 @@ def replacing(path: Path) -> Iterator[Path]:
         _let_go(lock)
 
 
-def restore(target: Path) -> None:
-    """Put a folder back that a process was killed while replacing, and remove what killed processes left beside it."""
+def restore(target: Path) -> bool:
+    """Put a folder back that a process was killed while replacing, and remove what killed processes left beside it.
+
+    Returns:
+        Whether there is something at `target`; a moment at which another process replaces it does not count.
+    """
     if not _workshops(target):
-        return
+        return target.exists()
     with exclusive(target.parent):
         for workshop in _workshops(target):
             if (lock := _held(workshop)) is None:
@@ -111,6 +115,7 @@ def restore(target: Path) -> None:
                     (workshop / _OLD).rename(target)
                 shutil.rmtree(workshop)
             _let_go(lock)
+        return target.exists()
 
 
 def write_tensors(

@@ -204,8 +204,7 @@ def find_defense(
             )
         return load(embedded_folder(name))
     path = Path(source)
-    folders.restore(path)
-    if path.exists():
+    if folders.restore(path):
         return load(path)
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise CheckpointError(
