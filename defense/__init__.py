@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
     from .errors import DefenseError as DefenseError
+    from .errors import GateError as GateError
     from .errors import HookPointError as HookPointError
     from .errors import IntegrityError as IntegrityError
     from .errors import InvalidImageError as InvalidImageError
@@ -54,6 +55,7 @@ _HOMES = {
         "CheckpointError",
         "ConfigError",
         "DefenseError",
+        "GateError",
         "HookPointError",
         "IntegrityError",
         "InvalidImageError",
@@ -78,6 +80,7 @@ __all__ = [
     "Defense",
     "DefenseError",
     "Explanation",
+    "GateError",
     "HookPointError",
     "IntegrityError",
     "InvalidImageError",

@@ -35,7 +35,7 @@ def modules_of(root: Path) -> dict[str, Path]:
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return {name: path for name, path in names.items() if name}
+    return {name: path for name, path in names.items() if name and name != "__main__"}  # that calls the command line
 
 
 def imports_of(name: str, source: str, modules: set[str], *, is_package: bool = False) -> set[str]:

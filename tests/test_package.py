@@ -186,6 +186,7 @@ def test_bare_imports_are_told_from_others(code: str, found: set[str]) -> None:
 EXCEPTIONS = {
     "DefenseError": (errors.DefenseError("text"), Exception, errors.DefenseError),
     "ConfigError": (errors.ConfigError("text"), ValueError, errors.DefenseError),
+    "GateError": (errors.GateError("text"), ValueError, errors.ConfigError),
     "ShapeError": (errors.ShapeError("text"), ValueError, errors.ConfigError),
     "HookPointError": (errors.HookPointError("text"), ValueError, errors.ConfigError),
     "CheckpointError": (errors.CheckpointError("text"), RuntimeError, errors.DefenseError),
@@ -351,7 +352,8 @@ def _advised_extras(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "MissingDependencyError":
             extra = node.args[1] if len(node.args) > 1 else None
-            found.add(str(extra.value) if isinstance(extra, ast.Constant) else "?")
+            known = set(errors.EXTRAS.values()) if ast.unparse(extra or node).startswith("EXTRAS.get(") else {"?"}
+            found |= {str(extra.value)} if isinstance(extra, ast.Constant) else known
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             for extras in re.findall(r"clip-defense\[([\w,-]+)\]", node.value):
                 found |= set(extras.split(","))

@@ -214,10 +214,8 @@ def check_pretrained(model: str | None, pretrained: str | None, defense: str | N
 def check_there(*paths: Path | None) -> None:
     """Refuse paths at which there is nothing, as misspelled ones."""
     for path in paths:
-        if path is not None:
-            restore(path)
-            if not path.exists():
-                raise typer.BadParameter(f"{shown(path)} is not there; check the path")
+        if path is not None and not restore(path):
+            raise typer.BadParameter(f"{shown(path)} is not there; check the path")
 
 
 def expand(pictures: Sequence[Path]) -> Iterator[Picture]:

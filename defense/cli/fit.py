@@ -143,13 +143,14 @@ def fit(
         from defense.fit.sites import plan_sites
         from defense.hosts.clip import EMBEDDED, load_clip, resolve_device
         from defense.store.cache import cache_folder
+        from defense.store.hub import hub_source
 
         source = _Source(task, pictures or [], metadata, path_column, label_column, attribute_column, spurious)
         answers = _answers(task, labels, labels_file, classes, template, uses_embedded=model == EMBEDDED)
         _check_options(source, sae or [], scope=scope, is_swept=sweep, folds=folds)
         check_pretrained(model, pretrained)
-        check_there(*sae or (), metadata)
         _check_targets(out, report)
+        check_there(*(Path(each) for each in sae or () if hub_source(each) is None))
         checkpoints = _read_saes(sae or [], calibrate=calibrate)
         opened = _opened(source, answers)
         clip = load_clip(model, pretrained, device=resolve_device(device))

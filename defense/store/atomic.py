@@ -98,10 +98,14 @@ def replacing(path: Path) -> Iterator[Path]:
         _let_go(lock)
 
 
-def restore(target: Path) -> None:
-    """Put a folder back that a process was killed while replacing, and remove what killed processes left beside it."""
+def restore(target: Path) -> bool:
+    """Put a folder back that a process was killed while replacing, and remove what killed processes left beside it.
+
+    Returns:
+        Whether there is something at `target`; a moment at which another process replaces it does not count.
+    """
     if not _workshops(target):
-        return
+        return target.exists()
     with exclusive(target.parent):
         for workshop in _workshops(target):
             if (lock := _held(workshop)) is None:
@@ -111,6 +115,7 @@ def restore(target: Path) -> None:
                     (workshop / _OLD).rename(target)
                 shutil.rmtree(workshop)
             _let_go(lock)
+        return target.exists()
 
 
 def write_tensors(
@@ -132,7 +137,7 @@ def write_tensors(
             the operating system's number in its text only.)
     """
     try:
-        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+        save_file(dict(tensors), path, *([] if metadata is None else [dict(metadata)]))
     except safetensors.SafetensorError as error:
         code = re.search(r"(?:os error |code: )(\d+)", str(error))
         if code is None:

@@ -257,8 +257,7 @@ def find_defense(
     if address is not None:
         hub = Hub(cache_dir, local_files_only, token)
         return load(hub.fetch_folder(address.at(revision), MANIFEST, "a defense"))
-    folders.restore(Path(source))
-    if not Path(source).exists():
+    if not folders.restore(Path(source)):
         raise CheckpointError(
             f"no defense at {source}: it is neither a folder, nor a hub id ('org/repo'), nor 'embedded'"
         )

@@ -96,7 +96,9 @@ def writable_target(
     """
     target = Path(folder).resolve()  # through a link: what it leads to is replaced, not the link
     restore(target)
-    if not _is_replaceable(target, manifest, files):
+    with exclusive(target.parent, is_shared=True):  # not between two renames of another writer
+        is_replaceable = _is_replaceable(target, manifest, files)
+    if not is_replaceable:
         raise ConfigError(f"{target} exists and is no {what}, or holds other files too; choose another folder")
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent} is not there, so {target.name} cannot be written into it; make it first")
@@ -166,25 +168,29 @@ def read_whole(manifest: Path, schema: int, read: Callable[[], T]) -> T:
     root = manifest.parent
     restore(root)
     before = _state(root)
-    try:
-        with _reading(manifest, schema):
-            found = read()
-        if _state(root) == before:
-            return found
-    except DefenseError:
-        if _state(root) == before:
-            raise
+    if before is not None:  # else another process may be between its two renames
+        try:
+            with _reading(manifest, schema):
+                found = read()
+            if _state(root) == before:
+                return found
+        except DefenseError:
+            if _state(root) == before:
+                raise
     with exclusive(root.parent, is_shared=True), _reading(manifest, schema):  # nobody can replace it now
         return read()
 
 
-def _state(folder: Path) -> tuple[int, int] | None:
-    """Return what tells a folder from one that takes its place; None where there is none."""
+def _state(folder: Path) -> tuple[int, ...] | None:
+    """Return what tells a folder from one that takes its place; None where there is none.
+
+    The number alone does not: a file system soon gives that of a deleted folder to a new one.
+    """
     try:
         status = folder.stat()
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager

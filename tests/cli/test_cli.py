@@ -376,7 +376,7 @@ def test_fault_75_an_interrupt_exits_with_130(defense_folder, pictures, monkeypa
     assert "interrupted" in err
 
 
-def test_fault_92_what_was_passed_over_is_said_by_reason(defense_folder, pictures):
+def test_fault_103_what_was_passed_over_is_said_by_reason(defense_folder, pictures):
     (pictures / "._b.png").write_bytes(b"")
     (pictures / "scan").write_bytes((pictures / "b.png").read_bytes())
     code, out, err = run("classify", pictures, "--labels", "dog,cat", "--defense", defense_folder, "--json")

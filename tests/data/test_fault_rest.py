@@ -72,7 +72,7 @@ def case(name):
 
 @every_format
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
-def test_fault_83_what_was_never_downloaded_is_no_picture(format, options, share):
+def test_fault_94_what_was_never_downloaded_is_no_picture(format, options, share):
     whole = encoded(photograph(), format, **options)
     kept = int(len(whole) * share) + 1
     unfilled = whole[:kept] + bytes(len(whole) - kept)
@@ -84,7 +84,7 @@ def test_fault_83_what_was_never_downloaded_is_no_picture(format, options, share
 
 
 @every_format
-def test_fault_83_it_is_noticed_in_an_opened_picture_too(format, options):
+def test_fault_94_it_is_noticed_in_an_opened_picture_too(format, options):
     whole = encoded(photograph(), format, **options)
     unfilled = io.BytesIO(whole[: len(whole) * 2 // 5] + bytes(len(whole) - len(whole) * 2 // 5))
     try:
@@ -95,7 +95,7 @@ def test_fault_83_it_is_noticed_in_an_opened_picture_too(format, options):
 
 
 @every_format
-def test_fault_83_zeros_behind_a_whole_file_do_no_harm(format, options):
+def test_fault_94_zeros_behind_a_whole_file_do_no_harm(format, options):
     whole = encoded(photograph(), format, **options)
     if format == "GIF":
         pytest.skip("nothing says where a GIF's last frame ends")
@@ -105,7 +105,7 @@ def test_fault_83_zeros_behind_a_whole_file_do_no_harm(format, options):
 
 
 @pytest.mark.parametrize("format", ["BMP", "TIFF", "PPM"])
-def test_fault_83_black_rows_at_the_end_of_raw_pixels_are_told_and_kept(format):
+def test_fault_94_black_rows_at_the_end_of_raw_pixels_are_told_and_kept(format):
     image = photograph()
     image.paste(0, (0, 0, 96, 20) if format == "BMP" else (0, 44, 96, 64))  # a BMP starts at the bottom
     decoded = decode(encoded(image, format))
@@ -114,7 +114,7 @@ def test_fault_83_black_rows_at_the_end_of_raw_pixels_are_told_and_kept(format):
 
 
 @every_format
-def test_fault_83_dark_pictures_are_not_taken_for_half_ones(format, options):
+def test_fault_94_dark_pictures_are_not_taken_for_half_ones(format, options):
     letterboxed = photograph()
     letterboxed.paste(0, (0, 0, 96, 12))
     letterboxed.paste(0, (0, 52, 96, 64))
@@ -125,14 +125,14 @@ def test_fault_83_dark_pictures_are_not_taken_for_half_ones(format, options):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (600, 400), (2000, 1500)])
-def test_fault_83_flat_pictures_end_in_zeros_and_are_whole(size):
+def test_fault_94_flat_pictures_end_in_zeros_and_are_whole(size):
     flat = Image.new("RGB", size, (200, 30, 60))
     flat.paste(photograph(64, 32), (0, 0))
     for options in ({}, {"lossless": True}):
         assert decode(encoded(flat, "WEBP", **options)).warnings == ()
 
 
-def test_fault_83_a_jpeg_that_lacks_its_last_mark_alone_is_whole():
+def test_fault_94_a_jpeg_that_lacks_its_last_mark_alone_is_whole():
     whole = encoded(photograph(), "JPEG")
     assert whole.endswith(b"\xff\xd9")
     assert refusal(whole[:-2] + b"\xff" * 4000).code == "truncated"
@@ -140,7 +140,7 @@ def test_fault_83_a_jpeg_that_lacks_its_last_mark_alone_is_whole():
 
 
 @every_format
-def test_fault_84_an_application_that_allows_half_files_gets_none(format, options, monkeypatch):
+def test_fault_95_an_application_that_allows_half_files_gets_none(format, options, monkeypatch):
     whole = encoded(photograph(), format, **options)
     want = np.asarray(decode(whole).image)
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
@@ -150,7 +150,7 @@ def test_fault_84_an_application_that_allows_half_files_gets_none(format, option
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
-def test_fault_84_a_png_with_too_few_rows_is_refused_whatever_is_allowed(monkeypatch):
+def test_fault_95_a_png_with_too_few_rows_is_refused_whatever_is_allowed(monkeypatch):
     from .test_fault_images import png
 
     few = png(32, 32, 8, 2, [b"\x7f" * 96] * 5)
@@ -161,7 +161,7 @@ def test_fault_84_a_png_with_too_few_rows_is_refused_whatever_is_allowed(monkeyp
     assert [*codes, refusal(few).code] == ["truncated", "truncated"]
 
 
-def test_fault_83_the_half_download():
+def test_fault_94_the_half_download():
     assert refusal(case("zero-padded.jpeg")).code == "truncated"
 
 
@@ -169,7 +169,7 @@ def test_fault_83_the_half_download():
 
 
 @pytest.mark.parametrize("color", [(0, 0, 0), (10, 200, 30)])
-def test_fault_85_a_picture_without_a_visible_pixel_is_told(color):
+def test_fault_96_a_picture_without_a_visible_pixel_is_told(color):
     image = Image.new("RGBA", (32, 32), (*color, 0))
     for source in (image, encoded(image, "PNG"), encoded(image, "WEBP", lossless=True)):
         assert decode(source).warnings == ("invisible",)
@@ -178,7 +178,7 @@ def test_fault_85_a_picture_without_a_visible_pixel_is_told(color):
     assert decode(ink).warnings == ()
 
 
-def test_fault_85_white_ink_on_nothing_cannot_be_seen_on_white():
+def test_fault_96_white_ink_on_nothing_cannot_be_seen_on_white():
     image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     image.paste((255, 255, 255, 255), (8, 8, 20, 20))
     assert decode(image).warnings == ("invisible",)
@@ -186,14 +186,14 @@ def test_fault_85_white_ink_on_nothing_cannot_be_seen_on_white():
     assert decode(Image.new("RGBA", (32, 32), (255, 255, 255, 255))).warnings == (), "an opaque white page"
 
 
-def test_fault_85_an_empty_first_frame_is_told():
+def test_fault_96_an_empty_first_frame_is_told():
     frames = [Image.new("RGBA", (32, 32), (0, 0, 0, 0)), Image.new("RGBA", (32, 32), (200, 0, 0, 255))]
     for format in ("GIF", "WEBP", "PNG"):
         data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
         assert set(decode(data).warnings) == {"animated", "invisible"}
 
 
-def test_fault_85_the_small_inputs():
+def test_fault_96_the_small_inputs():
     assert decode(case("alpha-zero.png")).warnings == ("invisible",)
     assert decode(case("first-frame-empty.gif")).warnings == ("animated", "invisible")
 
@@ -203,14 +203,14 @@ def test_fault_85_the_small_inputs():
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14])
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_fault_86_samples_of_fewer_bits_in_16_are_told(bits, format):
+def test_fault_97_samples_of_fewer_bits_in_16_are_told(bits, format):
     levels = np.linspace(0, 2**bits - 1, 32 * 32).astype(np.uint16).reshape(32, 32)
     assert decode(encoded(Image.fromarray(levels), format)).warnings == ("dark",)
     scaled = Image.fromarray(levels << (16 - bits))
     assert decode(encoded(scaled, format)).warnings == ()
 
 
-def test_fault_86_colors_of_fewer_bits_in_16_are_told():
+def test_fault_97_colors_of_fewer_bits_in_16_are_told():
     from .test_fault_images import png
 
     row = struct.pack(">3H", 4095, 300, 17) * 32
@@ -218,11 +218,11 @@ def test_fault_86_colors_of_fewer_bits_in_16_are_told():
     assert decode(png(32, 32, 16, 2, [struct.pack(">3H", 65535, 300, 17) * 32] * 32)).warnings == ()
 
 
-def test_fault_86_a_night_picture_of_8_bits_is_a_night_picture():
+def test_fault_97_a_night_picture_of_8_bits_is_a_night_picture():
     assert decode(encoded(Image.new("RGB", (32, 32), (9, 9, 20)), "PNG")).warnings == ()
 
 
-def test_fault_86_the_small_inputs():
+def test_fault_97_the_small_inputs():
     for name in ("uint16-12bit.png", "uint16-0__255.png"):
         assert decode(case(name)).warnings == ("dark",)
 
@@ -242,7 +242,7 @@ def tiff_of(levels, photometric, bits):
     return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + directory + bytes(4)
 
 
-def test_fault_87_white_is_zero_in_16_bits():
+def test_fault_98_white_is_zero_in_16_bits():
     levels = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
     for photometric, want in ((1, levels >> 8), (0, (65535 - levels) >> 8)):
         data = tiff_of(levels, photometric, 16)
@@ -251,14 +251,14 @@ def test_fault_87_white_is_zero_in_16_bits():
             np.testing.assert_array_equal(np.asarray(decode(source).image)[..., 0], want)
 
 
-def test_fault_87_packed_12_bits_fill_the_range():
+def test_fault_98_packed_12_bits_fill_the_range():
     levels = np.linspace(0, 4095, 32 * 32).astype(np.uint16).reshape(32, 32)
     decoded = decode(tiff_of(levels, 1, 12))
     assert decoded.warnings == ()
     np.testing.assert_array_equal(np.asarray(decoded.image)[..., 0], levels >> 4)
 
 
-def test_fault_88_the_key_of_a_1_bit_png_hides_its_color():
+def test_fault_99_the_key_of_a_1_bit_png_hides_its_color():
     from .test_fault_images import png
 
     rows = [b"\0" * 4] * 16 + [b"\xff" * 4] * 16
@@ -268,7 +268,7 @@ def test_fault_88_the_key_of_a_1_bit_png_hides_its_color():
         assert (pixels[shown] == (255 if key == 0 else 0)).all()
 
 
-def test_fault_88_older_pillows_state_the_key_of_1_bit_as_0_or_1():
+def test_fault_99_older_pillows_state_the_key_of_1_bit_as_0_or_1():
     from defense.data.levels import bring_key_to_8_bits
 
     from .test_fault_images import png
@@ -282,7 +282,7 @@ def test_fault_88_older_pillows_state_the_key_of_1_bit_as_0_or_1():
 # Formats
 
 
-def test_fault_89_portable_pixmaps_are_read_up_to_16_bits():
+def test_fault_100_portable_pixmaps_are_read_up_to_16_bits():
     image = photograph()
     np.testing.assert_array_equal(np.asarray(decode(encoded(image, "PPM")).image), np.asarray(image))
     gray = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
@@ -290,7 +290,7 @@ def test_fault_89_portable_pixmaps_are_read_up_to_16_bits():
     np.testing.assert_array_equal(np.asarray(decode(data).image)[..., 0], gray >> 8)
 
 
-def test_fault_89_avif_is_read_upright():
+def test_fault_100_avif_is_read_upright():
     decoded = decode(encoded(photograph(), "AVIF", quality=95))
     assert decoded.image.size == (96, 64)
     assert np.abs(np.asarray(decoded.image).astype(int) - np.asarray(photograph())).mean() < 8
@@ -307,7 +307,7 @@ def test_fault_89_avif_is_read_upright():
     ],
     ids=["BMP compression", "TIFF photometric"],
 )
-def test_fault_90_a_sound_picture_of_an_unread_kind_is_not_called_damaged(data):
+def test_fault_101_a_sound_picture_of_an_unread_kind_is_not_called_damaged(data):
     error = refusal(data)
     assert error.code == "unsupported_format"
     assert "fetch it again" not in str(error)
@@ -338,14 +338,14 @@ def test_broken_data_urls_are_refused():
     assert len(str(refusal(long))) < 400
 
 
-def test_fault_90_a_base64_text_gets_a_short_message_that_says_what_to_do():
+def test_fault_101_a_base64_text_gets_a_short_message_that_says_what_to_do():
     text = base64.b64encode(np.random.default_rng(0).bytes(200_000)).decode()
     error = refusal(text)
     assert "data:image/png;base64," in str(error)
     assert len(str(error)) < 500
 
 
-def test_fault_90_an_array_of_paths_is_told_from_a_tensor():
+def test_fault_101_an_array_of_paths_is_told_from_a_tensor():
     for array in (np.array(["a.png", "b.png"]), np.array(["a.png", None], dtype=object)):
         error = refusal(array)
         assert error.code == "bad_array"
@@ -377,13 +377,13 @@ class OddError(Exception):
     "error",
     [EOFError("cut"), OddError("strange"), RuntimeError(), KeyError("k"), OSError(5, "I/O"), zipfile.BadZipFile("b")],
 )
-def test_fault_91_whatever_a_stream_raises_is_one_invalid_image_error(error):
+def test_fault_102_whatever_a_stream_raises_is_one_invalid_image_error(error):
     found = refusal(Breaking(encoded(photograph(), "PNG")[:500], error))
     assert found.__cause__ is error
     assert found.code in ("not_found", "truncated", "corrupt")
 
 
-def test_fault_91_cut_gzip_bad_zip_member_and_incomplete_body():
+def test_fault_102_cut_gzip_bad_zip_member_and_incomplete_body():
     import http.client
 
     data = encoded(photograph(), "PNG")
@@ -398,7 +398,7 @@ def test_fault_91_cut_gzip_bad_zip_member_and_incomplete_body():
     assert refusal(Breaking(data[:100], http.client.IncompleteRead(b"", 100))).code == "truncated"
 
 
-def test_fault_91_async_and_other_reads_are_refused_without_a_python_warning():
+def test_fault_102_async_and_other_reads_are_refused_without_a_python_warning():
     class Upload:
         async def read(self, size=-1):
             return b""
@@ -418,7 +418,7 @@ def test_fault_91_async_and_other_reads_are_refused_without_a_python_warning():
         assert refusal(stream).code == "not_an_image"
 
 
-def test_fault_91_objects_that_raise_when_asked_for_anything():
+def test_fault_102_objects_that_raise_when_asked_for_anything():
     class Array:
         dtype = "uint8"
 
@@ -446,7 +446,7 @@ def test_every_kind_of_note_is_logged_once_and_counted(caplog):
 
 
 @pytest.mark.parametrize(("n_bytes", "is_whole"), [(79, True), (78, False)])
-def test_fault_84_rows_of_an_interlaced_png_are_counted_too(n_bytes, is_whole):
+def test_fault_95_rows_of_an_interlaced_png_are_counted_too(n_bytes, is_whole):
     import zlib
 
     from .test_fault_images import chunk

@@ -52,13 +52,13 @@ def found_in(*paths: Path) -> dict[str, int]:
 # Folders
 
 
-def test_fault_92_every_usual_suffix_is_a_picture(tmp_path):
+def test_fault_103_every_usual_suffix_is_a_picture(tmp_path):
     names = [f"a{suffix}" for suffix in (*PICTURE_SUFFIXES, ".JPE", ".Jfif", ".AVIF")]
     listing = list_files(lay(tmp_path, *names))
     assert sorted(file.name for file in listing.files["pictures"]) == sorted(names)
 
 
-def test_fault_92_files_without_a_suffix_are_told_by_their_bytes(tmp_path):
+def test_fault_103_files_without_a_suffix_are_told_by_their_bytes(tmp_path):
     lay(tmp_path, "photo", "img.0001", "St. Bernard", "x.jpg_large")
     (tmp_path / "Makefile").write_text("all:")
     (tmp_path / "heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
@@ -68,7 +68,7 @@ def test_fault_92_files_without_a_suffix_are_told_by_their_bytes(tmp_path):
     assert listing.passed_over == {"no picture by its first bytes": 2, "picture of a format that is not read": 1}
 
 
-def test_fault_92_what_is_no_picture_is_counted_by_reason(tmp_path):
+def test_fault_103_what_is_no_picture_is_counted_by_reason(tmp_path):
     lay(tmp_path, "a.png", "._a.png", ".ipynb_checkpoints/a.png", ".cache/b/c.png", "__MACOSX/a.png", "@eaDir/t.jpg")
     lay(tmp_path, "notes.txt", "b.heic", "c.zip", "Thumbs.db")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
@@ -86,12 +86,12 @@ def test_fault_92_what_is_no_picture_is_counted_by_reason(tmp_path):
     assert open_pictures([tmp_path]).passed_over == listing.passed_over
 
 
-def test_fault_92_a_hidden_folder_that_was_asked_for_is_read(tmp_path):
+def test_fault_103_a_hidden_folder_that_was_asked_for_is_read(tmp_path):
     lay(tmp_path, ".store/a.png")
     assert len(open_pictures([tmp_path / ".store"]).shards) == 1
 
 
-def test_fault_92_linked_class_folders_are_followed_and_loops_are_not(tmp_path):
+def test_fault_103_linked_class_folders_are_followed_and_loops_are_not(tmp_path):
     lay(tmp_path, "elsewhere/x.png", "root/cat/y.png")
     (tmp_path / "root" / "dog").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "root" / "cat" / "again").symlink_to(tmp_path / "root")
@@ -101,7 +101,7 @@ def test_fault_92_linked_class_folders_are_followed_and_loops_are_not(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root lists every folder")
-def test_fault_92_a_folder_that_cannot_be_listed_is_counted(tmp_path):
+def test_fault_103_a_folder_that_cannot_be_listed_is_counted(tmp_path):
     lay(tmp_path, "a.png", "locked/b.png")
     (tmp_path / "locked").chmod(0)
     assert list_files(tmp_path).passed_over == {"folder that cannot be listed": 1}
@@ -119,7 +119,7 @@ def test_fault_92_a_folder_that_cannot_be_listed_is_counted(tmp_path):
         (["a.png"], [None]),
     ],
 )
-def test_fault_93_splits_are_no_classes_unless_they_stand_beside_some(tmp_path, names, classes):
+def test_fault_104_splits_are_no_classes_unless_they_stand_beside_some(tmp_path, names, classes):
     source = open_pictures([lay(tmp_path, *names)])
     assert sorted((picture.label for picture in source), key=str) == sorted(classes, key=str)
     assert source.folders == tuple(sorted({name for name in classes if name is not None}))
@@ -141,7 +141,7 @@ def test_an_empty_answer_says_what_was_passed_over(tmp_path):
 # Tars
 
 
-def test_fault_94_dots_in_names_of_members_are_parts_of_names(tmp_path):
+def test_fault_105_dots_in_names_of_members_are_parts_of_names(tmp_path):
     names = [f"img.{i:04d}.png" for i in range(20)] + [f"v1.{i}.photo.png" for i in range(20)]
     names += [f"st.saint{i}.jpeg" for i in range(20)]
     path = tar_of(tmp_path / "x.tar", **{name: png(i) for i, name in enumerate(names)})
@@ -150,7 +150,7 @@ def test_fault_94_dots_in_names_of_members_are_parts_of_names(tmp_path):
     assert [found[f"x.tar:{name}"] for name in names] == list(range(60))
 
 
-def test_fault_94_labels_follow_their_picture_through_dots(tmp_path):
+def test_fault_105_labels_follow_their_picture_through_dots(tmp_path):
     members = {
         "a.1.png": png(1),
         "a.1.cls": b"1",
@@ -176,13 +176,13 @@ def test_fault_94_labels_follow_their_picture_through_dots(tmp_path):
         {"img.0001.png": png(7), "img.0001.seg.png": png(0)},
     ],
 )
-def test_fault_94_a_mask_does_not_replace_the_picture(tmp_path, members):
+def test_fault_105_a_mask_does_not_replace_the_picture(tmp_path, members):
     source = open_pictures([tar_of(tmp_path / "x.tar", **members)])
     assert [level_of(picture) for picture in source] == [7]
     assert source.passed_over == {"further picture of a sample": len(members) - 1}
 
 
-def test_fault_94_members_are_ignored_and_told_like_files(tmp_path):
+def test_fault_105_members_are_ignored_and_told_like_files(tmp_path):
     members = {"./d/a.png": png(1), "d/._a.png": png(2), ".git/b.png": png(3), "__MACOSX/c.png": png(4)}
     members |= {"e/photo": png(6), "f/readme": b"text", "g.json": b"{}"}
     path = tar_of(tmp_path / "x.tar", **members)
@@ -200,7 +200,7 @@ def test_fault_94_members_are_ignored_and_told_like_files(tmp_path):
     }
 
 
-def test_fault_95_a_large_member_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
+def test_fault_106_a_large_member_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
         member = tarfile.TarInfo("a.png")
@@ -231,7 +231,7 @@ def code_of(picture: shards.Picture) -> str:
     return caught.value.code
 
 
-def test_fault_96_pictures_as_datasets_writes_them(tmp_path):
+def test_fault_107_pictures_as_datasets_writes_them(tmp_path):
     lay(tmp_path, "sub/b.png")
     (tmp_path / "sub" / "b.png").write_bytes(png(2))
     cells = [
@@ -251,14 +251,14 @@ def test_fault_96_pictures_as_datasets_writes_them(tmp_path):
     assert [source.class_of(picture, ("dog", "cat")) for picture in pictures] == [0, 1, None, None, 1, 1, 1]
 
 
-def test_fault_96_a_column_of_paths_is_relative_to_the_table(tmp_path):
+def test_fault_107_a_column_of_paths_is_relative_to_the_table(tmp_path):
     lay(tmp_path, "a.png")
     source = open_pictures([parquet_of(tmp_path / "x.parquet", image=["a.png", "data:,", "http://a.b/c.png"])])
     assert [level_of(picture) for picture in list(source)[:1]] == [5]
     assert [code_of(picture) for picture in list(source)[1:]] == ["empty", "url_not_supported"]
 
 
-def test_fault_96_labels_with_nulls_keep_their_classes(tmp_path):
+def test_fault_107_labels_with_nulls_keep_their_classes(tmp_path):
     cells = [png(1)] * 4
     path = parquet_of(tmp_path / "x.parquet", image=cells, label=np.array([1.0, np.nan, -1.0, 0.0]))
     source = open_pictures([path])
@@ -272,7 +272,7 @@ def test_fault_96_labels_with_nulls_keep_their_classes(tmp_path):
         *((0, 0), (2.0, 2), ("cat", "cat"), (b"3\n", "3"), (1.5, "1.5"), (-2, -2)),
     ],
 )
-def test_fault_96_what_says_that_there_is_no_label(cell, label):
+def test_fault_107_what_says_that_there_is_no_label(cell, label):
     assert label_in(cell) == label
 
 

@@ -162,7 +162,7 @@ def worked(ray_data, source, out, predictor, rows=1000) -> int:
     return len(todo)
 
 
-def test_fault_98_one_more_picture_gives_one_more_row(ray_data, folder, tmp_path, tiny_bundle, seven_pictures):
+def test_fault_109_one_more_picture_gives_one_more_row(ray_data, folder, tmp_path, tiny_bundle, seven_pictures):
     out, predictor = tmp_path / "out", BatchPredictor(tiny_bundle)
     assert worked(ray_data, folder, out, predictor, rows=4) == 2
     assert worked(ray_data, folder, out, predictor, rows=4) == 0
@@ -178,7 +178,7 @@ def pq_rows(path) -> list[dict]:
     return pq.read_table(path).to_pylist()
 
 
-def test_fault_98_a_replaced_picture_or_other_labels_are_worked_on_anew(ray_data, folder, tmp_path, tiny_bundle):
+def test_fault_109_a_replaced_picture_or_other_labels_are_worked_on_anew(ray_data, folder, tmp_path, tiny_bundle):
     out = tmp_path / "out"
     assert worked(ray_data, folder, out, BatchPredictor(tiny_bundle)) == 1
     (folder / "0.png").write_bytes(b"")
@@ -191,7 +191,7 @@ def test_fault_98_a_replaced_picture_or_other_labels_are_worked_on_anew(ray_data
     assert len(list(out.glob("*.parquet"))) == 1
 
 
-def test_fault_98_another_bundle_makes_other_names(ray_data, folder, tiny_bundle, copied):
+def test_fault_109_another_bundle_makes_other_names(ray_data, folder, tiny_bundle, copied):
     from ..conftest import restated
 
     restated(copied, logit_scale=7.0)
@@ -199,7 +199,7 @@ def test_fault_98_another_bundle_makes_other_names(ray_data, folder, tiny_bundle
     assert names[0] != names[1]
 
 
-def test_fault_99_columns_pass_through_with_their_types(ray_data, tmp_path, tiny_bundle, seven_pictures):
+def test_fault_110_columns_pass_through_with_their_types(ray_data, tmp_path, tiny_bundle, seven_pictures):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -228,7 +228,7 @@ def test_fault_99_columns_pass_through_with_their_types(ray_data, tmp_path, tiny
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8 are Linux's")
-def test_fault_99_names_that_are_no_utf8_become_escapes(ray_data, tmp_path, tiny_bundle, seven_pictures):
+def test_fault_110_names_that_are_no_utf8_become_escapes(ray_data, tmp_path, tiny_bundle, seven_pictures):
     import os
 
     source, out = tmp_path / "in", tmp_path / "out"
@@ -268,7 +268,7 @@ def test_a_source_without_pictures_or_with_two_kinds_is_refused(ray_data, folder
 
 
 @pytest.mark.parametrize("name", ["label", "score", "embedding", "error"])
-def test_fault_97_a_column_of_the_batch_is_never_lost(ray_data, tiny_bundle, seven_pictures, tmp_path, name):
+def test_fault_108_a_column_of_the_batch_is_never_lost(ray_data, tiny_bundle, seven_pictures, tmp_path, name):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -283,12 +283,12 @@ def test_fault_97_a_column_of_the_batch_is_never_lost(ray_data, tiny_bundle, sev
         ray_data.list_shards(tmp_path, 3, BatchPredictor(tiny_bundle))
 
 
-def test_fault_97_a_prefix_that_does_not_help_is_refused_too(tiny_bundle):
+def test_fault_108_a_prefix_that_does_not_help_is_refused_too(tiny_bundle):
     with pytest.raises(ConfigError, match="clip_label"):
         BatchPredictor(tiny_bundle, prefix="clip_")({"bytes": [], "clip_label": []})
 
 
-def test_fault_96_cells_as_datasets_hands_them_out(tiny_bundle, seven_pictures, tmp_path):
+def test_fault_107_cells_as_datasets_hands_them_out(tiny_bundle, seven_pictures, tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(seven_pictures[0]))
     cells = [
         {"bytes": encoded(seven_pictures[0]), "path": None},

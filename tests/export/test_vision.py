@@ -193,7 +193,7 @@ def everything_in(proto: onnx.ModelProto, pixel_values: np.ndarray) -> dict[str,
     return {name: value for name, value in results.items() if isinstance(value, np.ndarray)}
 
 
-def test_fault_85_no_operator_meets_an_empty_tensor_where_nothing_fires(proto):
+def test_fault_111_no_operator_meets_an_empty_tensor_where_nothing_fires(proto):
     values = everything_in(with_bias(proto, -1e30), pixels(2))
     assert [node.op_type for node in proto.graph.node].count("TopK") == 2
     assert len(values) > 100
@@ -201,7 +201,7 @@ def test_fault_85_no_operator_meets_an_empty_tensor_where_nothing_fires(proto):
     assert [name for name, value in values.items() if name in used and value.ndim and value.size == 0] == []
 
 
-def test_fault_85_topk_meets_a_row_in_an_empty_batch_too(proto):
+def test_fault_111_topk_meets_a_row_in_an_empty_batch_too(proto):
     values = everything_in(proto, pixels(1)[:0])
     assert values["image_embeds"].shape == (0, 32)
     ranked = [node.input[0] for node in proto.graph.node if node.op_type == "TopK"]

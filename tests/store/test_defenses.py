@@ -296,10 +296,10 @@ def test_a_failure_while_writing_leaves_the_old_defense_and_no_debris(
     before = everything_below(folder.parent)
     real, n_calls = getattr(defenses, failing), 0
 
-    def fail_late(*args: Any) -> Any:
+    def fail_late(*args: Any, **options: Any) -> Any:
         nonlocal n_calls
         n_calls += 1
-        real(*args)
+        real(*args, **options)
         if failing == "load" or n_calls == 2:
             raise error
 

@@ -186,7 +186,7 @@ def test_a_file_takes_its_place_when_it_is_complete(tmp_path: Path) -> None:
             assert (partial.suffix, partial.read_bytes()) == (".partial", b"")
             assert partial.stat().st_dev == tmp_path.stat().st_dev  # so that a rename will do
             partial.write_text(text)
-            assert {**everything_below(tmp_path), **before, partial.name: text} == everything_below(tmp_path)
+            assert everything_below(tmp_path) == {**before, partial.relative_to(tmp_path).as_posix(): text}
         assert everything_below(tmp_path) == {"result.json": text}
 
 
