@@ -118,9 +118,21 @@ def fitted_at_once(monkeypatch) -> list[str]:
     return asked
 
 
+@pytest.fixture(params=["open", pytest.param("real", marks=pytest.mark.slow)])
+def gates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick fit through open gates; and one on pictures enough for the real ones, which takes minutes."""
+    if request.param == "open":
+        request.getfixturevalue("open_gates")
+    for name, value in {"open": {"n_pictures": 24, "steps": 5}, "real": {"n_pictures": 160, "steps": 60}}[
+        request.param
+    ].items():
+        monkeypatch.setitem(FIT, name, value)
+
+
 # --- the whole way ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("gates")
 def test_one_call_makes_a_defense_that_everything_uses_and_a_second_one_finds_it(
     hub: FakeHub, cache: Path, rows, tmp_path: Path
 ) -> None:
