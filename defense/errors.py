@@ -157,12 +157,12 @@ def cannot_import(package: str, error: Exception) -> DefenseError:
     """Return the error for a package that an import failed for: it is not installed, or it is and is broken.
 
     Args:
-        package: What was imported.
+        package: What was imported; its extra brings what it needs, too.
         error: What the import raised.
     """
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if missing and not _is_there(missing):
-        return MissingDependencyError(missing, EXTRAS.get(missing, EXTRAS.get(package, "torch")))
+        return MissingDependencyError(missing, EXTRAS.get(package, EXTRAS.get(missing, "torch")))
     return BackendError(
         f"{package} is installed but cannot be imported: {error}. Install it again, with what belongs to it; `defense "
         "doctor` says what does not"

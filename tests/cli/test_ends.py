@@ -257,7 +257,8 @@ def test_fault_a_tokenizer_that_needs_transformers_says_so(monkeypatch, tiny_fol
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 PUBLISHING = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it, as nohup does
 from pathlib import Path
 from defense.cli import main, info
 from defense.store import folders

@@ -95,6 +95,7 @@ def test_fault_75_a_real_interrupt_ends_with_130_after_whole_lines(tmp_path):
         shutil.copy(APPLE, tmp_path / f"{i:02}.png")
     code = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it, as nohup does
 from defense.data import images
 decode, seen = images.decode, []
 def interrupted(*arguments, **options):

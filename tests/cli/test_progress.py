@@ -17,7 +17,7 @@ def on(monkeypatch):
     """Return what gives stderr's text after a stage of `total` steps, of which half are taken."""
 
     def run(*, is_terminal: bool, total: int = 200) -> str:
-        console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120)
+        console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120, highlight=False)
         monkeypatch.setattr(progress, "stderr", console)
         monkeypatch.setattr("defense.cli.common.stderr", console)
         with shown_progress() as shown:

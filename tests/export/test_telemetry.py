@@ -130,7 +130,7 @@ def test_verification_says_nothing(quiet, tiny_bundle, tmp_path):
 @needs_strace
 def test_a_demo_of_a_bundle_says_nothing(quiet, tiny_bundle):
     pytest.importorskip("gradio")
-    assert quiet.run(sys.executable, "-P", serving.__file__, tiny_bundle).startswith("http://127.0.0.1")
+    assert quiet.run(sys.executable, "-P", serving.__file__, tiny_bundle, "{}").startswith("http://127.0.0.1")
     assert quiet.talked() == []
     assert quiet.left() == []
 
