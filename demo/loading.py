@@ -12,8 +12,6 @@ from defense.explain import catalogue
 from defense.explain.catalogue import Catalogue
 from defense.hosts.clip import EMBEDDED, load_clip
 from defense.hosts.defense import check_own_model, join
-from defense.hosts.slim import restored
-from defense.store.checkpoint import embedded_saes
 from defense.store.defenses import embedded_defenses, find_defense
 
 
@@ -39,6 +37,9 @@ def defended(
     Raises:
         ConfigError, CheckpointError: See `RobustClassifier.from_pretrained`.
     """
+    from defense.hosts.slim import restored  # it brings torch, which a bundle is served without
+    from defense.store.checkpoint import embedded_saes
+
     check_named(model, pretrained)
     check_own_model(source, model, pretrained)
     sources = _embedded_sources() if source == EMBEDDED else [source]
