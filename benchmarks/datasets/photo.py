@@ -26,11 +26,12 @@ import numpy as np
 from PIL import Image
 
 from defense.benchmarks.datasets.base import Dataset, Example, Options, Task
-from defense.data.hands import Case, Hand, sample_hand, write_all
+from defense.data.hands import Hand, write_all
 from defense.data.typefaces import TEST, TRAIN
 from defense.embedded.photo.grounds import SIZE, draw_strokes
 from defense.embedded.photo.names import load_words
 from defense.embedded.photo.pictures import Photographs, Split, read_photographs
+from defense.embedded.photo.styles import STYLES, Style, sample_writing
 
 N_TEST = 400
 """Pictures of each variant."""
@@ -39,50 +40,6 @@ _SPLITS: dict[str, Split] = {"test": "val", "train": "train"}
 _SEEDS = {"test": 501, "train": 502}
 _SEED_STEP = 1000
 """Between the streams of one `Options.seed` and the next."""
-_HEIGHTS = (0.12, 0.30)
-"""Of capitals, as fractions of the picture."""
-
-
-@dataclass(frozen=True)
-class Style:
-    """How words are written.
-
-    Attributes:
-        kind: Of typeface.
-        cases: To choose from.
-        turn: In degrees, either way.
-        n_times: How often the word is there.
-    """
-
-    kind: str
-    cases: tuple[Case, ...] = ("lower", "title")
-    turn: float = 0.0
-    n_times: int = 1
-
-
-STYLES = {
-    "print": Style("print"),
-    "display": Style("display"),
-    "handwriting": Style("handwriting"),
-    "capitals": Style("print", cases=("upper",)),
-    "turned": Style("print", turn=20.0),
-    "repeated": Style("print", n_times=3),
-}
-
-
-def sample_writing(
-    rng: np.random.Generator, word: str, style: Style, fonts: dict[str, tuple[str, ...]]
-) -> tuple[Hand, ...]:
-    """Return how a test writes a word, in a style and typefaces by kind."""
-    hands = []
-    for _ in range(style.n_times):
-        hand = sample_hand(rng, word, fonts[style.kind], cases=style.cases, max_angle=4.0, heights=_HEIGHTS)
-        hands.append(hand if not style.turn else _turned(rng, hand, style.turn))
-    return tuple(hands)
-
-
-def _turned(rng: np.random.Generator, hand: Hand, turn: float) -> Hand:
-    return hand.turned(turn if rng.random() < 0.5 else -turn, (0.5, float(rng.uniform(0.3, 0.7))))
 
 
 @dataclass(frozen=True)

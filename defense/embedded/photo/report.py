@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from defense.data.hands import Case, Hand, sample_hand, write
+from defense.data.hands import write_all
 from defense.data.images import decode
 from defense.data.preprocess import Preprocess
 from defense.data.typefaces import TEST
@@ -31,29 +31,11 @@ from .grounds import sample_plain
 from .names import Words, load_words
 from .pictures import Photographs, read_photographs
 from .start import Start, first_embeds
+from .styles import STYLES, Style, sample_writing
 from .training import Reader, load_reader, to_pixel_values
 
 log = logging.getLogger(__name__)
 SEED = 97
-
-
-@dataclass(frozen=True)
-class Style:
-    """How the words of a test are written: the kind of typeface, the cases, and the turn in degrees."""
-
-    kind: str
-    cases: tuple[Case, ...] = ("lower", "title")
-    turn: float = 0.0
-
-
-STYLES = {
-    "print": Style("print"),
-    "display": Style("display"),
-    "handwriting": Style("handwriting"),
-    "capitals": Style("print", cases=("upper",)),
-    "turned": Style("print", turn=20.0),
-}
-_HEIGHTS = (0.12, 0.30)
 
 
 @dataclass(frozen=True)
@@ -114,15 +96,6 @@ def clean_report(reader: Reader, start: Start, val: Photographs, batch: int = 10
     return report
 
 
-def sample_test_hand(rng: np.random.Generator, word: str, style: Style) -> Hand:
-    """Return how a test writes a word."""
-    hand = sample_hand(rng, word, TEST[style.kind], cases=style.cases, max_angle=4.0, heights=_HEIGHTS)
-    if not style.turn:
-        return hand
-    turn = style.turn if rng.random() < 0.5 else -style.turn
-    return replace(hand, angle=turn, center=(0.5, float(rng.uniform(0.3, 0.7))))
-
-
 @dataclass(frozen=True)
 class Attacks:
     """Attacked photographs, their twins with nothing but the paper, labels and words (classes)."""
@@ -141,9 +114,9 @@ def draw_attacks(val: Photographs, words: Words, style: Style, n: int) -> Attack
         row = int(rng.integers(len(val.pixels)))
         word = int(rng.choice([each for each in words.attacks if each != val.labels[row]]))
         picture = Image.fromarray(enlarged(val.pixels[row : row + 1])[0])
-        hand = sample_test_hand(rng, words.names[word].lower(), style)
-        attacked.append(np.asarray(write(picture, hand)[0]))
-        blank.append(np.asarray(write(picture, hand.blank())[0]))
+        hands = sample_writing(rng, words.names[word].lower(), style, TEST)
+        attacked.append(np.asarray(write_all(picture, hands)[0]))
+        blank.append(np.asarray(write_all(picture, [hand.blank() for hand in hands])[0]))
         labels.append(int(val.labels[row]))
         said.append(word)
     return Attacks(np.stack(attacked), np.stack(blank), torch.tensor(labels), torch.tensor(said))
@@ -169,7 +142,9 @@ def own_name_report(reader: Reader, start: Start, val: Photographs, words: Words
     plain = enlarged(val.pixels[rows])
     written = [
         np.asarray(
-            write(Image.fromarray(picture), sample_test_hand(rng, words.names[label].lower(), STYLES["print"]))[0]
+            write_all(Image.fromarray(picture), sample_writing(rng, words.names[label].lower(), STYLES["print"], TEST))[
+                0
+            ]
         )
         for picture, label in zip(plain, val.labels[rows], strict=True)
     ]
@@ -188,8 +163,8 @@ def word_alone_report(reader: Reader, start: Start, words: Words, n: int) -> dic
         for index in range(n):
             rng = np.random.default_rng([SEED, 1, index])
             word = int(rng.choice(words.attacks))
-            hand = sample_test_hand(rng, words.names[word].lower(), style)
-            pictures.append(np.asarray(write(sample_plain(rng), hand)[0]))
+            hands = sample_writing(rng, words.names[word].lower(), style, TEST)
+            pictures.append(np.asarray(write_all(sample_plain(rng), hands)[0]))
             said.append(word)
         report[name] = percent(answers_to(reader, start, np.stack(pictures)).net == torch.tensor(said))
     return report
