@@ -32,7 +32,7 @@ def answers(clf, seven_pictures):
 
 def test_params_are_the_arguments(tiny_classifier):
     params = tiny_classifier.get_params()
-    assert set(params) == {"clip", "defense", "allow_mismatch", "batch_size", "backend"}
+    assert set(params) == {"clip", "defense", "allow_mismatch", "batch_size", "backend", "limits"}
     assert params["clip"] is tiny_classifier.clip
 
 
