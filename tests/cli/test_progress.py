@@ -8,6 +8,7 @@ import itertools
 import pytest
 from rich.console import Console
 
+pytest.importorskip("torch", reason="a fit takes torch")
 from defense.cli import progress
 from defense.cli.progress import shown_progress
 

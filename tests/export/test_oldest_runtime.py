@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ pytest.importorskip("onnxruntime")
 import onnxruntime as ort
 
 from defense.errors import BackendError
-from defense.export import runtime
+from defense.export import bundle, runtime
 from defense.export.runtime import OnnxClassifier
 
 _SILENT = -1e30
@@ -111,7 +112,11 @@ def test_the_command_line_answers(ready, noise, tmp_path):
 def test_a_graph_of_an_older_version_is_refused_where_the_runtime_could_die_of_it(
     ready, monkeypatch, version, is_refused
 ):
-    """It has no strength, and met empty tensors."""
+    """It has no strength, and met empty tensors where the rule is TopK, as in this one's manifest."""
+    loaded = bundle.load(ready)
+    sites = [{**site, "act": "topk"} for site in loaded.defense["sites"]]
+    older = replace(loaded, mode="exact", defense={**loaded.defense, "sites": sites})
+    monkeypatch.setattr(bundle, "load", lambda *_args, **_options: older)
     monkeypatch.setattr(runtime, "STRENGTH", "no such input")
     monkeypatch.setattr(ort, "__version__", version)
     if is_refused:
