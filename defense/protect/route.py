@@ -30,6 +30,7 @@ from defense.data.sources import prepared
 from defense.errors import CheckpointError, ConfigError, NonFiniteError
 from defense.fit.config import FitConfig
 from defense.fit.from_pictures import sample, text_material
+from defense.fit.gates import GATES
 from defense.fit.placing import fit_defense
 from defense.fit.progress import Progress as FitProgress
 from defense.fit.shipping import ship
@@ -52,7 +53,7 @@ from .material import Wanted, wanted_pictures
 
 log = logging.getLogger(__name__)
 
-LEAST_EXPLAINED = 0.3
+LEAST_EXPLAINED = GATES.least_explained
 """Variance of the residuals that an SAE must explain, as a fraction: one of another CLIP explains nothing."""
 
 _N_LOOKED_AT = 64
