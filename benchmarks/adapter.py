@@ -24,7 +24,7 @@ from defense.data.images import decode
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, MissingDependencyError
 from defense.hosts.clip import load_clip
-from defense.hosts.defense import check_own_model
+from defense.hosts.shipped import check_own_model
 from defense.store.defenses import find_defense
 
 if TYPE_CHECKING:

@@ -115,12 +115,13 @@ def of_defenses(tile: Tile) -> list[Slots]:
     from defense.embedded.build import task_data
     from defense.fit.material import Pairs
     from defense.hosts.clip import EMBEDDED, embedded_folder, load_clip
+    from defense.hosts.shipped import MODELS
     from defense.store import defenses
     from defense.world.scenes import TEST_FONTS
 
     clip = load_clip(EMBEDDED)
     found = []
-    for name in defenses.embedded_defenses():
+    for name in MODELS[EMBEDDED].defenses:
         data, _ = task_data(name, _N_PICTURES, kernel_cases.SEED, TEST_FONTS, clip)
         pixel_values = data.attacked if isinstance(data, Pairs) else data.pixel_values
         for site in defenses.load(embedded_folder(name)).sites:

@@ -42,6 +42,7 @@ from defense.fit.selecting import TextFit
 from defense.hosts.attach import sae_of
 from defense.hosts.clip import EMBEDDED, Clip, embedded_folder, load_clip
 from defense.hosts.defense import Defense
+from defense.hosts.shipped import MODELS
 from defense.hosts.slim import restored
 from defense.hosts.tower import BATCH
 from defense.store import checkpoint, defenses, folders
@@ -177,7 +178,7 @@ def run(
 
 
 def _embedded_bench(clip: Clip, defense: Defense, settings: Settings) -> Bench:
-    site = restored(defense, [each.sae for each in checkpoint.embedded_saes()], own_rule=True).sites[0]
+    site = restored(defense, [each.sae for each in checkpoint.shipped_saes(MODELS[EMBEDDED])], own_rule=True).sites[0]
     sae = sae_of(site)
     text_embeds = build.text_embeds_of(clip, list(scenes.OBJECTS))
 

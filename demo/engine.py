@@ -20,9 +20,10 @@ import numpy as np
 from defense.classify.classifier import RobustClassifier
 from defense.classify.zeroshot import Prediction
 from defense.data import labels
+from defense.embedded.labels import own_labels
 from defense.errors import ConfigError
-from defense.hosts.clip import EMBEDDED
-from defense.world.scenes import OBJECTS
+from defense.hosts import shipped
+from defense.hosts.shipped import DEFAULT, EMBEDDED, ShippedClip
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,11 +56,16 @@ class DemoTask:
     template: str = "a photo of a {}."
 
 
-EMBEDDED_TASKS = (
-    DemoTask("text", "text in the picture", tuple(OBJECTS)),
+GROUP_TASKS = (
     DemoTask("waterbirds", "background behind birds", ("landbird", "waterbird")),
     DemoTask("celeba", "gender behind hair color", ("dark hair", "blond hair"), "a photo of a person with {}."),
 )
+
+
+def own_tasks(model: ShippedClip) -> tuple[DemoTask, ...]:
+    """Return what may be removed by the defenses of a shipped model."""
+    text = DemoTask("text", "text in the picture", own_labels(model))
+    return (text, *GROUP_TASKS) if model.name == EMBEDDED else (text,)
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Engine:
     clf: RobustClassifier | OnnxClassifier
     tasks: tuple[DemoTask, ...]
     catalogues: Mapping[str, Catalogue] = field(default_factory=dict)
-    title: str = EMBEDDED
+    title: str = DEFAULT
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -252,15 +258,19 @@ def _said() -> Iterator[list[str]]:
         logger.removeHandler(collector)
 
 
-def tasks_of(names: Sequence[str], default: Sequence[str] | None, template: str | None) -> tuple[DemoTask, ...]:
+def tasks_of(
+    names: Sequence[str], model: str, default: Sequence[str] | None, template: str | None
+) -> tuple[DemoTask, ...]:
     """Return the tasks for the latent sets of a defense.
 
     Args:
         names: Of the sets.
-        default: Labels where a visitor gives none; the embedded model's own where None.
-        template: The prompt; the embedded model's own where None.
+        model: Name of the CLIP.
+        default: Labels where a visitor gives none; a shipped model's own where None.
+        template: The prompt; a shipped model's own where None.
     """
-    own = {task.name: task for task in EMBEDDED_TASKS} if default is None else {}
-    chosen = tuple(default or OBJECTS)
-    fallback = template or EMBEDDED_TASKS[0].template
-    return tuple(own.get(name) or DemoTask(name, name, chosen, fallback) for name in names)
+    own = own_tasks(shipped.find_model(model) or shipped.MODELS[DEFAULT])
+    chosen = tuple(default or own[0].labels)
+    fallback = template or own[0].template
+    known = {task.name: task for task in own} if default is None else {}
+    return tuple(known.get(name) or DemoTask(name, name, chosen, fallback) for name in names)

@@ -1,4 +1,4 @@
-"""Pictures to begin with: scenes of the embedded world, drawn when they are asked for."""
+"""Pictures to begin with: photographs, and scenes of the embedded world, drawn when they are asked for."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from defense.demo.engine import EMBEDDED_TASKS, DemoTask
+from defense.data.images import decode
+from defense.demo.engine import DemoTask, own_tasks
+from defense.hosts.shipped import EMBEDDED, MODELS, PHOTO
 from defense.world import draws, scenes
 from defense.world.draws import Grouped
 from defense.world.scenes import Scene
@@ -19,42 +22,48 @@ _SIZE = 320
 
 
 @dataclass(frozen=True)
-class ExampleScene:
+class ExamplePicture:
     """A picture, and what to do with it.
 
     Attributes:
         title: What it shows.
-        scene: What to draw.
+        source: A scene to draw, or a photograph.
         task: Name of the task that it belongs to.
         word: What is written on it at first.
     """
 
     title: str
-    scene: Scene
+    source: Scene | Path
     task: str
     word: str = ""
 
     @property
     def picture(self) -> Image.Image:
         """The picture without the word."""
-        return _drawn(self.scene)
+        return _picture(self.source)
 
 
 @functools.cache
-def _drawn(scene: Scene) -> Image.Image:
-    return scenes.render(scene, _SIZE)
+def _picture(source: Scene | Path) -> Image.Image:
+    return scenes.render(source, _SIZE) if isinstance(source, Scene) else decode(source).image
 
 
-def examples(tasks: Sequence[DemoTask]) -> tuple[ExampleScene, ...]:
-    """Return the pictures for those of the tasks that are the embedded model's."""
-    names = {task.name for task in tasks if task in EMBEDDED_TASKS}
-    found: list[ExampleScene] = []
+def examples(tasks: Sequence[DemoTask]) -> tuple[ExamplePicture, ...]:
+    """Return the pictures for those of the tasks that are a shipped model's."""
+    drawn, photographed = (own_tasks(MODELS[name]) for name in (EMBEDDED, PHOTO))
+    names = {task.name for task in tasks if task in drawn}
+    found: list[ExamplePicture] = []
+    if any(task in photographed for task in tasks):
+        folder = MODELS[PHOTO].folder("photographs")
+        found += [ExamplePicture(title, folder / f"{title}.jpg", "text", word) for title, word in _PHOTOGRAPHS]
     if "text" in names:
         found += [_object(*row) for row in _OBJECTS]
-    found += [ExampleScene(title, _nth(draw, index), task) for title, task, draw, index in _GROUPS if task in names]
+    found += [ExamplePicture(title, _nth(draw, index), task) for title, task, draw, index in _GROUPS if task in names]
     return tuple(found)
 
 
+_PHOTOGRAPHS = (("cat", "pizza"), ("espresso", "iPod"), ("tripod", "dog"), ("rocket", "banana"))
+"""A photograph, and the word that is written on it at first."""
 _OBJECTS = (
     ("apple", "pizza", 18),
     ("dog", "car", 1),
@@ -66,10 +75,10 @@ _OBJECTS = (
 """An object, the word that is written on it at first, and a seed. Chosen among 24 seeds because the word works."""
 
 
-def _object(name: str, word: str, seed: int) -> ExampleScene:
+def _object(name: str, word: str, seed: int) -> ExamplePicture:
     rng = np.random.default_rng(seed)
     scene = draws.sample_scene(rng, draws.sample_object(rng, name), None)
-    return ExampleScene(name, replace(scene, oversample=1), "text", word)
+    return ExamplePicture(name, replace(scene, oversample=1), "text", word)
 
 
 _SEED = 3

@@ -15,7 +15,7 @@ from PIL import Image
 from defense.core.latents import Edit
 from defense.demo import cards, draw, limits, views
 from defense.demo.engine import Engine, Question
-from defense.demo.examples import ExampleScene, examples
+from defense.demo.examples import ExamplePicture, examples
 from defense.demo.uploads import untouched
 from defense.errors import DefenseError
 
@@ -358,7 +358,7 @@ def _first_form(trying: Trying) -> Form:
     )  # fmt: skip
 
 
-def _strip(shown: Sequence[ExampleScene]) -> str:
+def _strip(shown: Sequence[ExamplePicture]) -> str:
     """Return the examples as a row of buttons."""
     tiles = "".join(
         f'<button type="button" data-event="choose" data-index="{index}" data-key="example-{index}">'

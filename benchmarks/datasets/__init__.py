@@ -24,7 +24,19 @@ from defense.benchmarks.datasets import (
 from defense.benchmarks.datasets.base import Dataset, Example, File, Options, Picture, Task
 from defense.errors import ConfigError
 
-__all__ = ["READERS", "SUITES", "Dataset", "Example", "File", "Options", "Picture", "Reader", "Task", "read_tasks"]
+__all__ = [
+    "PHOTO_SUITE",
+    "READERS",
+    "SUITES",
+    "Dataset",
+    "Example",
+    "File",
+    "Options",
+    "Picture",
+    "Reader",
+    "Task",
+    "read_tasks",
+]
 
 
 class Reader(NamedTuple):
@@ -72,6 +84,9 @@ SUITES: Mapping[str, tuple[str, ...]] = {
     "all": tuple(READERS),
 }
 """Name of several -> their names. Those that are drawn count where no other is there, or on request."""
+
+PHOTO_SUITE = SUITES["photo"]
+"""What the CLIP for photographs is measured on, where no other is named."""
 
 DATA = Path("data")
 """Where data sets are looked for unless a folder is given."""

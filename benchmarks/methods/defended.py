@@ -59,18 +59,21 @@ def exact(name: str, defense: Defense) -> Defense:
 
     Args:
         name: Of the method that needs it.
-        defense: Whole, or slim and fitted with an SAE of the embedded model.
+        defense: Whole, or slim and fitted with an SAE that ships.
 
     Raises:
         NotApplicableError: It is slim, and its SAE does not ship.
     """
     if all(site.part is None for site in defense.sites):
         return defense
+    from defense.hosts.shipped import find_model
     from defense.hosts.slim import restored
-    from defense.store.checkpoint import embedded_saes
+    from defense.store.checkpoint import shipped_saes
 
+    own = find_model(defense.clip.model)
+    saes = [] if own is None else [each.sae for each in shipped_saes(own)]
     try:
-        return restored(defense, [each.sae for each in embedded_saes()], own_rule=True)
+        return restored(defense, saes, own_rule=True)
     except ConfigError as error:
         raise NotApplicableError(f"{name!r} needs every latent, and this defense is slim: {error}") from error
 

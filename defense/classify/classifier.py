@@ -21,9 +21,10 @@ from defense.data.labels import Prompts
 from defense.data.notes import NoteLog
 from defense.data.preprocess import Preprocess
 from defense.errors import CheckpointError, ConfigError
-from defense.hosts.clip import EMBEDDED, Clip, load_clip
+from defense.hosts import shipped
+from defense.hosts.clip import Clip, load_clip
 from defense.hosts.controls import Controls, applied
-from defense.hosts.defense import ClipId, Defense, Site, check_own_model
+from defense.hosts.defense import ClipId, Defense, Site
 from defense.hosts.golden import check_golden
 from defense.hosts.naming import load_clip_of, names_clip
 from defense.store import defenses, registry
@@ -123,7 +124,7 @@ class RobustClassifier(ZeroShotClassifier):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike[str] = EMBEDDED,
+        source: str | os.PathLike[str] = shipped.DEFAULT,
         *,
         model: str | None = None,
         pretrained: str | None = None,
@@ -146,7 +147,7 @@ class RobustClassifier(ZeroShotClassifier):
         protect` made here, else the one that the registry lists, which is fetched and checked.
 
         Args:
-            source: "embedded" (offline, nothing is downloaded), a folder, a hub id, or the name of a CLIP.
+            source: "photo" or "embedded" (offline, nothing is downloaded), a folder, a hub id, or the name of a CLIP.
             model: Name of a CLIP (see `load_clip`), in place of the one that the defense names; its weights must be the
                 same, whatever library they are of.
             pretrained: open_clip's tag of the weights of `model`, or of `source` where that names a CLIP.
@@ -173,7 +174,7 @@ class RobustClassifier(ZeroShotClassifier):
             defense = _ready(clip, clip_id, Hub(cache_dir, local_files_only, token))
         else:
             check_named(model, pretrained)
-            check_own_model(source, model, pretrained)
+            shipped.check_own_model(source, model, pretrained)
             defense = find_defense(
                 source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
             )
@@ -417,7 +418,7 @@ class RobustClassifier(ZeroShotClassifier):
 def _is_clip(source: str | os.PathLike[str], pretrained: str | None) -> bool:
     """Return whether a source is the name of a CLIP: of a folder of that name, only where weights are named."""
     name = str(source)
-    if name.split(":")[0] == EMBEDDED:
+    if shipped.find(source) is not None:
         return False
     if pretrained is None and (Path(name).exists() or hub_source(name) is not None):
         return False

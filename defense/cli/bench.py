@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from defense.benchmarks.datasets import Options, Task
     from defense.benchmarks.methods import Method
     from defense.hosts.defense import Defense
+    from defense.hosts.shipped import ShippedClip
 
 _WITHOUT_DATA = {"speed": {"model", "out"}, "latents": {"out"}}
 """Suites that measure no data set, and the options that each of them takes."""
@@ -50,7 +51,9 @@ def bench(
     pretrained: Annotated[str | None, typer.Option(help='open_clip\'s tag of its weights, or "random".')] = None,
     defense: Annotated[
         str | None,
-        typer.Option(help='"embedded", a folder, or a hub id; by default what ships for each of the "mini" data sets.'),
+        typer.Option(
+            help='"photo", "embedded", a folder, or a hub id; by default what ships for each of the "mini" data sets.'
+        ),
     ] = None,
     methods: Annotated[str, typer.Option(help='E.g. "zero-shot,defense,defense@0.5"; "all".')] = "zero-shot,defense",
     out: Annotated[Path, typer.Option(help="Where results, tables and plots go; a second run goes on there.")] = Path(
@@ -105,14 +108,16 @@ def _tasks(suite: str, data: Path | None, options: Options, *, with_drawn: bool)
 
 
 def _named_by(defense: Defense | None, tasks: Sequence[Task]) -> tuple[str, str | None]:
-    """Return model and weights where none are given: those of the defense, or the embedded ones for what is drawn."""
-    from defense.benchmarks.datasets import mini
-    from defense.hosts.clip import EMBEDDED
+    """Return model and weights where none are given: those of the defense, or the shipped ones for their suites."""
+    from defense.benchmarks.datasets import PHOTO_SUITE, mini
+    from defense.hosts.shipped import EMBEDDED, PHOTO
 
     if defense is not None:
         return defense.clip.model, defense.clip.pretrained
     if all(task.name in mini.DEFENSES for task in tasks):
         return EMBEDDED, None
+    if all(task.name in PHOTO_SUITE for task in tasks):
+        return PHOTO, None
     raise typer.BadParameter("--model is missing, e.g. --model ViT-B-32 --pretrained openai")
 
 
@@ -121,24 +126,23 @@ def _jobs(
 ) -> list[tuple[Task, Sequence[Method]]]:
     """Return each data set with the methods to measure on it, and the defense that is given or ships for it."""
     from defense.benchmarks.methods import FACTORIES, make_methods
-    from defense.hosts.clip import EMBEDDED
+    from defense.hosts.shipped import find_model
 
     typed = [name.strip() for name in methods.split(",")]
     names = [each for name in typed for each in (FACTORIES if name == "all" else [name])]
-    is_shipped = defense is None and model == EMBEDDED
-    defenses = _shipped(tasks) if is_shipped else {task.name: defense for task in tasks}
+    own = find_model(model) if defense is None else None
+    defenses = _shipped(tasks, own) if own is not None else {task.name: defense for task in tasks}
     return [(task, make_methods(names, defenses[task.name])) for task in tasks]
 
 
-def _shipped(tasks: Sequence[Task]) -> dict[str, Defense | None]:
-    """Return the embedded model's defense for each task, None where none ships for it."""
+def _shipped(tasks: Sequence[Task], own: ShippedClip) -> dict[str, Defense | None]:
+    """Return a shipped model's defense for each task, None where none ships for it."""
     from defense.benchmarks.datasets import mini
-    from defense.hosts.clip import EMBEDDED
-    from defense.store.defenses import embedded_defenses, find_defense
+    from defense.hosts.shipped import EMBEDDED, FIRST
+    from defense.store.defenses import find_defense
 
-    there = embedded_defenses()
-    names = {task.name: mini.DEFENSES.get(task.name) for task in tasks}
-    return {task: find_defense(f"{EMBEDDED}:{name}") if name in there else None for task, name in names.items()}
+    names = {task.name: mini.DEFENSES.get(task.name) if own.name == EMBEDDED else FIRST for task in tasks}
+    return {task: find_defense(f"{own.name}:{name}") if name in own.defenses else None for task, name in names.items()}
 
 
 def _refuse_options(ctx: typer.Context, suite: str, allowed: set[str]) -> None:

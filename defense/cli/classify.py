@@ -30,6 +30,7 @@ from defense.cli.common import (
     print_json,
     put,
     say,
+    shipped_model,
     shown,
     stdout,
 )
@@ -37,6 +38,7 @@ from defense.cli.stages import stages
 from defense.data import images
 from defense.data.notes import NOTES
 from defense.errors import InvalidImageError
+from defense.hosts.shipped import DEFAULT
 
 if TYPE_CHECKING:
     from defense.classify.classifier import RobustClassifier
@@ -57,7 +59,9 @@ def classify(
     labels: Labels = None,
     labels_file: LabelsFile = None,
     template: Template = "simple",
-    defense: Annotated[str, typer.Option(help='"embedded", a folder, a hub id, or an exported bundle.')] = "embedded",
+    defense: Annotated[
+        str, typer.Option(help='"photo", "embedded", a folder, a hub id, or an exported bundle.')
+    ] = DEFAULT,
     model: OtherModel = None,
     pretrained: Pretrained = None,
     plain: Annotated[bool, typer.Option("--plain", help="Stock CLIP only.")] = False,
@@ -76,7 +80,6 @@ def classify(
         from defense.classify.classifier import RobustClassifier
         from defense.export import bundle
         from defense.export.runtime import OnnxClassifier
-        from defense.hosts.clip import EMBEDDED
 
         check_pretrained(model, pretrained, None if plain else defense)
         limits = images.Limits(max_pixels=max_pixels)
@@ -86,7 +89,7 @@ def classify(
                 raise typer.BadParameter(
                     "a bundle holds one defended model; --plain and --model do not go with it, --strength 0 does"
                 )
-            given = None if labels is None and labels_file is None else chosen_labels(labels, labels_file, False)
+            given = None if labels is None and labels_file is None else chosen_labels(labels, labels_file, None)
             bundled = OnnxClassifier(defense, strength=1.0 if strength is None else strength, limits=limits)
             if given is not None:
                 bundled.set_labels(given, template)
@@ -94,8 +97,7 @@ def classify(
             return
         if strength is not None:
             raise typer.BadParameter("--strength is a bundle's; a defense is shown beside plain CLIP, or see --plain")
-        uses_embedded = defense == EMBEDDED and model in (None, EMBEDDED)
-        chosen = chosen_labels(labels, labels_file, uses_embedded, defense)
+        chosen = chosen_labels(labels, labels_file, shipped_model(defense, model), defense)
         if plain:
             clf = _undefended(defense, model, pretrained, device, limits)
         else:

@@ -28,6 +28,8 @@ from defense.errors import (
     NonFiniteError,
     cannot_import,
 )
+from defense.hosts import shipped
+from defense.hosts.shipped import ShippedClip
 from defense.store.defenses import find_defense
 from defense.store.folders import restore
 
@@ -65,7 +67,7 @@ EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141  # 128 and the number of the signal, as
 Labels = Annotated[str | None, typer.Option(help='What to choose from, e.g. "dog,cat".')]
 LabelsFile = Annotated[Path | None, typer.Option(help="The same, one label a line.")]
 Template = Annotated[str, typer.Option(help='"simple", "hf", "openai", or a template with {}.')]
-DefenseSource = Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')]
+DefenseSource = Annotated[str, typer.Option(help='"photo", "embedded", a folder, or a hub id.')]
 Model = Annotated[str, typer.Option(help='open_clip model, or "transformers:" and a folder or hub id.')]
 OtherModel = Annotated[str | None, typer.Option(help="The same; by default the one that the defense names.")]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")]
@@ -153,19 +155,19 @@ def make_printable() -> None:
 def chosen_labels(
     labels: str | None,
     labels_file: Path | None,
-    uses_embedded: bool,
+    own: ShippedClip | None,
     defense: str | None = None,
     *,
     needs_own: bool = False,
 ) -> Sequence[str]:
-    """Return the labels given by either option; else the embedded model's own, or common nouns for another one.
+    """Return the labels given by either option; else a shipped model's own, or common nouns for another one.
 
     Where labels are needed and none are given, a defense that is not there is told first.
 
     Args:
         labels: The labels, separated by commas.
         labels_file: A file of them.
-        uses_embedded: Whether it is the embedded model that chooses.
+        own: The shipped model that chooses, if it is one.
         defense: The option --defense, where there is one.
         needs_own: Refuse to choose labels for another model: they would be baked into something.
     """
@@ -177,10 +179,10 @@ def chosen_labels(
         return read_labels(labels_file)
     if labels is not None:
         return [label.strip() for label in labels.split(",")]
-    if uses_embedded:
-        from defense.world.scenes import OBJECTS
+    if own is not None:
+        from defense.embedded.labels import own_labels
 
-        return list(OBJECTS)
+        return own_labels(own)
     if defense is not None:
         find_defense(defense)
     if needs_own:
@@ -192,6 +194,14 @@ def chosen_labels(
     return nouns
 
 
+def shipped_model(defense: str, model: str | None) -> ShippedClip | None:
+    """Return the shipped model that chooses with its own labels: where its first defense is in no other model."""
+    found = shipped.find(defense)
+    if found is None or found.defense != shipped.FIRST or model not in (None, found.model.name, *found.model.aliases):
+        return None
+    return found.model
+
+
 def check_pretrained(model: str | None, pretrained: str | None, defense: str | None = None) -> None:
     """Refuse --pretrained without a --model that could have such weights, and an embedded defense for another model.
 
@@ -200,15 +210,13 @@ def check_pretrained(model: str | None, pretrained: str | None, defense: str | N
         pretrained: The option --pretrained.
         defense: The option --defense, where there is one that will be used.
     """
-    from defense.hosts.defense import check_own_model
-
-    if pretrained is not None and model in (None, "embedded"):
+    if pretrained is not None and (model is None or shipped.find_model(model) is not None):
         raise typer.BadParameter(
             f"--pretrained {pretrained} says which weights a --model has, and there is none; give both, e.g. --model "
             "ViT-B-32 --pretrained openai, or neither"
         )
     if defense is not None:
-        check_own_model(defense, model, pretrained)
+        shipped.check_own_model(defense, model, pretrained)
 
 
 def check_there(*paths: Path | None) -> None:

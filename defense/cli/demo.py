@@ -22,8 +22,10 @@ from defense.cli.common import (
     chosen_labels,
     exit_codes,
     say,
+    shipped_model,
 )
 from defense.errors import MissingDependencyError
+from defense.hosts.shipped import DEFAULT
 
 if TYPE_CHECKING:
     from defense.demo.engine import Engine
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def demo(
-    defense: DefenseSource = "embedded",
+    defense: DefenseSource = DEFAULT,
     model: OtherModel = None,
     pretrained: Pretrained = None,
     bundle: Annotated[Path | None, typer.Option(help="An exported bundle in place of all this; without torch.")] = None,
@@ -55,15 +57,15 @@ def demo(
 
         engine: Engine
         if bundle is not None:
-            if model is not None or pretrained is not None or defense != "embedded":
+            if model is not None or pretrained is not None or defense != DEFAULT:
                 raise typer.BadParameter("a bundle holds its model and defense; give --bundle without these")
-            given = None if labels is None and labels_file is None else chosen_labels(labels, labels_file, False)
+            given = None if labels is None and labels_file is None else chosen_labels(labels, labels_file, None)
             engine = bundled(bundle, given, template)
         else:
             check_pretrained(model, pretrained, defense)
-            uses_embedded = defense.partition(":")[0] == "embedded" and model in (None, "embedded")
-            is_given = labels is not None or labels_file is not None or not uses_embedded
-            given = chosen_labels(labels, labels_file, uses_embedded, defense) if is_given else None
+            own = shipped_model(defense.partition(":")[0], model)
+            is_given = labels is not None or labels_file is not None or own is None
+            given = chosen_labels(labels, labels_file, own, defense) if is_given else None
             engine = defended(defense, given, template, model=model, pretrained=pretrained, device=device)
         if guard.is_open(host):
             say(

@@ -22,6 +22,7 @@ from defense.cli.common import (
     say_passed_over,
 )
 from defense.cli.stages import stages
+from defense.hosts.shipped import DEFAULT
 
 
 @app.command()
@@ -32,7 +33,7 @@ def describe(
     ],
     words: Annotated[Path, typer.Option(help="Candidates for names, one a line.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for it; <defense>.catalogue is found by itself.")],
-    model: Model = "embedded",
+    model: Model = DEFAULT,
     pretrained: Pretrained = None,
     n_top: Annotated[int, typer.Option(min=1, help="Pictures to keep per latent.")] = 8,
     n_names: Annotated[int, typer.Option(min=1, help="Words to keep per latent.")] = 3,

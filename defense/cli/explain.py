@@ -27,10 +27,12 @@ from defense.cli.common import (
     chosen_labels,
     exit_codes,
     say,
+    shipped_model,
     shown,
     stderr,
 )
 from defense.core.latents import Removal
+from defense.hosts.shipped import DEFAULT
 from defense.store.folders import replacing
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def explain(
     labels: Labels = None,
     labels_file: LabelsFile = None,
     template: Template = "simple",
-    defense: DefenseSource = "embedded",
+    defense: DefenseSource = DEFAULT,
     model: OtherModel = None,
     pretrained: Pretrained = None,
     strength: Annotated[float, typer.Option(min=0, max=1, help="Factor on what is removed; 0 is stock CLIP.")] = 1.0,
@@ -65,14 +67,13 @@ def explain(
         from defense.explain.report_html import report_html
         from defense.explain.report_png import report_png
         from defense.export import bundle
-        from defense.hosts.clip import EMBEDDED
         from defense.hosts.controls import Controls
 
         check_pretrained(model, pretrained, defense)
         _check_target(out, picture)
         if bundle.is_bundle(defense):
             raise typer.BadParameter("a bundle cannot explain itself; give the defense that it was exported from")
-        chosen = chosen_labels(labels, labels_file, defense == EMBEDDED and model in (None, EMBEDDED), defense)
+        chosen = chosen_labels(labels, labels_file, shipped_model(defense, model), defense)
         limits = images.Limits(max_pixels=max_pixels)
         decoded = images.decode(picture, limits=limits)
         clf = RobustClassifier.from_pretrained(

@@ -21,10 +21,12 @@ from defense.cli.common import (
     exit_codes,
     put,
     say,
+    shipped_model,
     shown,
 )
 from defense.errors import cannot_import
 from defense.export.layouts import Dtype, Layout, Mode  # the one module on top that a command needs for its options
+from defense.hosts.shipped import DEFAULT
 
 if TYPE_CHECKING:
     from defense.export.exporter import ExportReport
@@ -36,7 +38,7 @@ def export(
     labels: Annotated[str | None, typer.Option(help='Labels to bake in, e.g. "dog,cat".')] = None,
     labels_file: LabelsFile = None,
     template: Template = "simple",
-    defense: DefenseSource = "embedded",
+    defense: DefenseSource = DEFAULT,
     model: OtherModel = None,
     pretrained: Pretrained = None,
     mode: Annotated[Mode, typer.Option(help="How a TopK SAE is written.")] = "exact",
@@ -48,7 +50,6 @@ def export(
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes():
         from defense.classify.classifier import RobustClassifier
-        from defense.hosts.clip import EMBEDDED
 
         try:
             from defense.export.exporter import export_onnx, free_target
@@ -56,8 +57,7 @@ def export(
             raise cannot_import("onnxscript", error) from error
 
         check_pretrained(model, pretrained, defense)
-        uses_embedded = defense == EMBEDDED and model in (None, EMBEDDED)
-        chosen = chosen_labels(labels, labels_file, uses_embedded, defense, needs_own=True)
+        chosen = chosen_labels(labels, labels_file, shipped_model(defense, model), defense, needs_own=True)
         free_target(out)
         start = time.monotonic()
 

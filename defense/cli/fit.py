@@ -28,6 +28,7 @@ from defense.cli.common import (
     shown,
 )
 from defense.core.latents import Removal, Scope
+from defense.hosts.shipped import DEFAULT, ShippedClip, find_model
 
 if TYPE_CHECKING:
     from defense.classify.classifier import RobustClassifier
@@ -95,7 +96,7 @@ def fit(
         str | None, typer.Option(help='Group, without labels: e.g. "water background,land background".')
     ] = None,
     template: Template = "simple",
-    model: Model = "embedded",
+    model: Model = DEFAULT,
     pretrained: Pretrained = None,
     edit: Annotated[
         Removal, typer.Option(help="Take away what latents write, or the span of those that fire.")
@@ -141,12 +142,12 @@ def fit(
         from defense.fit.config import FitConfig
         from defense.fit.placing import fit_defense
         from defense.fit.sites import plan_sites
-        from defense.hosts.clip import EMBEDDED, load_clip, resolve_device
+        from defense.hosts.clip import load_clip, resolve_device
         from defense.store.cache import cache_folder
         from defense.store.hub import hub_source
 
         source = _Source(task, pictures or [], metadata, path_column, label_column, attribute_column, spurious)
-        answers = _answers(task, labels, labels_file, classes, template, uses_embedded=model == EMBEDDED)
+        answers = _answers(task, labels, labels_file, classes, template, own=find_model(model))
         _check_options(source, sae or [], scope=scope, is_swept=sweep, folds=folds)
         check_pretrained(model, pretrained)
         _check_targets(out, report)
@@ -224,7 +225,7 @@ def _answers(
     classes: str | None,
     template: str,
     *,
-    uses_embedded: bool,
+    own: ShippedClip | None,
 ) -> tuple[str, ...]:
     """Return what to choose from, checked; the template, which it goes into, is checked too."""
     from defense.data.labels import check_labels, resolve_templates
@@ -237,7 +238,7 @@ def _answers(
     elif classes is not None:
         raise typer.BadParameter("--classes goes with --task group; --task text has --labels")
     else:
-        answers = check_labels(chosen_labels(labels, labels_file, uses_embedded))
+        answers = check_labels(chosen_labels(labels, labels_file, own))
     if len(answers) < 2:
         raise typer.BadParameter(f"{answers[0]!r} is all there is to choose from; give two or more")
     return answers

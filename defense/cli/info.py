@@ -10,12 +10,13 @@ import typer
 from defense.cli.common import app, check_pretrained, exit_codes, put, say, shown
 from defense.errors import CheckpointError, MissingDependencyError, cannot_import
 from defense.hosts.defense import Defense
+from defense.hosts.shipped import DEFAULT
 from defense.store import folders
 
 
 @app.command()
 def info(
-    source: Annotated[str, typer.Argument(help='"embedded", a folder, or a hub id.')] = "embedded",
+    source: Annotated[str, typer.Argument(help='"photo", "embedded", a folder, or a hub id.')] = DEFAULT,
     expect: Annotated[str | None, typer.Option(help="sha256 that the manifest must have.")] = None,
     check: Annotated[
         bool,

@@ -24,6 +24,7 @@ from defense.cli.common import (
 from defense.cli.stages import stages
 from defense.core.config import Variant
 from defense.core.latents import Scope
+from defense.hosts.shipped import DEFAULT
 
 if TYPE_CHECKING:
     from defense.data.sources import Pictures
@@ -40,7 +41,7 @@ def train(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the SAE.")],
     block: Annotated[int, typer.Option(min=0, help="Block after which residuals are taken, counted from 0.")],
-    model: Model = "embedded",
+    model: Model = DEFAULT,
     pretrained: Pretrained = None,
     variant: Annotated[Variant, typer.Option(help="Which latents count.")] = "batchtopk",
     d_sae: Annotated[int | None, typer.Option(help="Latents; by default 16 times the width of the residual.")] = None,

@@ -41,6 +41,7 @@ from defense.fit.validation import measure
 from defense.hosts.clip import EMBEDDED, Clip, load_clip
 from defense.hosts.defense import Defense, Site
 from defense.hosts.golden import make_golden
+from defense.hosts.shipped import MODELS
 from defense.hosts.slim import restored, slim
 from defense.hosts.tower import block_of
 from defense.store import checkpoint, defenses, folders
@@ -265,7 +266,7 @@ def full_report(
         with clip.defended(replace(defense, sites=tuple(sites))):
             return report_on(clip, data, text_embeds)
 
-    saes = [each.sae for each in checkpoint.embedded_saes()] if saes is None else saes
+    saes = [each.sae for each in checkpoint.shipped_saes(MODELS[EMBEDDED])] if saes is None else saes
     exact = restored(defense, saes, own_rule=True).sites
     activity = [activity_of(clip, site, [active[:200].numpy()]) for site in exact]
     controls = []

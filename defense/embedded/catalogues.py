@@ -20,6 +20,7 @@ from defense.fit.material import Pairs
 from defense.fit.selecting import GroupFit, TextFit
 from defense.hosts.attach import sae_of
 from defense.hosts.clip import EMBEDDED, Clip, embedded_folder, load_clip
+from defense.hosts.shipped import MODELS
 from defense.hosts.slim import restored
 from defense.store import checkpoint, defenses
 from defense.world import draws, scenes
@@ -60,7 +61,7 @@ def describe_defense(name: str, n: int, n_fit: int) -> list[Catalogue]:
         n_fit: Pictures for contrast and effect of a latent.
     """
     clip = load_clip(EMBEDDED)
-    saes = [each.sae for each in checkpoint.embedded_saes()]
+    saes = [each.sae for each in checkpoint.shipped_saes(MODELS[EMBEDDED])]
     defense = restored(defenses.load(embedded_folder(name)), saes, own_rule=True)
     data, text_embeds = build.task_data(name, n_fit, SEED_FIT, scenes.TRAIN_FONTS, clip)
     n_own = n // 2 if name in GROUP_SEEDS else 0

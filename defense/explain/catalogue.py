@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from defense.errors import CheckpointError, ConfigError, NonFiniteError, ShapeError
+from defense.hosts import shipped
 from defense.store import folders
 
 if TYPE_CHECKING:
@@ -254,17 +255,15 @@ def find(source: str | os.PathLike[str]) -> dict[str, Catalogue]:
     """Return the catalogues that go with a defense, by hook point; none where there are none.
 
     Args:
-        source: What `find_defense` takes: "embedded", "embedded:waterbirds", or a folder, whose catalogue is
+        source: What `find_defense` takes: "photo", "embedded:waterbirds", or a folder, whose catalogue is
             `<folder>.catalogue` beside it.
 
     Raises:
         CheckpointError: There is one, and it is damaged.
     """
-    from defense.hosts.clip import EMBEDDED, embedded_folder
-
-    kind, _, name = str(source).partition(":")
-    if kind == EMBEDDED:
-        folder = embedded_folder("catalogue") / (name or "text")
+    ours = shipped.find(source)
+    if ours is not None:
+        folder = ours.model.folder("catalogue") / ours.defense
     else:
         folder = Path(os.path.abspath(source))  # "." has no name; a link keeps its own, so not resolve()
         folder = folder.with_name(f"{folder.name}.catalogue")

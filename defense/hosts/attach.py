@@ -27,7 +27,8 @@ from defense.core.suppress import Suppression, Suppressor, suppress, suppress_an
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError
 
-from .defense import EMBEDDED, ClipId, Defense, Site, embedded_alone
+from . import shipped
+from .defense import ClipId, Defense, Site
 from .families import check_module, tower_of
 from .tower import VisionTower
 from .transformers_inputs import preprocess_of
@@ -218,8 +219,9 @@ def check_clip(tower: VisionTower, spec: ClipId) -> None:
         ShapeError: Another width.
     """
     name = spec.name
-    if spec.model == EMBEDDED and not tower.has_weights(spec.sha256, spec.stream_sha256):
-        raise ConfigError(embedded_alone())
+    ours = shipped.find_model(spec.model)
+    if ours is not None and not tower.has_weights(spec.sha256, spec.stream_sha256):
+        raise ConfigError(shipped.fits_alone(ours))
     tower.check_width(spec.d_model, f"this defense (fitted on {name})")
     if len(tower.blocks) != spec.n_layers:
         raise ConfigError(

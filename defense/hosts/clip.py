@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,8 +20,10 @@ from defense.data.preprocess import Preprocess
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, ConfigError, cannot_import
 
-from .defense import EMBEDDED as EMBEDDED
+from . import shipped
 from .defense import ClipId, Defense, Site
+from .shipped import EMBEDDED as EMBEDDED
+from .shipped import embedded_folder as embedded_folder
 
 if TYPE_CHECKING:
     import torch
@@ -277,14 +277,14 @@ class Clip:
 
 
 def load_clip(
-    model: str = EMBEDDED, pretrained: str | None = None, *, device: str | int | torch.device = "cpu"
+    model: str = shipped.DEFAULT, pretrained: str | None = None, *, device: str | int | torch.device = "cpu"
 ) -> Clip:
     """Load a CLIP by name.
 
     Args:
-        model: "embedded"; a name of open_clip such as "ViT-B-32", also written "ViT-B/32"; "hf-hub:org/repo" or
-            "local-dir:path" of open_clip; "transformers:" with a folder or hub id; "timm:" with a name of timm,
-            for embeddings alone.
+        model: "photo" or "embedded", which ship; a name of open_clip such as "ViT-B-32", also written "ViT-B/32";
+            "hf-hub:org/repo" or "local-dir:path" of open_clip; "transformers:" with a folder or hub id; "timm:" with a
+            name of timm, for embeddings alone.
         pretrained: open_clip's tag or a path, for a plain name. A tag that is not cached is downloaded.
         device: See `resolve_device`.
 
@@ -308,8 +308,9 @@ def load_clip(
         return Clip.from_transformers(net.to(device).requires_grad_(False), processor)
     if model.startswith(TIMM):
         return _load_timm(model.removeprefix(TIMM), device)
-    if model == EMBEDDED:
-        model = f"local-dir:{embedded_folder('clip')}"
+    ours = shipped.find_model(model)
+    if ours is not None:
+        model = f"local-dir:{ours.folder('clip')}"
     needs_quick_gelu = False
     if not model.startswith(("hf-hub:", "local-dir:")):
         from . import open_clip_names
@@ -395,8 +396,3 @@ def resolve_device(device: str | int | torch.device) -> str:
             f"device={device!r} was asked for, but torch {torch.__version__} cannot use it; use 'cpu'"
         ) from error
     return str(found)
-
-
-def embedded_folder(name: str) -> Path:
-    """Return a folder of the embedded model: "clip", or the name of one of its defenses."""
-    return Path(str(resources.files("defense.embedded").joinpath(name)))

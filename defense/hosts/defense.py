@@ -14,9 +14,6 @@ from defense.core.latents import LatentSet
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError
 
-EMBEDDED = "embedded"
-"""Name of the model that ships, and of its first defense; the others are "embedded:NAME"."""
-
 
 @dataclass(frozen=True)
 class ClipId:
@@ -144,34 +141,6 @@ class Defense:
         kept = [(site, tuple(s for s in site.sets if s.name in names)) for site in self.sites]
         sites = tuple(replace(site, sets=sets) for site, sets in kept if sets)
         return Defense(self.clip, self.preprocess, sites, None, self.license, self.provenance)
-
-
-def is_embedded(source: object) -> bool:
-    """Return whether the name of a defense is that of one that ships with the embedded model."""
-    return str(source).partition(":")[0] == EMBEDDED
-
-
-def check_own_model(source: object, model: str | None, pretrained: str | None = None) -> None:
-    """Refuse an embedded defense for a model that goes by another name; see `attach.check_clip` for its weights.
-
-    Args:
-        source: Name of the defense.
-        model: Name of a model; None for the one that the defense names.
-        pretrained: Tag of its weights, for the message.
-
-    Raises:
-        ConfigError: The model is another one.
-    """
-    if is_embedded(source) and model not in (None, EMBEDDED) and ":" not in str(model):
-        raise ConfigError(embedded_alone(f"{model} --pretrained {pretrained or 'TAG'}"))
-
-
-def embedded_alone(model: str = "MODEL --pretrained TAG") -> str:
-    """Return what there is to say where an embedded defense was to go into another model."""
-    return (
-        "the embedded defense fits the embedded model alone, which knows a hundred drawn things; one for this model "
-        f"comes from: defense protect {model}"
-    )
 
 
 def join(defenses: Sequence[Defense]) -> Defense:

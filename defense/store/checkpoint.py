@@ -27,7 +27,7 @@ from torch import Tensor
 from defense.core.config import SAEConfig
 from defense.core.sae import SparseAutoencoder, normalize
 from defense.errors import CheckpointError, ConfigError, HookPointError
-from defense.hosts.clip import embedded_folder
+from defense.hosts.shipped import ShippedClip
 from defense.hosts.tower import VisionTower, block_of
 
 from . import folders
@@ -175,9 +175,9 @@ def _write(checkpoint: Checkpoint, folder: Path, dtype: type[np.floating]) -> No
     folders.write_manifest(folder / MANIFEST, SCHEMA, fields, "the SAE")
 
 
-def embedded_saes() -> list[Checkpoint]:
-    """Return the SAEs that the embedded model's defenses were fitted with: those hold just a part of them."""
-    return [load(path.parent) for path in sorted(embedded_folder("sae").glob(f"*/{MANIFEST}"))]
+def shipped_saes(model: ShippedClip) -> list[Checkpoint]:
+    """Return the SAEs that the defenses of a shipped CLIP were fitted with: those hold just a part of them."""
+    return [load(path.parent) for path in sorted(model.folder("sae").glob(f"*/{MANIFEST}"))]
 
 
 def find(source: str | os.PathLike[str], hub: Hub | None = None) -> Checkpoint:

@@ -21,7 +21,7 @@ from defense.core.config import SAEConfig
 from defense.core.latents import LatentSet
 from defense.data.preprocess import Preprocess
 from defense.errors import CheckpointError
-from defense.hosts.clip import EMBEDDED, embedded_folder
+from defense.hosts import shipped
 from defense.hosts.defense import ClipId, Defense, Golden, Part, Site
 
 from . import folders
@@ -220,11 +220,6 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     return typed(str(path), folders.read_manifest(path, SCHEMA, "a defense"), _MANIFEST_FIELDS)
 
 
-def embedded_defenses() -> tuple[str, ...]:
-    """Return the names of the embedded model's defenses: "text" is "embedded", the others are "embedded:NAME"."""
-    return tuple(sorted(path.parent.name for path in embedded_folder(".").glob(f"*/{MANIFEST}")))
-
-
 def find_defense(
     source: str | os.PathLike[str],
     *,
@@ -233,7 +228,7 @@ def find_defense(
     local_files_only: bool = False,
     token: str | None = None,
 ) -> Defense:
-    """Load a defense by name: "embedded" or "embedded:NAME", a folder, or on the hub (see hub.py).
+    """Load a defense by name: "photo" or "embedded:waterbirds" (shipped.py), a folder, or on the hub (hub.py).
 
     Args:
         source: The name; "hf://org/repo[/folder][@revision]" or "org/repo" on the hub.
@@ -246,19 +241,20 @@ def find_defense(
         CheckpointError: There is no such defense, or it cannot be used.
         ConfigError: An address on the hub of another form, or two revisions.
     """
-    if str(source).split(":")[0] == EMBEDDED:
-        name = str(source).partition(":")[2] or "text"
-        if name not in embedded_defenses():
+    ours = shipped.find(source)
+    if ours is not None:
+        if ours.defense not in ours.model.defenses:
             raise CheckpointError(
-                f"the embedded model has no defense {name!r}; it has {', '.join(embedded_defenses())}"
+                f"the {ours.model.name} model has no defense {ours.defense!r}; it has {', '.join(ours.model.defenses)}"
             )
-        return load(embedded_folder(name))
+        return load(ours.model.folder(ours.defense))
     address = hub_source(source)
     if address is not None:
         hub = Hub(cache_dir, local_files_only, token)
         return load(hub.fetch_folder(address.at(revision), MANIFEST, "a defense"))
     if not folders.restore(Path(source)):
         raise CheckpointError(
-            f"no defense at {source}: it is neither a folder, nor a hub id ('org/repo'), nor 'embedded'"
+            f"no defense at {source}: it is neither a folder, nor a hub id ('org/repo'), "
+            "nor one that ships ('photo', 'embedded')"
         )
     return load(source)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from defense.benchmarks.datasets import READERS, SUITES, Dataset, Options, mini
 from defense.cli import app
 from defense.errors import CheckpointError
+from defense.hosts.shipped import ShippedClip
 from defense.world import draws, files, scenes
 from defense.world.files import world_sha256
 
@@ -143,9 +144,7 @@ def stored(out: Path) -> dict[str, dict]:
 @pytest.fixture
 def no_shipped_groups(monkeypatch):
     """As if the embedded model had a defense against words only."""
-    from defense.store import defenses
-
-    monkeypatch.setattr(defenses, "embedded_defenses", lambda: ("text",))
+    monkeypatch.setattr(ShippedClip, "defenses", ("text",))
 
 
 @pytest.mark.usefixtures("small_minis", "no_shipped_groups")
@@ -189,7 +188,7 @@ def test_each_mini_takes_the_defense_that_ships_for_it(tmp_path, monkeypatch):
         raise CheckpointError("enough")
 
     monkeypatch.setattr(defenses, "find_defense", find_defense)
-    monkeypatch.setattr(defenses, "embedded_defenses", lambda: ("celeba", "text", "waterbirds"))
+    monkeypatch.setattr(ShippedClip, "defenses", ("celeba", "text", "waterbirds"))
     for name in SUITES["mini"]:
         assert bench(name, "--out", tmp_path / "out")[0] == 5
     assert asked == ["embedded:text", "embedded:waterbirds", "embedded:celeba"]

@@ -20,9 +20,10 @@ from defense.fit.control import activity_of, random_control
 from defense.hosts.clip import embedded_folder, load_clip
 from defense.hosts.defense import Defense, join
 from defense.hosts.golden import golden_difference
+from defense.hosts.shipped import EMBEDDED, MODELS
 from defense.hosts.slim import restored
 from defense.store import checkpoint, defenses
-from defense.store.defenses import embedded_defenses, find_defense
+from defense.store.defenses import find_defense
 from defense.world import draws, scenes
 
 FOLDER = Path(build.__file__).parent
@@ -94,14 +95,14 @@ def test_a_group_defense_lifts_the_worst_group_and_keeps_the_average(task, rise)
 
 
 def test_the_defenses_are_named_and_others_refused():
-    assert embedded_defenses() == ("celeba", "text", "waterbirds")
+    assert MODELS[EMBEDDED].defenses == ("celeba", "text", "waterbirds")
     assert find_defense("embedded:text").manifest_sha256 == find_defense("embedded").manifest_sha256
     with pytest.raises(CheckpointError, match="no defense 'dogs'; it has celeba, text, waterbirds"):
         find_defense("embedded:dogs")
 
 
 def test_several_defenses_work_together():
-    joined = join([find_defense(f"embedded:{name}") for name in embedded_defenses()])
+    joined = join([find_defense(f"embedded:{name}") for name in MODELS[EMBEDDED].defenses])
     assert set(joined.sets) == {"text", "waterbirds", "celeba"}
     assert [site.hook_point for site in joined.sites].count("blocks.4.hook_resid_post") == 1
     clf = RobustClassifier(load_clip("embedded"), joined).set_labels(["apple", "pizza"])
@@ -110,7 +111,7 @@ def test_several_defenses_work_together():
 
 def test_random_latents_of_equal_activity_do_not_defend(pairs):
     clip = load_clip("embedded")
-    saes = [each.sae for each in checkpoint.embedded_saes()]
+    saes = [each.sae for each in checkpoint.shipped_saes(MODELS[EMBEDDED])]
     defense = restored(defenses.load(embedded_folder("text")), saes, own_rule=True)
     control = Defense(
         defense.clip,
@@ -189,14 +190,14 @@ def test_the_shipped_weights_are_small():
         return sum(path.stat().st_size for path in (FOLDER / name).rglob("*.safetensors"))
 
     assert size("clip") + size("sae") <= 25e6
-    assert all(size(task) <= 4e5 for task in embedded_defenses())
+    assert all(size(task) <= 4e5 for task in MODELS[EMBEDDED].defenses)
 
 
-@pytest.mark.parametrize("name", embedded_defenses())
+@pytest.mark.parametrize("name", MODELS[EMBEDDED].defenses)
 def test_a_shipped_defense_is_calibrated_and_slim_and_its_sae_ships_beside_it(name):
     defense = find_defense(f"embedded:{name}")
     assert defense.provenance["calibration"]["agreement"] >= 0.99
-    whole = restored(defense, [each.sae for each in checkpoint.embedded_saes()])
+    whole = restored(defense, [each.sae for each in checkpoint.shipped_saes(MODELS[EMBEDDED])])
     for site, again in zip(defense.sites, whole.sites, strict=True):
         assert site.sae_config.act == "batchtopk"
         assert site.part.latents == tuple(sorted(site.sets[0].latents))

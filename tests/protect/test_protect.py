@@ -30,6 +30,7 @@ from defense.errors import CheckpointError, ConfigError
 from defense.fit.config import FitConfig
 from defense.hosts.clip import embedded_folder, load_clip
 from defense.hosts.defense import Defense, Site
+from defense.hosts.shipped import EMBEDDED, MODELS
 from defense.protect import route
 from defense.store import cache as cache_module
 from defense.store import checkpoint, defenses, registry
@@ -47,7 +48,7 @@ TRAIN = {"block": 2, "d_sae": 256, "k": 8, "n_tokens": 4000, "batch": 250, "text
 
 def prisma_files(scale: float = 1.0) -> dict[str, bytes]:
     """The embedded model's SAE as ViT-Prisma writes one; with another scale it is one of another CLIP."""
-    site = next(each for each in checkpoint.embedded_saes() if each.hook_point == FIT["hook_points"][0])
+    site = next(each for each in checkpoint.shipped_saes(MODELS[EMBEDDED]) if each.hook_point == FIT["hook_points"][0])
     state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in site.sae.parameters_numpy().items()}
     state["W_dec"] = state["W_dec"] * scale
     config = {
@@ -392,7 +393,7 @@ def stand_in(way: Any, sae: Any) -> Any:
 
 def test_an_estimate_has_a_split_and_a_sum() -> None:
     clip = load_clip()
-    site = checkpoint.embedded_saes()[0]
+    site = checkpoint.shipped_saes(MODELS[EMBEDDED])[0]
     cost = room.fit_cost(clip, site.hook_point, site.sae, FitConfig(steps=10), n_pictures=30, folds=2)
     assert cost.seconds == pytest.approx(cost.host_s + cost.sae_s + cost.joint_s)
     assert min(cost.host_s, cost.sae_s, cost.joint_s) > 0
