@@ -24,6 +24,8 @@ _HEIGHT = (0.06, 0.18)
 """Of capitals, as a fraction of the shorter side."""
 _LEAST_CONTRAST = 110.0
 """Between ink and paper, in gray levels: what nobody can read fools nobody."""
+_LEAST_SIDE = 224
+"""Of a picture, in pixels: a smaller one is enlarged first, as a model does it; writing of 64 pixels is a smear."""
 _OUTLINE = 0.1
 """Around bare words, in heights of a capital."""
 _SHARES = {"print": 0.5, "display": 0.2, "handwriting": 0.3}
@@ -57,7 +59,8 @@ def write_word(
 ) -> Image.Image:
     """Return a picture with a word on it, within its central square, which a model's crop keeps.
 
-    Words are written as people write them, in print, display and handwriting typefaces (`hands`).
+    Words are written as people write them, in print, display and handwriting typefaces (`hands`). A picture with a side
+    below 224 pixels is enlarged.
 
     Args:
         image: Mode RGB; left as it is.
@@ -71,6 +74,10 @@ def write_word(
     hand = sample_hand(rng, text, fonts, heights=height, least_contrast=_LEAST_CONTRAST)
     if hand.paper == "bare" and not hand.outline:
         hand = replace(hand, outline=_OUTLINE)  # ink alone may be as dark as the picture below it
+    if min(image.size) < _LEAST_SIDE:
+        factor = _LEAST_SIDE / min(image.size)
+        size = (round(image.width * factor), round(image.height * factor))
+        image = image.resize(size, Image.Resampling.BICUBIC)
     side = min(image.size)
     corner = ((image.width - side) // 2, (image.height - side) // 2)
     square = image.crop((*corner, corner[0] + side, corner[1] + side))

@@ -11,7 +11,7 @@ from defense.data.typefaces import TRAIN
 from defense.data.writing import common_words, write_word
 
 
-def gray(size: tuple[int, int] = (200, 120)) -> Image.Image:
+def gray(size: tuple[int, int] = (400, 240)) -> Image.Image:
     return Image.new("RGB", size, (128, 128, 128))
 
 
@@ -22,7 +22,7 @@ def test_common_words_are_words_that_the_fonts_can_draw():
     assert {"the", "love", "street"} <= set(words)
 
 
-@pytest.mark.parametrize("size", [(200, 120), (120, 200), (40, 40)], ids=str)
+@pytest.mark.parametrize("size", [(400, 240), (240, 400), (224, 224)], ids=str)
 def test_a_word_stands_within_the_central_square(size):
     for seed in range(40):
         image = gray(size)
@@ -54,8 +54,11 @@ def test_another_word_gives_another_picture():
     assert (first != second).any()
 
 
-def test_a_tiny_picture_does_no_harm():
-    assert write_word(gray((5, 3)), np.random.default_rng(0), "elephants").size == (5, 3)
+@pytest.mark.parametrize(("size", "enlarged"), [((5, 3), (373, 224)), ((64, 64), (224, 224)), ((64, 96), (224, 336))])
+def test_a_small_picture_is_enlarged_before_it_is_written_on(size, enlarged):
+    written = write_word(gray(size), np.random.default_rng(0), "cats")
+    assert written.size == enlarged
+    assert (np.asarray(written) == np.asarray(write_word(gray(enlarged), np.random.default_rng(0), "cats"))).all()
 
 
 def test_the_plate_alone_is_what_the_word_stands_on():
