@@ -20,7 +20,7 @@ from .typefaces import TRAIN
 
 _N_WORDS = 10_000
 _LETTERS = range(3, 11)
-_HEIGHT = (0.06, 0.18)
+_HEIGHT = (0.06, 0.30)
 """Of capitals, as a fraction of the shorter side."""
 _LEAST_CONTRAST = 110.0
 """Between ink and paper, in gray levels: what nobody can read fools nobody."""

@@ -1,0 +1,196 @@
+"""Defend the CLIP for photographs and put it into the package: `python -m defense.embedded.photo.ship WORK --photographs F`.
+
+After `build` in the same folder WORK. What a user does with the command line is done with it here:
+
+1. pictures    photographs and sharp crops in one file, in random order      WORK/pictures.parquet
+2. defense train    an SAE per block                                         WORK/sae/block-N
+3. defense fit      the defense against words                                WORK/text
+4. defense describe the catalogue of its latents                             WORK/catalogue/text
+5. all of it, the CLIP and the example pictures go into the package
+
+A stage whose result is there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from defense.data.hands import Hand, write_all
+from defense.data.images import decode
+from defense.hosts.shipped import FIRST, PHOTO
+from defense.store import checkpoint
+from defense.store.folders import replacing
+
+from .names import load_words
+from .pictures import read_photographs
+
+log = logging.getLogger(__name__)
+HERE = Path(__file__).parent
+LICENSE = "Apache-2.0"
+"""Of what is made from the weights of the picture network."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the shipped defense was made with.
+
+    Attributes:
+        blocks: Those with an SAE, counted from 0.
+        d_sae: Latents of each.
+        n_tokens: That each SAE is trained on.
+        text_rate: Share of its pictures with a word on them.
+        n_photographs: Photographs to train on; each crop of the build comes on top.
+        n_pictures: Pictures to fit on.
+        n_described: Pictures to describe latents with.
+        clean_budget: Of the fit.
+        seed: Of everything.
+    """
+
+    blocks: tuple[int, ...] = (2, 3)
+    d_sae: int = 2048
+    n_tokens: int = 3_000_000
+    text_rate: float = 0.6
+    n_photographs: int = 16_000
+    n_pictures: int = 1_000
+    n_described: int = 3_000
+    clean_budget: float = 0.01
+    seed: int = 2026
+
+
+def write_pictures(path: Path, photographs: Path, crops: np.ndarray, n: int, seed: int) -> None:
+    """Write a Parquet file of photographs of the classes that training sees, and of crops, in random order.
+
+    Args:
+        path: The file. Columns: `image`, encoded, and `label`, a class's name, which a crop has not.
+        photographs: See `read_photographs`.
+        crops: uint8 [n_crops, side, side, 3].
+        n: Photographs to take, at most.
+        seed: Which ones, and the order.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(seed)
+    names = load_words().names
+    trained = read_photographs(photographs, "train").trained_on()
+    chosen = rng.permutation(len(trained.pixels))[:n]
+    rows = [(_png(trained.pixels[row]), names[trained.labels[row]]) for row in chosen]
+    rows += [(_png(crop), None) for crop in crops]
+    order = rng.permutation(len(rows))
+    columns = {"image": [rows[i][0] for i in order], "label": [rows[i][1] for i in order]}
+    with replacing(path) as partial:
+        pq.write_table(pa.table(columns), partial, row_group_size=500, compression="none")
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def run(*arguments: object) -> None:
+    """Run the command line in a process of its own.
+
+    Raises:
+        CalledProcessError: It failed; it has said why.
+    """
+    subprocess.run([sys.executable, "-m", "defense", *map(str, arguments)], check=True)
+
+
+def train_sae(work: Path, block: int, recipe: Recipe) -> Path:
+    """Train an SAE, rounded as it ships; return its folder."""
+    folder = work / "sae" / f"block-{block}"
+    if folder.exists():
+        return folder
+    whole = work / f"sae-{block}"
+    run(
+        "train", work / "pictures.parquet", "--out", whole, "--block", block, "--model", PHOTO,
+        "--d-sae", recipe.d_sae, "--n-tokens", recipe.n_tokens, "--text-rate", recipe.text_rate,
+        "--license", LICENSE, "--seed", recipe.seed, "--device", "cpu",
+    )  # fmt: skip
+    folder.parent.mkdir(exist_ok=True)
+    return checkpoint.save(checkpoint.load(whole), folder, dtype=np.float16)
+
+
+def fit(work: Path, out: Path, saes: Sequence[Path], recipe: Recipe) -> None:
+    """Fit the defense; the names that are one word are written on pictures."""
+    words = load_words()
+    labels = work / "labels.txt"
+    labels.write_text("\n".join(words.names[index] for index in words.attacks) + "\n")
+    run(
+        "fit", out, work / "pictures.parquet", "--model", PHOTO, *(each for sae in saes for each in ("--sae", sae)),
+        "--labels-file", labels, "--n-pictures", recipe.n_pictures, "--clean-budget", recipe.clean_budget,
+        "--license", LICENSE, "--seed", recipe.seed, "--device", "cpu",
+    )  # fmt: skip
+
+
+def describe(work: Path, saes: Sequence[Path], recipe: Recipe) -> None:
+    """Write the catalogue of the latents, named by the words that the text tower knows."""
+    words = work / "words.txt"
+    words.write_text("\n".join(load_words().members) + "\n")
+    run("describe", *saes, "--pictures", work / "described", "--words", words, "--out", work / "catalogue" / FIRST,
+        "--model", PHOTO, "--seed", recipe.seed, "--device", "cpu")  # fmt: skip
+
+
+EXAMPLES = (
+    ("cat", Hand("pizza", "dejavu-sans", "plate", (0.5, 0.78), 0.15, -4.0, 0.0, 0.0, (20, 20, 20), (250, 250, 245), 0.0)),
+    ("espresso", Hand("iPod", "dejavu-sans", "plate", (0.3, 0.2), 0.16, 3.0, 0.0, 0.0, (20, 20, 20), (250, 250, 245), 0.0)),
+)
+"""A photograph, and what is written on it in the pictures that `defense classify` shows."""
+
+
+def write_examples(folder: Path) -> None:
+    """Write the example pictures: photographs with words on them, and one without."""
+    folder.mkdir(exist_ok=True)
+    for name, hand in EXAMPLES:
+        picture = decode(HERE / "photographs" / f"{name}.jpg").image
+        write_all(picture, [hand])[0].save(folder / f"{name}-{hand.text}.jpg", quality=90)
+    shutil.copy(HERE / "photographs" / "rocket.jpg", folder)
+
+
+def install_clip(work: Path) -> None:
+    """Put the CLIP into the package: from then on it is called by its name."""
+    shutil.copytree(work / "clip", HERE / "clip", dirs_exist_ok=True)
+
+
+def install(work: Path) -> None:
+    """Put the defense, its SAEs, the catalogue and the example pictures into the package."""
+    for name in (FIRST, "sae", "catalogue"):
+        shutil.rmtree(HERE / name, ignore_errors=True)
+        shutil.copytree(work / name, HERE / name)
+    write_examples(HERE / "examples")
+
+
+def main() -> None:
+    """Parse the command line, and do what is left to do."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="the folder of the build")
+    parser.add_argument("--photographs", type=Path, required=True, help="as for the build")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    work, recipe = arguments.work, Recipe()
+    install_clip(work)
+    if not (work / "pictures.parquet").exists():
+        crops = np.load(work / "crops.npy", mmap_mode="r")
+        write_pictures(work / "pictures.parquet", arguments.photographs, crops, recipe.n_photographs, recipe.seed)
+    saes = [train_sae(work, block, recipe) for block in recipe.blocks]
+    if not (work / FIRST).exists():
+        fit(work, work / FIRST, saes, recipe)
+    if not (work / "catalogue" / FIRST).exists():
+        describe(work, saes, recipe)
+    install(work)
+
+
+if __name__ == "__main__":
+    main()
