@@ -69,7 +69,7 @@ class Recipe:
         seed: Of weights and lessons.
     """
 
-    steps: int = 8_000
+    steps: int = 7_000
     batch: int = 32
     lr: float = 1e-3
     matrix_lr: float = 3e-3
