@@ -143,19 +143,23 @@ def describe(work: Path, saes: Sequence[Path], recipe: Recipe) -> None:
         "--model", PHOTO, "--seed", recipe.seed, "--device", "cpu")  # fmt: skip
 
 
+_INK, _PAPER = (25, 25, 30), (250, 248, 240)
 EXAMPLES = (
-    ("cat", Hand("pizza", "dejavu-sans", "plate", (0.5, 0.78), 0.15, -4.0, 0.0, 0.0, (20, 20, 20), (250, 250, 245), 0.0)),
-    ("espresso", Hand("iPod", "dejavu-sans", "plate", (0.3, 0.2), 0.16, 3.0, 0.0, 0.0, (20, 20, 20), (250, 250, 245), 0.0)),
+    ("cat", Hand("pizza", "nanum-pen", "plate", (0.5, 0.8), 0.17, 4.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
+    ("espresso", Hand("ipod", "jua", "plate", (0.3, 0.17), 0.15, -3.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
+    ("tripod", Hand("banana", "dkg", "plate", (0.3, 0.88), 0.12, 2.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
 )
 """A photograph, and what is written on it in the pictures that `defense classify` shows."""
 
 
 def write_examples(folder: Path) -> None:
-    """Write the example pictures: photographs with words on them, and one without."""
+    """Write the example pictures: squares of photographs with words on them, and one without."""
     folder.mkdir(exist_ok=True)
     for name, hand in EXAMPLES:
         picture = decode(HERE / "photographs" / f"{name}.jpg").image
-        write_all(picture, [hand])[0].save(folder / f"{name}-{hand.text}.jpg", quality=90)
+        left, top = ((extent - min(picture.size)) // 2 for extent in picture.size)
+        square = picture.crop((left, top, left + min(picture.size), top + min(picture.size)))
+        write_all(square, [hand])[0].save(folder / f"{name}-{hand.text}.jpg", quality=90)
     shutil.copy(HERE / "photographs" / "rocket.jpg", folder)
 
 
