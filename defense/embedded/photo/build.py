@@ -117,7 +117,7 @@ def new_reader(start: Start, seed: int) -> Reader:
 def build_texts(work: Path, start: Start, recipe: texts.Recipe) -> nn.Module:
     """Train the text tower, or go on with it; return it."""
     torch.manual_seed(recipe.seed)
-    text = new_model().text
+    text: nn.Module = new_model().text
     words = load_words()
     texts.train(work / "texts.safetensors", text, texts.Rows(start.rows, words), recipe)
     log.info("texts: %s", texts.report(text.eval(), start.rows, words))
