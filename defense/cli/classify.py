@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from defense.classify.zeroshot import OnError
+from defense.classify.answers import OnError
 from defense.cli.common import (
     EXIT_INPUTS,
     MAX_PIXELS,
@@ -39,9 +39,9 @@ from defense.data.notes import NOTES
 from defense.errors import InvalidImageError
 
 if TYPE_CHECKING:
+    from defense.classify.answers import Prediction
     from defense.classify.classifier import RobustClassifier
     from defense.classify.explanation import Explanation
-    from defense.classify.zeroshot import Prediction
     from defense.data.sources import Picture
     from defense.export.runtime import OnnxClassifier
 

@@ -12,8 +12,8 @@ from defense.errors import ConfigError
 from defense.hosts.controls import Controls, LatentKey
 
 if TYPE_CHECKING:
+    from defense.classify.answers import Prediction
     from defense.classify.classifier import RobustClassifier
-    from defense.classify.zeroshot import Prediction
 
 
 __all__ = ["Counterfactual", "counterfactual"]

@@ -12,8 +12,8 @@ from defense.data.preprocess import Box
 from defense.store.folders import package_version
 
 if TYPE_CHECKING:
+    from defense.classify.answers import Prediction
     from defense.classify.explanation import Explanation
-    from defense.classify.zeroshot import Prediction
     from defense.hosts.defense import Defense
 
     from .catalogue import Catalogue
