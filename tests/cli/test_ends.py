@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 pytest.importorskip("open_clip")
 
-from defense.cli import app, common, stages
+from defense.cli import common, stages
 from defense.core.latents import LatentSet
 from defense.errors import BackendError, MissingDependencyError, cannot_import
 from defense.store import defenses
 
+from ..command import run
 from ..conftest import random_defense, random_sae
 
 COMMAND = [sys.executable, "-m", "defense"]
@@ -41,13 +41,6 @@ def picture(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     return tmp_path / "picture.png"
-
-
-def run(*arguments) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 # --- stdout -----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from defense.cli import app
 from defense.core.config import fingerprint
 
+from ..command import run
 from .pages import Page, picture
 
 
@@ -32,13 +31,6 @@ def apple(tmp_path):
     path = tmp_path / "apple & <b>pear.png"
     picture(60, 40).save(path)
     return path
-
-
-def run(*arguments) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("name", ["report.html", "report.png", "REPORT.PNG"])

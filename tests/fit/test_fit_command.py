@@ -20,6 +20,7 @@ from defense.fit import report
 from defense.store import checkpoint, defenses
 from defense.store.checkpoint import Checkpoint
 
+from .. import command
 from ..conftest import D_SAE, random_sae
 from .plans import EASY, POINT
 
@@ -48,10 +49,7 @@ def run(tiny_folder, sae_folder, monkeypatch, open_gates):
 
     def run(*arguments) -> tuple[int, str, str]:
         base = ["fit", "--model", f"local-dir:{tiny_folder}", "--folds", "2"]
-        result = CliRunner().invoke(app, [str(argument) for argument in [*base, *arguments]])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.stdout, result.stderr
+        return command.run(*base, *arguments)
 
     return run
 

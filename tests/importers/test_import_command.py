@@ -13,22 +13,14 @@ pytest.importorskip("torch")
 
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from defense import importers
-from defense.cli import app
 from defense.errors import CheckpointError
 from defense.store import checkpoint
 
+from ..command import run
 from .arithmetic import BLOCK, D, rand, residuals
 from .published_vision import msae, saev_legacy
-
-
-def run(*arguments) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_the_command_writes_a_folder_that_loads(tmp_path: Path) -> None:

@@ -20,11 +20,9 @@ import pytest
 pytest.importorskip("open_clip")
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from defense import protect as room
 from defense.classify.classifier import RobustClassifier
-from defense.cli import app
 from defense.core.latents import LatentSet
 from defense.errors import CheckpointError, ConfigError
 from defense.fit.config import FitConfig
@@ -36,6 +34,7 @@ from defense.store import checkpoint, defenses, registry
 from defense.store.hub import Hub
 from defense.train import runs
 
+from ..command import run
 from ..hub_server import FakeHub
 
 NAME = f"local-dir:{embedded_folder('clip')}"
@@ -401,13 +400,6 @@ def test_an_estimate_has_a_split_and_a_sum() -> None:
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_the_command_takes_a_registry_on_the_hub_and_info_says_what_is_weak(
