@@ -33,7 +33,7 @@ from defense.cli.common import (
     shown,
     stdout,
 )
-from defense.cli.stages import stages
+from defense.cli.progress import stages
 from defense.data import images
 from defense.data.notes import NOTES
 from defense.errors import InvalidImageError

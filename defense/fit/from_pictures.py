@@ -25,13 +25,13 @@ import torch
 from PIL import Image
 
 from defense.classify.classifier import RobustClassifier
+from defense.data.progress import SILENT, Progress
 from defense.data.sources import Picture, Pictures, decoded, prepared
 from defense.data.writing import writable, write_word
 from defense.errors import ConfigError
 
 from .material import Groups, Material, Pairs
 from .metadata import Metadata
-from .progress import SILENT, Progress
 
 WORD_HEIGHT = (0.10, 0.28)
 """Of the written label's capitals, as a fraction of the picture's shorter side."""

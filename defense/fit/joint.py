@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from defense.data.progress import SILENT, Progress
+
 from .chunks import chunks
 from .config import FitConfig
-from .progress import SILENT, Progress
 from .trial import Trial
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from defense.core.latents import Scope
+from defense.data.progress import SILENT, Progress
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 from defense.hosts.defense import ClipId, Defense, Site
@@ -34,7 +35,6 @@ from defense.world import draws, scenes
 from .encoded import Encoded
 from .gates import GATES, Gates, explained_variance
 from .material import Material
-from .progress import SILENT, Progress
 from .saves import Saves, digest
 from .sites import FittedSite, SitePlan, fit_sites
 from .validation import CrossValidation, answers_of, cross_validate, n_fooled, on_fitted

@@ -26,13 +26,13 @@ import torch
 from defense import importers
 from defense.classify.classifier import RobustClassifier
 from defense.data.labels import check_labels
+from defense.data.progress import Progress as FitProgress
 from defense.data.sources import prepared
 from defense.errors import CheckpointError, ConfigError, NonFiniteError
 from defense.fit.config import FitConfig
 from defense.fit.from_pictures import sample, text_material
 from defense.fit.gates import GATES
 from defense.fit.placing import fit_defense
-from defense.fit.progress import Progress as FitProgress
 from defense.fit.shipping import ship
 from defense.fit.sites import plan_sites
 from defense.hosts.clip import Clip, load_clip, resolve_device

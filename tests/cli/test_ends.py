@@ -18,7 +18,7 @@ from PIL import Image
 
 pytest.importorskip("open_clip")
 
-from defense.cli import common, stages
+from defense.cli import common, progress
 from defense.core.latents import LatentSet
 from defense.errors import BackendError, MissingDependencyError, cannot_import
 from defense.store import defenses
@@ -299,7 +299,7 @@ def test_fault_what_can_be_gone_on_with_says_so_when_it_is_interrupted(monkeypat
 def test_fault_without_a_terminal_a_stage_is_a_line_and_a_long_one_more(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with stages.stages() as shown:
+    with progress.stages() as shown:
         for _ in shown.track(range(10), "encoding [x]"):
             now[0] += 20
         shown.start("writing")
@@ -315,15 +315,15 @@ def test_fault_without_a_terminal_a_stage_is_a_line_and_a_long_one_more(monkeypa
 
 
 def test_what_takes_no_time_says_nothing(capsys):
-    with stages.stages(is_shown=False) as shown:
+    with progress.stages(is_shown=False) as shown:
         assert list(shown.track("ab", "encoding")) == ["a", "b"]
     assert capsys.readouterr().err == ""
 
 
 def test_on_a_terminal_it_is_a_bar(monkeypatch):
     console = common._Stderr(file=io.StringIO(), force_terminal=True, markup=False, width=200)
-    monkeypatch.setattr(stages, "stderr", console)
-    with stages.stages() as shown:
+    monkeypatch.setattr(progress, "stderr", console)
+    with progress.stages() as shown:
         for n in shown.track(range(3), "encoding [/x]"):
             shown.done(n, "loss [0.1]")
     assert "encoding [/x]  loss [0.1]" in console.file.getvalue()
