@@ -211,7 +211,7 @@ def test_saes_are_tried_in_the_order_of_the_settings_until_one_passes(
     good = host()["saes"][0]
     both = [good, {**good, "repo": "Prisma/other"}]
     _, told = protect(rows(saes=both[::-1]))
-    assert "passed over: this SAE explains" in told.text()
+    assert f"passed over: the SAE at {good['hook_point']} explains" in told.text()
     assert fitted_at_once == [good["hook_point"]]
 
 
