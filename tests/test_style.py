@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,12 @@ BODY = "    x = 1\n" * MAX_FUNCTION
 )
 def test_a_long_function_is_found_wherever_it_stands_unless_a_reason_stands_above(source, n_found):
     assert len(long_functions(source)) == n_found
+
+
+def test_where_to_put_something_is_a_place_that_is_there():
+    table = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split("Where do I put ...")[1].split("## ")[0]
+    named = {name for name in re.findall(r"`([\w./]+)`", table) if "/" in name}
+    assert len(named) > 25
+    assert [
+        name for name in sorted(named) if not any((root / name).exists() for root in (ROOT, ROOT / "defense"))
+    ] == []
