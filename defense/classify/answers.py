@@ -32,7 +32,7 @@ class Answer(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some pictures, prepared.
+    """Pictures that are encoded at once, prepared.
 
     Attributes:
         errors: For each picture None or its error.
@@ -46,7 +46,7 @@ class Chunk(NamedTuple):
 
 
 class Pixels(np.ndarray):
-    """pixel_values [3, height, width] of one picture, and what there was to say about it.
+    """pixel_values of one picture, float32 [3, height, width], with the warnings about it.
 
     Attributes:
         warnings: See `images.Decoded`.

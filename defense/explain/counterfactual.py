@@ -25,7 +25,8 @@ class Counterfactual:
 
     Attributes:
         plain: The stock CLIP's answer.
-        latents: (hook_point, latent) of S, the first found to matter first; empty where no removal changed the answer.
+        latents: (hook_point, latent) of S, in the order in which they were added; empty where no removal changed the
+            answer.
         flipped: The answer with these removed; None where none changed it.
         n_tried: Subsets of S that were tried.
     """

@@ -70,7 +70,7 @@ def percent(score: float | None) -> str:
 
 
 def number(value: float) -> str:
-    """Return a value with three digits or more, without an exponent for what is commonly met."""
+    """Return a value with at least three significant digits; with an exponent only below 0.0001."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

@@ -44,7 +44,7 @@ _DECODED_AT_ONCE = 16
 
 
 def sample(source: Pictures, n: int, seed: int) -> list[Picture]:
-    """Return up to `n` pictures of a source, in random order of its shards."""
+    """Return up to `n` pictures of a source, taken from its shards in a random order that `seed` decides."""
     return list(islice(_shuffled(source, seed), n))
 
 

@@ -57,7 +57,8 @@ def read_photographs(folder: Path, split: Split) -> Photographs:
     """Return the photographs of a split.
 
     Raises:
-        ConfigError: The folder is of neither kind.
+        ConfigError: The folder is of neither kind, or has no photographs of the split.
+        MissingDependencyError: It holds Parquet files, and pyarrow is not installed.
     """
     if (folder / "wnids.json").exists():
         rows = list(_parquet_rows(folder, split))
