@@ -28,6 +28,7 @@ from defense.benchmarks.environment import environment_of, write_json
 from defense.core.config import SAEConfig
 from defense.core.sae import SparseAutoencoder
 from defense.data.preprocess import Preprocess
+from defense.data.progress import Advance, Progress
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import ConfigError
 from defense.fit import joint
@@ -35,7 +36,6 @@ from defense.fit.config import FitConfig
 from defense.fit.gates import Gates
 from defense.fit.material import Material, Pairs
 from defense.fit.placing import fit_defense
-from defense.fit.progress import Advance, Progress
 from defense.fit.shipping import ship
 from defense.fit.sites import SitePlan
 from defense.hosts.clip import Clip

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from defense.classify.answers import Prediction
 from defense.classify.classifier import RobustClassifier
-from defense.classify.zeroshot import Prediction
 from defense.data import labels
 from defense.embedded.labels import own_labels
 from defense.errors import ConfigError

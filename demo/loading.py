@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from defense.classify.classifier import RobustClassifier, check_named
+from defense.classify.classifier import RobustClassifier
+from defense.classify.finding import check_named
 from defense.demo.engine import DemoTask, Engine, own_tasks, tasks_of
 from defense.explain import catalogue
 from defense.explain.catalogue import Catalogue

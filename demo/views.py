@@ -17,8 +17,8 @@ from PIL import Image
 from defense.explain.heat import overlay, scale_bar
 
 if TYPE_CHECKING:
+    from defense.classify.answers import Prediction
     from defense.classify.explanation import Explanation, Removed
-    from defense.classify.zeroshot import Prediction
     from defense.explain.counterfactual import Counterfactual
     from defense.hosts.controls import LatentKey
 

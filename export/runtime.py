@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from defense.classify.zeroshot import Chunk, OnError, Pixels, ZeroShotClassifier, warn_of_unknown_words
+from defense.classify.answers import Chunk, OnError, Pixels
+from defense.classify.zeroshot import ZeroShotClassifier, warn_of_unknown_words
 from defense.data import labels
 from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.labels import Prompts

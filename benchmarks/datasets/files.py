@@ -10,21 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from defense.data.sources import PICTURE_SUFFIXES
 from defense.errors import ConfigError
 
-_JUNK = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _LFS_SIZE = re.compile(rb"^size (\d+)", re.MULTILINE)
-
-
-def is_junk(path: Path) -> bool:
-    """Return whether a file is left behind by a system or an archiver, e.g. `.DS_Store`, and holds no data."""
-    return path.name in _JUNK or path.name.startswith("._") or "__MACOSX" in path.parts
-
-
-def is_picture(path: Path) -> bool:
-    """Return whether a file name has the suffix of a picture, in any case."""
-    return path.suffix.lower() in PICTURE_SUFFIXES
 
 
 def require_folder(folder: Path, title: str, source: str) -> None:

@@ -24,8 +24,6 @@ from PIL import Image
 from defense.benchmarks.datasets.base import File, Picture
 from defense.benchmarks.datasets.files import (
     check_bytes,
-    is_junk,
-    is_picture,
     listed,
     number,
     read_text,
@@ -33,7 +31,7 @@ from defense.benchmarks.datasets.files import (
 )
 from defense.data.images import DEFAULT_LIMITS, decode
 from defense.data.labels import TEMPLATES, resolve_templates
-from defense.data.sources import PICTURE_SUFFIXES
+from defense.data.listing import PICTURE_SUFFIXES, files_below, kind_of, why_ignored
 from defense.errors import ConfigError, InvalidImageError
 
 TITLE = "An image folder"
@@ -99,7 +97,7 @@ def read_classified(root: Path) -> Classified:
 
 
 def _read_folders(root: Path) -> Classified:
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not is_junk(path.relative_to(root)))
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not why_ignored(path.relative_to(root)))
     if not folders:
         raise ConfigError(f"{root} has no folder per class, nor test/nshards.txt")
     names = [folder.name.replace("_", " ") for folder in folders]
@@ -109,8 +107,8 @@ def _read_folders(root: Path) -> Classified:
         raise ConfigError(f"{root / 'classnames.txt'} has {len(names)} names for {len(folders)} folders")
     pictures: list[tuple[str, Picture, int]] = []
     for label, folder in enumerate(folders):
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and not is_junk(path.relative_to(root)))
-        if strangers := [str(path.relative_to(root)) for path in files if not is_picture(path)]:
+        files = files_below(folder)
+        if strangers := [str(path.relative_to(root)) for path in files if kind_of(path) != "pictures"]:
             raise ConfigError(f"{root} holds files that are no pictures: {listed(strangers)}")
         pictures += [(path.relative_to(root).as_posix(), File(path), label) for path in files]
     return Classified(tuple(names), TEMPLATES["simple"], tuple(pictures))
@@ -147,7 +145,7 @@ def _members(path: Path, n_classes: int) -> list[tuple[str, Picture, int]]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
-                if not member.isfile() or is_junk(Path(name)):
+                if not member.isfile() or why_ignored(name):
                     continue
                 key = str(name.with_name(name.name.partition(".")[0]))
                 if name.suffix.lower() in PICTURE_SUFFIXES:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from defense.benchmarks.datasets.base import Dataset, Example, File, Options, Task, shortfall_of
-from defense.benchmarks.datasets.files import is_junk, is_picture, require_folder
+from defense.benchmarks.datasets.files import require_folder
+from defense.data.listing import files_below, kind_of
 from defense.errors import ConfigError
 
 _NAME = re.compile(r"label=(.+?)_text=(.+)", re.DOTALL)
@@ -86,7 +87,7 @@ def read(folder: Path, options: Options, published: Published) -> Task:
 
 def _files_beside_pictures(folder: Path, published: Published) -> list[Path]:
     """Return the files of the one folder that holds pictures with such names, sorted by name."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not is_junk(path.relative_to(folder))]
+    files = files_below(folder)
     homes = {path.parent for path in files if path.name.startswith("label=")}
     if len(homes) != 1:
         found = f"{len(homes)} folders with" if homes else "no"
@@ -95,7 +96,7 @@ def _files_beside_pictures(folder: Path, published: Published) -> list[Path]:
             f"is at {published.source}"
         )
     (home,) = homes
-    return sorted(path for path in files if path.parent == home)
+    return [path for path in files if path.parent == home]
 
 
 def parse(path: Path) -> tuple[str, str]:
@@ -105,7 +106,7 @@ def parse(path: Path) -> tuple[str, str]:
         ConfigError: The name is not of this form.
     """
     match = _NAME.fullmatch(path.stem)
-    if match is None or not is_picture(path):
+    if match is None or kind_of(path) != "pictures":
         raise ConfigError(
             f"{path} is not named label=<object>_text=<word> with the suffix of a picture; remove it from there"
         )

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from defense.benchmarks.datasets.base import Dataset, Example, File, Options, Task, shortfall_of
-from defense.benchmarks.datasets.files import inside, is_junk, read_json, read_rows, read_text, require_folder
+from defense.benchmarks.datasets.files import inside, read_json, read_rows, read_text, require_folder
 from defense.data.labels import TEMPLATES
+from defense.data.listing import files_below
 from defense.errors import ConfigError, NonFiniteError
 
 TITLE = "SCAM"
@@ -97,8 +98,8 @@ def read(folder: Path, options: Options) -> Task:
 def _from_metadata(folder: Path) -> Iterator[_Entry]:
     """Yield the rows of every metadata file below a folder, in the forms that Hugging Face calls imagefolder."""
     columns = ("file_name", "type", "id", "object_label", "attack_word")
-    for path in sorted(folder.rglob("metadata.*")):
-        if is_junk(path.relative_to(folder)):
+    for path in files_below(folder):
+        if path.stem != "metadata":
             continue
         if path.suffix == ".csv":
             rows = read_rows(path, columns)

@@ -20,22 +20,20 @@ from defense.data import images, labels
 from defense.data.labels import Prompts
 from defense.data.notes import NoteLog
 from defense.data.preprocess import Preprocess
-from defense.errors import CheckpointError, ConfigError
+from defense.errors import ConfigError
 from defense.hosts import shipped
-from defense.hosts.clip import Clip, load_clip
+from defense.hosts.clip import Clip
 from defense.hosts.controls import Controls, applied
-from defense.hosts.defense import ClipId, Defense, Site
-from defense.hosts.golden import check_golden
-from defense.hosts.naming import load_clip_of, names_clip
-from defense.store import defenses, registry
-from defense.store.defenses import find_defense
-from defense.store.hub import Hub, hub_source
+from defense.hosts.defense import Defense, Site
+from defense.store import defenses
+from defense.store.hub import Hub
 from defense.store.pushing import push
-from defense.store.ready import cached_defense, keep, listed_defense
 
+from .answers import Chunk, OnError, Prediction, prediction_of
 from .explanation import Explanation, account
+from .finding import clip_and_defense
 from .inputs import batched, check_top_k, finite
-from .zeroshot import Chunk, OnError, Prediction, ZeroShotClassifier, prediction_of, warn_of_unknown_words
+from .zeroshot import ZeroShotClassifier, warn_of_unknown_words
 
 if TYPE_CHECKING:
     import torch
@@ -168,21 +166,9 @@ class RobustClassifier(ZeroShotClassifier):
             CheckpointError: There is no such defense, or it cannot be used; or none is ready for a CLIP.
             ShapeError, HookPointError, BackendError: See `wrap`.
         """
-        if model is None and _is_clip(source, pretrained):
-            clip = load_clip(str(source), pretrained, device=device)
-            clip_id = clip.id_as(str(source), pretrained)
-            defense = _ready(clip, clip_id, Hub(cache_dir, local_files_only, token))
-        else:
-            check_named(model, pretrained)
-            shipped.check_own_model(source, model, pretrained)
-            defense = find_defense(
-                source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-            )
-            clip = (
-                load_clip_of(defense.clip, device=device)
-                if model is None
-                else load_clip(model, pretrained, device=device)
-            )
+        clip, defense = clip_and_defense(
+            source, model, pretrained, device=device, revision=revision, hub=Hub(cache_dir, local_files_only, token)
+        )
         if sets is not None:
             defense = defense.only(*sets)
         return cls(clip, defense, allow_mismatch=allow_mismatch, batch_size=batch_size, backend=backend, limits=limits)
@@ -413,44 +399,6 @@ class RobustClassifier(ZeroShotClassifier):
             if id(site) not in self._saes:  # a classifier's sites live as long as it does
                 self._saes[id(site)] = sae_of(site).to(self.clip.device)
             return self._saes[id(site)]
-
-
-def _is_clip(source: str | os.PathLike[str], pretrained: str | None) -> bool:
-    """Return whether a source is the name of a CLIP: of a folder of that name, only where weights are named."""
-    name = str(source)
-    if shipped.find(source) is not None:
-        return False
-    if pretrained is None and (Path(name).exists() or hub_source(name) is not None):
-        return False
-    return names_clip(name)
-
-
-def _ready(clip: Clip, clip_id: ClipId, hub: Hub) -> Defense:
-    """Return the defense that is ready for a CLIP; one from the registry is held against its golden answers."""
-    defense = cached_defense(clip_id.sha256)
-    if defense is not None:
-        return defense
-    defense = None if hub.local_files_only else listed_defense(clip_id, registry.rows(), hub)
-    if defense is None:
-        tag = "" if clip_id.pretrained is None else f" --pretrained {clip_id.pretrained}"
-        raise CheckpointError(
-            f"no defense is ready for {clip_id.name} (vision tower {clip_id.sha256[:16]}...); make one: "
-            f"defense protect {clip_id.model}{tag}"
-        )
-    if defense.golden is not None:
-        with clip.defended(defense):
-            check_golden(clip, defense.golden)
-    keep(defense)
-    return defense
-
-
-def check_named(model: str | None, pretrained: str | None) -> None:
-    """Raise `ConfigError` where weights are given and no model that they are of."""
-    if model is None and pretrained is not None:
-        raise ConfigError(
-            f"pretrained={pretrained!r} says which weights a model has, and there is no model=; give both, e.g. "
-            "model='ViT-B-32', or neither for the CLIP that the defense names"
-        )
 
 
 class Probe:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from defense.core.suppress import Suppression, Suppressor
 
-    from .zeroshot import Prediction
+    from .answers import Prediction
 
 
 __all__ = ["Explanation", "Removed"]

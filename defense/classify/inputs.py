@@ -18,7 +18,7 @@ _ROW_KEY = "image"
 
 
 def is_one_picture(given: Any) -> bool:
-    """Return whether something is one picture, or nothing at all that pictures come in: `images.decode` decides."""
+    """Return whether something is not several pictures: it is one, or `images.decode` refuses it."""
     if isinstance(given, (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Image.Image)):
         return True
     if hasattr(given, "read"):

@@ -10,7 +10,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 
@@ -21,56 +21,14 @@ from defense.data.notes import NoteLog
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, DefenseError, NonFiniteError
 
+from .answers import Answer, Chunk, OnError, Pixels, logged, prediction_of
 from .estimator import Estimator
 from .inputs import check_count, check_top_k, checked_pixels, finite, is_one_picture, many
 
 log = logging.getLogger(__name__)
 
-OnError = Literal["raise", "skip", "return"]
-"""What becomes of a picture that cannot be read: its error is raised; or logged, and the picture left out; or returned
-in its place."""
-Prediction = list[dict[str, Any]]
-"""[{"label": str, "score": float}, ...], best first; scores are a softmax over the given labels."""
 _MAX_LABEL_BYTES = 256 * 2**20
 """Of the embeddings of labels that are kept; those that were used last stay."""
-
-
-class Answer(NamedTuple):
-    """What there is to say about one picture.
-
-    Attributes:
-        prediction: The labels with their scores; None where the picture cannot be read.
-        warnings: What makes the prediction doubtful; see `images.Decoded`.
-        error: Why the picture cannot be read, or None.
-    """
-
-    prediction: Prediction | None
-    warnings: tuple[str, ...] = ()
-    error: DefenseError | None = None
-
-
-class Chunk(NamedTuple):
-    """Some pictures, prepared.
-
-    Attributes:
-        errors: For each picture None or its error.
-        pixel_values: Of those without one, float32 [n_readable, 3, height, width], in order.
-        warnings: Of the same; see `images.Decoded`.
-    """
-
-    errors: list[DefenseError | None]
-    pixel_values: np.ndarray
-    warnings: list[tuple[str, ...]]
-
-
-class Pixels(np.ndarray):
-    """pixel_values [3, height, width] of one picture, and what there was to say about it.
-
-    Attributes:
-        warnings: See `images.Decoded`.
-    """
-
-    warnings: tuple[str, ...] = ()
 
 
 class ZeroShotClassifier(Estimator):
@@ -364,7 +322,7 @@ class ZeroShotClassifier(Estimator):
         top_k: int | None,
         batch_size: int | None = None,
     ) -> Iterator[Any]:
-        return _logged(self._checked_answers(inputs, prompts, on_error, top_k, batch_size), on_error)
+        return logged(self._checked_answers(inputs, prompts, on_error, top_k, batch_size), on_error)
 
     def __call__(
         self,
@@ -464,17 +422,6 @@ class ZeroShotClassifier(Estimator):
         return finite(self._encode_image(pixels, **how), "image_embeds")
 
 
-def _logged(answers: Iterable[Answer], on_error: OnError) -> Iterator[Any]:
-    """Yield the prediction of each answer, its error where those are returned, and log each kind of warning once."""
-    notes = NoteLog()
-    for number, answer in enumerate(answers):
-        notes.add(f"picture {number}", answer.warnings)
-        if answer.error is None:
-            yield answer.prediction
-        elif on_error == "return":
-            yield answer.error
-
-
 def warn_of_unknown_words(
     names: Sequence[str], tokenizer: Callable[[list[str]], Any], is_blank: np.ndarray | None
 ) -> None:
@@ -490,9 +437,3 @@ def warn_of_unknown_words(
     unknown = [name for name in names if is_blank[np.asarray(tokenizer([name]))].any()]
     if unknown:
         log.warning("this model never saw these labels, and guesses: %s", ", ".join(map(repr, unknown)))
-
-
-def prediction_of(names: Sequence[str], scores: np.ndarray, top_k: int | None) -> Prediction:
-    """Return the labels with their scores [n_labels], best first."""
-    order = np.argsort(-scores, kind="stable")[:top_k]
-    return [{"label": names[i], "score": float(scores[i])} for i in order]

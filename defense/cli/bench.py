@@ -22,7 +22,7 @@ from defense.cli.common import (
     say,
     shown,
 )
-from defense.cli.stages import stages
+from defense.cli.progress import stages
 
 if TYPE_CHECKING:
     from defense.benchmarks.datasets import Options, Task

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from defense.classify.zeroshot import OnError
+from defense.classify.answers import OnError
 from defense.cli.common import (
     EXIT_INPUTS,
     MAX_PIXELS,
@@ -34,16 +34,16 @@ from defense.cli.common import (
     shown,
     stdout,
 )
-from defense.cli.stages import stages
+from defense.cli.progress import stages
 from defense.data import images
 from defense.data.notes import NOTES
 from defense.errors import InvalidImageError
 from defense.hosts.shipped import DEFAULT
 
 if TYPE_CHECKING:
+    from defense.classify.answers import Prediction
     from defense.classify.classifier import RobustClassifier
     from defense.classify.explanation import Explanation
-    from defense.classify.zeroshot import Prediction
     from defense.data.sources import Picture
     from defense.export.runtime import OnnxClassifier
 

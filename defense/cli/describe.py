@@ -21,7 +21,7 @@ from defense.cli.common import (
     say,
     say_passed_over,
 )
-from defense.cli.stages import stages
+from defense.cli.progress import stages
 from defense.hosts.shipped import DEFAULT
 
 

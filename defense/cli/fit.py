@@ -27,16 +27,17 @@ from defense.cli.common import (
     say_passed_over,
     shown,
 )
+from defense.cli.progress import stages
 from defense.core.latents import Removal, Scope
 from defense.hosts.shipped import DEFAULT, ShippedClip, find_model
 
 if TYPE_CHECKING:
     from defense.classify.classifier import RobustClassifier
+    from defense.data.progress import Progress
     from defense.data.sources import Pictures
     from defense.fit.material import Material
     from defense.fit.metadata import Metadata
     from defense.fit.placing import Fitted
-    from defense.fit.progress import Progress
     from defense.fit.shipping import Shipped
     from defense.store.checkpoint import Checkpoint
 
@@ -132,13 +133,11 @@ def fit(
 
     Words in the picture need no labels: plain CLIP's answer is right, until another label is written on the picture.
     """
-    # Longer than 60 lines by the list of options.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes():
         import torch
 
         from defense.classify.classifier import RobustClassifier
-        from defense.cli.progress import shown_progress  # it brings torch
         from defense.fit.config import FitConfig
         from defense.fit.placing import fit_defense
         from defense.fit.sites import plan_sites
@@ -158,7 +157,7 @@ def fit(
         config = FitConfig(clean_budget=clean_budget / len(checkpoints), edit=edit, seed=seed, steps=steps)
         plans = plan_sites(clip, checkpoints, config, scope)
         clf = RobustClassifier(clip).set_labels(answers, template)
-        with shown_progress() as progress:
+        with stages() as progress:
             material = _material(clf, source, opened, n=n_pictures, seed=seed, progress=progress)
             fitted = fit_defense(
                 clip, clip.id_as(model, pretrained), plans, material, torch.from_numpy(clf.text_embeds()),

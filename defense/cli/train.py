@@ -21,7 +21,7 @@ from defense.cli.common import (
     say,
     say_passed_over,
 )
-from defense.cli.stages import stages
+from defense.cli.progress import stages
 from defense.core.config import Variant
 from defense.core.latents import Scope
 from defense.hosts.shipped import DEFAULT
@@ -67,7 +67,6 @@ def train(
 
     On several GPUs or machines: torchrun --nproc-per-node 8 --no-python defense train ...
     """
-    # Longer than 60 lines by the list of options.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes("run the same command again to go on from the last step that was saved"):
         from defense.data.sources import open_pictures

@@ -164,6 +164,11 @@ def is_meaningless(suffix: str) -> bool:
     return not _SUFFIX.fullmatch(suffix)
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return the files below a folder that are not ignored whatever they hold, in sorted order."""
+    return sorted(_walk(folder, Counter(), ()))
+
+
 def why_ignored(path: PurePath) -> str | None:
     """Return why a path below a root is ignored whatever it holds, or None."""
     if any(part.startswith(".") for part in path.parts):

@@ -12,8 +12,8 @@ from defense.errors import ConfigError
 from defense.hosts.controls import Controls, LatentKey
 
 if TYPE_CHECKING:
+    from defense.classify.answers import Prediction
     from defense.classify.classifier import RobustClassifier
-    from defense.classify.zeroshot import Prediction
 
 
 __all__ = ["Counterfactual", "counterfactual"]
@@ -25,7 +25,8 @@ class Counterfactual:
 
     Attributes:
         plain: The stock CLIP's answer.
-        latents: (hook_point, latent) of S, the first found to matter first; empty where no removal changed the answer.
+        latents: (hook_point, latent) of S, in the order in which they were added; empty where no removal changed the
+            answer.
         flipped: The answer with these removed; None where none changed it.
         n_tried: Subsets of S that were tried.
     """

@@ -56,7 +56,6 @@ def _label(picture: Picture) -> str | None:
     return None if label is None else str(label)
 
 
-# Longer than functions here are: half of it says what comes back.
 def describe(
     clip: Clip,
     hook_point: str,

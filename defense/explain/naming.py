@@ -46,7 +46,7 @@ def directions_of(
 def mean_jacobians(tower: VisionTower, hook_point: str, resid: Tensor, batch: int = 8) -> tuple[Tensor, Tensor]:
     """Return the Jacobian of image_embeds by one CLS token and by one patch, [d_embed, d_model] each.
 
-    The mean over pictures and over tokens of the kind; by no token of a kind it is 0.
+    The mean over pictures and over tokens of the kind; 0 for a kind that the tower does not have.
 
     Args:
         tower: The network.

@@ -12,8 +12,8 @@ from defense.data.preprocess import Box
 from defense.store.folders import package_version
 
 if TYPE_CHECKING:
+    from defense.classify.answers import Prediction
     from defense.classify.explanation import Explanation
-    from defense.classify.zeroshot import Prediction
     from defense.hosts.defense import Defense
 
     from .catalogue import Catalogue
@@ -70,7 +70,7 @@ def percent(score: float | None) -> str:
 
 
 def number(value: float) -> str:
-    """Return a value with three digits or more, without an exponent for what is commonly met."""
+    """Return a value with at least three significant digits; with an exponent only below 0.0001."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

@@ -1,5 +1,7 @@
 """A defense from an SAE: pictures to fit on, the choice of latents, blocks and scopes, thresholds, the report."""
 
+from defense.data.progress import SILENT, Progress
+
 from .calibrate import Calibration, calibrated
 from .config import FitConfig
 from .encoded import Encoded
@@ -8,7 +10,6 @@ from .gates import GATES, Gates, explained_variance
 from .material import Groups, Material, Pairs
 from .metadata import Metadata, read_metadata
 from .placing import Fitted, fit_defense, with_golden
-from .progress import SILENT, Progress
 from .selecting import GroupFit, Ranking, Selection, TextFit
 from .shipping import Shipped, ship
 from .sites import FittedSite, SitePlan, fit_sites, plan_sites

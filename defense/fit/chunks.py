@@ -19,7 +19,11 @@ _FLOATS_PER_BLOCK = 24
 def chunks(n: int, bytes_each: int) -> Iterator[slice]:
     """Yield slices of `n` things, each of which takes `bytes_each`, that are computed at once.
 
-    The same things are cut alike every time: sums over other chunks have other last bits.
+    Where they are cut depends on the two numbers alone, since sums over other chunks differ in their last bits.
+
+    Args:
+        n: How many there are.
+        bytes_each: What one of them takes while it is computed on; a slice takes `AT_ONCE`, or holds one thing.
     """
     size = max(1, AT_ONCE // max(1, bytes_each))
     for start in range(0, n, size):
@@ -27,7 +31,7 @@ def chunks(n: int, bytes_each: int) -> Iterator[slice]:
 
 
 def bytes_of_pass(tower: VisionTower, n_blocks: int, n_pos: int) -> int:
-    """Return about how many bytes a picture takes in a pass through some blocks, backward pass included."""
+    """Return about how many bytes a picture of `n_pos` tokens takes in a pass through some blocks and back."""
     return 4 * n_pos * tower.d_model * _FLOATS_PER_BLOCK * (n_blocks + 1)
 
 

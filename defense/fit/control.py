@@ -31,7 +31,7 @@ def activity_of(clip: Clip, site: Site, batches: Iterable[np.ndarray]) -> np.nda
 
 
 def random_control(site: Site, activity: np.ndarray, rng: np.random.Generator) -> Site:
-    """Return a site with every set's latents replaced by random ones. Sets draw together: none takes another's.
+    """Return a site with every set's latents replaced by random ones; no latent is drawn for two sets.
 
     Args:
         site: The site that is imitated.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from defense.core.sae import SparseAutoencoder
+from defense.data.progress import SILENT, Progress
 from defense.hosts.clip import Clip
 from defense.hosts.tower import block_of
 
 from .kept import KeptResiduals
 from .material import Groups, Pairs
-from .progress import SILENT, Progress
 from .seen import Seen
 
 

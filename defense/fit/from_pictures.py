@@ -25,13 +25,13 @@ import torch
 from PIL import Image
 
 from defense.classify.classifier import RobustClassifier
+from defense.data.progress import SILENT, Progress
 from defense.data.sources import Picture, Pictures, decoded, prepared
 from defense.data.writing import writable, write_word
 from defense.errors import ConfigError
 
 from .material import Groups, Material, Pairs
 from .metadata import Metadata
-from .progress import SILENT, Progress
 
 WORD_HEIGHT = (0.10, 0.28)
 """Of the written label's capitals, as a fraction of the picture's shorter side."""
@@ -44,7 +44,7 @@ _DECODED_AT_ONCE = 16
 
 
 def sample(source: Pictures, n: int, seed: int) -> list[Picture]:
-    """Return up to `n` pictures of a source, in random order of its shards."""
+    """Return up to `n` pictures of a source, taken from its shards in a random order that `seed` decides."""
     return list(islice(_shuffled(source, seed), n))
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from defense.data.progress import SILENT, Progress
+
 from .chunks import chunks
 from .config import FitConfig
-from .progress import SILENT, Progress
 from .trial import Trial
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def learn_removal(trial: Trial, config: FitConfig, state: JointState, progress: 
     """Return how much of each candidate's writing is best removed, float64 [n_candidates] in [0, 1].
 
     Minimizes the loss of the right answer on all groups, plus `sparsity` times the sum of what is removed. So a latent
-    stays out where what should count speaks through it too. Weight moves step by step to the groups with the larger
+    is left alone where the right answer needs it. Weight moves step by step to the groups with the larger
     loss (group DRO, arXiv:1911.08731, algorithm 1). It stops where the same loss, on pictures that it does not learn
     from, falls no more, and takes what was best there.
 

@@ -11,12 +11,12 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from defense.data.progress import Advance
 from defense.errors import CheckpointError, NonFiniteError
 from defense.hosts.tower import VisionTower, block_of
 from defense.store import folders
 
 from .chunks import bytes_of_pass, chunks
-from .progress import Advance
 
 log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from defense.core.latents import Scope
+from defense.data.progress import SILENT, Progress
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 from defense.hosts.defense import ClipId, Defense, Site
@@ -34,7 +35,6 @@ from defense.world import draws, scenes
 from .encoded import Encoded
 from .gates import GATES, Gates, explained_variance
 from .material import Material
-from .progress import SILENT, Progress
 from .saves import Saves, digest
 from .sites import FittedSite, SitePlan, fit_sites
 from .validation import CrossValidation, answers_of, cross_validate, n_fooled, on_fitted
@@ -171,6 +171,7 @@ def fit_defense(
     license: str = "not stated",
     provenance: Mapping[str, Any] = MappingProxyType({}),
     gates: Gates = GATES,
+    explained: Mapping[str, float] = MappingProxyType({}),
     cache: Path | None = None,
     progress: Progress = SILENT,
 ) -> Fitted:
@@ -190,6 +191,8 @@ def fit_defense(
         license: Of the defense.
         provenance: What else its `provenance` shall hold, as JSON values.
         gates: What it has to show.
+        explained: By hook point, the explained variance (at most 1) of an SAE that was measured before; the others are
+            measured here.
         cache: Folder for residuals, which other fits find too, and for what the stages came to: the same call, after it
             was killed, goes on from there and ends in the same bytes. `Fitted.forget` deletes what only this fit needs.
             None to keep nothing.
@@ -206,7 +209,7 @@ def fit_defense(
     encoded = Encoded(clip, material.data, None if cache is None else cache / "residuals", progress)
     saves = _saves_of(clip, material, text_embeds, cache)
     budget = sum(plan.config.clean_budget for plan in plans)
-    shown = _opened(encoded, plans, text_embeds, gates)
+    shown = _opened(encoded, plans, text_embeds, gates, explained)
     options: list[Option] = []
     validation: CrossValidation | None = None
     if is_swept:
@@ -255,24 +258,28 @@ def _saves_of(clip: Clip, material: Material, text_embeds: Tensor, cache: Path |
     return Saves(cache / "fits", basis)
 
 
-def _opened(encoded: Encoded, plans: Sequence[SitePlan], text_embeds: Tensor, gates: Gates) -> dict[str, Any]:
+def _opened(
+    encoded: Encoded, plans: Sequence[SitePlan], text_embeds: Tensor, gates: Gates, explained: Mapping[str, float]
+) -> dict[str, Any]:
     """Hold SAEs and pictures against the gates before anything long starts; return what they show, as JSON values."""
-    tower, explained = encoded.clip.tower, {}
+    tower, shown = encoded.clip.tower, {}
     first = min((plan.hook_point for plan in plans), key=block_of)
     resid = next(iter(encoded.resid(first).values()))
     sample = resid[torch.linspace(0, len(resid) - 1, min(_LOOKED_AT, len(resid))).long()]
     for plan in plans:
-        there = sample if plan.hook_point == first else tower.resid_from(sample, first, plan.hook_point)
-        tokens = there[:, tower.positions(plan.hook_point, plan.sae.config.tokens)].flatten(0, 1)
-        explained[plan.hook_point] = explained_variance(plan.sae.to(encoded.clip.device), tokens)
-        gates.check_explained(plan.hook_point, explained[plan.hook_point])
-        encoded.progress.line(
-            f"{plan.hook_point}: the SAE explains {100 * explained[plan.hook_point]:.0f} % of the variance here"
-        )
+        if plan.hook_point in explained:
+            share = explained[plan.hook_point]
+        else:
+            there = sample if plan.hook_point == first else tower.resid_from(sample, first, plan.hook_point)
+            tokens = there[:, tower.positions(plan.hook_point, plan.sae.config.tokens)].flatten(0, 1)
+            share = explained_variance(plan.sae.to(encoded.clip.device), tokens)
+        gates.check_explained(plan.hook_point, share)
+        shown[plan.hook_point] = share
+        encoded.progress.line(f"{plan.hook_point}: the SAE explains {100 * share:.0f} % of the variance here")
     fooled = n_fooled(encoded.data, answers_of(encoded.image_embeds(first), text_embeds))
     gates.check_fooled(fooled, encoded.data.n)
     encoded.progress.line(f"plain CLIP is wrong on {fooled} of {encoded.data.n} pictures with the cue")
-    return {"explained_variance": explained, "n_fooled": fooled}
+    return {"explained_variance": shown, "n_fooled": fooled}
 
 
 def _helping(fitted: Sequence[FittedSite]) -> tuple[Site, ...]:

@@ -16,12 +16,12 @@ from defense.core.latents import LatentSet
 from defense.core.ops import reference
 from defense.core.sae import SparseAutoencoder, normalize
 from defense.core.suppress import Suppressor
+from defense.data.progress import SILENT, Progress
 from defense.hosts.clip import Clip
 from defense.hosts.tower import block_of
 
 from .chunks import COPIES, bytes_behind, chunks
 from .material import Groups, Pairs
-from .progress import SILENT, Progress
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from defense.core.latents import LatentSet, Scope
 from defense.core.sae import SparseAutoencoder
+from defense.data.progress import SILENT, Progress
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 
 from .config import FitConfig
 from .joint import LEAST_REMOVAL, JointState, learn_removal
 from .material import Groups, Pairs
-from .progress import SILENT, Progress
 from .seen import Seen
 from .trial import Group, Selection, Trial, Tried, within_budget
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from defense.data.progress import SILENT, Progress
 from defense.errors import CalibrationError, ConfigError
 from defense.hosts.clip import Clip
 from defense.hosts.defense import Defense
@@ -18,7 +19,6 @@ from defense.hosts.slim import slim
 from .calibrate import Calibration, calibrated
 from .material import Material
 from .placing import with_golden
-from .progress import SILENT, Progress
 
 LEAST_AGREEMENT = 0.99
 """Share of held-out pictures whose answer thresholds must leave as the exact rule has it."""

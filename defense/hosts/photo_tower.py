@@ -99,8 +99,12 @@ class PhotoEmbed(nn.Module):
 class PhotoTransformer(VisionTransformer):
     """A vision transformer whose patch embedding gives the CLS token too; `cls_token` is added to it."""
 
+    # As timm sets them; it ships no types.
+    embed_dim: int
+    patch_embed: PhotoEmbed
     cls_token: nn.Parameter
     pos_embed: nn.Parameter
+    blocks: nn.Sequential
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         return torch.cat([x[:, :1] + self.cls_token, x[:, 1:] + self.pos_embed], dim=1)

@@ -26,15 +26,15 @@ import torch
 from defense import importers
 from defense.classify.classifier import RobustClassifier
 from defense.data.labels import check_labels
+from defense.data.progress import Progress as FitProgress
 from defense.data.sources import prepared
 from defense.errors import CheckpointError, ConfigError, NonFiniteError
 from defense.fit.config import FitConfig
 from defense.fit.from_pictures import sample, text_material
-from defense.fit.gates import GATES
+from defense.fit.gates import GATES, explained_variance
 from defense.fit.placing import fit_defense
-from defense.fit.progress import Progress as FitProgress
 from defense.fit.shipping import ship
-from defense.fit.sites import plan_sites
+from defense.fit.sites import SitePlan, plan_sites
 from defense.hosts.clip import Clip, load_clip, resolve_device
 from defense.hosts.defense import ClipId, Defense
 from defense.hosts.golden import check_golden
@@ -43,7 +43,6 @@ from defense.store.cache import VARIABLE, cache_folder
 from defense.store.checkpoint import Checkpoint
 from defense.store.hub import Hub, in_words
 from defense.store.registry import FitSettings, HostRow, SaeRow, TrainSettings, row_of
-from defense.train.quality import measure
 from defense.train.residuals import Stream
 from defense.train.runs import train_checkpoint
 from defense.train.trainer import Progress
@@ -52,9 +51,6 @@ from .estimates import fit_cost, train_block, train_config, train_cost
 from .material import Wanted, wanted_pictures
 
 log = logging.getLogger(__name__)
-
-LEAST_EXPLAINED = GATES.least_explained
-"""Variance of the residuals that an SAE must explain, as a fraction: one of another CLIP explains nothing."""
 
 _N_LOOKED_AT = 64
 """Pictures that decide whether an SAE belongs to a CLIP."""
@@ -267,7 +263,7 @@ class _Route:
         config = FitConfig(steps=settings.steps, clean_budget=settings.clean_budget, seed=request.seed)
         (plan,) = plan_sites(self.clip, [sae], config)
         plan.sae.to(self.clip.device)
-        explained = self._explained(sae)
+        explained = self._explained(plan)
         cost = fit_cost(
             self.clip,
             sae.hook_point,
@@ -291,7 +287,8 @@ class _Route:
         weak = {} if wanted.weak is None else {"weak": wanted.weak}
         fitted = fit_defense(
             self.clip, self.clip_id, [plan], material, torch.from_numpy(clf.text_embeds()), name=_NAME, folds=_FOLDS,
-            seed=request.seed, license=sae.license, cache=cache_folder(), progress=_Said(self.say),
+            seed=request.seed, license=sae.license, explained={sae.hook_point: explained}, cache=cache_folder(),
+            progress=_Said(self.say),
             provenance={
                 **weak, "task": "text", "labels": list(wanted.labels), "template": _TEMPLATE, _RECIPE: recipe,
                 "saes": [{"hook_point": sae.hook_point, **dict(sae.provenance)}],
@@ -302,28 +299,25 @@ class _Route:
         fitted.forget()
         return shipped.defense
 
-    def _explained(self, sae: Checkpoint) -> float:
-        """Return how much of the residuals' variance an SAE explains here.
+    def _explained(self, plan: SitePlan) -> float:
+        """Return how much of the residuals' variance an SAE explains here, before anything long is done with it.
 
         Raises:
-            ConfigError: So little that it is an SAE of another CLIP.
+            GateError: So little that it is an SAE of another CLIP.
+            ConfigError: No picture can be read.
         """
         pictures = sample(self.wanted.pictures, _N_LOOKED_AT, self.request.seed)
         rows = []
         for batch in prepared(self.clip.preprocess, pictures):
             kept = [pixels for _, pixels in batch if pixels is not None]
             if kept:
-                rows.append(self.clip.tower.resid(np.stack(kept), sae.hook_point, sae.sae.config.tokens).flatten(0, 1))
+                rows.append(
+                    self.clip.tower.resid(np.stack(kept), plan.hook_point, plan.sae.config.tokens).flatten(0, 1)
+                )
         if not rows:
             raise ConfigError(f"none of {len(pictures)} pictures can be read; is this the right folder?")
-        explained = measure(sae.sae.to(self.clip.device), torch.cat(rows)).explained_variance
-        if not explained >= LEAST_EXPLAINED:  # also where it is NaN
-            raise ConfigError(
-                f"this SAE explains {100 * explained:.0f} % of the variance of {self.clip_id.name} at {sae.hook_point} "
-                f"on {len(pictures)} pictures, and one that belongs there explains at least "
-                f"{100 * LEAST_EXPLAINED:.0f} %: it was trained on another CLIP, or at another block"
-            )
-        self.say(f"the SAE explains {100 * explained:.1f} % of the variance of the residual")
+        explained = explained_variance(plan.sae, torch.cat(rows))
+        GATES.check_explained(plan.hook_point, explained)
         return explained
 
     # --- 3: an SAE that is trained ------------------------------------------------------------------------------------

@@ -10,25 +10,17 @@ import sys
 import time
 
 import pytest
-from typer.testing import CliRunner
 
 pytest.importorskip("open_clip")
 pytest.importorskip("scipy")
 
 from defense.benchmarks.named_clip import load_named_clip
 from defense.benchmarks.robust_results import read_results
-from defense.cli import app
 from defense.core.latents import LatentSet
 from defense.store import defenses
 
+from ..command import run
 from .runs import NAMES, without_run, write_pictures
-
-
-def run(*arguments) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture

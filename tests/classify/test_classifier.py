@@ -18,34 +18,13 @@ import torch
 from defense.classify.classifier import RobustClassifier
 from defense.core.latents import LatentSet
 from defense.data.images import Limits
-from defense.errors import BackendError, CheckpointError, ConfigError, InvalidImageError, NonFiniteError
+from defense.errors import ConfigError, InvalidImageError, NonFiniteError
 from defense.explain.counterfactual import counterfactual
-from defense.hosts.clip import Clip, load_clip, resolve_device
+from defense.hosts.clip import Clip, load_clip
 from defense.hosts.controls import Controls
-from defense.hosts.golden import golden_difference, make_golden
-from defense.hosts.naming import names_clip
-from defense.store import defenses
-from defense.store.defenses import find_defense
 
 from ..conftest import random_defense, random_sae
-
-LABELS = ["dog", "cat", "fish", "tree"]
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (40, 50)) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-
-
-@pytest.fixture
-def tiny_defense(tiny_clip, tiny_folder):
-    site = (1, random_sae(act="topk", k=8), LatentSet("text", tuple(range(60))))
-    return random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}")
-
-
-@pytest.fixture
-def clf(tiny_folder, tiny_defense):
-    clip = load_clip(f"local-dir:{tiny_folder}")
-    return RobustClassifier(clip, tiny_defense, batch_size=4).set_labels(LABELS)
+from .pictures import LABELS, picture
 
 
 def test_one_picture_gives_a_list_of_labels_and_scores_best_first(clf):
@@ -235,102 +214,6 @@ def test_explain_needs_a_defense(tiny_folder):
         RobustClassifier(load_clip(f"local-dir:{tiny_folder}")).set_labels(LABELS).explain(picture())
 
 
-def test_from_pretrained_reads_a_folder_and_its_host(tmp_path, tiny_defense, clf):
-    defenses.save(tiny_defense, tmp_path / "defense")
-    loaded = RobustClassifier.from_pretrained(tmp_path / "defense", device="cpu").set_labels(LABELS)
-    np.testing.assert_allclose(loaded.predict_proba([picture()]), clf.predict_proba([picture()]), atol=1e-6)
-    with pytest.raises(ConfigError, match="no set 'birds'; it has text"):
-        RobustClassifier.from_pretrained(tmp_path / "defense", sets=["birds"])
-
-
-def test_weights_of_no_model_are_refused_before_anything_is_looked_for(tmp_path):
-    with pytest.raises(ConfigError, match=r"pretrained='openai' .* there is no model=; give both"):
-        RobustClassifier.from_pretrained(tmp_path / "nowhere", pretrained="openai")
-
-
-def test_golden_vectors_are_reproduced_and_notice_another_host(tmp_path, tiny_defense, clf):
-    pictures = np.stack([picture(i, (32, 32)) for i in range(3)])
-    defense = replace(tiny_defense, golden=make_golden(clf.clip, pictures))
-    defenses.save(defense, tmp_path / "defense")
-    loaded = RobustClassifier.from_pretrained(tmp_path / "defense", device="cpu")
-    golden = loaded.defense.golden
-    assert golden_difference(loaded.clip, golden) < 1e-5
-    with torch.no_grad():
-        loaded.clip.model.visual.proj[:8] += 0.1
-    assert golden_difference(loaded.clip, golden) > 1e-3
-
-
-def test_fault_51_a_defense_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="neither a folder, nor a hub id"):
-        find_defense(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="is missing"):
-        find_defense(tmp_path)
-
-
-def test_fault_77_a_hub_id_without_network_gives_one_error(monkeypatch, tmp_path):
-    with pytest.raises(CheckpointError, match="no-such-org/no-such-defense"):
-        find_defense("no-such-org/no-such-defense", local_files_only=True, cache_dir=str(tmp_path))
-
-
-def test_a_defense_whose_clip_is_elsewhere_says_which_will_do_and_takes_it(tmp_path, tiny_defense, tiny_folder):
-    """What binds a defense is the fingerprint, not the path that the CLIP was loaded from."""
-    moved = replace(tiny_defense, clip=replace(tiny_defense.clip, model="local-dir:/home/somebody/clip"))
-    folder = defenses.save(moved, tmp_path / "defense")
-    with pytest.raises(ConfigError, match=rf"Give model= .* vision tower \(sha256 {moved.clip.sha256[:16]}"):
-        RobustClassifier.from_pretrained(folder, device="cpu")
-    clf = RobustClassifier.from_pretrained(folder, model=f"local-dir:{tiny_folder}", device="cpu")
-    again = clf.save_pretrained(tmp_path / "again")
-    assert defenses.load(again).sets == moved.sets
-    with pytest.raises(ConfigError, match="no defense to save"):
-        RobustClassifier(load_clip(f"local-dir:{tiny_folder}")).save_pretrained(tmp_path / "stock")
-
-
-def test_the_name_of_a_clip_without_a_ready_defense_says_how_to_make_one(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setenv("CLIP_DEFENSE_CACHE", str(tmp_path))
-    with pytest.raises(
-        CheckpointError, match=r"no defense is ready for local-dir:.*make one: defense protect local-dir"
-    ):
-        RobustClassifier.from_pretrained(f"local-dir:{tiny_folder}", device="cpu", local_files_only=True)
-    with pytest.raises(ConfigError, match="ViT-B-32 needs weights"):
-        RobustClassifier.from_pretrained("ViT-B-32")
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("ViT-B-32", True),
-        ("ViT-B/32", True),
-        ("ViT-L/14@336px", True),
-        ("ViT-B-32-quickgelu", True),
-        ("hf-hub:org/repo", True),
-        ("local-dir:here", True),
-        ("ViT-Z-99", False),
-        ("org/repo", False),
-        ("embedded", False),
-        ("embedded:text", False),
-        ("./folder", False),
-    ],
-)
-def test_a_name_of_a_clip_is_told_from_one_of_a_defense(name, expected):
-    assert names_clip(name) == expected
-
-
-def test_a_host_that_open_clip_does_not_know_is_refused():
-    with pytest.raises(ConfigError, match="knows no model 'ViT-Z-99'"):
-        load_clip("ViT-Z-99", "openai")
-    with pytest.raises(ConfigError, match="ViT-B-32 needs weights"):
-        load_clip("ViT-B-32")
-    with pytest.raises(ConfigError, match="cannot load"):
-        load_clip("local-dir:/no/such/folder")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there, so asking for it is no fault")
-def test_fault_68_cuda_that_is_not_there_is_refused():
-    with pytest.raises(BackendError, match="sees no CUDA device"):
-        resolve_device("cuda")
-    assert resolve_device("auto") == "cpu"
-
-
 @pytest.mark.parametrize("batch_size", [0, -3])
 def test_a_batch_size_below_one_is_refused(tiny_folder, batch_size):
     with pytest.raises(ConfigError, match="batch_size"):
@@ -349,22 +232,6 @@ def test_fewer_than_one_label_to_return_is_refused_before_anything_is_read(clf):
     ):
         with pytest.raises(ConfigError, match="top_k"):
             call()
-
-
-def test_a_defended_host_is_no_stock_clip(tiny_folder, tiny_defense):
-    clip = load_clip(f"local-dir:{tiny_folder}")
-    RobustClassifier(clip, tiny_defense)
-    with pytest.raises(ConfigError, match="defended already"):
-        RobustClassifier(clip)
-
-
-def test_other_preprocessing_than_the_defense_was_fitted_with_is_refused_unless_asked_for(tiny_folder, tiny_defense):
-    clip = load_clip(f"local-dir:{tiny_folder}")
-    other = replace(clip, preprocess=replace(clip.preprocess, mean=(0.4, 0.5, 0.5)))
-    with pytest.raises(ConfigError, match="prepared with"):
-        RobustClassifier(other, tiny_defense)
-    clf = RobustClassifier(other, tiny_defense, allow_mismatch=True)
-    assert clf.defense is not None
 
 
 @pytest.mark.parametrize("call", ["transform", "predict_proba", "predict"])

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
-from typer.testing import CliRunner
 
 pytest.importorskip("open_clip")
 
@@ -23,6 +22,7 @@ from defense.hosts.clip import embedded_folder
 from defense.store import defenses, folders
 from defense.world.scenes import OBJECTS
 
+from ..command import run
 from ..conftest import random_defense, random_sae
 
 
@@ -42,13 +42,6 @@ def pictures(tmp_path):
         Image.fromarray(pixels).save(folder / name)
     (folder / "notes.txt").write_text("not a picture")
     return folder
-
-
-def run(*arguments) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_a_folder_is_classified_side_by_side(defense_folder, pictures):

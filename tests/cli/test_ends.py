@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 pytest.importorskip("open_clip")
 
-from defense.cli import app, common, stages
+from defense.cli import common, progress
 from defense.core.latents import LatentSet
 from defense.errors import BackendError, MissingDependencyError, cannot_import
 from defense.store import defenses
 
+from ..command import run
 from ..conftest import random_defense, random_sae
 
 COMMAND = [sys.executable, "-m", "defense"]
@@ -41,13 +41,6 @@ def picture(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     return tmp_path / "picture.png"
-
-
-def run(*arguments) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 # --- stdout -----------------------------------------------------------------------------------------------------------
@@ -306,7 +299,7 @@ def test_fault_what_can_be_gone_on_with_says_so_when_it_is_interrupted(monkeypat
 def test_fault_without_a_terminal_a_stage_is_a_line_and_a_long_one_more(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with stages.stages() as shown:
+    with progress.stages() as shown:
         for _ in shown.track(range(10), "encoding [x]"):
             now[0] += 20
         shown.start("writing")
@@ -322,15 +315,15 @@ def test_fault_without_a_terminal_a_stage_is_a_line_and_a_long_one_more(monkeypa
 
 
 def test_what_takes_no_time_says_nothing(capsys):
-    with stages.stages(is_shown=False) as shown:
+    with progress.stages(is_shown=False) as shown:
         assert list(shown.track("ab", "encoding")) == ["a", "b"]
     assert capsys.readouterr().err == ""
 
 
 def test_on_a_terminal_it_is_a_bar(monkeypatch):
     console = common._Stderr(file=io.StringIO(), force_terminal=True, markup=False, width=200)
-    monkeypatch.setattr(stages, "stderr", console)
-    with stages.stages() as shown:
+    monkeypatch.setattr(progress, "stderr", console)
+    with progress.stages() as shown:
         for n in shown.track(range(3), "encoding [/x]"):
             shown.done(n, "loss [0.1]")
     assert "encoding [/x]  loss [0.1]" in console.file.getvalue()

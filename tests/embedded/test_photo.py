@@ -16,6 +16,7 @@ from defense.embedded.photo.build import new_model
 from defense.embedded.photo.grounds import SIZE, Sources
 from defense.embedded.photo.lessons import KEEP, batches
 from defense.embedded.photo.names import load_words
+from defense.embedded.photo.pictures import crops_of
 from defense.embedded.photo.start import D_EMBED, Start
 from defense.embedded.photo.training import Reader, Recipe, train
 from defense.embedded.train_clip import check_recipe
@@ -154,6 +155,16 @@ def test_training_that_was_interrupted_comes_to_the_same_weights(sources, tmp_pa
     whole, resumed = trained(tmp_path / "a", 3), trained(tmp_path / "b", 2, 3)
     for want, got in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(want, got)
+
+
+def test_crops_are_of_whatever_is_a_picture_to_the_commands_and_of_nothing_hidden(tmp_path):
+    side = 16
+    for name, gray in {"kept.bmp": 40, "no-suffix": 41, ".hidden.png": 255, "small.png": 255}.items():
+        extent = side if name == "small.png" else 4 * side
+        Image.new("RGB", (extent, extent), (gray,) * 3).save(tmp_path / name, "BMP" if "bmp" in name else "PNG")
+    assert set(crops_of(tmp_path, 6, side, seed=0).flatten().tolist()) == {40, 41}
+    with pytest.raises(ConfigError, match="no picture of at least 256 pixels"):
+        crops_of(tmp_path, 6, 8 * side, seed=0)
 
 
 def test_a_work_folder_is_gone_on_with_by_its_own_recipe_alone(tmp_path):

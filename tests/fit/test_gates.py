@@ -57,6 +57,18 @@ def test_an_sae_of_another_clip_is_refused_before_anything_long(clip, monkeypatc
             fit_defense(clip, clip.id_as("tiny"), plans, material_of(clip), TEXT_EMBEDS, name="text")
 
 
+def test_what_was_measured_before_is_held_against_the_gate_and_not_measured_again(clip, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("defense.fit.placing.explained_variance", lambda *_: pytest.fail("it was measured again"))
+    monkeypatch.setattr("defense.fit.placing.n_fooled", lambda *_: 0)
+    plans, point = [SitePlan(POINT.format(1), perfect_sae(), CONFIG)], POINT.format(1)
+    for explained, message in ((0.29, r"the SAE at blocks\.1.* explains 29 %"), (0.31, "plain CLIP is wrong on 0 of")):
+        with pytest.raises(GateError, match=message):
+            fit_defense(
+                clip, clip.id_as("tiny"), plans, material_of(clip), TEXT_EMBEDS, name="text",
+                explained={point: explained},
+            )  # fmt: skip
+
+
 def test_pictures_that_fool_nobody_are_refused(clip):  # noqa: F811
     material = material_of(clip)
     same = replace(material.data, attacked=material.data.clean, neutral=material.data.clean)

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("open_clip")
 import torch
 
+from defense.data.progress import Progress
 from defense.fit import joint
 from defense.fit.chunks import chunks
 from defense.fit.config import FitConfig
@@ -23,7 +24,6 @@ from defense.fit.joint import JointState, learn_removal
 from defense.fit.kept import KeptResiduals
 from defense.fit.material import Material, Pairs
 from defense.fit.placing import fit_defense
-from defense.fit.progress import Progress
 from defense.fit.saves import Saves
 from defense.fit.sites import SitePlan
 from defense.hosts.clip import load_clip

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import open_clip
 import timm
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 
-from ..conftest import D_MODEL
+from defense.core.latents import LatentSet
+from defense.data.preprocess import Preprocess
+from defense.hosts.clip import Clip
+from defense.hosts.defense import Defense, Site
+
+from ..conftest import D_MODEL, random_sae
 
 N_BLOCKS, N_WORDS = 3, 49408
+POINT = "blocks.1.hook_resid_post"
+PREPROCESS = Preprocess((32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
+FRAME = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+LABELS = ["cat", "red fish", "3 dogs!"]
 SIZES = {
     "hidden_size": D_MODEL,
     "intermediate_size": 4 * D_MODEL,
@@ -224,3 +236,39 @@ def llava_of(vision: nn.Module, **settings) -> nn.Module:
             parameter.data += 0.2 * torch.randn_like(parameter)
     model.model.vision_tower.load_state_dict(vision.state_dict())
     return _still(model)
+
+
+# --- what goes through them -------------------------------------------------------------------------------------------
+
+
+def pixels(n: int = 5, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def a_defense(model, *, block: int = 1, **fields):
+    """A defense fitted, so to say, on a model; `fields` of its latent set."""
+    latent_set = LatentSet("text", tuple(range(60)), **fields)
+    clip_id = Clip(model, PREPROCESS).id_as("twin")
+    site = random_site(block, latent_set)
+    return Defense(clip_id, PREPROCESS, (site,))
+
+
+def random_site(block: int, latent_set: LatentSet):
+    sae = random_sae(act="topk", k=20)
+    return Site(f"blocks.{block}.hook_resid_post", sae.config, sae.parameters_numpy(), (latent_set,))
+
+
+def embeds(model) -> torch.Tensor:
+    return Clip(model, PREPROCESS).image_embeds(pixels())
+
+
+def vision_model(clip, **settings):
+    """The vision tower of a CLIP of transformers alone."""
+    model = transformers.CLIPVisionModel(clip.config.vision_config)
+    model.load_state_dict(clip.vision_model.state_dict())
+    return model.eval()
+
+
+def pictures(n: int = 3) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)) for _ in range(n)]

@@ -31,7 +31,8 @@ from defense.errors import CheckpointError
 from defense.importers import common, opcodes, pickles
 from defense.store import folders
 
-from .test_importers import BLOCK, PRISMA, our_orientation
+from .arithmetic import BLOCK, our_orientation
+from .published_vision import PRISMA
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"
 MIB = 1 << 20

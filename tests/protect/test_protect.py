@@ -20,11 +20,9 @@ import pytest
 pytest.importorskip("open_clip")
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from defense import protect as room
 from defense.classify.classifier import RobustClassifier
-from defense.cli import app
 from defense.core.latents import LatentSet
 from defense.errors import CheckpointError, ConfigError
 from defense.fit.config import FitConfig
@@ -37,6 +35,7 @@ from defense.store import checkpoint, defenses, registry
 from defense.store.hub import Hub
 from defense.train import runs
 
+from ..command import run
 from ..hub_server import FakeHub
 
 NAME = f"local-dir:{embedded_folder('clip')}"
@@ -213,7 +212,7 @@ def test_saes_are_tried_in_the_order_of_the_settings_until_one_passes(
     good = host()["saes"][0]
     both = [good, {**good, "repo": "Prisma/other"}]
     _, told = protect(rows(saes=both[::-1]))
-    assert "passed over: this SAE explains" in told.text()
+    assert f"passed over: the SAE at {good['hook_point']} explains" in told.text()
     assert fitted_at_once == [good["hook_point"]]
 
 
@@ -402,13 +401,6 @@ def test_an_estimate_has_a_split_and_a_sum() -> None:
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_the_command_takes_a_registry_on_the_hub_and_info_says_what_is_weak(

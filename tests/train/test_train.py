@@ -2,87 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("open_clip")
 import torch
-from PIL import Image
-from typer.testing import CliRunner
 
-from defense.cli import app
-from defense.core.config import SAEConfig
 from defense.core.sae import SparseAutoencoder
-from defense.data.sources import open_pictures
 from defense.errors import CheckpointError, ConfigError
-from defense.hosts.clip import load_clip
-from defense.store import checkpoint
 from defense.train import runs
 from defense.train.parallel import World
-from defense.train.quality import evaluate, measure, spliced
-from defense.train.residuals import Stream
+from defense.train.quality import measure
 from defense.train.runs import train, train_checkpoint, train_in_memory
 from defense.train.trainer import TrainConfig, Trainer
 
-POINT = "blocks.1.hook_resid_post"
-CONFIG = TrainConfig(d_sae=64, k=6, steps=600, batch=128, lr=5e-3)
-VARIANTS = {
-    "topk": CONFIG,
-    "batchtopk": replace(CONFIG, variant="batchtopk"),
-    "matryoshka": replace(CONFIG, variant="matryoshka"),
-    "relu": replace(CONFIG, variant="relu", k=None, l1=0.3),
-}
-SHORT = TrainConfig(d_sae=256, k=2, steps=24, batch=200, lr=3e-3, variant="batchtopk", dead_after=500, aux_k=16)
-"""Short enough to run twice, with enough latents that some die and come back."""
-
-DIRECTIONS = np.random.default_rng(7).normal(size=(32, 24)) / 24**0.5
-
-
-def planted(n: int, seed: int = 0) -> torch.Tensor:
-    """Residuals that are sparse sums of 32 directions, around an offset."""
-    rng = np.random.default_rng(seed)
-    codes = rng.uniform(0.5, 1.5, (n, 32)) * (rng.random((n, 32)) < 0.08)
-    return torch.from_numpy(codes @ DIRECTIONS * 10 + 3).float()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Pictures of three classes, in sub-folders."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for i in range(60):
-        path = folder / ("ant", "bee", "cow")[i % 3] / f"{i:03d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
-    return folder
-
-
-@pytest.fixture
-def clip(tiny_folder):
-    return load_clip(f"local-dir:{tiny_folder}")
-
-
-def stream_of(clip, folder: Path, **options) -> Stream:
-    """A stream that fills its buffer three times an epoch."""
-    return Stream(clip, POINT, open_pictures([folder]), **{"buffer": 20 * 17, "text_rate": 0.3, **options})
-
-
-# --- variants -------------------------------------------------------------------------------------
-
-
-@cache
-def trained(variant: str) -> SparseAutoencoder:
-    """An SAE of planted residuals, whose tokens are made of 2.6 directions on average."""
-    return train_in_memory(planted(20_000), VARIANTS[variant])
+from .planted import CONFIG, DIRECTIONS, NAMES, POINT, SHORT, VARIANTS, planted, stream_of, trained
 
 
 def explained(sae: SparseAutoencoder, resid: torch.Tensor, acts: torch.Tensor) -> float:
@@ -328,166 +268,3 @@ def test_two_processes_train_the_sae_of_one(clip, tiny_folder, folder, tmp_path)
             torch.testing.assert_close(shared[0]["seen"], torch.tensor(seen), atol=1e-4, rtol=1e-4)
     finally:
         (folder / "cow" / "broken.png").unlink()
-
-
-# --- what came of it ------------------------------------------------------------------------------
-
-
-def identity_sae(d_model: int) -> SparseAutoencoder:
-    """An SAE that reconstructs everything: each direction and its opposite is a latent."""
-    both = np.concatenate([np.eye(d_model), -np.eye(d_model)]).astype(np.float32)
-    parameters = {"W_enc": both.T, "b_enc": np.zeros(2 * d_model), "W_dec": both, "b_dec": np.zeros(d_model)}
-    return SparseAutoencoder(SAEConfig(d_model, 2 * d_model, "relu"), parameters)
-
-
-def blind_sae(d_model: int) -> SparseAutoencoder:
-    """An SAE that says the same of everything."""
-    sae = identity_sae(d_model)
-    sae.folded_bias -= 1e6
-    return sae
-
-
-NAMES = ("ant", "bee", "cow")
-
-
-def test_splicing_in_a_perfect_sae_changes_nothing(clip, folder):
-    pixel_values = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        plain = clip.model.encode_image(pixel_values)
-        with spliced(clip, POINT, identity_sae(64)):
-            edited = clip.model.encode_image(pixel_values)
-        after = clip.model.encode_image(pixel_values)
-    torch.testing.assert_close(edited, plain, atol=1e-5, rtol=1e-5)
-    assert torch.equal(after, plain)
-    quality, zero_shot = evaluate(clip, POINT, identity_sae(64), open_pictures([folder]), names=NAMES)
-    assert quality.explained_variance > 0.9999
-    assert zero_shot.agreement == 1.0
-    assert zero_shot.spliced == zero_shot.plain
-
-
-def test_splicing_in_a_blind_sae_makes_all_pictures_alike(clip, folder):
-    pictures = open_pictures([folder])
-    with torch.no_grad(), spliced(clip, POINT, blind_sae(64)):
-        first, second = (clip.model.encode_image(torch.randn(1, 3, 32, 32)) for _ in range(2))
-    torch.testing.assert_close(first, second)
-    quality, zero_shot = evaluate(clip, POINT, blind_sae(64), pictures, names=NAMES)
-    assert quality.explained_variance < 0.1
-    assert quality.alive == 0
-    assert zero_shot.n == len(list(pictures.held_out(1000)))
-
-
-def test_accuracy_is_that_of_the_labels(clip, folder, tmp_path):
-    """With the answers of the CLIP itself as labels, the CLIP is always right."""
-    from defense.classify.classifier import RobustClassifier
-
-    clf = RobustClassifier(clip).set_labels(NAMES)
-    for i, path in enumerate(sorted(folder.rglob("*.png"))):
-        answer = str(clf.predict([path])[0])
-        (tmp_path / answer).mkdir(exist_ok=True)
-        (tmp_path / answer / f"{i:03d}.png").write_bytes(path.read_bytes())
-    _, zero_shot = evaluate(clip, POINT, identity_sae(64), open_pictures([tmp_path]), names=NAMES)
-    assert zero_shot.plain == 1.0
-
-
-def test_without_labels_there_is_no_accuracy(clip, folder):
-    assert evaluate(clip, POINT, identity_sae(64), open_pictures([folder]))[1] is None
-    assert evaluate(clip, POINT, identity_sae(64), open_pictures([folder / "ant"]), names=NAMES)[1] is None
-
-
-def test_a_training_becomes_an_sae_on_disk(clip, tiny_folder, folder, tmp_path):
-    stream = stream_of(clip, folder)
-    spec = clip.id_as(f"local-dir:{tiny_folder}")
-    trained = train_checkpoint(stream, SHORT, spec, names=NAMES, shards=tmp_path / "shards", license="MIT")
-    checkpoint.save(trained, tmp_path / "sae")
-    read = checkpoint.load(tmp_path / "sae")
-    assert torch.equal(read.sae.W_enc, trained.sae.W_enc)
-    assert (read.hook_point, read.license, read.quick_gelu) == (POINT, "MIT", False)
-    assert read.sae.config.tokens == "all"
-    assert read.provenance["host"]["sha256"] == spec.sha256
-    assert read.provenance["train"] == asdict(SHORT)
-    assert read.provenance["activations"]["n_shards"] == 3
-    assert read.provenance["quality"]["l0"] > 0
-    assert read.provenance["zero_shot"]["n"] == 2
-    again = train_checkpoint(stream_of(clip, folder), SHORT, spec, shards=tmp_path / "shards")
-    assert torch.equal(again.sae.W_enc, trained.sae.W_enc), "the shards that are there must be used"
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, ["train", *map(str, arguments)])
-
-
-@pytest.fixture
-def options(tiny_folder):
-    return ["--model", f"local-dir:{tiny_folder}", "--block", 1, "--d-sae", 96, "--k", 4, "--n-tokens", 3000,
-            "--batch", 200, "--lr", 3e-3, "--device", "cpu"]  # fmt: skip
-
-
-def test_the_command_writes_an_sae(folder, tmp_path, options):
-    (tmp_path / "names.txt").write_text("ant\nbee\ncow\n")
-    result = run(folder, "--out", tmp_path / "sae", "--labels-file", tmp_path / "names.txt", *options)
-    assert result.exit_code == 0, result.output
-    assert "explained variance" in result.stdout
-    assert "zero-shot" in result.stdout
-    sae = checkpoint.load(tmp_path / "sae").sae
-    assert (sae.config.act, sae.config.d_sae) == ("batchtopk", 96)
-    assert {path.name for path in tmp_path.iterdir()} == {"names.txt", "sae"}
-
-
-def test_fault_a_training_that_cannot_be_written_in_the_end_is_not_lost(folder, tmp_path, options, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device", "sae")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", full)
-        result = run(folder, "--out", tmp_path / "sae", *options)
-    assert result.exit_code == 6
-    assert "No space left on device" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["sae.state.safetensors"]
-    monkeypatch.setattr("defense.train.trainer.Trainer.update", lambda *_: pytest.fail("it was trained again"))
-    assert run(folder, "--out", tmp_path / "sae", *options).exit_code == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["sae"]
-
-
-def test_the_command_says_which_pictures_it_left_out(folder, tmp_path, options):
-    (tmp_path / "in").mkdir()
-    for i, path in enumerate(sorted(folder.rglob("*.png"))):
-        (tmp_path / "in" / f"{i}.png").write_bytes(b"" if i == 7 else path.read_bytes())
-    result = run(tmp_path / "in", "--out", tmp_path / "sae", "--variant", "relu", *options)
-    assert result.exit_code == 4
-    assert "1 pictures could not be read" in result.stderr
-    assert checkpoint.load(tmp_path / "sae").sae.config.act == "relu"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--block", 7], "blocks 0 to 2"),
-        (["--k", 97], "k=97, d_sae=96"),
-        (["--tokens", "patch", "--block", 2], "editing patches changes nothing"),
-        (["--batch", 4000], "less than a batch of 4000"),
-    ],
-    ids=["block", "k", "tokens", "batch"],
-)
-def test_the_command_refuses_what_cannot_work(folder, tmp_path, options, change, message):
-    result = run(folder, "--out", tmp_path / "sae", *options, *change)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_command_refuses_a_folder_that_it_could_not_write_in_the_end(folder, tmp_path, options):
-    (tmp_path / "sae").mkdir()
-    (tmp_path / "sae" / "letter.txt").write_text("dear")
-    result = run(folder, "--out", tmp_path / "sae", *options)
-    assert result.exit_code == 2
-    assert "is no SAE" in result.stderr
-    assert "training" not in result.output
-    result = run(folder, "--out", tmp_path / "no" / "sae", *options)
-    assert result.exit_code == 2
-    assert "is not there" in result.stderr
-    result = run(tmp_path / "none", "--out", tmp_path / "new", *options)
-    assert result.exit_code == 2
-    assert "none is not there" in result.stderr

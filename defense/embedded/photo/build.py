@@ -76,7 +76,7 @@ def stem_features(stem: Stem, pixels: np.ndarray, batch: int = 100) -> tuple[Ten
 
 
 def build_start(work: Path, photographs: Path, seed: int) -> Start:
-    """Make the start, or read it from `work`."""
+    """Return the start, read from `work`, where it is made and kept the first time; `seed` chooses the photographs."""
     stem, classifier = load_stem(find_weights())
     path = work / "start.safetensors"
     if not path.exists():
@@ -97,7 +97,7 @@ def build_start(work: Path, photographs: Path, seed: int) -> Start:
 
 
 def build_sources(work: Path, photographs: Path, crops: Path, recipe: training.Recipe) -> Sources:
-    """Read what pictures are made of; crops of large pictures are kept in `work`."""
+    """Return what pictures are made of: photographs that are trained on, and crops, which are kept in `work`."""
     path = work / "crops.npy"
     if not path.exists():
         with replacing(path) as partial, partial.open("wb") as file:
@@ -117,7 +117,7 @@ def new_reader(start: Start, seed: int) -> Reader:
 def build_texts(work: Path, start: Start, recipe: texts.Recipe) -> nn.Module:
     """Train the text tower, or go on with it; return it."""
     torch.manual_seed(recipe.seed)
-    text = new_model().text
+    text: nn.Module = new_model().text
     words = load_words()
     texts.train(work / "texts.safetensors", text, texts.Rows(start.rows, words), recipe)
     log.info("texts: %s", texts.report(text.eval(), start.rows, words))

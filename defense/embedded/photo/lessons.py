@@ -46,7 +46,7 @@ class Lesson:
 
 
 def sample_fonts(rng: np.random.Generator, difficulty: float) -> Sequence[str]:
-    """Return the typefaces of a kind: print, and the more difficult the more often display or handwriting."""
+    """Return the typefaces of a kind: print, or with a chance of `difficulty` (0 to 1) of any of the kinds."""
     if rng.random() > difficulty:
         return _FONTS[0]
     return _FONTS[rng.choice(len(_FONTS), p=_KINDS)]

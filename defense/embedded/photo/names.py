@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 WORDNET = Path("/usr/share/wordnet/data.noun")
 MAX_MEMBERS = 400
@@ -128,9 +129,10 @@ def _longer_name(synsets: dict[str, _Synset], wnid: str) -> str:
 
 def main() -> None:
     """Write `words.json` beside this file."""
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
-    words = make_words(tuple(ImageNetInfo().label_names()), _read_synsets(WORDNET))
+    info: Any = ImageNetInfo()  # timm leaves its methods without types
+    words = make_words(tuple(info.label_names()), _read_synsets(WORDNET))
     data = {"wnids": words.wnids, "names": words.names, "members": words.members}
     Path(__file__).with_name("words.json").write_text(json.dumps(data, separators=(",", ":"), ensure_ascii=False))
     sys.stdout.write(f"{len(words.members)} words, {len(words.writable)} of them written\n")

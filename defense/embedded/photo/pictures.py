@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from defense.data.listing import list_files
 from defense.errors import ConfigError, MissingDependencyError
 
 from .names import load_words
@@ -56,7 +57,8 @@ def read_photographs(folder: Path, split: Split) -> Photographs:
     """Return the photographs of a split.
 
     Raises:
-        ConfigError: The folder is of neither kind.
+        ConfigError: The folder is of neither kind, or has no photographs of the split.
+        MissingDependencyError: It holds Parquet files, and pyarrow is not installed.
     """
     if (folder / "wnids.json").exists():
         rows = list(_parquet_rows(folder, split))
@@ -107,16 +109,16 @@ def crops_of(folder: Path, n: int, side: int, seed: int) -> np.ndarray:
     """Return crops of large pictures of any content, uint8 [n, side, side, 3]: sharp, and without words.
 
     Args:
-        folder: Searched for pictures, its subfolders included; each gives about as many crops.
+        folder: Searched for pictures as `list_files` does it; each large one gives about as many crops.
         n: How many.
         side: Their width and height, in pixels. A crop covers between that and the whole picture.
         seed: Decides where they are taken from.
 
     Raises:
-        ConfigError: There is no large picture in the folder.
+        ConfigError: There is no such folder, or no large picture in it.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-    pictures = [path for path in paths if path.is_file() and min(_size_of(path)) >= 2 * side]
+    paths = list_files(folder).files.get("pictures", ())
+    pictures = [path for path in paths if min(_size_of(path)) >= 2 * side]
     if not pictures:
         raise ConfigError(f"{folder} holds no picture of at least {2 * side} pixels each way")
     crops = np.empty((n, side, side, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Defend the CLIP for photographs and put it into the package: `python -m defense.embedded.photo.ship WORK --photographs F`.
+"""Defend the CLIP for photographs, and ship both: `python -m defense.embedded.photo.ship WORK --photographs FOLDER`.
 
 After `build` in the same folder WORK. What a user does with the command line is done with it here:
 

@@ -157,7 +157,7 @@ def start_tower(trunk: PhotoTransformer, head: nn.Linear, start: Start, seed: in
     width = trunk.embed_dim
     basis = torch.eye(width) - 1 / width
     basis = torch.linalg.qr(torch.cat([torch.ones(width, 1), basis[:, : width - 1]], 1)).Q[:, 1:]  # [width, width - 1]
-    embed: Any = trunk.patch_embed
+    embed = trunk.patch_embed
     weight, bias = (each[:WRITTEN] for each in start.pooled)
     with torch.no_grad():
         embed.stem.load_state_dict(start.stem.state_dict())
@@ -171,11 +171,10 @@ def start_tower(trunk: PhotoTransformer, head: nn.Linear, start: Start, seed: in
         embed.patches.bias.copy_(-embed.patches.weight @ mean)
         trunk.cls_token.zero_()
         trunk.pos_embed.copy_(_waves(embed.grid_size, width)[None])
-        blocks: Any = trunk.blocks
-        for block in blocks:
-            for layer in (block.attn.proj, block.mlp.fc2):
-                layer.weight.zero_()
-                layer.bias.zero_()
+        for block in trunk.blocks:
+            for name in ("attn.proj", "mlp.fc2"):
+                for parameter in block.get_submodule(name).parameters():  # weight and bias
+                    parameter.zero_()
 
 
 def _waves(grid: tuple[int, int], width: int) -> Tensor:

@@ -171,9 +171,10 @@ def train(state: Path, text: nn.Module, rows: Rows, recipe: Recipe, *, every: in
         recipe: How long and how.
         every: Steps between two states.
     """
-    known = known_tokens(rows, len(text.token_embedding.weight))
+    embedding = text.get_parameter("token_embedding.weight")
+    known = known_tokens(rows, len(embedding))
     with torch.no_grad():
-        text.token_embedding.weight[~known] = 0
+        embedding[~known] = 0
     muon, adam = _optimizers(text, recipe)
     step = load_state(state, text, muon, adam)
     while step < recipe.steps:
@@ -199,7 +200,7 @@ def train(state: Path, text: nn.Module, rows: Rows, recipe: Recipe, *, every: in
 
 def _optimizers(text: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Return Muon over the matrices of the blocks, and AdamW over the rest; untouched embeddings stay zero in both."""
-    matrices = [each for each in text.transformer.parameters() if each.ndim == 2]
+    matrices = [each for each in text.get_submodule("transformer").parameters() if each.ndim == 2]
     taken = {id(each) for each in matrices}
     others = [each for each in text.parameters() if id(each) not in taken]
     muon = torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from defense.embedded.train_clip import load_state, save_state
 from defense.errors import ConfigError
+from defense.hosts.photo_tower import PhotoTransformer
 
 from .grounds import NO_CLASS, Sources
 from .lessons import KEEP, Batch, batches
@@ -99,6 +100,13 @@ class Reading(NamedTuple):
     pooled: Tensor
 
 
+def trunk_of(visual: nn.Module) -> PhotoTransformer:
+    """Return the vision transformer inside open_clip's `TimmModel`."""
+    trunk = visual.get_submodule("trunk")
+    assert isinstance(trunk, PhotoTransformer)  # the configuration names it
+    return trunk
+
+
 class Reader(nn.Module):
     """The tower under training, with two heads beside it, which are dropped afterwards.
 
@@ -111,7 +119,7 @@ class Reader(nn.Module):
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
-        trunk = visual.trunk
+        trunk = trunk_of(visual)
         trunk.patch_embed.pooled.requires_grad_(False)
         self.letter_head = nn.Linear(trunk.embed_dim, 27)
         self.spell_head = nn.Sequential(nn.LayerNorm(trunk.embed_dim), nn.Linear(trunk.embed_dim, 26))
@@ -217,9 +225,9 @@ def load_reader(state: Path, reader: Reader) -> int:
 
 def new_optimizers(reader: Reader, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Return Muon over the matrices of the blocks and of the patches, and AdamW over what else is trained."""
-    trunk = reader.visual.trunk
+    trunk = trunk_of(reader.visual)
     matrices = [each for each in trunk.blocks.parameters() if each.ndim == 2] + [trunk.patch_embed.patches.weight]
-    head = list(reader.visual.head.parameters())
+    head = list(reader.visual.get_submodule("head").parameters())
     taken = {id(each) for each in (*matrices, *head)}
     others = [each for each in reader.parameters() if each.requires_grad and id(each) not in taken]
     groups = [{"params": others, "lr": recipe.lr}, {"params": head, "lr": 0.1 * recipe.lr}]
@@ -251,7 +259,7 @@ def train(
         recipe: How long and how.
         every_s: Seconds between two states.
     """
-    reader.visual.trunk.patch_embed.stem.to(memory_format=torch.channels_last)
+    trunk_of(reader.visual).patch_embed.stem.to(memory_format=torch.channels_last)
     optimizers = new_optimizers(reader, recipe)
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     answers = answers_of(start, words)

@@ -1,4 +1,4 @@
-"""How far a fit is, for whoever shows it."""
+"""How far a long task is, for whoever shows it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Advance = Callable[[int], None]
 
 
 class Progress:
-    """Is told of the stages of a fit and how far each is; logs them. Subclasses show more (cli/progress.py)."""
+    """Is told of the stages of a task and how far each is; logs them. Subclasses show more (cli/progress.py)."""
 
     def line(self, text: str) -> None:
         """Take a line on what was found."""
