@@ -17,6 +17,7 @@ from defense.cli.common import (
     OtherModel,
     app,
     check_pretrained,
+    check_there,
     exit_codes,
     put,
     say,
@@ -74,6 +75,7 @@ def bench(
         from defense.store.defenses import find_defense
 
         check_pretrained(model, pretrained, defense)
+        check_there(font)
         found = None if defense is None else find_defense(defense)
         tasks = _tasks(suite, data, datasets.Options(allow_partial, font, seed), with_drawn=with_drawn)
         model, pretrained = (model, pretrained) if model is not None else _named_by(found, tasks)

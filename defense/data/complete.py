@@ -27,16 +27,16 @@ _PPM_BITS = {"1": 1, "1;I": 1, "RGB": 24, "I;16B": 16}
 """Bits per pixel of Pillow's raw modes; 8 for others."""
 
 # A JPEG's markers but those without content, which also stand in the middle of compressed data.
-_MARKER = re.compile(rb"\xff+([^\x00\xff\x01\xd0-\xd8])", re.DOTALL)
-_END_OF_IMAGE = 0xD9
+MARKER = re.compile(rb"\xff+([^\x00\xff\x01\xd0-\xd8])", re.DOTALL)
+END_OF_IMAGE = 0xD9
 
 
 def jpeg_end(data: bytes) -> int | None:
     """Return where the first picture of a JPEG ends, thumbnails in its headers aside; None if it does not."""
     position = 2
-    while found := _MARKER.search(data, position):
+    while found := MARKER.search(data, position):
         position = found.end()
-        if found[1][0] == _END_OF_IMAGE:
+        if found[1][0] == END_OF_IMAGE:
             return position
         position += int.from_bytes(data[position : position + 2], "big")
     return None

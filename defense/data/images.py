@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeGuard, cast
 from urllib.parse import unquote_to_bytes
 
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
@@ -27,8 +27,9 @@ from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 from defense.errors import ConfigError, InvalidImageError
 
 from .arrays import checked_array, is_array
-from .complete import lacks_rows, rest_of
+from .complete import jpeg_end, lacks_rows, rest_of
 from .formats import FORMATS, diagnosis, truncated
+from .jpeg import decode_whole
 from .levels import bring_key_to_8_bits, stored_bits, to_rgb
 from .locks import fork_safe_lock
 
@@ -75,8 +76,8 @@ class Decoded(NamedTuple):
         warnings: What makes the answer doubtful, of the keys of `notes.NOTES`: "animated" (only the first frame was
             read), "exif_ignored" (its orientation is unreadable), "tiny" (the shorter side has fewer than 16 pixels),
             "invisible" (it is as good as transparent, or of the background's color where it is not), "dark" (stored in
-            16 bits of which the upper two are never used) and "zeros" (the last part of its file is zeros: one flat
-            color, or never written).
+            16 bits of which the upper two are never used), "zeros" (the last part of its file is zeros: one flat
+            color, or never written) and "uneven" (a JPEG holds more compressed data than its pixels take).
     """
 
     image: Image.Image
@@ -129,6 +130,8 @@ def decode(
         if isinstance(image, ImageFile.ImageFile):
             notes += _notes_on_rest(image, data, name)
             bring_key_to_8_bits(image)
+        if _is_jpeg(image, data):
+            notes += [] if decode_whole(image, data, name) else ["uneven"]
         _load(image)
         if image.format == "PNG" and data and lacks_rows(image, data):
             raise truncated(name)
@@ -303,6 +306,12 @@ def _notes_on_rest(image: ImageFile.ImageFile, data: bytes, name: str) -> list[s
     if rest == "cut":
         raise truncated(name)
     return ["zeros"] * (rest == "zeros")
+
+
+def _is_jpeg(image: Image.Image, data: bytes) -> TypeGuard[ImageFile.ImageFile]:
+    """Return whether a picture is a JPEG with an end that is still to be decoded from these bytes."""
+    is_pending = isinstance(image, ImageFile.ImageFile) and len(image.tile) == 1 and image.tile[0].codec_name == "jpeg"
+    return is_pending and image.format in ("JPEG", "MPO") and bool(data) and jpeg_end(data) is not None
 
 
 def _load(image: Image.Image) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from defense.core.config import SAEConfig
-from defense.errors import CheckpointError, ConfigError, HookPointError, ShapeError
+from defense.errors import CheckpointError, ConfigError, HookPointError, NotThereError, ShapeError
 from defense.store.hub import COMPANIONS
 
 from . import pickles
@@ -82,7 +82,8 @@ class Source:
         self.path = _weights_in(path) if path.is_dir() else path
         self._config = config
         if not self.path.is_file():
-            raise CheckpointError(f"{path} is not a file; give the checkpoint, or the folder that it is in")
+            kind, what = (CheckpointError, "no file") if path.exists() else (NotThereError, "not there")
+            raise kind(f"{path} is {what}; give the checkpoint, or the folder that it is in")
 
     def __str__(self) -> str:
         return str(self.path)
