@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, BinaryIO, NamedTuple, TypeGuard, cast
 from urllib.parse import unquote_to_bytes
 
@@ -58,11 +59,21 @@ class Limits:
         max_pixels: Width times height. Pillow refuses above about 179 million whatever stands here.
         max_bytes: Size of the file.
         max_aspect: Longer side over shorter side.
+
+    Raises:
+        ConfigError: One of them is no number above 0, or `max_bytes` no whole one.
     """
 
     max_pixels: int = 64_000_000
     max_bytes: int = 50_000_000
     max_aspect: float = 50.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kind: Any
+            kind, wanted = (Integral, "a whole number") if name == "max_bytes" else (Real, "a number")
+            if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:  # NaN would allow everything
+                raise ConfigError(f"{name} is {value!r}; want {wanted} above 0")
 
 
 DEFAULT_LIMITS = Limits()
@@ -109,7 +120,8 @@ def decode(
         InvalidImageError: The picture cannot be read; `.code` says why.
         ConfigError: `background` is no color.
     """
-    if len(background) != 3 or not all(isinstance(level, int) and 0 <= level <= 255 for level in background):
+    levels = background if isinstance(background, (tuple, list)) else ()
+    if len(levels) != 3 or not all(type(level) is int and 0 <= level <= 255 for level in levels):
         raise ConfigError(f"background is {background!r}; want three integers from 0 to 255")
     name, notes, data = _name_of(source), [], b""
     with _one_error(name, b""):
