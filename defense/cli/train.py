@@ -94,7 +94,8 @@ def train(
                 seed=seed, world=world,
             )  # fmt: skip
             config = TrainConfig(
-                d_sae=d_sae or 16 * stream.d_model, k=None if variant == "relu" else k, steps=-(-n_tokens // batch),
+                d_sae=16 * stream.d_model if d_sae is None else d_sae, k=None if variant == "relu" else k,
+                steps=-(-n_tokens // batch),
                 batch=batch, lr=lr, seed=seed, variant=variant, l1=l1,
             )  # fmt: skip
             with stages(is_shown=world.is_first) as progress:

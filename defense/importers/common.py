@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
@@ -200,6 +201,10 @@ class Source:
         )
 
 
+_FACTORS = frozenset({"scalar", "scaling_factor"})
+"""Options that are divided by."""
+
+
 class Given:
     """What the caller states because a file does not.
 
@@ -208,12 +213,20 @@ class Given:
         values: Name of `OPTIONS` -> value; None is nothing.
 
     Raises:
-        ConfigError: There is no such option.
+        ConfigError: There is no such option, or its number is none to compute with.
     """
 
     def __init__(self, source: Source, values: Mapping[str, Any]) -> None:
         if unknown := sorted(set(values) - set(OPTIONS)):
             raise ConfigError(f"there is no option {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{flag(name)} is {value}; want a finite number")
+        for name in _FACTORS & values.keys():
+            if values[name] == 0:
+                raise ConfigError(
+                    f"{flag(name)} is 0, by which nothing can be divided; leave it out, or state it right"
+                )
         self._source = source
         self._values = {name: value for name, value in values.items() if value is not None}
         self._asked: set[str] = set()
