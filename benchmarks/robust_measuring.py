@@ -23,6 +23,7 @@ from defense.benchmarks.cost import MIB, peak_rise_mib
 from defense.benchmarks.datasets import Dataset, Example, File
 from defense.benchmarks.named_clip import NamedClip
 from defense.benchmarks.robust_store import Store, key_of
+from defense.data.images import DEFAULT_LIMITS
 from defense.data.labels import Prompts, check_labels, resolve_templates
 from defense.errors import ConfigError, InvalidImageError
 
@@ -104,7 +105,8 @@ def measure_method(
         digests = [_digest(example) for example in chunk]
         for example, digest in zip(chunk, digests, strict=True):
             contents.update(f"{example.key}\0{digest}\0".encode())
-        key = key_of("image", named.sha256, named.clip.preprocess.to_dict(), tower_key, digests)
+        limits = sorted({repr(example.limits) for example in chunk if example.limits != DEFAULT_LIMITS})
+        key = key_of("image", named.sha256, named.clip.preprocess.to_dict(), tower_key, digests, *limits)
         kept = store.get(key, partial(_encode, named, tower, chunk))
         is_readable = kept["is_readable"].astype(bool)
         unreadable += [example.key for example, good in zip(chunk, is_readable, strict=True) if not good]
@@ -147,7 +149,7 @@ def _encode(named: NamedClip, encoder: Encoder, chunk: Sequence[Example]) -> dic
     pictures, is_readable = [], np.zeros(len(chunk), np.uint8)
     for place, example in enumerate(chunk):
         try:
-            pictures.append(example.picture.load())
+            pictures.append(example.load())
             is_readable[place] = 1
         except InvalidImageError:
             continue  # counted and listed in the result

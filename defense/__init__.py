@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .errors import InvalidImageError as InvalidImageError
     from .errors import MissingDependencyError as MissingDependencyError
     from .errors import NonFiniteError as NonFiniteError
+    from .errors import NotThereError as NotThereError
     from .errors import ShapeError as ShapeError
     from .hosts.attach import detach as detach
     from .hosts.attach import wrap as wrap
@@ -61,6 +62,7 @@ _HOMES = {
         "InvalidImageError",
         "MissingDependencyError",
         "NonFiniteError",
+        "NotThereError",
         "ShapeError",
     ),
     "hosts.attach": ("detach", "wrap"),
@@ -87,6 +89,7 @@ __all__ = [
     "LatentSet",
     "MissingDependencyError",
     "NonFiniteError",
+    "NotThereError",
     "RobustClassifier",
     "SAEConfig",
     "ShapeError",

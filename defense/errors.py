@@ -6,7 +6,8 @@
     │   ├── HookPointError                   a block that is not there, or a scope that means nothing there
     │   └── GateError                        a fit that shows too little to become a defense
     ├── CheckpointError (RuntimeError)       an SAE file, artifact or bundle that cannot be used
-    │   └── IntegrityError                   its bytes are not the ones that were written
+    │   ├── IntegrityError                   its bytes are not the ones that were written
+    │   └── NotThereError                    nothing is at the path, or under the name, that was given
     ├── InvalidImageError (ValueError)       one picture; `.code` says what is wrong with it
     ├── NonFiniteError (ValueError)          NaN or infinity in numbers that were handed over
     ├── CalibrationError (RuntimeError)      thresholds that answer otherwise than the rule they stand in for
@@ -63,6 +64,10 @@ class IntegrityError(CheckpointError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.file, self.want, self.got)
+
+
+class NotThereError(CheckpointError):
+    """Nothing is at the path, or under the name, that was given, as after a slip of the pen."""
 
 
 class InvalidImageError(DefenseError, ValueError):

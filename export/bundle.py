@@ -158,7 +158,7 @@ def _load(root: Path, verify: Verify) -> Bundle:
 def _read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; a bundle is a folder that `defense export` wrote")
+        raise folders.lacks_manifest(path, "a bundle is a folder that `defense export` wrote")
     manifest = folders.read_manifest(path, SCHEMA, "a bundle")
     if manifest.get("kind") != KIND:
         raise CheckpointError(f"{path} is not the manifest of a bundle; `defense export` writes one")

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from defense.cli.common import exit_code
 from defense.data.cells import picture_in
 from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.listing import in_words, list_files
@@ -240,7 +241,7 @@ def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, print what was done as JSON, and return the exit code: 4 where some pictures could not be read."""
+    """Run, print what was done as JSON, and return the exit code, as `defense` has them."""
     parser = argparse.ArgumentParser(prog="python -m defense.export.ray_data", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder of pictures, of Parquet files or of tars")
     parser.add_argument("out", type=Path, help="folder for the answers")
@@ -254,16 +255,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    predictor = BatchPredictor(
-        arguments.bundle.resolve(), column=arguments.column, prefix=arguments.prefix,
-        limits=Limits(max_pixels=arguments.max_pixels), session_options={"intra_op_num_threads": 1},
-    )  # fmt: skip
     source, out = arguments.source.resolve(), arguments.out.resolve()
     try:
+        predictor = BatchPredictor(
+            arguments.bundle.resolve(), column=arguments.column, prefix=arguments.prefix,
+            limits=Limits(max_pixels=arguments.max_pixels), session_options={"intra_op_num_threads": 1},
+        )  # fmt: skip
         done = run(source, out, predictor, workers=arguments.workers, rows=arguments.rows)
     except (DefenseError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return exit_code(error)
     sys.stdout.write(json.dumps(done) + "\n")
     return 4 if done["errors"] else 0
 

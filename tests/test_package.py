@@ -195,6 +195,7 @@ EXCEPTIONS = {
         RuntimeError,
         errors.CheckpointError,
     ),
+    "NotThereError": (errors.NotThereError("text"), RuntimeError, errors.CheckpointError),
     "InvalidImageError": (errors.InvalidImageError("empty", "no bytes"), ValueError, errors.DefenseError),
     "NonFiniteError": (errors.NonFiniteError("W_dec"), ValueError, errors.DefenseError),
     "CalibrationError": (errors.CalibrationError(0.9, 0.99, 200), RuntimeError, errors.DefenseError),

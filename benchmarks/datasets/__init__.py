@@ -22,6 +22,7 @@ from defense.benchmarks.datasets import (
     waterbirds,
 )
 from defense.benchmarks.datasets.base import Dataset, Example, File, Options, Picture, Task
+from defense.data.images import DEFAULT_LIMITS
 from defense.errors import ConfigError
 
 __all__ = [
@@ -140,4 +141,5 @@ def _read(name: str, root: Path, options: Options) -> Task:
     """Read a data set from its folder below `root`, or from `root` itself."""
     reader = READERS[name]
     below = root / (reader.folder or "")
-    return reader.read(below if below.exists() else root, options)
+    task = reader.read(below if below.exists() else root, options)
+    return task if options.limits == DEFAULT_LIMITS else task.limited(options.limits)

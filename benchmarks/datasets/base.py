@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from PIL import Image
 
-from defense.data.images import decode
+from defense.data.images import DEFAULT_LIMITS, Limits, decode
 from defense.data.labels import TEMPLATES
 from defense.errors import ConfigError, InvalidImageError
 
@@ -29,8 +29,11 @@ class Picture(Protocol):
         """Return a hex digest that changes with whatever decides the pixels."""
         ...
 
-    def load(self) -> Image.Image:
+    def load(self, limits: Limits = DEFAULT_LIMITS, /) -> Image.Image:
         """Return the picture, mode RGB, as stored: EXIF does not turn it (published figures are made that way).
+
+        Args:
+            limits: What is accepted at most.
 
         Raises:
             InvalidImageError: It cannot be read.
@@ -54,9 +57,9 @@ class File:
         except OSError as error:
             raise InvalidImageError("not_found", f"{self.path} cannot be read: {error}") from error
 
-    def load(self) -> Image.Image:
+    def load(self, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
         """Return the picture."""
-        return decode(self.path, rotate=False).image
+        return decode(self.path, limits=limits, rotate=False).image
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Example:
         word: Index of the name that is written on it; None where there is none.
         attribute: The spurious attribute, 0 or 1; None where there is none.
         kind: What kind of picture it is, e.g. how the word is written; a result gives the accuracy of each kind.
+        limits: What is accepted of the picture at most.
     """
 
     key: str
@@ -78,6 +82,11 @@ class Example:
     word: int | None = None
     attribute: int | None = None
     kind: str | None = None
+    limits: Limits = DEFAULT_LIMITS
+
+    def load(self) -> Image.Image:
+        """Return the picture; see `Picture.load`."""
+        return self.picture.load(self.limits)
 
     @property
     def group(self) -> int | None:
@@ -179,6 +188,17 @@ class Task:
     val: Dataset | None = None
     train_clean: Dataset | None = None
 
+    def limited(self, limits: Limits) -> Task:
+        """Return the same with other limits for its pictures."""
+
+        def each(dataset: Dataset) -> Dataset:
+            return replace(dataset, examples=tuple(replace(example, limits=limits) for example in dataset.examples))
+
+        train, val, train_clean = (each(other) if other else None for other in (self.train, self.val, self.train_clean))
+        return replace(
+            self, tests=tuple(each(test) for test in self.tests), train=train, val=val, train_clean=train_clean
+        )
+
 
 @dataclass(frozen=True)
 class Options:
@@ -188,11 +208,13 @@ class Options:
         allow_partial: Read data that differ from the published ones, and say so in every result.
         font: Font file of drawn words; None for the fonts that ship with the package.
         seed: Of whatever is drawn.
+        limits: What is accepted of each picture at most.
     """
 
     allow_partial: bool = False
     font: Path | None = None
     seed: int = 0
+    limits: Limits = DEFAULT_LIMITS
 
 
 def shortfall_of(title: str, problems: Sequence[str], options: Options) -> str | None:

@@ -29,7 +29,7 @@ from defense.benchmarks.datasets.files import (
     read_text,
     require_folder,
 )
-from defense.data.images import DEFAULT_LIMITS, decode
+from defense.data.images import DEFAULT_LIMITS, Limits, decode
 from defense.data.labels import TEMPLATES, resolve_templates
 from defense.data.listing import PICTURE_SUFFIXES, files_below, kind_of, why_ignored
 from defense.errors import ConfigError, InvalidImageError
@@ -67,8 +67,8 @@ class Member:
     offset: int
     size: int
 
-    def _bytes(self) -> bytes:
-        if self.size > DEFAULT_LIMITS.max_bytes:  # asked before reading: a header states any size
+    def _bytes(self, limits: Limits = DEFAULT_LIMITS) -> bytes:
+        if self.size > limits.max_bytes:  # asked before reading: a header states any size
             raise InvalidImageError("too_large", f"{self.tar} has a picture of {self.size} bytes; shrink it")
         try:
             with self.tar.open("rb") as stream:
@@ -81,9 +81,9 @@ class Member:
         """Return the sha256 of the picture's bytes."""
         return hashlib.sha256(self._bytes()).hexdigest()
 
-    def load(self) -> Image.Image:
+    def load(self, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
         """Return the picture."""
-        return decode(self._bytes(), rotate=False).image
+        return decode(self._bytes(limits), limits=limits, rotate=False).image
 
 
 def read_classified(root: Path) -> Classified:

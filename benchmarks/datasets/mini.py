@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from defense.benchmarks.datasets.base import Dataset, Example, Options, Task
+from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.world import draws, scenes
 from defense.world.draws import Grouped
 from defense.world.files import world_sha256
@@ -59,7 +60,7 @@ class Drawn:
         """Return a digest of all that decides what is drawn: scene, fonts, emoji, code and the libraries that draw."""
         return hashlib.sha256(f"{world_sha256()}\0{self.scene!r}".encode()).hexdigest()
 
-    def load(self) -> Image.Image:
+    def load(self, _limits: Limits = DEFAULT_LIMITS) -> Image.Image:
         """Return the picture, 80 x 80 pixels."""
         return Image.fromarray(_pixels(self.scene))
 

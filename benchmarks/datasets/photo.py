@@ -27,6 +27,7 @@ from PIL import Image
 
 from defense.benchmarks.datasets.base import Dataset, Example, Options, Task
 from defense.data.hands import Hand, write_all
+from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.typefaces import TEST, TRAIN
 from defense.embedded.photo.grounds import SIZE, draw_strokes
 from defense.embedded.photo.names import load_words
@@ -62,7 +63,7 @@ class Written:
         drawn.update(self.pixels.tobytes())
         return drawn.hexdigest()
 
-    def load(self) -> Image.Image:
+    def load(self, _limits: Limits = DEFAULT_LIMITS) -> Image.Image:
         """Return the picture, SIZE x SIZE pixels."""
         picture = Image.fromarray(self.pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         if self.strokes is not None:

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from defense.benchmarks.datasets.base import Dataset, Example, Options, Picture, Task
 from defense.benchmarks.datasets.files import listed
 from defense.benchmarks.datasets.folders import read_classified
+from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.errors import ConfigError
 from defense.store.folders import sha256_of
 
@@ -135,9 +136,9 @@ class Overlay:
             repr((self.base.digest(), RECIPE, self.word, fonts, self.seed, self.key)).encode()
         ).hexdigest()
 
-    def load(self) -> Image.Image:
+    def load(self, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
         """Return the picture, 224 x 224 pixels."""
-        image = cropped(self.base.load())
+        image = cropped(self.base.load(limits))
         return image if self.word is None else written(image, self.word, self.fonts, _rng(self.seed, self.key, "look"))
 
 

@@ -100,7 +100,7 @@ def batches(examples: Sequence[Example]) -> Iterator[list[Image.Image]]:
         InvalidImageError: One cannot be read.
     """
     for first in range(0, len(examples), _BATCH):
-        yield [example.picture.load() for example in examples[first : first + _BATCH]]
+        yield [example.load() for example in examples[first : first + _BATCH]]
 
 
 def pixel_batches(clip: Clip, examples: Sequence[Example]) -> Iterator[np.ndarray]:

@@ -1,8 +1,9 @@
 """The command line: `defense classify`, `explain`, `export`, `info`, `import` and so on; a module each.
 
-stdout is data, stderr is talk. Exit codes: 0 ok, 2 usage, 3 a package is missing, 4 some inputs failed, 5 a defense
-was rejected, 6 reading or writing failed (a full disk, no permission), 130 interrupted (Ctrl-C, SIGTERM), 141 the
-reader of stdout is gone.
+stdout is data, stderr is talk. Exit codes: 0 ok, 2 usage (an option, or a path or name at which there is nothing), 3 a
+package is missing, 4 some pictures could not be read or are not there, 5 a defense, bundle or SAE is there and was
+rejected, 6 reading or writing failed (a full disk, no permission), 130 interrupted (Ctrl-C, SIGTERM), 141 the reader of
+stdout is gone.
 """
 
 from __future__ import annotations

@@ -13,10 +13,13 @@ import typer
 
 from defense.cli.common import (
     EXIT_INPUTS,
+    MAX_PIXELS,
     Device,
+    MaxPixels,
     OtherModel,
     app,
     check_pretrained,
+    check_there,
     exit_codes,
     put,
     say,
@@ -65,6 +68,7 @@ def bench(
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Take data that are not all there.")] = False,
     font: Annotated[Path | None, typer.Option(help="Font file for drawn words.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn, and of intervals.")] = 0,
+    max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:
     """Measure methods on data sets that attack CLIP with words or spurious cues."""
@@ -74,11 +78,14 @@ def bench(
             _refuse_options(ctx, suite, _WITHOUT_DATA[suite])
             raise typer.Exit(_speed(model, out) if suite == "speed" else _latents(out))
         from defense.benchmarks import datasets, named_clip, robust, tables
+        from defense.data.images import Limits
         from defense.store.defenses import find_defense
 
         check_pretrained(model, pretrained, defense)
+        check_there(font)
         found = None if defense is None else find_defense(defense)
-        tasks = _tasks(suite, data, datasets.Options(allow_partial, font, seed), with_drawn=with_drawn)
+        options = datasets.Options(allow_partial, font, seed, Limits(max_pixels=max_pixels))
+        tasks = _tasks(suite, data, options, with_drawn=with_drawn)
         model, pretrained = (model, pretrained) if model is not None else _named_by(found, tasks)
         jobs = _jobs(tasks, methods, found, model)
         clip = named_clip.load_named_clip(model, pretrained, device=device)

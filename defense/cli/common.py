@@ -26,6 +26,7 @@ from defense.errors import (
     InvalidImageError,
     MissingDependencyError,
     NonFiniteError,
+    NotThereError,
     cannot_import,
 )
 from defense.hosts import shipped
@@ -114,21 +115,27 @@ def _end(error: DefenseError | OSError) -> NoReturn:
     """Say what went wrong, and end with its exit code."""
     text = str(error)
     if isinstance(error, OSError) and not isinstance(error, DefenseError):
-        code = EXIT_SYSTEM
         text = error.strerror or text
         if isinstance(error.filename, (str, bytes, os.PathLike)):
             text = f"{shown(Path(os.fsdecode(error.filename)))}: {text}"
-    else:
-        code = EXIT_USAGE
-        for kind, value in (
-            (MissingDependencyError, EXIT_MISSING),
-            (CheckpointError, EXIT_ARTIFACT),
-            (NonFiniteError, EXIT_ARTIFACT),
-            (InvalidImageError, EXIT_INPUTS),
-        ):
-            code = value if isinstance(error, kind) else code
     say(f"error: {text}", "red")
-    raise typer.Exit(code) from None
+    raise typer.Exit(exit_code(error)) from None
+
+
+def exit_code(error: DefenseError | OSError) -> int:
+    """Return the exit code for an error, of those that `defense.cli` lists."""
+    if isinstance(error, OSError) and not isinstance(error, DefenseError):
+        return EXIT_SYSTEM
+    code = EXIT_USAGE
+    for kind, value in (
+        (MissingDependencyError, EXIT_MISSING),
+        (CheckpointError, EXIT_ARTIFACT),
+        (NotThereError, EXIT_USAGE),
+        (NonFiniteError, EXIT_ARTIFACT),
+        (InvalidImageError, EXIT_INPUTS),
+    ):
+        code = value if isinstance(error, kind) else code
+    return code
 
 
 def _is_unread() -> bool:

@@ -10,7 +10,9 @@ import typer
 
 from defense.cli.common import (
     EXIT_INPUTS,
+    MAX_PIXELS,
     Device,
+    MaxPixels,
     Model,
     Pretrained,
     app,
@@ -41,11 +43,13 @@ def describe(
         int, typer.Option(min=2, help="Pictures to steer each latent on; takes most of the time.")
     ] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of the pictures drawn for names and steering.")] = 0,
+    max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:
     """Say of each latent when it fires, what it does to the answer, and which words name it."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes():
+        from defense.data.images import Limits
         from defense.data.labels import read_labels
         from defense.data.sources import open_pictures
         from defense.explain import catalogue, describe
@@ -55,7 +59,7 @@ def describe(
         check_pretrained(model, pretrained)
         check_there(*sae, words)
         catalogue.check_target(out)
-        names, source = read_labels(words), open_pictures(pictures)
+        names, source = read_labels(words), open_pictures(pictures, limits=Limits(max_pixels=max_pixels))
         found = [checkpoint.load(folder) for folder in sae]
         clip = load_clip(model, pretrained, device=device)
         for each in found:

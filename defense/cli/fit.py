@@ -12,8 +12,10 @@ import typer
 
 from defense.cli.common import (
     EXIT_INPUTS,
+    MAX_PIXELS,
     Device,
     LabelsFile,
+    MaxPixels,
     Model,
     Pretrained,
     Template,
@@ -29,6 +31,7 @@ from defense.cli.common import (
 )
 from defense.cli.progress import stages
 from defense.core.latents import Removal, Scope
+from defense.data.images import Limits
 from defense.hosts.shipped import DEFAULT, ShippedClip, find_model
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ class _Source:
         label_column: Its column of classes.
         attribute_column: Its column of what should not count, or None.
         spurious: Prompts for what should not count, separated by commas, or None.
+        limits: What is accepted of each picture at most.
     """
 
     task: FitTask
@@ -66,6 +70,7 @@ class _Source:
     label_column: str
     attribute_column: str | None
     spurious: str | None
+    limits: Limits
 
 
 # Longer than functions here are: the options of a command are its parameters, one line each.
@@ -127,6 +132,7 @@ def fit(
         str, typer.Option("--license", "--licence", help="Of the defense; SPDX identifier.")
     ] = "not stated",
     seed: Annotated[int, typer.Option(min=0, help="Of pictures, writing and folds.")] = 0,
+    max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:
     """Choose the latents of SAEs that a cue speaks through, and save them as a defense.
@@ -145,7 +151,10 @@ def fit(
         from defense.store.cache import cache_folder
         from defense.store.hub import hub_source
 
-        source = _Source(task, pictures or [], metadata, path_column, label_column, attribute_column, spurious)
+        source = _Source(
+            task, pictures or [], metadata, path_column, label_column, attribute_column, spurious,
+            Limits(max_pixels=max_pixels),
+        )  # fmt: skip
         answers = _answers(task, labels, labels_file, classes, template, own=find_model(model))
         _check_options(source, sae or [], scope=scope, is_swept=sweep, folds=folds)
         check_pretrained(model, pretrained)
@@ -267,10 +276,11 @@ def _opened(source: _Source, classes: Sequence[str]) -> Metadata | Pictures:
     from defense.fit.metadata import read_metadata
 
     if source.metadata is None:
-        return open_pictures(source.pictures)
+        return open_pictures(source.pictures, limits=source.limits)
     rows = read_metadata(
         source.metadata, classes, path_column=source.path_column, label_column=source.label_column,
         attribute_column=source.attribute_column, root=source.pictures[0] if source.pictures else None,
+        limits=source.limits,
     )  # fmt: skip
     if rows.n_test:
         say(f"{rows.n_test} rows of the test split were left out")

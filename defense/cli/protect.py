@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress
 
-from defense.cli.common import EXIT_ARTIFACT, Device, LabelsFile, app, exit_codes, put, say, shown, stderr
+from defense.cli.common import (
+    EXIT_ARTIFACT,
+    MAX_PIXELS,
+    Device,
+    LabelsFile,
+    MaxPixels,
+    app,
+    exit_codes,
+    put,
+    say,
+    shown,
+    stderr,
+)
+from defense.data.images import Limits
 from defense.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -41,6 +54,7 @@ def protect(
     verify_registry: Annotated[
         bool, typer.Option("--verify-registry", help="Ask the hub about every row, print what is missing, and end.")
     ] = False,
+    max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:
     """Give a CLIP a defense against words in pictures: a ready one, else one fitted here with a published SAE.
@@ -62,7 +76,10 @@ def protect(
             _verify(rows, hub)
         else:
             assert name is not None
-            _protect(name, pretrained, pictures or [], labels_file, rows, hub, may_train=train, out=out, device=device)
+            _protect(
+                name, pretrained, pictures or [], labels_file, rows, hub, may_train=train, out=out, device=device,
+                limits=Limits(max_pixels=max_pixels),
+            )  # fmt: skip
 
 
 def _protect(
@@ -76,6 +93,7 @@ def _protect(
     may_train: bool,
     out: Path | None,
     device: str,
+    limits: Limits,
 ) -> None:
     try:
         from defense import protect as room
@@ -84,7 +102,7 @@ def _protect(
     from defense.data.labels import read_labels
 
     labels = None if labels_file is None else read_labels(labels_file)
-    request = room.Request(name, pretrained, tuple(pictures), labels, may_train, out, device)
+    request = room.Request(name, pretrained, tuple(pictures), labels, may_train, out, device, limits=limits)
     with _progress() as report:
         defense = room.protect(request, rows, hub, say=say, report=report)
     _print_defense(defense, name, pretrained, out)

@@ -11,7 +11,9 @@ import typer
 
 from defense.cli.common import (
     EXIT_INPUTS,
+    MAX_PIXELS,
     Device,
+    MaxPixels,
     Model,
     Pretrained,
     app,
@@ -61,6 +63,7 @@ def train(
     ] = None,
     license: Annotated[str, typer.Option("--license", "--licence", help="Of the SAE; SPDX identifier.")] = "not stated",
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and writing.")] = 0,
+    max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:
     """Train an SAE on a CLIP's residuals. Run again after an interruption, it goes on where it was saved last.
@@ -69,6 +72,7 @@ def train(
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_codes("run the same command again to go on from the last step that was saved"):
+        from defense.data.images import Limits
         from defense.data.sources import open_pictures
         from defense.hosts.clip import load_clip, resolve_device
         from defense.store import checkpoint
@@ -79,7 +83,7 @@ def train(
 
         check_pretrained(model, pretrained)
         checkpoint.check_target(out)
-        source = open_pictures(pictures)
+        source = open_pictures(pictures, limits=Limits(max_pixels=max_pixels))
         names = _class_names(labels_file, source)
         state = out.with_name(f"{out.name}.state.safetensors")
         place = parallel.local_device(resolve_device(device))
@@ -90,7 +94,8 @@ def train(
                 seed=seed, world=world,
             )  # fmt: skip
             config = TrainConfig(
-                d_sae=d_sae or 16 * stream.d_model, k=None if variant == "relu" else k, steps=-(-n_tokens // batch),
+                d_sae=16 * stream.d_model if d_sae is None else d_sae, k=None if variant == "relu" else k,
+                steps=-(-n_tokens // batch),
                 batch=batch, lr=lr, seed=seed, variant=variant, l1=l1,
             )  # fmt: skip
             with stages(is_shown=world.is_first) as progress:

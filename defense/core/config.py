@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -53,9 +54,11 @@ class SAEConfig:
         ):
             if value not in allowed:
                 raise ConfigError(f"SAE config says {name}={value!r}; it must be one of {', '.join(allowed)}")
-        if self.d_model < 1 or self.d_sae < 1:
-            raise ShapeError(f"SAE config says d_model={self.d_model}, d_sae={self.d_sae}; both must be at least 1")
-        if self.act == "topk" and not (isinstance(self.k, int) and 1 <= self.k <= self.d_sae):
+        if not all(_is_whole(width) and width >= 1 for width in (self.d_model, self.d_sae)):
+            raise ShapeError(
+                f"SAE config says d_model={self.d_model!r}, d_sae={self.d_sae!r}; both must be whole and at least 1"
+            )
+        if self.act == "topk" and not (_is_whole(self.k) and self.k is not None and 1 <= self.k <= self.d_sae):
             raise ConfigError(f"a topk SAE needs k between 1 and d_sae={self.d_sae}; got k={self.k!r}")
         if self.act != "topk" and self.k is not None:
             raise ConfigError(f"k={self.k} means nothing to act={self.act!r}; leave it out")
@@ -99,6 +102,10 @@ class SAEConfig:
             return cls(**fields)
         except TypeError as error:
             raise CheckpointError(f"SAE config does not have the fields of this version: {error}") from error
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def fingerprint(parameters: Mapping[str, np.ndarray]) -> str:

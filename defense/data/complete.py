@@ -27,16 +27,17 @@ _PPM_BITS = {"1": 1, "1;I": 1, "RGB": 24, "I;16B": 16}
 """Bits per pixel of Pillow's raw modes; 8 for others."""
 
 # A JPEG's markers but those without content, which also stand in the middle of compressed data.
-_MARKER = re.compile(rb"\xff+([^\x00\xff\x01\xd0-\xd8])", re.DOTALL)
-_END_OF_IMAGE = 0xD9
+MARKER = re.compile(rb"\xff+([^\x00\xff\x01\xd0-\xd8])", re.DOTALL)
+END_OF_IMAGE = 0xD9
+_NO_ZERO = re.compile(rb"[^\0]")
 
 
 def jpeg_end(data: bytes) -> int | None:
     """Return where the first picture of a JPEG ends, thumbnails in its headers aside; None if it does not."""
     position = 2
-    while found := _MARKER.search(data, position):
+    while found := MARKER.search(data, position):
         position = found.end()
-        if found[1][0] == _END_OF_IMAGE:
+        if found[1][0] == END_OF_IMAGE:
             return position
         position += int.from_bytes(data[position : position + 2], "big")
     return None
@@ -53,8 +54,11 @@ def rest_of(image: ImageFile.ImageFile, data: bytes) -> Rest:
         return _rest_of_jpeg(data)
     start, end = _pixels_at(image, data)
     n_zeros = len(data[start:end]) - len(data[start:end].rstrip(b"\0"))
-    if image.format in ("WEBP", "AVIF") or _codec(image) not in ("raw", ""):
-        return "cut" if n_zeros > _FREE_ZEROS + image.width * image.height // _PIXELS_PER_ZERO else "whole"
+    most = _FREE_ZEROS + image.width * image.height // _PIXELS_PER_ZERO
+    if image.format in ("WEBP", "AVIF"):  # in the middle, too: their coders do not write the same byte again and again
+        return "cut" if any(bytes([byte]) * (most + 1) in data[start:end] for byte in (0, 0xFF)) else "whole"
+    if _codec(image) not in ("raw", ""):
+        return "cut" if n_zeros > most else "whole"
     return _rest_of_raw(data[start:end], n_zeros, _stride(image, data, end - start))
 
 
@@ -137,13 +141,16 @@ def _stride(image: ImageFile.ImageFile, data: bytes, n_bytes: int) -> int:
 def _rest_of_raw(pixels: bytes, n_zeros: int, stride: int) -> Rest:
     """Return what zeros at the end of raw pixels mean.
 
-    A black bar starts with a row. Zeros that start in the middle of one, under a row that goes on, are missing.
+    A black bar starts with a row. Zeros that start in the middle of one, under a row that goes on, are missing; so are
+    those of two rows and more that start and end so.
 
     Args:
         pixels: The rows in the order of the file.
         n_zeros: Zeros at their end.
         stride: Bytes per row; 0 where that is not known.
     """
+    if stride >= 8 and any(_is_hole(pixels, start, end, stride) for start, end in _zeros(pixels, 2 * stride)):
+        return "cut"
     n_before = len(pixels) - len(pixels.lstrip(b"\0"))  # letterboxed pictures and night skies are black at both ends
     if n_zeros * _SHARE < len(pixels) or 2 * n_before >= n_zeros:
         return "whole"
@@ -153,6 +160,24 @@ def _rest_of_raw(pixels: bytes, n_zeros: int, stride: int) -> Rest:
         if start % stride and len(above) >= 8 and above.count(0) * 10 <= len(above):
             return "cut"
     return "zeros"
+
+
+def _zeros(pixels: bytes, n: int) -> Iterator[tuple[int, int]]:
+    """Yield where `n` zeros or more start and end."""
+    start = pixels.find(bytes(n))
+    while start >= 0:
+        rest = _NO_ZERO.search(pixels, start)
+        end = len(pixels) if rest is None else rest.start()
+        yield start, end
+        start = pixels.find(bytes(n), end)
+
+
+def _is_hole(pixels: bytes, start: int, end: int, stride: int) -> bool:
+    """Return whether zeros start and end in the middle of rows, below one and above one with few zeros."""
+    if start < stride or end + stride > len(pixels) or not start % stride or not end % stride:
+        return False
+    above, below = pixels[start - stride : start], pixels[end : end + stride]
+    return max(above.count(0), below.count(0)) * 10 <= stride
 
 
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}

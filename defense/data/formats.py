@@ -56,7 +56,9 @@ HEAD_BYTES = 1024
 """How much of a file `format_of` looks at."""
 
 # How Pillow says that a file is sound, as far as it knows, and of a kind that it does not read.
-_UNSUPPORTED = re.compile(r"unsupported|unknown|cannot handle|not supported|not available|unrecognized|KeyError", re.I)
+_UNSUPPORTED = re.compile(
+    r"unsupported|unknown|cannot handle|not supported|not available|unrecognized(?! data)|KeyError", re.I
+)
 
 
 def format_of(head: bytes) -> str | None:

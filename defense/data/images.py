@@ -19,7 +19,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple, cast
+from numbers import Integral, Real
+from typing import Any, BinaryIO, NamedTuple, TypeGuard, cast
 from urllib.parse import unquote_to_bytes
 
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
@@ -27,8 +28,9 @@ from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 from defense.errors import ConfigError, InvalidImageError
 
 from .arrays import checked_array, is_array
-from .complete import lacks_rows, rest_of
+from .complete import jpeg_end, lacks_rows, rest_of
 from .formats import FORMATS, diagnosis, truncated
+from .jpeg import decode_whole
 from .levels import bring_key_to_8_bits, stored_bits, to_rgb
 from .locks import fork_safe_lock
 
@@ -57,11 +59,21 @@ class Limits:
         max_pixels: Width times height. Pillow refuses above about 179 million whatever stands here.
         max_bytes: Size of the file.
         max_aspect: Longer side over shorter side.
+
+    Raises:
+        ConfigError: One of them is no number above 0, or `max_bytes` no whole one.
     """
 
     max_pixels: int = 64_000_000
     max_bytes: int = 50_000_000
     max_aspect: float = 50.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kind: Any
+            kind, wanted = (Integral, "a whole number") if name == "max_bytes" else (Real, "a number")
+            if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:  # NaN would allow everything
+                raise ConfigError(f"{name} is {value!r}; want {wanted} above 0")
 
 
 DEFAULT_LIMITS = Limits()
@@ -75,8 +87,8 @@ class Decoded(NamedTuple):
         warnings: What makes the answer doubtful, of the keys of `notes.NOTES`: "animated" (only the first frame was
             read), "exif_ignored" (its orientation is unreadable), "tiny" (the shorter side has fewer than 16 pixels),
             "invisible" (it is as good as transparent, or of the background's color where it is not), "dark" (stored in
-            16 bits of which the upper two are never used) and "zeros" (the last part of its file is zeros: one flat
-            color, or never written).
+            16 bits of which the upper two are never used), "zeros" (the last part of its file is zeros: one flat
+            color, or never written) and "uneven" (a JPEG holds more compressed data than its pixels take).
     """
 
     image: Image.Image
@@ -108,7 +120,8 @@ def decode(
         InvalidImageError: The picture cannot be read; `.code` says why.
         ConfigError: `background` is no color.
     """
-    if len(background) != 3 or not all(isinstance(level, int) and 0 <= level <= 255 for level in background):
+    levels = background if isinstance(background, (tuple, list)) else ()
+    if len(levels) != 3 or not all(type(level) is int and 0 <= level <= 255 for level in levels):
         raise ConfigError(f"background is {background!r}; want three integers from 0 to 255")
     name, notes, data = _name_of(source), [], b""
     with _one_error(name, b""):
@@ -129,6 +142,8 @@ def decode(
         if isinstance(image, ImageFile.ImageFile):
             notes += _notes_on_rest(image, data, name)
             bring_key_to_8_bits(image)
+        if _is_jpeg(image, data):
+            notes += [] if decode_whole(image, data, name) else ["uneven"]
         _load(image)
         if image.format == "PNG" and data and lacks_rows(image, data):
             raise truncated(name)
@@ -303,6 +318,12 @@ def _notes_on_rest(image: ImageFile.ImageFile, data: bytes, name: str) -> list[s
     if rest == "cut":
         raise truncated(name)
     return ["zeros"] * (rest == "zeros")
+
+
+def _is_jpeg(image: Image.Image, data: bytes) -> TypeGuard[ImageFile.ImageFile]:
+    """Return whether a picture is a JPEG with an end that is still to be decoded from these bytes."""
+    is_pending = isinstance(image, ImageFile.ImageFile) and len(image.tile) == 1 and image.tile[0].codec_name == "jpeg"
+    return is_pending and image.format in ("JPEG", "MPO") and bool(data) and jpeg_end(data) is not None
 
 
 def _load(image: Image.Image) -> None:

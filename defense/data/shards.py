@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,7 @@ from defense.errors import ConfigError, MissingDependencyError
 
 from .cells import Unreadable, label_in, picture_in
 from .formats import HEAD_BYTES
-from .images import DEFAULT_LIMITS
+from .images import DEFAULT_LIMITS, Limits
 from .listing import PICTURE_SUFFIXES, is_meaningless, kind_by_head, why_ignored
 
 HELD_OUT_EVERY = 50
@@ -74,16 +75,18 @@ class Picture:
         ordinal: Its number within its folder or file.
         source: Where its bytes are, or the bytes, or why there are none.
         label: Its class: a name, an index, or where the text of one of them is; None where nothing says it.
+        limits: What `images.decode` is to accept at most.
     """
 
     name: str
     ordinal: int
     source: Path | Slice | bytes | Unreadable
     label: str | int | Slice | None = None
+    limits: Limits = DEFAULT_LIMITS
 
     def open(self) -> Path | bytes | Unreadable:
         """Return what `images.decode` takes: of a part of a file, no more than shows that it is too large."""
-        return self.source.read(DEFAULT_LIMITS.max_bytes + 1) if isinstance(self.source, Slice) else self.source
+        return self.source.read(self.limits.max_bytes + 1) if isinstance(self.source, Slice) else self.source
 
     def read_label(self) -> str | int | None:
         """Return the label, read where it stands in a file; None where nothing says it. See `cells.label_in`."""
@@ -212,20 +215,37 @@ def _rank(member: _Member) -> int:
 
 @dataclass(frozen=True)
 class RowGroupShard:
-    """A row group of a Parquet file: a column of pictures, perhaps one of labels."""
+    """A row group of a Parquet file: a column of pictures, perhaps one of labels.
+
+    Attributes:
+        path: The file.
+        group: Number of the row group.
+        first_ordinal: Of its first row in the file.
+        image_column: Name of the column with the pictures.
+        label_column: Name of that with the labels, or None.
+        label_names: What the numbers in it stand for; none where the file does not say it.
+    """
 
     path: Path
     group: int
     first_ordinal: int
     image_column: str
     label_column: str | None
+    label_names: tuple[str, ...] = ()
 
     def pictures(self) -> Iterator[Picture]:
         """Yield a picture per row."""
         for ordinal, row in enumerate(self._rows(), start=self.first_ordinal):
-            label = None if self.label_column is None else row[self.label_column]
+            label = None if self.label_column is None else self._named(row[self.label_column])
             source = picture_in(row[self.image_column], self.path.parent)
             yield Picture(f"{self.path.name}#{ordinal}", ordinal, source, label)
+
+    def _named(self, cell: Any) -> Any:
+        """Return the name that a number in the column of labels stands for, and anything else as it is."""
+        number = label_in(cell)
+        if isinstance(number, int) and 0 <= number < len(self.label_names):
+            return self.label_names[number]
+        return cell
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         columns = [column for column in (self.image_column, self.label_column) if column is not None]
@@ -244,11 +264,31 @@ def row_groups(file: Path) -> Iterator[RowGroupShard]:
     with _parquet(file) as parquet:
         image = _image_column(file, parquet.schema_arrow)
         names = parquet.schema_arrow.names
-        label = next((name for name in _LABEL_COLUMNS if name in names), None)
+        stated = _class_names(parquet.schema_arrow.metadata)
+        candidates = [*_LABEL_COLUMNS, *(stated if len(stated) == 1 else ())]
+        label = next((name for name in candidates if name in names), None)
         first = 0
         for group in range(parquet.num_row_groups):
-            yield RowGroupShard(file, group, first, image, label)
+            yield RowGroupShard(file, group, first, image, label, stated.get(label or "", ()))
             first += parquet.metadata.row_group(group).num_rows
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
+    """Return what the numbers in columns of labels stand for, as `datasets` writes it into a table (ClassLabel).
+
+    Returns:
+        Column -> its names in the order of their numbers.
+    """
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"].items()
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):  # a table of somebody else's
+        return {}
+    found = {column: feature.get("names") for column, feature in features if isinstance(feature, dict)}
+    return {
+        column: tuple(names)
+        for column, names in found.items()
+        if isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    }
 
 
 def _image_column(file: Path, schema: Any) -> str:

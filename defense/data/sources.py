@@ -16,7 +16,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -27,12 +27,13 @@ from PIL import Image
 from defense.errors import ConfigError, InvalidImageError
 
 from . import images
+from .images import DEFAULT_LIMITS, Limits
 from .listing import PICTURE_SUFFIXES as PICTURE_SUFFIXES
 from .listing import class_folders, list_files
 from .notes import NoteLog
 from .preprocess import Preprocess
 from .shards import HELD_OUT_EVERY as HELD_OUT_EVERY
-from .shards import FileShard, Shard, TarShard, row_groups
+from .shards import FileShard, RowGroupShard, Shard, TarShard, row_groups
 from .shards import Picture as Picture
 from .shards import Slice as Slice
 from .threads import decoding_threads
@@ -65,19 +66,25 @@ class Pictures:
 
     Attributes:
         shards: Its parts.
-        fingerprint: sha256 over the names and sizes of what it consists of.
-        folders: The classes of a folder with sub-folders, sorted.
+        fingerprint: sha256 over the names and sizes of what it consists of, and unusual limits.
+        folders: The classes of a folder with sub-folders, sorted; or those that Parquet files name, in their order.
         ignored: Reason -> how many files were passed over.
+        limits: What is accepted of each picture at most.
     """
 
     shards: tuple[Shard, ...]
     fingerprint: str
     folders: tuple[str, ...] = ()
     ignored: Mapping[str, int] = field(default_factory=dict)
+    limits: Limits = DEFAULT_LIMITS
 
     def __iter__(self) -> Iterator[Picture]:
         """Yield all pictures in order."""
-        return chain.from_iterable(shard.pictures() for shard in self.shards)
+        return chain.from_iterable(map(self._of, self.shards))
+
+    def _of(self, shard: Shard) -> Iterator[Picture]:
+        """Yield the pictures of a shard."""
+        return (replace(picture, limits=self.limits) for picture in shard.pictures())
 
     @property
     def passed_over(self) -> Counter[str]:
@@ -98,7 +105,7 @@ class Pictures:
         epoch, first_shard, first_picture = position
         order = np.random.default_rng([seed, epoch]).permutation(len(self.shards))
         for n_done in range(first_shard, len(order)):
-            for index, picture in enumerate(self.shards[order[n_done]].pictures()):
+            for index, picture in enumerate(self._of(self.shards[order[n_done]])):
                 if index >= first_picture and not picture.is_held_out:
                     yield picture, Position(epoch, n_done, index + 1)
             first_picture = 0
@@ -108,14 +115,14 @@ class Pictures:
         kept = [shard for shard in self.shards if not isinstance(shard, FileShard) or shard.picture.is_held_out]
         chosen = [kept[i * len(kept) // n] for i in range(n)] if len(kept) > n else kept
         per_shard = -(-n // max(1, len(chosen)))
-        found = (islice((p for p in shard.pictures() if p.is_held_out), per_shard) for shard in chosen)
+        found = (islice((p for p in self._of(shard) if p.is_held_out), per_shard) for shard in chosen)
         yield from islice(chain.from_iterable(found), n)
 
     def class_of(self, picture: Picture, names: Sequence[str]) -> int | None:
         """Return the index of a picture's class in a list of names, or None where nothing says its class.
 
-        A label is one of the names, or an index. Sub-folders that are called otherwise than the classes (WordNet ids,
-        say) stand for them in sorted order if there are as many.
+        A label is one of the names, or an index. Sub-folders, or classes of a Parquet file, that are called otherwise
+        than the classes (WordNet ids, say) stand for them in their order if there are as many.
 
         Raises:
             ConfigError: The label is no name, no index and no such sub-folder.
@@ -132,13 +139,14 @@ class Pictures:
         raise ConfigError(f"{picture.name} has the label {label!r}, which is none of the {len(names)} class names")
 
 
-def open_pictures(paths: Sequence[str | os.PathLike[str]]) -> Pictures:
+def open_pictures(paths: Sequence[str | os.PathLike[str]], *, limits: Limits = DEFAULT_LIMITS) -> Pictures:
     """Return the pictures of folders and files.
 
     Args:
         paths: Each a folder with pictures (the class of a picture is the first sub-folder it lies in, see
             `listing.class_folders`), with `.tar` or with `.parquet` files, or such a file itself. Hidden files are
             ignored.
+        limits: What is accepted of each picture at most.
 
     Raises:
         ConfigError: A path does not exist, holds no such files or several kinds of them, or a file is damaged.
@@ -149,23 +157,25 @@ def open_pictures(paths: Sequence[str | os.PathLike[str]]) -> Pictures:
     shards: list[Shard] = []
     folders: set[str] = set()
     ignored: Counter[str] = Counter()
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if limits == DEFAULT_LIMITS else repr(limits).encode())
     for path in map(Path, paths):
         listing = list_files(path)
         kind, files = listing.of_one_kind()
         ignored += listing.passed_over
         digest.update(json.dumps([(name_below(file, path), file.stat().st_size) for file in files]).encode())
         if kind == "pictures":
-            classes = class_folders(files, path) if path.is_dir() else [None]
-            folders |= {name for name in classes if name is not None}
+            own = class_folders(files, path) if path.is_dir() else [None]
+            folders |= {name for name in own if name is not None}
             shards += [
                 FileShard(Picture(name_below(file, path), ordinal, file, label))
-                for ordinal, (file, label) in enumerate(zip(files, classes, strict=True))
+                for ordinal, (file, label) in enumerate(zip(files, own, strict=True))
             ]
         else:
             for file in files:
                 shards += [TarShard(file)] if kind == "tar" else row_groups(file)
-    return Pictures(tuple(shards), digest.hexdigest(), tuple(sorted(folders)), ignored)
+    stated = {shard.label_names for shard in shards if isinstance(shard, RowGroupShard)}
+    classes = stated.pop() if len(stated) == 1 and not folders else tuple(sorted(folders))
+    return Pictures(tuple(shards), digest.hexdigest(), classes, ignored, limits)
 
 
 def name_below(file: Path, root: Path) -> str:
@@ -202,7 +212,7 @@ def decoded(pictures: Sequence[Picture], batch: int) -> Iterator[list[tuple[Pict
 
 def _decoded(picture: Picture) -> Image.Image | None:
     try:
-        decoded = images.decode(picture.open())
+        decoded = images.decode(picture.open(), limits=picture.limits)
         _notes.add(picture.name, decoded.warnings)
         return decoded.image
     except InvalidImageError as error:

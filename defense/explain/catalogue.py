@@ -219,7 +219,7 @@ def _load(root: Path) -> dict[str, Catalogue]:
 def _read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; a catalogue is a folder that `defense describe` wrote")
+        raise folders.lacks_manifest(path, "a catalogue is a folder that `defense describe` wrote")
     return folders.typed(str(path), folders.read_manifest(path, SCHEMA, "a catalogue"), _MANIFEST_FIELDS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from defense.core.latents import Edit, Scope
@@ -44,5 +45,8 @@ class FitConfig:
             raise ConfigError(f"n_candidates={self.n_candidates}, batch={self.batch}; both must be at least 1")
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps}; it must be at least 1")
-        if not self.clean_budget >= 0:
+        if not 0 <= self.clean_budget < math.inf:
             raise ConfigError(f"clean_budget={self.clean_budget}; it is a fraction of the pictures, 0 or more")
+        for name in ("lr", "sparsity", "worst_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)}; it must be finite, and 0 or more")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.sources import Picture
 from defense.errors import ConfigError
 
@@ -51,6 +52,7 @@ def read_metadata(
     label_column: str,
     attribute_column: str | None = None,
     root: Path | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Metadata:
     """Read a csv file with a row per picture, such as Waterbirds' metadata.csv or CelebA's list_attr_celeba.csv.
 
@@ -64,6 +66,7 @@ def read_metadata(
         label_column: Its class: one of the names, its number from 0, or -1 and 1 for the first and second.
         attribute_column: What should not count: any values.
         root: Folder of the pictures; by default that of the file.
+        limits: What is accepted of each picture at most.
 
     Raises:
         ConfigError: The file is no csv file, lacks a column, has no rows to fit on, holds a value that is none of
@@ -89,7 +92,7 @@ def read_metadata(
             )
         a = np.array([values.index(cell) for cell in cells])
     pictures = tuple(
-        Picture(row[path_column], i, _within(root, row[path_column], f"{path}, line {line}"))
+        Picture(row[path_column], i, _within(root, row[path_column], f"{path}, line {line}"), limits=limits)
         for i, (line, row) in enumerate(used)
     )
     return Metadata(pictures, y, a, values, len(rows) - len(used), bool(split))

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -50,8 +49,26 @@ class _Mode:
 
 
 _AS_ATTACHED = _Mode()
-_modes: ContextVar[Mapping[int, _Mode]] = ContextVar("defense modes", default=MappingProxyType({}))
-"""By `id` of the `EditedBlock`; one that is not named acts as it was attached."""
+
+
+@dataclass(eq=False)
+class _Change:
+    """What a context changes, for as long as it lasts.
+
+    Attributes:
+        blocks: `id` of each `EditedBlock` that it is about.
+        fields: Of their `_Mode`.
+        is_over: Whether the context has been left, wherever: generators that share a caller are closed in any order,
+            and by any thread.
+    """
+
+    blocks: frozenset[int]
+    fields: Mapping[str, Any]
+    is_over: bool = False
+
+
+_changes: ContextVar[tuple[_Change, ...]] = ContextVar("defense modes", default=())
+"""Of this caller, in the order in which its contexts were entered."""
 
 
 class EditedBlock(nn.Module):
@@ -75,7 +92,11 @@ class EditedBlock(nn.Module):
         """Return how the caller, a thread or an asyncio task, wants the block to act now."""
         if torch.compiler.is_dynamo_compiling():  # compiled code cannot look into a context: strength switches it
             return _AS_ATTACHED
-        return _modes.get().get(id(self), _AS_ATTACHED)
+        mode = _AS_ATTACHED
+        for change in _changes.get():
+            if id(self) in change.blocks and not change.is_over:
+                mode = replace(mode, **change.fields)
+        return mode
 
     def hook(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the edited output of the block, in the block's own layout."""
@@ -172,12 +193,18 @@ class AttachedDefense(nn.Module):
 
         Contexts nest, and those of several callers may overlap as they like: none undoes what another set.
         """
-        modes = {id(block): replace(block.mode(), **changes) for block in self.edited_blocks()}
-        token = _modes.set({**_modes.get(), **modes})
+        change = _Change(frozenset(map(id, self.edited_blocks())), changes)
+        _changes.set((*_lasting(), change))
         try:
             yield
         finally:
-            _modes.reset(token)
+            change.is_over = True
+            _changes.set(_lasting())
+
+
+def _lasting() -> tuple[_Change, ...]:
+    """Return the changes of this caller whose contexts have not been left."""
+    return tuple(change for change in _changes.get() if not change.is_over)
 
 
 def sae_of(site: Site) -> SparseAutoencoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from defense.core.config import SAEConfig
-from defense.errors import CheckpointError, ConfigError, HookPointError, ShapeError
+from defense.errors import CheckpointError, ConfigError, HookPointError, NotThereError, ShapeError
 from defense.store.hub import COMPANIONS
 
 from . import pickles
@@ -82,7 +83,8 @@ class Source:
         self.path = _weights_in(path) if path.is_dir() else path
         self._config = config
         if not self.path.is_file():
-            raise CheckpointError(f"{path} is not a file; give the checkpoint, or the folder that it is in")
+            kind, what = (CheckpointError, "no file") if path.exists() else (NotThereError, "not there")
+            raise kind(f"{path} is {what}; give the checkpoint, or the folder that it is in")
 
     def __str__(self) -> str:
         return str(self.path)
@@ -199,6 +201,10 @@ class Source:
         )
 
 
+_FACTORS = frozenset({"scalar", "scaling_factor"})
+"""Options that are divided by."""
+
+
 class Given:
     """What the caller states because a file does not.
 
@@ -207,12 +213,20 @@ class Given:
         values: Name of `OPTIONS` -> value; None is nothing.
 
     Raises:
-        ConfigError: There is no such option.
+        ConfigError: There is no such option, or its number is none to compute with.
     """
 
     def __init__(self, source: Source, values: Mapping[str, Any]) -> None:
         if unknown := sorted(set(values) - set(OPTIONS)):
             raise ConfigError(f"there is no option {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{flag(name)} is {value}; want a finite number")
+        for name in _FACTORS & values.keys():
+            if values[name] == 0:
+                raise ConfigError(
+                    f"{flag(name)} is 0, by which nothing can be divided; leave it out, or state it right"
+                )
         self._source = source
         self._values = {name: value for name, value in values.items() if value is not None}
         self._asked: set[str] = set()

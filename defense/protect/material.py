@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.labels import common_nouns
 from defense.data.sources import Picture, Pictures, open_pictures
 from defense.world import draws, scenes
@@ -38,7 +39,14 @@ class Wanted:
     weak: str | None
 
 
-def wanted_pictures(paths: Sequence[Path], labels: Sequence[str] | None, *, n: int, size: tuple[int, int]) -> Wanted:
+def wanted_pictures(
+    paths: Sequence[Path],
+    labels: Sequence[str] | None,
+    *,
+    n: int,
+    size: tuple[int, int],
+    limits: Limits = DEFAULT_LIMITS,
+) -> Wanted:
     """Return what to fit on.
 
     Args:
@@ -46,12 +54,13 @@ def wanted_pictures(paths: Sequence[Path], labels: Sequence[str] | None, *, n: i
         labels: A user's labels; by default what the scenes show, or for pictures `common_nouns`.
         n: How many scenes to draw.
         size: Height and width of the CLIP's pictures.
+        limits: What is accepted of each of a user's pictures at most.
 
     Raises:
         ConfigError: See `open_pictures`.
     """
     if paths:
-        return Wanted(open_pictures(paths), tuple(labels or common_nouns()), None)
+        return Wanted(open_pictures(paths, limits=limits), tuple(labels or common_nouns()), None)
     return Wanted(_drawn(n, max(size)), tuple(labels or scenes.OBJECTS), WEAK)
 
 

@@ -25,6 +25,7 @@ import torch
 
 from defense import importers
 from defense.classify.classifier import RobustClassifier
+from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.labels import check_labels
 from defense.data.progress import Progress as FitProgress
 from defense.data.sources import prepared
@@ -86,6 +87,7 @@ class Request:
     device: str = "auto"
     seed: int = 0
     measure_s: float = 10.0
+    limits: Limits = DEFAULT_LIMITS
 
 
 def protect(
@@ -157,7 +159,10 @@ class _Route:
     def wanted(self) -> Wanted:
         """What to fit on."""
         n = self.fit_settings.n_pictures
-        return wanted_pictures(self.request.pictures, self.request.labels, n=n, size=self.clip.preprocess.size)
+        request = self.request
+        return wanted_pictures(
+            request.pictures, request.labels, n=n, size=self.clip.preprocess.size, limits=request.limits
+        )
 
     @property
     def candidates(self) -> tuple[SaeRow, ...]:

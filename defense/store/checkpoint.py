@@ -229,7 +229,7 @@ def _load(root: Path) -> Checkpoint:
 def _read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; an SAE is a folder that `defense import` or `checkpoint.save` wrote")
+        raise folders.lacks_manifest(path, "an SAE is a folder that `defense import` or `checkpoint.save` wrote")
     return folders.typed(str(path), folders.read_manifest(path, SCHEMA, "an SAE"), _FIELDS)
 
 

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from defense.core.config import SAEConfig
 from defense.core.latents import LatentSet
 from defense.data.preprocess import Preprocess
-from defense.errors import CheckpointError
+from defense.errors import CheckpointError, NotThereError
 from defense.hosts import shipped
 from defense.hosts.defense import ClipId, Defense, Golden, Part, Site
 
@@ -216,7 +216,7 @@ def _load(root: Path, verify: Verify) -> Defense:
 def _read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; a defense is a folder that `defense fit` or `defenses.save` wrote")
+        raise folders.lacks_manifest(path, "a defense is a folder that `defense fit` or `defenses.save` wrote")
     return typed(str(path), folders.read_manifest(path, SCHEMA, "a defense"), _MANIFEST_FIELDS)
 
 
@@ -238,13 +238,14 @@ def find_defense(
         token: For private hub repositories.
 
     Raises:
-        CheckpointError: There is no such defense, or it cannot be used.
+        NotThereError: There is no such defense.
+        CheckpointError: It cannot be used.
         ConfigError: An address on the hub of another form, or two revisions.
     """
     ours = shipped.find(source)
     if ours is not None:
         if ours.defense not in ours.model.defenses:
-            raise CheckpointError(
+            raise NotThereError(
                 f"the {ours.model.name} model has no defense {ours.defense!r}; it has {', '.join(ours.model.defenses)}"
             )
         return load(ours.model.folder(ours.defense))
@@ -253,8 +254,8 @@ def find_defense(
         hub = Hub(cache_dir, local_files_only, token)
         return load(hub.fetch_folder(address.at(revision), MANIFEST, "a defense"))
     if not folders.restore(Path(source)):
-        raise CheckpointError(
-            f"no defense at {source}: it is neither a folder, nor a hub id ('org/repo'), "
-            "nor one that ships ('photo', 'embedded')"
+        raise NotThereError(
+            f"{source} is not there; check the name: it is neither a folder, nor a hub id ('org/repo'), nor one that "
+            "ships ('photo', 'embedded')"
         )
     return load(source)

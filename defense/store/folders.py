@@ -21,7 +21,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load_file
 
-from defense.errors import CheckpointError, ConfigError, DefenseError, IntegrityError, NonFiniteError
+from defense.errors import CheckpointError, ConfigError, DefenseError, IntegrityError, NonFiniteError, NotThereError
 
 from .atomic import exclusive, publishing, replacing, restore, write_tensors
 
@@ -76,6 +76,18 @@ def package_version() -> str:
         return version("clip-defense")
     except PackageNotFoundError:
         return "0"  # a checkout that was never installed
+
+
+def lacks_manifest(path: Path, what: str) -> CheckpointError:
+    """Return the error for a folder without its manifest; `NotThereError` where there is no folder either.
+
+    Args:
+        path: Of the manifest.
+        what: What has one, and what writes it, for the message.
+    """
+    if not path.parent.exists():
+        return NotThereError(f"{path.parent} is not there; check the path: {what}")
+    return CheckpointError(f"{path} is missing; {what}")
 
 
 def writable_target(

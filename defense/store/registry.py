@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from defense.errors import CheckpointError, ConfigError
+from defense.errors import CheckpointError, ConfigError, NotThereError
 
 from . import folders
 from .hub import Hub, HubSource, hub_source, in_words
@@ -225,7 +225,8 @@ def rows(source: str | os.PathLike[str] | None = None, hub: Hub | None = None) -
     address = hub_source(source)
     path = Path(source) if address is None else (hub or Hub()).fetch_file(address, address.file or FILE)
     if not path.is_file():
-        raise CheckpointError(f"{source} is not a file; a registry is a JSON file, or a hub id with a {FILE}")
+        kind, what = (CheckpointError, "no file") if path.exists() else (NotThereError, "not there")
+        raise kind(f"{source} is {what}; a registry is a JSON file, or a hub id with a {FILE}")
     return read(path) + own
 
 

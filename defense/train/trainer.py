@@ -82,8 +82,12 @@ class TrainConfig:
         if self.variant not in get_args(Variant):
             raise ConfigError(f"variant={self.variant!r}; it must be one of {', '.join(get_args(Variant))}")
         for name in ("d_sae", "steps", "batch", "aux_k"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; it must be at least 1")
+        for name, value in (("lr", self.lr), ("l1", self.l1), ("aux_weight", self.aux_weight)):
+            if value is not None and not (math.isfinite(value) and value >= 0 and (value > 0 or name != "lr")):
+                least = "above 0" if name == "lr" else "0 or more"
+                raise ConfigError(f"{name}={value}; it must be finite, and {least}")
         if (self.k is None) != (self.variant == "relu"):
             raise ConfigError(f"k={self.k} with variant={self.variant!r}; 'relu' has no k, the others need one")
         if self.k is not None and not 1 <= self.k <= self.d_sae:

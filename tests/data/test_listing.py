@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -200,14 +201,13 @@ def test_fault_105_members_are_ignored_and_told_like_files(tmp_path):
     }
 
 
-def test_fault_106_a_large_member_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
+def test_fault_106_a_large_member_is_refused_before_it_is_read_whole(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
         member = tarfile.TarInfo("a.png")
         member.size = 2**20
         tar.addfile(member, io.BytesIO(png() + bytes(2**20)))
-    monkeypatch.setattr(shards, "DEFAULT_LIMITS", images.Limits(max_bytes=1000))
-    (picture,) = open_pictures([path])
+    (picture,) = open_pictures([path], limits=images.Limits(max_bytes=1000))
     assert len(picture.open()) == 1001
     with pytest.raises(InvalidImageError) as caught:
         images.decode(picture.open(), limits=images.Limits(max_bytes=1000))
@@ -263,6 +263,56 @@ def test_fault_107_labels_with_nulls_keep_their_classes(tmp_path):
     path = parquet_of(tmp_path / "x.parquet", image=cells, label=np.array([1.0, np.nan, -1.0, 0.0]))
     source = open_pictures([path])
     assert [source.class_of(picture, ("dog", "cat")) for picture in source] == [1, None, None, 0]
+
+
+def datasets_table(path: Path, names: object, **columns: list) -> Path:
+    """A table with the metadata that the package `datasets` writes."""
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"image": [{"bytes": png(1), "path": None}] * len(next(iter(columns.values()))), **columns})
+    features = {"image": {"_type": "Image"}}
+    features |= {column: {"names": names, "_type": "ClassLabel"} for column in columns}
+    return written(table, json.dumps({"info": {"features": features}}), path)
+
+
+def written(table, metadata: bytes | str, path: Path) -> Path:
+    from pyarrow import parquet
+
+    parquet.write_table(table.replace_schema_metadata({"huggingface": metadata}), path)
+    return path
+
+
+@pytest.mark.parametrize("column", ["label", "animal"])
+def test_fault_114_numbers_have_the_names_that_datasets_wrote(tmp_path, column):
+    path = datasets_table(tmp_path / "x.parquet", ["cat", "dog", "fish"], **{column: [2, 0, -1, None, 1, 7]})
+    source = open_pictures([path])
+    assert [label_in(picture.label) for picture in source] == ["fish", "cat", None, None, "dog", 7]
+    kept = list(source)[:5]
+    assert [source.class_of(picture, ("dog", "fish", "cat", "bird")) for picture in kept] == [1, 2, None, None, 0]
+    assert [source.class_of(picture, ("Katze", "Hund", "Fisch")) for picture in kept] == [2, 0, None, None, 1]
+    with pytest.raises(ConfigError, match="has the label 'fish', which is none of the 2 class names"):
+        source.class_of(kept[0], ("Katze", "Hund"))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        *(
+            b"",
+            b"{",
+            b"[]",
+            b"null",
+            b"\xff",
+            b"[" * 10000,
+            b'{"info": []}',
+            b'{"info": {"features": {"label": null}}}',
+        ),
+        *(b'{"info": {"features": {"label": {"names": %s}}}}' % names for names in (b"3", b"[1, 2]", b"[]", b'"ab"')),
+    ],
+)
+def test_fault_114_metadata_of_somebody_else_are_passed_over(tmp_path, metadata):
+    pyarrow = pytest.importorskip("pyarrow")
+    path = written(pyarrow.table({"image": [png(1)], "label": [1]}), metadata, tmp_path / "x.parquet")
+    assert [picture.label for picture in open_pictures([path])] == [1]
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,46 @@ def test_fault_contexts_of_tasks_may_overlap_as_they_like(tiny_clip, kind):
     assert torch.equal(tiny_clip.encode_image(batch), defended)
 
 
+@pytest.mark.parametrize("kind", ["bypassed", "adjusted", "recording"])
+@pytest.mark.parametrize("closer", ["caller", "thread", "task"])
+def test_fault_118_generators_may_leave_contexts_in_any_order_and_anywhere(tiny_clip, kind, closer):
+    """Generators that one caller has begun share its context variables: what is reset for one is reset for all."""
+    batch = pictures(tiny_clip)
+    stock = tiny_clip.encode_image(batch)
+    wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(), a_set())))
+    defense, arguments = attached(tiny_clip), ({},) if kind == "adjusted" else ()
+    defended = tiny_clip.encode_image(batch)
+    within = defended if kind == "recording" else stock
+
+    def inside():
+        with getattr(defense, kind)(*arguments):
+            yield
+
+    async def in_a_task(generator) -> None:
+        generator.close()
+
+    def close(generator) -> None:
+        if closer == "thread":
+            thread = threading.Thread(target=generator.close)
+            thread.start()
+            thread.join()
+        elif closer == "task":
+            asyncio.run(in_a_task(generator))
+        else:
+            generator.close()
+
+    first, second = inside(), inside()
+    next(first)
+    next(second)
+    close(first)
+    assert torch.equal(tiny_clip.encode_image(batch), within), "the second goes on"
+    close(second)
+    assert torch.equal(tiny_clip.encode_image(batch), defended)
+    with getattr(defense, kind)(*arguments):
+        assert torch.equal(tiny_clip.encode_image(batch), within)
+    assert torch.equal(tiny_clip.encode_image(batch), defended)
+
+
 def test_fault_a_thread_inside_a_context_leaves_the_others_defended(tiny_clip):
     batch = pictures(tiny_clip)
     wrap(tiny_clip, random_defense(tiny_clip, (1, random_sae(), a_set())))

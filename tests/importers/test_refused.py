@@ -257,5 +257,5 @@ def test_a_folder_with_several_files_is_refused(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match=r"several files .*n_images_2600058.pt, weights.pt"):
         importers.read(tmp_path)
-    with pytest.raises(CheckpointError, match="is not a file"):
+    with pytest.raises(CheckpointError, match=r"missing.pt is not there"):
         importers.read(tmp_path / "missing.pt")

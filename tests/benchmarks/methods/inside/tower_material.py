@@ -30,7 +30,7 @@ class Drawn:
     def digest(self) -> str:
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
-    def load(self) -> Image.Image:
+    def load(self, _limits: object = None) -> Image.Image:
         rng = np.random.default_rng(self.seed)
         pixels = rng.integers(0, 200, 3) + rng.integers(-40, 40, (32, 32, 3))
         picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

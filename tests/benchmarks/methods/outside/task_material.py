@@ -30,7 +30,7 @@ class Held:
     def digest(self) -> str:
         return f"{self.seed}{self.has_word}"
 
-    def load(self) -> Image.Image:
+    def load(self, _limits: object = None) -> Image.Image:
         pixels = np.random.default_rng(self.seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         if self.has_word:
             pixels[24:] = [255, 255, 0]
