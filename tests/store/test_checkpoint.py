@@ -17,7 +17,15 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from defense.core.sae import SparseAutoencoder
-from defense.errors import CheckpointError, ConfigError, HookPointError, IntegrityError, NonFiniteError, ShapeError
+from defense.errors import (
+    CheckpointError,
+    ConfigError,
+    HookPointError,
+    IntegrityError,
+    NonFiniteError,
+    NotThereError,
+    ShapeError,
+)
 from defense.store import checkpoint, folders
 from defense.store.checkpoint import MANIFEST, POOLED, Checkpoint, load, save
 
@@ -164,7 +172,7 @@ def test_fault_51_a_missing_file_is_named_and_one_more_is_not_read(tmp_path: Pat
     (folder / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"sae\.json is missing; an SAE is a folder that `defense import`"):
         load(folder)
-    with pytest.raises(CheckpointError, match=r"sae\.json is missing"):
+    with pytest.raises(NotThereError, match=r"nowhere is not there; check the path"):
         load(tmp_path / "nowhere")
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from defense.errors import CheckpointError, ConfigError, DefenseError
+from defense.errors import CheckpointError, ConfigError, DefenseError, NotThereError
 from defense.hosts.defense import Defense
 from defense.store import folders
 from defense.store.defenses import MANIFEST, SCHEMA, load, save
@@ -17,7 +17,7 @@ from .defense_folders import FILES, GOLDEN, SITE_0, SITE_1, are_equal, check_ref
 
 
 def test_fault_51_a_missing_folder_is_named(tmp_path: Path) -> None:
-    check_refused(tmp_path / "nowhere", str(tmp_path / "nowhere" / MANIFEST), "is missing", "defenses.save")
+    check_refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "is not there", "defenses.save", error=NotThereError)
 
 
 def test_fault_51_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
