@@ -21,7 +21,15 @@ from hypothesis import strategies as st
 from defense.core.config import SAEConfig
 from defense.core.latents import LatentSet
 from defense.data.preprocess import Preprocess
-from defense.errors import CheckpointError, ConfigError, DefenseError, IntegrityError, NonFiniteError, ShapeError
+from defense.errors import (
+    CheckpointError,
+    ConfigError,
+    DefenseError,
+    IntegrityError,
+    NonFiniteError,
+    NotThereError,
+    ShapeError,
+)
 from defense.hosts.defense import ClipId, Defense, Golden, Site, join
 from defense.store import defenses, folders
 from defense.store.defenses import MANIFEST, SCHEMA, load, save
@@ -405,7 +413,7 @@ def _raises(folder: Path, *parts: str, verify: str = "sha256", error: type[Defen
 
 
 def test_fault_51_a_missing_folder_is_named(tmp_path: Path) -> None:
-    _raises(tmp_path / "nowhere", str(tmp_path / "nowhere" / MANIFEST), "is missing", "defenses.save")
+    _raises(tmp_path / "nowhere", f"{tmp_path / 'nowhere'} is not there", "defenses.save", error=NotThereError)
 
 
 def test_fault_51_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:

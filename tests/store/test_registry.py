@@ -133,7 +133,7 @@ def test_a_users_rows_come_first_and_a_fingerprint_before_a_name(hub: FakeHub, t
     assert registry.row_of(rows, "tuned", None, "cd" * 32) is None
     hub.add("org/registry", {"registry.json": written(tmp_path, mine).read_bytes()})
     assert registry.rows("hf://org/registry")[0].note == "mine"
-    with pytest.raises(CheckpointError, match="is not a file; a registry is a JSON file, or a hub id"):
+    with pytest.raises(CheckpointError, match="is not there; a registry is a JSON file, or a hub id"):
         registry.rows(tmp_path / "nowhere.json")
 
 
