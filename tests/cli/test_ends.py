@@ -194,8 +194,8 @@ def test_fault_a_defense_that_is_not_there_is_said_before_labels_are_asked_for(t
     others = {"classify": [picture], "explain": [picture, tmp_path / "x.html"], "export": [tmp_path / "out"]}
     arguments = {"explain": [picture, "--out", tmp_path / "x.html"]}.get(command, others[command])
     code, _, err = run(command, *arguments, "--defense", tmp_path / "nope")
-    assert code == 5
-    assert "no defense at" in err
+    assert code == 2
+    assert "is not there" in err
     assert "--labels" not in err
 
 
