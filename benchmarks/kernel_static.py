@@ -33,7 +33,7 @@ NORMS = {torch.bfloat16: ("none", "layer_norm"), torch.float32: ("none",)}
 """What is compiled: dtypes, each with these input normalizations. float16 is compiled as bfloat16 is."""
 SHARES = (0.05, 0.2, 1.0)
 ARCHITECTURES = tuple(LIMITS)
-H200 = {"sms": 132, "flop_per_ms": 790e9, "flop_per_clock": 4096, "l2_bytes_per_ms": 7.5e9}
+H200 = {"sms": kernel_slots.N_PROGRAMS, "flop_per_ms": 790e9, "flop_per_clock": 4096, "l2_bytes_per_ms": 7.5e9}
 """bf16 of an H200: cuBLAS's rate, a multiprocessor's peak, and the rate of reads from the L2 cache (inferred)."""
 
 
