@@ -26,6 +26,7 @@ from torch import Tensor
 from defense.benchmarks import kernel_cases, kernel_slots
 from defense.benchmarks.kernel_cases import DEFAULT_SET, Case
 from defense.benchmarks.kernel_compiling import LIMITS, Launch, compile_launch, noted
+from defense.core.config import Act
 from defense.core.ops.fused import Tile, encode, launching, sparse_decode, suppress
 from defense.errors import MissingDependencyError
 
@@ -37,8 +38,20 @@ H200 = {"sms": kernel_slots.N_PROGRAMS, "flop_per_ms": 790e9, "flop_per_clock": 
 """bf16 of an H200: cuBLAS's rate, a multiprocessor's peak, and the rate of reads from the L2 cache (inferred)."""
 
 
-def launches_of(case: Case, dtype: torch.dtype, norm: str, capability: int, n_set: int = DEFAULT_SET) -> list[Launch]:
-    """Return what the operators launch for a shape, on an architecture; nothing runs, and no memory is taken."""
+def launches_of(
+    case: Case, dtype: torch.dtype, norm: str, capability: int, n_set: int = DEFAULT_SET,
+    acts: Sequence[Act] = ("topk", "jumprelu"),
+) -> list[Launch]:  # fmt: skip
+    """Return what the operators launch for a shape, on an architecture; nothing runs, and no memory is taken.
+
+    Args:
+        case: The shape.
+        dtype: Of weights and residual.
+        norm: Input normalization.
+        capability: Of the architecture, times ten.
+        n_set: Latents in S.
+        acts: Rules of SAEs that are suppressed; with "topk" and no norm, also `encode_topk` and `sparse_decode`.
+    """
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -47,12 +60,14 @@ def launches_of(case: Case, dtype: torch.dtype, norm: str, capability: int, n_se
     W_dec, b_dec = meta(case.d_sae, case.d_model), meta(case.d_model)
     of_set = resid, resid, 0, case.pos, norm, meta(case.d_model, n_set), meta(n_set), meta(n_set, case.d_model)
     with noted(capability) as launches:
-        suppress._init_fn(*of_set, meta(n_set), None, W_enc, b, case.k)
-        suppress._init_fn(*of_set, meta(n_set), meta(n_set, dtype=torch.float32), None, None, 0)
-        if norm == "none":
+        for act in acts:
+            threshold = meta(n_set, dtype=torch.float32) if act == "jumprelu" else None
+            of_rule = (None, W_enc, b, case.k) if act == "topk" else (threshold, None, None, 0)
+            suppress._init_fn(*of_set, meta(n_set), *of_rule)
+        if norm == "none" and "topk" in acts:
             some = resid.flatten(0, 1)[: encode._CHUNK_ELEMENTS // case.d_sae]
-            acts, indices = encode.encode_topk._init_fn(some, W_enc, b, case.k)
-            sparse_decode._init_fn(acts, indices, W_dec, b_dec)
+            kept, indices = encode.encode_topk._init_fn(some, W_enc, b, case.k)
+            sparse_decode._init_fn(kept, indices, W_dec, b_dec)
     return launches
 
 
