@@ -2,8 +2,9 @@
 
     python -m defense.benchmarks.kernel
 
-All that only a GPU can tell, in one run of at most six minutes: first a parity gate, then timings, then a table and how
-the targets were met. Before either, every kernel is compiled, in as many processes as there are cores. Where the gate fails, nothing is timed. Rows go to benchmarks/results/kernel.json as they come.
+All that only a GPU can tell, in one run of at most six minutes: every kernel is compiled, in as many processes as there
+are cores; then a parity gate, then timings, then a table and how the targets were met. Where the gate fails, nothing is
+timed. Rows go to benchmarks/results/kernel.json as they come.
 
 | operation | variants |
 |---|---|
@@ -31,7 +32,7 @@ of a copy. Extra MiB is the peak of allocated memory during one call, above the 
 
 Not measured: accuracy; float32 (its products run on the general cores); other GPUs than the one named.
 
-For memory errors: compute-sanitizer python -m pytest tests/core/kernel_cases.py
+For memory errors: compute-sanitizer python -m pytest tests/core/kernel_cases.py tests/core/kernel_encode.py
 
 | file | what |
 |---|---|

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels as far as it goes without a GPU; `tests/core/kernel_cases.py` runs the rest of it."""
+"""The benchmark of the kernels as far as it goes without a GPU; `tests/core/kernel_benchmark.py` runs the rest."""
 
 from __future__ import annotations
 

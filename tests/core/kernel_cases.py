@@ -24,6 +24,7 @@ from .kernel_setup import (
     norms,
     residuals,
     some_set,
+    some_slow,
 )  # fmt: skip
 from .kernel_setup import _poisoned_memory as _poisoned_memory  # autouse
 
@@ -32,17 +33,19 @@ from .kernel_setup import _poisoned_memory as _poisoned_memory  # autouse
 
 @pytest.mark.parametrize(
     ("batch", "pos", "d_model", "d_sae", "k", "n"),
-    [
+    some_slow(
         (1, 1, 48, 160, 8, 64),
         (2, 50, 48, 300, 32, 20),
-        (1, 197, 64, 300, 1, 10),
-        (1, 257, 48, 300, 32, 1),
-        (1, 20, 48, 300, 300, 20),
         (1, 9, 64, 130, 16, 130),
         (1, 20, 768, 300, 32, 20),
-        (2, 5, 1024, 130, 8, 7),
-    ],
-    ids=lambda value: str(value),
+        slow=[
+            (1, 197, 64, 300, 1, 10),
+            (1, 257, 48, 300, 32, 1),
+            (1, 20, 48, 300, 300, 20),
+            (2, 5, 1024, 130, 8, 7),
+        ],
+    ),
+    ids=str,
 )
 def test_topk_removes_what_float64_removes(batch, pos, d_model, d_sae, k, n):
     sae = random_sae(d_model=d_model, d_sae=d_sae, act="topk", k=k)
@@ -65,7 +68,9 @@ def test_half_precision_activations_of_a_float32_sae_are_encoded_in_float32(dtyp
 
 
 @pytest.mark.parametrize(
-    ("dtype", "k"), [(torch.float32, 1), (torch.float32, 60), (torch.float16, 5), (torch.bfloat16, 5)], ids=str
+    ("dtype", "k"),
+    some_slow((torch.float32, 1), (torch.bfloat16, 5), slow=[(torch.float32, 60), (torch.float16, 5)]),
+    ids=str,
 )
 def test_ties_at_rank_k_are_all_kept_as_in_the_reference(dtype, k):
     W_enc, z = integers(64, 300, seed=0), integers(1, 40, 64, seed=1)
@@ -102,7 +107,7 @@ def test_a_candidate_is_left_out_of_its_own_count_by_its_index():
     torch.testing.assert_close(-got[0][is_tested], h[:, :64][is_tested], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("n", [1, 64])
+@pytest.mark.parametrize("n", some_slow(64, slow=[1]))
 def test_tokens_without_a_positive_latent_pass_bit_for_bit(n):
     sae = random_sae(act="topk", k=8)
     sae.folded_bias -= 100
@@ -214,6 +219,7 @@ def test_a_wrapped_model_runs_the_kernels(tiny_clip):
 # --- as operators of torch --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_opcheck():
     sae, resid = random_sae(act="topk", k=8), residuals(2, 3, 64)
     suppressor = kernels(sae, some_set(4, 160))

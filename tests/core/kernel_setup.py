@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: the device, the interpreter's repairs, inputs, the check against float64."""
+"""What the tests of the Triton kernels share: device, repairs of the interpreter, inputs, the check against float64."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Of a result in this dtype, absolute and relative; residuals and what is removed are of the order of 1."""
+
+
+def some_slow(*fast, slow) -> list:
+    """Values of a parameter, or tuples of several: one for each branch of the kernels for every run, and more."""
+    values = (value if isinstance(value, tuple) else (value,) for value in slow)
+    return [*fast, *(pytest.param(*each, marks=pytest.mark.slow) for each in values)]
+
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 RULES = {"topk": {"act": "topk", "k": 8}, "relu": {"act": "relu"}, "jumprelu": {"act": "jumprelu"}}

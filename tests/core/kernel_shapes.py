@@ -8,13 +8,13 @@ import torch
 from defense.core.suppress import Suppressor
 
 from ..conftest import random_sae
-from .kernel_setup import DEVICE, RULES, check, kernels, norms, residuals, rules, some_set
+from .kernel_setup import DEVICE, RULES, check, kernels, norms, residuals, rules, some_set, some_slow
 from .kernel_setup import _poisoned_memory as _poisoned_memory  # autouse
 
 
 @rules
 @norms
-@pytest.mark.parametrize("d_model", [7, 33, 80, 160])
+@pytest.mark.parametrize("d_model", some_slow(7, 160, slow=[33, 80]))
 def test_odd_widths(rule, norm, d_model):
     sae = random_sae(**rule, norm=norm, d_model=d_model)
     check(kernels(sae, some_set(20, 160)), residuals(1, 9, d_model), 0.5)
@@ -25,13 +25,14 @@ def test_wide_residual(rule):
     check(kernels(random_sae(**rule, d_model=1152), some_set(20, 160)), residuals(1, 3, 1152), 0.3)
 
 
+@pytest.mark.slow
 def test_a_set_of_five_thousand():
     sae = random_sae(act="topk", k=64, d_model=16, d_sae=5100)
     sae.folded_bias -= 1.5
     check(kernels(sae, some_set(5000, 5100)), residuals(1, 2, 16), 0.5)
 
 
-@pytest.mark.parametrize("n", [1, 40, 160])
+@pytest.mark.parametrize("n", some_slow(40, slow=[1, 160]))
 def test_k_is_d_sae(n):
     check(kernels(random_sae(act="topk", k=160), some_set(n, 160)), residuals(1, 9, 64))
 

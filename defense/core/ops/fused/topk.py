@@ -264,7 +264,8 @@ def _subtract(edit: Edit, out: Tensor, W_enc: Tensor, b_others: Tensor, k: int) 
         _order_kernel, (triton.cdiv(n_tokens, rows),),
         scoped, z, acts, places, counts, begin, n_slots, rank, n_of_length, firing, n_firing, shift, scale,
         n_tokens, n_scope, *scoped.stride(), n_set, k,
-        D_MODEL=d_model, NORM=edit.norm, N_LENGTHS=_N_LENGTHS, BLOCK_M=rows, BLOCK_N=block, BLOCK_D=_ORDER_COLUMNS, num_warps=4,
+        D_MODEL=d_model, NORM=edit.norm, N_LENGTHS=_N_LENGTHS,
+        BLOCK_M=rows, BLOCK_N=block, BLOCK_D=_ORDER_COLUMNS, num_warps=4,
     )  # fmt: skip
     tile = launching.stream_tile(resid.device, W_enc.dtype)
     launching.launch(
