@@ -5,16 +5,17 @@
 Two tables.
 
 *Graphs* (`export_graphs.py`): one open_clip model with random weights and one random SAE (see `speed_workloads.py`), as
-ONNX and in PyTorch. All variants run in one process, in every round once, in an order drawn anew for each round. "x
-plain" is the ratio to the plain CLIP in ONNX within a round; "x fp32" is the ratio to the fp32 graph of the same
-defense, for the variants that are another form of it. Both are medians over rounds, with their own spread. Before
-anything is timed, every variant's embeddings are held against PyTorch's; int8 by its cosine only.
+ONNX and in PyTorch. ONNX Runtime has a process of its own (`onnx_process.py`), PyTorch another, and only one of the two
+is at work at a time: each variant once in every round, in an order drawn anew for each round. "x plain" is the ratio to
+the plain CLIP in ONNX within a round; "x fp32" is the ratio to the fp32 graph of the same defense, for the variants
+that are another form of it. Both are medians over rounds, with their own spread. Before anything is timed, every
+variant's embeddings are held against PyTorch's; int8 by its cosine only.
 
 *Runtime* (`export_runtime.py`): the embedded model and its defense as a bundle. Images per second of each stage alone
 (decoding and preparation by one thread, the graph at the batch size), of all stages together, the time from a fresh
 process to its first answer. In eight bits: how much faster the int8 bundle is than the fp32 one, and how often it gives
-the same label on pictures of the embedded benchmark; with the defense as it is ("exact") and calibrated to thresholds
-on other pictures ("delta"). The graphs take turns, round by round.
+the same label on pictures of the embedded benchmark; with the TopK rule of its SAEs ("exact") and as it ships,
+calibrated to thresholds ("delta"). The graphs take turns, round by round.
 
 Not measured: GPUs; half precision, which is for CUDA.
 """

@@ -51,6 +51,7 @@ For memory errors: compute-sanitizer python -m pytest tests/core/kernel_cases.py
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -67,7 +68,6 @@ from defense.benchmarks.kernel_rows import Row, caption, save_rows, short, table
 from defense.benchmarks.kernel_sections import SECTIONS
 from defense.benchmarks.kernel_targets import targets
 from defense.benchmarks.kernel_timing import Bench, capability, check_gpu, gpu_of
-from defense.data.threads import usable_cores
 from defense.errors import BackendError
 
 RESULTS = Path(__file__).with_name("results") / "kernel.json"
@@ -80,9 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help=f"where the rows go (default: {RESULTS}, or {STATIC.name} beside it)")
     parser.add_argument("--static", action="store_true", help="compile for every architecture; takes no GPU")
-    parser.add_argument("--jobs", type=int, default=usable_cores(), help="processes that compile")
+    parser.add_argument("--jobs", type=int, default=_cores(), help="processes that compile")
     parser.add_argument("--minutes", type=float, default=5.5, help="nothing new is begun after (default: %(default)s)")
     return parser
+
+
+def _cores() -> int:
+    """Return the cores that this process may use; `defense.data` would load what the timing does without."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,6 @@ from defense.errors import MissingDependencyError
 
 NORMS = {torch.bfloat16: ("none", "layer_norm"), torch.float32: ("none",)}
 """What is compiled: dtypes, each with these input normalizations. float16 is compiled as bfloat16 is."""
-SHARES = (0.05, 0.2, 1.0)
 ARCHITECTURES = tuple(LIMITS)
 H200 = {"sms": kernel_slots.N_PROGRAMS, "flop_per_ms": 790e9, "flop_per_clock": 4096, "l2_bytes_per_ms": 7.5e9}
 """bf16 of an H200: cuBLAS's rate, a multiprocessor's peak, and the rate of reads from the L2 cache (inferred)."""
@@ -135,7 +134,7 @@ def _model(kernels: Sequence[Mapping[str, Any]], slots: Sequence[Mapping[str, An
             row for row in kernels
             if (row["kernel"], row["model"], row["dtype"], row["capability"]) == ("count", case.model, "bfloat16", 90)
         )  # fmt: skip
-        for share in SHARES:
+        for share in kernel_cases.SHARES[1:]:
             n_firing = round(share * case.n_tokens)
             floor_ms = 2 * n_firing * case.d_model * case.d_sae / H200["flop_per_ms"]
             count_ms = count_kernel_ms(count, case, n_firing, visited["slots"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 
 from defense.benchmarks import kernel, kernel_sections, kernel_static_tables
 from defense.benchmarks.environment import environment_of
+from defense.benchmarks.firing import shares_to_time
 from defense.benchmarks.kernel_cases import CASES
 from defense.benchmarks.kernel_rows import Gpu, Row
 from defense.benchmarks.kernel_targets import targets
@@ -117,3 +119,11 @@ def test_targets_are_ratios_of_the_rows_that_are_there():
     assert str(got["ViT-B-32, 100 % firing, over the floor"]).startswith("MISSED: ")
     assert got["ViT-B-32, extra memory, over the [tokens, d_sae] matrix"].got == pytest.approx(0.01)
     assert str(got["ViT-L-14, encode_image, over plain"]).startswith("not measured: ")
+
+
+def test_shares_to_time_are_round_ones_and_those_of_the_shipped_defense(tmp_path):
+    sites = [{"site": "a", "n_tokens": 1000, "n_firing": n} for n in (998, 628, 50)]
+    (tmp_path / "firing.json").write_text(json.dumps({"sites": sites}))
+    assert shares_to_time(tmp_path / "firing.json") == (0.0, 0.05, 0.2, 0.63, 1.0)
+    assert set(shares_to_time()) >= {0.0, 0.05, 0.2, 1.0}
+    assert len(shares_to_time()) > 4

@@ -34,7 +34,8 @@ def small_benchmark(monkeypatch):
     parity = [(case, torch.float32, "topk", "none"), (case, torch.bfloat16, "jumprelu", "layer_norm")]
     for module, changed in {
         kernel_cases: {
-            "DEVICE": "cpu", "CASES": [case], "SET_SIZES": (8, 64), "PARITY": parity, "END_TO_END": ((case, 1), (case, 0)),
+            "DEVICE": "cpu", "CASES": [case], "SET_SIZES": (8, 64), "PARITY": parity,
+            "END_TO_END": ((case, 1), (case, 0)),
             "TILES": ((16, 16, 16, 4, 2, 1), (32, 64, 16, 4, 2, 1)),
         },
         kernel: {"check_gpu": lambda: None, "gpu_of": lambda: gpu, "capability": lambda: 90},
