@@ -58,6 +58,7 @@ def measure() -> list[dict[str, Any]]:
     from defense.core.sae import SparseAutoencoder
     from defense.core.suppress import Suppressor
     from defense.embedded.build import task_data
+    from defense.fit.material import Pairs
     from defense.hosts.clip import EMBEDDED, embedded_folder, load_clip
     from defense.hosts.slim import restored
     from defense.store import checkpoint, defenses
@@ -65,9 +66,11 @@ def measure() -> list[dict[str, Any]]:
 
     clip, saes = load_clip(EMBEDDED), [each.sae for each in checkpoint.embedded_saes()]
     data, _ = task_data("text", _N_PICTURES, _SEED, TEST_FONTS, clip)
+    assert isinstance(data, Pairs)
     found = []
     for site in restored(defenses.load(embedded_folder("text")), saes, own_rule=True).sites:
-        suppressor = Suppressor(SparseAutoencoder(site.sae_config, dict(site.parameters)), *site.sets)
+        (latent_set,) = site.sets
+        suppressor = Suppressor(SparseAutoencoder(site.sae_config, dict(site.parameters)), latent_set)
         with torch.inference_mode():
             rows = clip.tower.resid(data.attacked, site.hook_point).flatten(0, 1)
             fires, survives = (

@@ -90,7 +90,7 @@ def _runs() -> Iterator[Run]:
 
 def kernels_ahead(capability: int) -> list[tuple[Run, int]]:
     """Return a run and the place among its launches of each kernel to compile, once each, the slowest first."""
-    found = {}
+    found: dict[tuple[Any, ...], tuple[str, Run, int]] = {}
     for run in _runs():
         for index, launch in enumerate(run.launches(capability)):
             found.setdefault(_what_is_compiled(launch), (launch.name, run, index))

@@ -7,6 +7,7 @@ import torch
 
 from defense.core.latents import LatentSet
 from defense.core.ops import fused, reference
+from defense.core.ops.fused import topk
 from defense.core.ops.reference import Encoder
 from defense.core.suppress import Suppressor, suppress
 from defense.errors import BackendError
@@ -114,6 +115,25 @@ def test_tokens_without_a_positive_latent_pass_bit_for_bit(n):
     for dtype in TOLERANCE:
         resid = residuals(2, 50, 64, dtype)
         assert torch.equal(kernels(sae, some_set(n, 160), dtype)(resid), resid)
+
+
+def test_neighbors_in_a_tile_have_lists_of_one_length_the_longest_first(monkeypatch):
+    launched, launch = {}, topk.launching.launch
+
+    def spy(kernel, grid, *args, **constants):
+        launched[kernel.fn.__name__] = dict(zip(kernel.arg_names, args, strict=False))
+        launch(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(topk.launching, "launch", spy)
+    sae = random_sae(act="topk", k=8)
+    kernels(sae, some_set(20, 160))(residuals(2, 50, 64))
+    seen = launched["_count_kernel"]
+    n_firing = int(seen["n_firing_ptr"])
+    firing = seen["firing_ptr"][:n_firing]
+    lengths = seen["n_slots_ptr"][firing]
+    assert len(firing.unique()) == n_firing == int((seen["n_slots_ptr"] > 0).sum())
+    assert len(lengths.unique()) > 3
+    assert (lengths.diff() <= 0).all()
 
 
 def test_all_tokens_fire():
