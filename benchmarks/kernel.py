@@ -81,7 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help=f"where the rows go (default: {RESULTS}, or {STATIC.name} beside it)")
     parser.add_argument("--static", action="store_true", help="compile for every architecture; takes no GPU")
     parser.add_argument("--jobs", type=int, default=_cores(), help="processes that compile")
-    parser.add_argument("--minutes", type=float, default=5.5, help="nothing new is begun after (default: %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=5.5,
+        help="nothing new is begun after, compiling included (default: %(default)s)",
+    )
     return parser
 
 
@@ -108,8 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     start, environment = time.monotonic(), environment_of(command)
     rows: list[Row] = []
     with torch.no_grad():
-        compile_ahead(capability(), arguments.jobs)
+        failures = compile_ahead(capability(), arguments.jobs)
         bench = Bench(gpu_of(), environment, arguments.minutes - (time.monotonic() - start) / 60)
+        bench.failures += failures
         if failures := gate():
             print("The parity gate failed; nothing was timed.", *failures, sep="\n", file=sys.stderr)
             return 1

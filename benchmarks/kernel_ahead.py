@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 from unittest import mock
@@ -110,20 +109,25 @@ def _what_is_compiled(launch: Launch) -> tuple[Any, ...]:
     return launch.name, *map(kind, launch.arguments), *sorted(launch.constants.items())
 
 
-def compile_ahead(capability: int, jobs: int) -> int:
-    """Compile what the benchmark launches, say so on stderr, and return how many kernels that were.
+def compile_ahead(capability: int, jobs: int) -> list[str]:
+    """Compile what the benchmark launches, say so on stderr, and return what failed, a line each.
 
     Args:
         capability: Of the architecture, times ten.
         jobs: Processes.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return 0  # the interpreter compiles nothing
+        return []  # the interpreter compiles nothing
     start, wanted = time.monotonic(), kernels_ahead(capability)
+    failures = []
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (capability,)) as pool:
-        list(pool.map(partial(compile_one, capability), *zip(*wanted, strict=True)))
-    print(f"{len(wanted)} kernels compiled in {time.monotonic() - start:.0f} s", file=sys.stderr)
-    return len(wanted)
+        futures = {pool.submit(compile_one, capability, *each): each for each in wanted}
+        for future, (run, _) in futures.items():
+            if (error := future.exception()) is not None:
+                failures.append(f"compiling ahead, {run}: {type(error).__name__}: {error}")
+    n = len(wanted) - len(failures)
+    print(f"{n} kernels compiled in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return failures
 
 
 def _begin(capability: int) -> None:

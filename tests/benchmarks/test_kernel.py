@@ -84,6 +84,7 @@ def test_the_static_tables_show_the_count_kernel_everywhere_and_the_others_on_ho
     names = [("count", 80), ("count", 90), ("order", 80), ("order", 90)]
     result = {
         "triton": "3.8.0",
+        "environment": {"commit": "0123456789abcdef", "is_dirty": False, "timestamp": "then"},
         "kernels": [found | {"kernel": kernel, "capability": each, "model": CASES[0].model} for kernel, each in names],
         "slots": [{"data": "drawn", "n_tokens": 1024, "n_firing": 7, "slots": 2.56, "all_slots": 7.1}],
         "model": [{"model": "ViT-B-32", "share": 0.05, "floor_ms": 0.06, "count_ms": 0.09}],
@@ -94,7 +95,9 @@ def test_the_static_tables_show_the_count_kernel_everywhere_and_the_others_on_ho
     ]  # fmt: skip
     assert "| drawn | 7 of 1024 | 2.6 | 7.1 |" in text
     assert "| ViT-B-32 | 5 % | 0.060 | 0.090 | 1.50 |" in text
-    assert "1,024 tokens" in kernel_static_tables.static_caption(result)
+    caption = kernel_static_tables.static_caption(result)
+    assert "1,024 tokens" in caption
+    assert "0123456789ab, then." in caption
 
 
 def row(arm: str, share: float | None, latency_ms: float, **fields) -> Row:

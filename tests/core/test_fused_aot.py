@@ -127,7 +127,10 @@ def test_what_is_compiled_ahead_is_all_that_the_launcher_asks_for(monkeypatch, t
     for name, value in {"PARITY": [], "CASES": [small], "SET_SIZES": (8,), "TILES": ()}.items():
         monkeypatch.setattr(kernel_cases, name, value)
     wanted = kernel_ahead.kernels_ahead(90)
-    assert kernel_ahead.compile_ahead(90, jobs=2) == len(wanted) > 8
+    with mock.patch.object(kernel_ahead, "kernels_ahead", return_value=[*wanted, (wanted[0][0], 99)]):
+        (failure,) = kernel_ahead.compile_ahead(90, jobs=2)
+    assert "IndexError" in failure, "one that cannot be compiled leaves the others alone"
+    assert len(wanted) > 8
     compiled = sorted(tmp_path.rglob("*.cubin"))
     assert len(compiled) == len(wanted), "each once"
     monkeypatch.setattr(driver, "_active", kernel_ahead.CompileOnly(90))
