@@ -113,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     start, environment = time.monotonic(), environment_of(command)
     rows: list[Row] = []
     with torch.no_grad():
-        failures = compile_ahead(capability(), arguments.jobs)
+        not_compiled = compile_ahead(capability(), arguments.jobs)
         bench = Bench(gpu_of(), environment, arguments.minutes - (time.monotonic() - start) / 60)
-        bench.failures += failures
+        bench.failures += not_compiled
         if failures := gate():
             print("The parity gate failed; nothing was timed.", *failures, sep="\n", file=sys.stderr)
             return 1
