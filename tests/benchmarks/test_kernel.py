@@ -130,3 +130,19 @@ def test_shares_to_time_are_round_ones_and_those_of_the_shipped_defense(tmp_path
     assert shares_to_time(tmp_path / "firing.json") == (0.0, 0.05, 0.2, 0.63, 1.0)
     assert set(shares_to_time()) >= {0.0, 0.05, 0.2, 1.0}
     assert len(shares_to_time()) > 4
+
+
+def test_slots_of_the_shipped_defenses_are_those_of_their_topk_rules(monkeypatch):
+    pytest.importorskip("triton")
+    pytest.importorskip("open_clip")
+    from defense.benchmarks import kernel_slots
+    from defense.core.ops.fused import Tile
+
+    monkeypatch.setattr(kernel_slots, "_N_PICTURES", 4)
+    monkeypatch.setattr(kernel_slots, "N_TOKENS", 256)
+    found = kernel_slots.of_defenses(Tile(64, 256, 64, 8, 3))
+    assert [each.data for each in found] == [
+        "embedded:celeba, blocks.4", "embedded:text, blocks.2", "embedded:text, blocks.3",
+        "embedded:waterbirds, blocks.4",
+    ]  # fmt: skip
+    assert all(0 < each.slots <= each.all_slots and 0 < each.n_firing <= each.n_tokens == 256 for each in found)
