@@ -12,7 +12,7 @@ from .edit import Edit
 from .shared import inverse_scale, norm_stats, pre_acts, row_ptrs
 
 _ORDER_ELEMENTS = 1024
-_ORDER_COLUMNS = 256
+_ORDER_ROWS, _ORDER_COLUMNS = 16, 256
 _SUBTRACT_ROWS, _SUBTRACT_COLUMNS = 8, 256
 _N_LENGTHS = 64
 """Groups of lists of about the same length: of each length where S has fewer latents than that."""
@@ -259,7 +259,7 @@ def _subtract(edit: Edit, out: Tensor, W_enc: Tensor, b_others: Tensor, k: int) 
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     block = triton.next_power_of_2(n_set)
-    rows = max(1, _ORDER_ELEMENTS // block)
+    rows = max(1, min(_ORDER_ROWS, _ORDER_ELEMENTS // block))
     launching.launch(
         _order_kernel, (triton.cdiv(n_tokens, rows),),
         scoped, z, acts, places, counts, begin, n_slots, rank, n_of_length, firing, n_firing, shift, scale,
