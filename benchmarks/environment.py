@@ -69,6 +69,21 @@ def environment_of(command: str) -> Environment:
     )
 
 
+def busy_words(environment: Environment, limit: float = 0.5) -> str | None:
+    """Return a warning where something else kept the machine busy before a run; None where it was quiet.
+
+    Args:
+        environment: Of the run.
+        limit: Load average that is still quiet.
+    """
+    if not environment.load > limit:
+        return None
+    return (
+        f"the load before this run was {environment.load:.1f}: other programs are at work, and times taken now compare "
+        f"with nothing. Wait until it is below {limit}"
+    )
+
+
 def installed_version(package: str) -> str | None:
     """Return the version of a package by its name in the index, without importing it; None where it is missing."""
     try:

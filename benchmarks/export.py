@@ -5,16 +5,17 @@
 Two tables.
 
 *Graphs* (`export_graphs.py`): one open_clip model with random weights and one random SAE (see `speed_workloads.py`), as
-ONNX and in PyTorch. All variants run in one process, in every round once, in an order drawn anew for each round. "x
-plain" is the ratio to the plain CLIP in ONNX within a round; "x fp32" is the ratio to the fp32 graph of the same
-defense, for the variants that are another form of it. Both are medians over rounds, with their own spread. Before
-anything is timed, every variant's embeddings are held against PyTorch's; int8 by its cosine only.
+ONNX and in PyTorch. ONNX Runtime has a process of its own (`onnx_process.py`), PyTorch another, and only one of the two
+is at work at a time: each variant once in every round, in an order drawn anew for each round. "x plain" is the ratio to
+the plain CLIP in ONNX within a round; "x fp32" is the ratio to the fp32 graph of the same defense, for the variants
+that are another form of it. Both are medians over rounds, with their own spread. Before anything is timed, every
+variant's embeddings are held against PyTorch's; int8 by its cosine only.
 
 *Runtime* (`export_runtime.py`): the embedded model and its defense as a bundle. Images per second of each stage alone
 (decoding and preparation by one thread, the graph at the batch size), of all stages together, the time from a fresh
 process to its first answer. In eight bits: how much faster the int8 bundle is than the fp32 one, and how often it gives
-the same label on pictures of the embedded benchmark; with the defense as it is ("exact") and calibrated to thresholds
-on other pictures ("delta"). The graphs take turns, round by round.
+the same label on pictures of the embedded benchmark; with the TopK rule of its SAEs ("exact") and as it ships,
+calibrated to thresholds ("delta"). The graphs take turns, round by round.
 
 Not measured: GPUs; half precision, which is for CUDA.
 """
@@ -30,7 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks.environment import checkout_words, environment_of, write_json
+from defense.benchmarks.environment import busy_words, checkout_words, environment_of, write_json
 from defense.benchmarks.speed_rows import Case
 from defense.errors import ConfigError
 
@@ -74,12 +75,26 @@ def runtime_table(row: Mapping[str, Any]) -> str:
 def caption(result: Mapping[str, Any]) -> str:
     """Return what a reader of the tables has to know, from the stored result."""
     case, here, runtime = result["case"], result["environment"], result["runtime"]
-    return (
+    return _doubt(result) + (
         f"Graphs: {case['model']}, random weights, batch {case['batch']}, block {case['block']}, d_sae "
         f"{case['d_sae']}, k {case['k']}, |S| {case['n_set']}, seed {case['seed']}, {case['rounds']} rounds. Runtime: "
         f"the embedded model, {runtime['n']} pictures, batches of {runtime['batch']}.\n"
         f"{here['cpu']}, {here['cores']} cores, {case['threads']} threads, load before the run {here['load']:.1f}, "
         f"onnxruntime {result['onnxruntime']}, torch {here['torch']}, {checkout_words(here)}, {here['timestamp']}."
+    )
+
+
+def _doubt(result: Mapping[str, Any]) -> str:
+    """Return what to hold against a result that was taken before each engine had a process of its own; else nothing."""
+    if result.get("is_apart"):
+        return ""
+    here, case = result["environment"], result["case"]
+    return (
+        f"Do not compare the rows of PyTorch with those of ONNX: in this run PyTorch, with {case['threads']} threads, "
+        "took as long as it does on one core, while other programs were at work (load "
+        f"{here['load']:.1f} on {here['cores']} cores). Its threads wait for each other after every layer, so that one "
+        "that shares its core holds up all. In the table of the cost on a CPU, from a run of its own, the same model "
+        "takes half of that. Not yet taken again with each engine in its own process.\n"
     )
 
 
@@ -114,12 +129,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         case = Case(**fields)
         environment = environment_of(shlex.join(["python", "-m", "defense.benchmarks.export", *argv]))
+        if busy := busy_words(environment):
+            print(busy, file=sys.stderr)
         result: dict[str, Any] = {
             "graphs": [asdict(row) for row in measure_graphs(case, compiled=compiled)],
             "runtime": asdict(measure_runtime(pictures, 32, case.seed)),
             "case": asdict(case),
             "environment": asdict(environment),
             "onnxruntime": version("onnxruntime"),
+            "is_apart": True,
         }
     except ConfigError as error:
         print(error, file=sys.stderr)

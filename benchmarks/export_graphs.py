@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from defense.benchmarks.cost import Ratio, percentiles, time_interleaved, torch_threads
+from defense.benchmarks.onnx_process import OnnxProcess
 from defense.benchmarks.speed_rows import Case
 from defense.benchmarks.speed_variants import twin
-from defense.benchmarks.speed_workloads import Stage, Workload, create_model, make_workloads, set_stage
+from defense.benchmarks.speed_workloads import BASELINE_SHARE, Stage, Workload, create_model, make_workloads, set_stage
 from defense.errors import ConfigError
 from defense.export.int8 import quantize
-from defense.export.sessions import open_session
 from defense.export.vision import VisionGraph, trace_vision, write
 from defense.hosts.attach import attach
 from defense.hosts.defense import Site
@@ -64,7 +64,7 @@ class GraphVariant:
 
     Attributes:
         name: As printed.
-        embed: Computes them once: what is timed.
+        embed: Computes them once: what is timed, here or in the process of ONNX Runtime.
         max_abs_diff: Largest difference to PyTorch's.
         fp32_name: Name of the fp32 graph of the same defense, for another form of it; else None.
     """
@@ -81,11 +81,11 @@ class VariantMaker:
     Args:
         stage: Model, pictures and case.
         folder: For the graphs.
-        threads: Of ONNX Runtime.
+        engine: Runs them.
     """
 
-    def __init__(self, stage: Stage, folder: Path, threads: int) -> None:
-        self.stage, self.folder, self.threads = stage, folder, threads
+    def __init__(self, stage: Stage, folder: Path, engine: OnnxProcess) -> None:
+        self.stage, self.folder, self.engine = stage, folder, engine
         d_embed = embeds_of(stage.model, stage.pixel_values[:1]).shape[1]
         self.text_embeds = nn.functional.normalize(torch.randn(_N_LABELS, d_embed), dim=-1)
 
@@ -129,28 +129,27 @@ class VariantMaker:
     def _in_onnx(
         self, name: str, path: Path, want: Tensor, fp32_name: str | None = None, *, rough: bool = False
     ) -> GraphVariant:
-        session = open_session(path, ["CPUExecutionProvider"], {"intra_op_num_threads": self.threads})
-        embed = partial(session.run, ["image_embeds"], {"pixel_values": self.stage.pixel_values.numpy()})
-        return GraphVariant(name, embed, check_embeds(name, embed()[0], want, rough=rough), fp32_name)
+        difference = check_embeds(name, self.engine.load(path), want, rough=rough)
+        return GraphVariant(name, partial(self.engine.run, path), difference, fp32_name)
 
 
-def graph_variants(stage: Stage, folder: Path, threads: int, *, compiled: bool) -> list[GraphVariant]:
+def graph_variants(stage: Stage, folder: Path, engine: OnnxProcess, *, compiled: bool) -> list[GraphVariant]:
     """Return what is timed, plain CLIP first.
 
     Args:
         stage: Model, pictures and case.
         folder: For the graphs.
-        threads: Of ONNX Runtime.
+        engine: Runs them.
         compiled: Whether to time torch.compile.
 
     Raises:
         ConfigError: A variant does not compute what PyTorch does, so that its time would mean nothing.
     """
-    maker = VariantMaker(stage, folder, threads)
+    maker = VariantMaker(stage, folder, engine)
     variants = [maker.exported(_PLAIN, stage.model)[0]]
     for workload in make_workloads(stage):
         is_topk = workload.config.act == "topk"
-        if is_topk and workload.share in (0.2, 1.0):
+        if is_topk and workload.share not in (0.0, BASELINE_SHARE):
             continue
         rule = "exact TopK" if is_topk else "delta"
         name = f"ONNX, {rule}, {workload.latent_set.edit}, {workload.share:.0%} of tokens firing".replace("%", " %")
@@ -200,8 +199,10 @@ def measure_graphs(case: Case, *, compiled: bool) -> list[GraphRow]:
     # Not inference_mode: tensors made there cannot be traced.
     with torch_threads(case.threads), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         stage = set_stage(create_model(case).requires_grad_(False), case)
-        variants = graph_variants(stage, Path(folder), case.threads, compiled=compiled)
-        times = time_interleaved({each.name: each.embed for each in variants}, case.rounds, case.seed)
+        inputs = {"pixel_values": stage.pixel_values.numpy()}
+        with OnnxProcess(case.threads, inputs, "image_embeds") as engine:
+            variants = graph_variants(stage, Path(folder), engine, compiled=compiled)
+            times = time_interleaved({each.name: each.embed for each in variants}, case.rounds, case.seed)
     rows = []
     for variant in variants:
         ms = times[variant.name]

@@ -13,21 +13,24 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from defense.benchmarks.cost import Ratio, time_interleaved
 from defense.classify.classifier import RobustClassifier
 from defense.data import images
 from defense.export.exporter import export_onnx
+from defense.export.layouts import Dtype, Mode
 from defense.export.runtime import OnnxClassifier
-from defense.fit.calibrate import calibrated
 from defense.hosts.attach import detach
 from defense.hosts.clip import EMBEDDED
+from defense.hosts.defense import Defense
+from defense.hosts.shipped import MODELS
+from defense.hosts.slim import restored
+from defense.store import checkpoint
 from defense.world.draws import typographic
 from defense.world.scenes import OBJECTS, render
 
 _ROUNDS = 5
-_N_CALIBRATED = 500
+_DTYPES: tuple[Dtype, ...] = ("fp32", "int8")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class EightBits:
     """What int8 changes for one mode of the graph.
 
     Attributes:
-        mode: "exact" for the defense as it is, "delta" for the calibrated one; see `defense.export.vision`.
+        mode: "exact" for the defense with the TopK rule of its SAEs, "delta" for the calibrated one that ships; see
+            `defense.export.vision`.
         fp32_per_s: Pictures through the fp32 graph, per second.
         int8_per_s: Pictures through the int8 graph, per second.
         x_fp32: Ratio of the int8 graph's time to the fp32 graph's.
@@ -90,7 +94,7 @@ def measure_runtime(n: int, batch: int, seed: int) -> Runtime:
     Args:
         n: Pictures, of the embedded world.
         batch: Pictures per call of the graph.
-        seed: Of the pictures; those to calibrate on have the next.
+        seed: Of the pictures.
     """
     pictures = [render(each.scene) for each in typographic(n, seed)]
     files = []
@@ -99,7 +103,7 @@ def measure_runtime(n: int, batch: int, seed: int) -> Runtime:
         picture.save(file, "JPEG", quality=95)
         files.append(file.getvalue())
     with tempfile.TemporaryDirectory() as folder:
-        bundles = export_embedded(Path(folder), batch, seed)
+        bundles = export_embedded(Path(folder), batch)
         clf = bundles["exact", "fp32"]
         decoded = [images.decode(file).image for file in files]
         pixel_values = np.stack([clf.bundle.preprocess(image) for image in decoded])
@@ -130,23 +134,20 @@ def measure_runtime(n: int, batch: int, seed: int) -> Runtime:
         )
 
 
-def export_embedded(folder: Path, batch: int, seed: int) -> dict[tuple[str, str], OnnxClassifier]:
-    """Return the embedded model's bundles by mode and dtype; "delta" is the defense calibrated on other pictures."""
-    robust = RobustClassifier.from_pretrained(EMBEDDED, device="cpu").set_labels(list(OBJECTS))
-    clip, defense, text_embeds = robust.clip, robust.defense, robust.text_embeds()
-    assert defense is not None
+def export_embedded(folder: Path, batch: int) -> dict[tuple[str, str], OnnxClassifier]:
+    """Return the embedded model's bundles by mode and dtype: "delta" as it ships, calibrated; "exact" with TopK."""
+    clf = RobustClassifier.from_pretrained(EMBEDDED, device="cpu")
+    clip, shipped = clf.clip, clf.defense
+    assert shipped is not None
+    saes = [each.sae for each in checkpoint.shipped_saes(MODELS[EMBEDDED])]
+    defenses: dict[Mode, Defense] = {"exact": restored(shipped, saes, own_rule=True), "delta": shipped}
     bundles = {}
-    for mode in ("exact", "delta"):
-        if mode == "delta":
-            pictures = [clip.preprocess(render(each.scene)) for each in typographic(_N_CALIBRATED, seed + 1)]
-            detach(clip.model)
-            # int8 is compared with fp32 of this same graph, so agreement with the exact rule is no gate here.
-            values = torch.from_numpy(np.stack(pictures))
-            defense, _ = calibrated(clip, defense, values, least_agreement=0.0, text_embeds=text_embeds)
-            robust = RobustClassifier(clip, defense).set_labels(list(OBJECTS))
-        for dtype in ("fp32", "int8"):
+    for mode, defense in defenses.items():
+        detach(clip.model)
+        robust = RobustClassifier(clip, defense).set_labels(list(OBJECTS))
+        for dtype in _DTYPES:
             export_onnx(robust, folder / f"{mode}-{dtype}", mode=mode, dtype=dtype)
-            bundles[mode, dtype] = OnnxClassifier(folder / f"{mode}-{dtype}", batch_size=batch)
+            bundles[str(mode), str(dtype)] = OnnxClassifier(folder / f"{mode}-{dtype}", batch_size=batch)
     return bundles
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from defense.benchmarks.firing import shares_to_time
 from defense.core.config import Act, Norm
 
 DEVICE = "cuda"
@@ -60,7 +61,7 @@ TILES = (
 """Candidates for the tile on Hopper GPUs; each holds the fields of `fused.Tile`."""
 SET_SIZES = (8, 64, 512)
 """Latents in S."""
-SHARES = (0.0, 0.05, 0.2, 1.0)
+SHARES = shares_to_time()
 """Of tokens that fire, that is, at which a latent of S has a positive pre-activation."""
 DEFAULT_SET, DEFAULT_SHARE = 64, 0.05
 """What is timed with every variant, and with whole models."""

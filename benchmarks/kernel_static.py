@@ -26,19 +26,31 @@ from torch import Tensor
 from defense.benchmarks import kernel_cases, kernel_slots
 from defense.benchmarks.kernel_cases import DEFAULT_SET, Case
 from defense.benchmarks.kernel_compiling import LIMITS, Launch, compile_launch, noted
+from defense.core.config import Act
 from defense.core.ops.fused import Tile, encode, launching, sparse_decode, suppress
 from defense.errors import MissingDependencyError
 
 NORMS = {torch.bfloat16: ("none", "layer_norm"), torch.float32: ("none",)}
 """What is compiled: dtypes, each with these input normalizations. float16 is compiled as bfloat16 is."""
-SHARES = (0.05, 0.2, 1.0)
 ARCHITECTURES = tuple(LIMITS)
-H200 = {"sms": 132, "flop_per_ms": 790e9, "flop_per_clock": 4096, "l2_bytes_per_ms": 7.5e9}
+H200 = {"sms": kernel_slots.N_PROGRAMS, "flop_per_ms": 790e9, "flop_per_clock": 4096, "l2_bytes_per_ms": 7.5e9}
 """bf16 of an H200: cuBLAS's rate, a multiprocessor's peak, and the rate of reads from the L2 cache (inferred)."""
 
 
-def launches_of(case: Case, dtype: torch.dtype, norm: str, capability: int, n_set: int = DEFAULT_SET) -> list[Launch]:
-    """Return what the operators launch for a shape, on an architecture; nothing runs, and no memory is taken."""
+def launches_of(
+    case: Case, dtype: torch.dtype, norm: str, capability: int, n_set: int = DEFAULT_SET,
+    acts: Sequence[Act] = ("topk", "jumprelu"),
+) -> list[Launch]:  # fmt: skip
+    """Return what the operators launch for a shape, on an architecture; nothing runs, and no memory is taken.
+
+    Args:
+        case: The shape.
+        dtype: Of weights and residual.
+        norm: Input normalization.
+        capability: Of the architecture, times ten.
+        n_set: Latents in S.
+        acts: Rules of SAEs that are suppressed; with "topk" and no norm, also `encode_topk` and `sparse_decode`.
+    """
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -47,12 +59,14 @@ def launches_of(case: Case, dtype: torch.dtype, norm: str, capability: int, n_se
     W_dec, b_dec = meta(case.d_sae, case.d_model), meta(case.d_model)
     of_set = resid, resid, 0, case.pos, norm, meta(case.d_model, n_set), meta(n_set), meta(n_set, case.d_model)
     with noted(capability) as launches:
-        suppress._init_fn(*of_set, meta(n_set), None, W_enc, b, case.k)
-        suppress._init_fn(*of_set, meta(n_set), meta(n_set, dtype=torch.float32), None, None, 0)
-        if norm == "none":
+        for act in acts:
+            threshold = meta(n_set, dtype=torch.float32) if act == "jumprelu" else None
+            of_rule = (None, W_enc, b, case.k) if act == "topk" else (threshold, None, None, 0)
+            suppress._init_fn(*of_set, meta(n_set), *of_rule)
+        if norm == "none" and "topk" in acts:
             some = resid.flatten(0, 1)[: encode._CHUNK_ELEMENTS // case.d_sae]
-            acts, indices = encode.encode_topk._init_fn(some, W_enc, b, case.k)
-            sparse_decode._init_fn(acts, indices, W_dec, b_dec)
+            kept, indices = encode.encode_topk._init_fn(some, W_enc, b, case.k)
+            sparse_decode._init_fn(kept, indices, W_dec, b_dec)
     return launches
 
 
@@ -120,7 +134,7 @@ def _model(kernels: Sequence[Mapping[str, Any]], slots: Sequence[Mapping[str, An
             row for row in kernels
             if (row["kernel"], row["model"], row["dtype"], row["capability"]) == ("count", case.model, "bfloat16", 90)
         )  # fmt: skip
-        for share in SHARES:
+        for share in kernel_cases.SHARES[1:]:
             n_firing = round(share * case.n_tokens)
             floor_ms = 2 * n_firing * case.d_model * case.d_sae / H200["flop_per_ms"]
             count_ms = count_kernel_ms(count, case, n_firing, visited["slots"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from defense.benchmarks.environment import checkout_words
 from defense.benchmarks.kernel_cases import CASES, DEFAULT_SET
 
 
@@ -48,5 +49,6 @@ def static_caption(result: Mapping[str, Any]) -> str:
         f"Compiled, not run: Triton {result['triton']}, |S| {DEFAULT_SET}. A step goes along d_model, a slot is a "
         'candidate of a tile\'s tokens; "-": no such loop. '
         f"Slots: at most {n_tokens:,} tokens, followed on a CPU. On paper: bf16 on an H200 (790 TFLOP/s, 7.5 TB/s from "
-        "its L2 cache, the latter inferred)."
+        f"its L2 cache, the latter inferred). {checkout_words(result['environment'])}, "
+        f"{result['environment']['timestamp']}."
     )

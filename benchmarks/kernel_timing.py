@@ -148,6 +148,12 @@ def check_gpu() -> None:
         raise BackendError(f"this benchmark needs triton: {error}") from error
 
 
+def capability() -> int:
+    """Return the compute capability of the first CUDA device, times ten."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def gpu_of() -> Gpu:
     """Return what the first CUDA device is."""
     import triton

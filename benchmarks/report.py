@@ -130,6 +130,13 @@ def _demo_section(path: Path) -> str:
     return f"{demo.table(result)}\n\n{answer}\n{machine_words(result['environment'])}"
 
 
+def _firing_section(path: Path) -> str:
+    from defense.benchmarks import firing
+
+    result = _json(path)
+    return f"{firing.table(result)}\n\n{firing.caption(result)}\n{machine_words(result['environment'])}"
+
+
 def _kernel_section(path: Path) -> str:
     from defense.benchmarks import kernel_rows
 
@@ -169,6 +176,12 @@ SECTIONS = (
         "speed-cpu.json",
         "python -m defense.benchmarks.speed --out benchmarks/results/speed-cpu.json",
         speed_table,
+    ),
+    Section(
+        "How many tokens fire",
+        "firing.json",
+        "python -m defense.benchmarks.firing",
+        _firing_section,
     ),
     Section(
         "The Triton kernels, GPU",

@@ -53,7 +53,7 @@ from pathlib import Path
 import torch
 
 from defense.benchmarks.cost import torch_threads
-from defense.benchmarks.environment import environment_of
+from defense.benchmarks.environment import busy_words, environment_of
 from defense.benchmarks.speed_rows import Case, caption, save_rows, table
 from defense.benchmarks.speed_timing import gate, time_variants
 from defense.benchmarks.speed_variants import make_rivals
@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if out is not None and not out.resolve().parent.is_dir():
             raise ConfigError(f"{out.parent} is no folder; create it first")
         environment = environment_of(shlex.join(["python", "-m", "defense.benchmarks.speed", *argv]))
+        if busy := busy_words(environment):
+            _say(busy)
         with torch_threads(case.threads), torch.inference_mode():
             stage = set_stage(create_model(case), case)
             rivals = [make_rivals(stage, workload) for workload in make_workloads(stage)]

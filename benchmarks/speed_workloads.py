@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defense.benchmarks.firing import firing_bias
+from defense.benchmarks.firing import firing_bias, shares_to_time
 from defense.benchmarks.speed_rows import Case
 from defense.core.config import SAEConfig
 from defense.core.latents import Edit, LatentSet
@@ -138,7 +138,7 @@ def make_workloads(stage: Stage) -> list[Workload]:
         return Workload(config, {**parameters, "b_enc": b_enc}, latent_set, share)
 
     return [
-        *(workload("topk", "scale", share) for share in (0.0, BASELINE_SHARE, 0.2, 1.0)),
+        *(workload("topk", "scale", share) for share in shares_to_time()),
         workload("topk", "project", BASELINE_SHARE),
         workload("relu", "scale", 1.0),
     ]

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from defense.benchmarks.cost import Ratio, peak_rise_mib, percentiles, time_interleaved, torch_threads
+from defense.benchmarks.cost import Elsewhere, Ratio, peak_rise_mib, percentiles, time_interleaved, torch_threads
 
 
 def test_interleaved_jobs_run_equally_often_after_one_unmeasured_call():
@@ -16,6 +16,12 @@ def test_interleaved_jobs_run_equally_often_after_one_unmeasured_call():
     times = time_interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=4, seed=0)
     assert [sorted(calls[start : start + 3]) for start in range(0, 15, 3)] == [list("abc")] * 5
     assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_a_job_of_another_process_took_what_it_says():
+    times = time_interleaved({"there": lambda: Elsewhere(7.5), "here": lambda: None}, rounds=3, seed=0)
+    assert times["there"].tolist() == [7.5] * 3
+    assert (times["here"] > 0).all()
 
 
 @pytest.mark.skipif(peak_rise_mib(int) is None, reason="runs where /proc/self/clear_refs can be written")

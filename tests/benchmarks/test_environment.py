@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from defense.benchmarks.environment import checkout_of, checkout_words, environment_of, machine_words
+from defense.benchmarks.environment import busy_words, checkout_of, checkout_words, environment_of, machine_words
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="runs where git is installed")
 
@@ -88,3 +88,10 @@ def test_to_take_down_the_environment_loads_no_open_clip():
         "environment.environment_of(''); assert 'open_clip' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(0.1, False), (2.3, True), (float("nan"), False)])
+def test_a_busy_machine_is_told(load, is_busy):
+    words = busy_words(replace(environment_of("test"), load=load))
+    assert (words is not None) == is_busy
+    assert words is None or f"{load}: other programs" in words

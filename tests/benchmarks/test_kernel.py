@@ -1,7 +1,8 @@
-"""The benchmark of the kernels as far as it goes without a GPU; `tests/core/kernel_cases.py` runs the rest of it."""
+"""The benchmark of the kernels as far as it goes without a GPU; `tests/core/kernel_benchmark.py` runs the rest."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 
 from defense.benchmarks import kernel, kernel_sections, kernel_static_tables
 from defense.benchmarks.environment import environment_of
+from defense.benchmarks.firing import shares_to_time
 from defense.benchmarks.kernel_cases import CASES
 from defense.benchmarks.kernel_rows import Gpu, Row
 from defense.benchmarks.kernel_targets import targets
@@ -82,6 +84,7 @@ def test_the_static_tables_show_the_count_kernel_everywhere_and_the_others_on_ho
     names = [("count", 80), ("count", 90), ("order", 80), ("order", 90)]
     result = {
         "triton": "3.8.0",
+        "environment": {"commit": "0123456789abcdef", "is_dirty": False, "timestamp": "then"},
         "kernels": [found | {"kernel": kernel, "capability": each, "model": CASES[0].model} for kernel, each in names],
         "slots": [{"data": "drawn", "n_tokens": 1024, "n_firing": 7, "slots": 2.56, "all_slots": 7.1}],
         "model": [{"model": "ViT-B-32", "share": 0.05, "floor_ms": 0.06, "count_ms": 0.09}],
@@ -92,7 +95,9 @@ def test_the_static_tables_show_the_count_kernel_everywhere_and_the_others_on_ho
     ]  # fmt: skip
     assert "| drawn | 7 of 1024 | 2.6 | 7.1 |" in text
     assert "| ViT-B-32 | 5 % | 0.060 | 0.090 | 1.50 |" in text
-    assert "1,024 tokens" in kernel_static_tables.static_caption(result)
+    caption = kernel_static_tables.static_caption(result)
+    assert "1,024 tokens" in caption
+    assert "0123456789ab, then." in caption
 
 
 def row(arm: str, share: float | None, latency_ms: float, **fields) -> Row:
@@ -117,3 +122,27 @@ def test_targets_are_ratios_of_the_rows_that_are_there():
     assert str(got["ViT-B-32, 100 % firing, over the floor"]).startswith("MISSED: ")
     assert got["ViT-B-32, extra memory, over the [tokens, d_sae] matrix"].got == pytest.approx(0.01)
     assert str(got["ViT-L-14, encode_image, over plain"]).startswith("not measured: ")
+
+
+def test_shares_to_time_are_round_ones_and_those_of_the_shipped_defense(tmp_path):
+    sites = [{"site": "a", "n_tokens": 1000, "n_firing": n} for n in (998, 628, 50)]
+    (tmp_path / "firing.json").write_text(json.dumps({"sites": sites}))
+    assert shares_to_time(tmp_path / "firing.json") == (0.0, 0.05, 0.2, 0.63, 1.0)
+    assert set(shares_to_time()) >= {0.0, 0.05, 0.2, 1.0}
+    assert len(shares_to_time()) > 4
+
+
+def test_slots_of_the_shipped_defenses_are_those_of_their_topk_rules(monkeypatch):
+    pytest.importorskip("triton")
+    pytest.importorskip("open_clip")
+    from defense.benchmarks import kernel_slots
+    from defense.core.ops.fused import Tile
+
+    monkeypatch.setattr(kernel_slots, "_N_PICTURES", 4)
+    monkeypatch.setattr(kernel_slots, "N_TOKENS", 256)
+    found = kernel_slots.of_defenses(Tile(64, 256, 64, 8, 3))
+    assert [each.data for each in found] == [
+        "embedded:celeba, blocks.4", "embedded:text, blocks.2", "embedded:text, blocks.3",
+        "embedded:waterbirds, blocks.4",
+    ]  # fmt: skip
+    assert all(0 < each.slots <= each.all_slots and 0 < each.n_firing <= each.n_tokens == 256 for each in found)

@@ -67,15 +67,16 @@ def test_gate_passes_and_all_times_are_positive(stage, field):
         "ours, TopK, scale, 0 % of tokens firing",
         "ours, TopK, scale, 5 % of tokens firing",
         "ours, TopK, scale, 20 % of tokens firing",
+        "ours, TopK, scale, 63 % of tokens firing",
         "ours, TopK, scale, 100 % of tokens firing",
         "ours, TopK, project, 5 % of tokens firing",
         "ours, relu, scale, 100 % of tokens firing",
     ]
     assert all(len(row.rounds_ms) == 2 and min(row.rounds_ms) > 0 and row.x_plain > 0 for row in rows)
     assert all(row.p20_ms <= row.latency_ms <= row.p80_ms for row in rows)
-    assert [row.floor_ms is None for row in rows] == [True] * 3 + [False] * 5 + [True]
+    assert [row.floor_ms is None for row in rows] == [True] * 3 + [False] * 6 + [True]
     assert rows[3].floor_ms == 0
-    assert 0 < rows[4].floor_ms < rows[5].floor_ms < rows[6].floor_ms
+    assert 0 < rows[4].floor_ms < rows[5].floor_ms < rows[6].floor_ms < rows[7].floor_ms
 
 
 def test_share_of_firing_tokens_is_as_asked(field):
@@ -85,6 +86,7 @@ def test_share_of_firing_tokens_is_as_asked(field):
         (0.0, n_tokens, 0),
         (0.05, n_tokens, 2),
         (0.2, n_tokens, 7),
+        (0.63, n_tokens, 21),
         (1.0, n_tokens, n_tokens),
         (0.05, n_tokens, 2),
         (1.0, n_tokens, n_tokens),
@@ -112,7 +114,7 @@ def test_broken_variant_fails_the_gate_and_nothing_is_timed(tiny_model, monkeypa
 def test_gate_refuses_an_edit_too_small_to_tell_variants_apart(stage, field, monkeypatch):
     monkeypatch.setattr(speed_timing, "_ATOL", 10.0)
     assert all("cannot tell variants apart" in failure for failure in speed_timing.gate(stage, field))
-    assert len(speed_timing.gate(stage, field)) == 5
+    assert len(speed_timing.gate(stage, field)) == 6
 
 
 def test_main_prints_the_table_of_the_rows_it_saves(tiny_model, tmp_path, capsys):

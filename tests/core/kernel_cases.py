@@ -1,122 +1,52 @@
-"""The Triton kernels against float64. Run by `test_fused.py`: under Triton's interpreter, and on a GPU where one is."""
+"""The Triton kernels of the edit against float64. Run by `test_fused.py`: under Triton's interpreter, and on a GPU."""
 
 from __future__ import annotations
-
-import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from defense.benchmarks import kernel, kernel_cases, kernel_rows, kernel_sections, kernel_timing
-from defense.benchmarks.kernel_cases import Case
-from defense.benchmarks.kernel_parity import exact_edit, gate, n_unequal
-from defense.core import ops
 from defense.core.latents import LatentSet
 from defense.core.ops import fused, reference
-from defense.core.ops.fused import decode, encode, suppression, topk
+from defense.core.ops.fused import topk
 from defense.core.ops.reference import Encoder
 from defense.core.suppress import Suppressor, suppress
 from defense.errors import BackendError
 
 from ..conftest import random_defense, random_sae
-
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
-
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Of a result in this dtype, absolute and relative; residuals and what is removed are of the order of 1."""
-
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-norms = pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_rescale"])
-
-if IS_INTERPRETED:
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    multiply, patch_tensor = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
-
-    def create_dot(self, a, b, *rest):
-        """The interpreter holds bfloat16 as uint16, and its product multiplies these integers."""
-        a, b = (
-            interpreter.TensorHandle((each.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-            if each.dtype.scalar == tl.bfloat16
-            else each
-            for each in (a, b)
-        )
-        return multiply(self, a, b, *rest)
-
-    def patch_lang_tensor(tensor, *rest):
-        """Triton 3.6 takes int() of arrays [1], which numpy 2.4 refuses."""
-        patch_tensor(tensor, *rest)
-        tensor.__index__ = lambda self: self.handle.data.item()
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-    interpreter._patch_lang_tensor = patch_lang_tensor
-
-TOPK_KERNELS = {"_candidates_kernel": 1, "_order_kernel": 1, "_count_kernel": 1, "_subtract_kernel": 1}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch):
-    """Let the launchers allocate NaN and huge integers, so that an element that is read but never written shows."""
-
-    def poisoned(allocate):
-        def call(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-        return call
-
-    names = {name: getattr(torch, name) for name in dir(torch)}
-    names |= {name: poisoned(names[name]) for name in ("empty", "empty_like")}
-    for module in (topk, suppression, encode, decode):
-        monkeypatch.setattr(module, "torch", SimpleNamespace(**names))
-    fused.launches.clear()
-
-
-def residuals(batch: int, pos: int, d_model: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, pos, d_model, generator=generator) * 1.5 + 0.2).to(DEVICE, dtype)
-
-
-def some_set(n: int, d_sae: int, seed: int = 2, **fields) -> LatentSet:
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randperm(d_sae, generator=generator)[:n]
-    return LatentSet("test", tuple(latents.tolist()), tuple(torch.rand(n, generator=generator).tolist()), **fields)
-
-
-def kernels(sae, latent_set: LatentSet, dtype: torch.dtype = torch.float32) -> Suppressor:
-    return Suppressor(sae, latent_set, backend="fused").to(DEVICE, dtype)
-
-
-def check(suppressor: Suppressor, resid: torch.Tensor, clear_share: float = 0.9) -> None:
-    """Hold the kernels against float64, at tokens where rounding does not decide what is kept."""
-    exact = exact_edit(resid, suppressor.norm, suppressor.encoder(), suppressor.W_dec_S, suppressor.removal)
-    got = suppressor(resid)
-    assert got.dtype == resid.dtype
-    assert exact.is_clear.float().mean() >= clear_share, "the case decides too little"
-    assert not torch.equal(got, resid), "the case must edit something"
-    assert n_unequal(got, exact) == 0
-
+from .kernel_setup import (
+    DEVICE,
+    IS_INTERPRETED,
+    TOLERANCE,
+    TOPK_KERNELS,
+    check,
+    dtypes,
+    integers,
+    kernels,
+    norms,
+    residuals,
+    some_set,
+    some_slow,
+)  # fmt: skip
+from .kernel_setup import _poisoned_memory as _poisoned_memory  # autouse
 
 # --- TopK -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("batch", "pos", "d_model", "d_sae", "k", "n"),
-    [
+    some_slow(
         (1, 1, 48, 160, 8, 64),
         (2, 50, 48, 300, 32, 20),
-        (1, 197, 64, 300, 1, 10),
-        (1, 257, 48, 300, 32, 1),
-        (1, 20, 48, 300, 300, 20),
         (1, 9, 64, 130, 16, 130),
         (1, 20, 768, 300, 32, 20),
-        (2, 5, 1024, 130, 8, 7),
-    ],
-    ids=lambda value: str(value),
+        slow=[
+            (1, 197, 64, 300, 1, 10),
+            (1, 257, 48, 300, 32, 1),
+            (1, 20, 48, 300, 300, 20),
+            (2, 5, 1024, 130, 8, 7),
+        ],
+    ),
+    ids=str,
 )
 def test_topk_removes_what_float64_removes(batch, pos, d_model, d_sae, k, n):
     sae = random_sae(d_model=d_model, d_sae=d_sae, act="topk", k=k)
@@ -138,14 +68,10 @@ def test_half_precision_activations_of_a_float32_sae_are_encoded_in_float32(dtyp
     check(kernels(sae, some_set(10, 160)), residuals(1, 20, 64, dtype))
 
 
-def integers(*shape: int, seed: int) -> torch.Tensor:
-    """Small integers, whose products are exact in every dtype: ties are ties, whatever the order of summation."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-2, 3, shape, generator=generator).float().to(DEVICE)
-
-
 @pytest.mark.parametrize(
-    ("dtype", "k"), [(torch.float32, 1), (torch.float32, 60), (torch.float16, 5), (torch.bfloat16, 5)], ids=str
+    ("dtype", "k"),
+    some_slow((torch.float32, 1), (torch.bfloat16, 5), slow=[(torch.float32, 60), (torch.float16, 5)]),
+    ids=str,
 )
 def test_ties_at_rank_k_are_all_kept_as_in_the_reference(dtype, k):
     W_enc, z = integers(64, 300, seed=0), integers(1, 40, 64, seed=1)
@@ -182,13 +108,32 @@ def test_a_candidate_is_left_out_of_its_own_count_by_its_index():
     torch.testing.assert_close(-got[0][is_tested], h[:, :64][is_tested], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("n", [1, 64])
+@pytest.mark.parametrize("n", some_slow(64, slow=[1]))
 def test_tokens_without_a_positive_latent_pass_bit_for_bit(n):
     sae = random_sae(act="topk", k=8)
     sae.folded_bias -= 100
     for dtype in TOLERANCE:
         resid = residuals(2, 50, 64, dtype)
         assert torch.equal(kernels(sae, some_set(n, 160), dtype)(resid), resid)
+
+
+def test_neighbors_in_a_tile_have_lists_of_one_length_the_longest_first(monkeypatch):
+    launched, launch = {}, topk.launching.launch
+
+    def spy(kernel, grid, *args, **constants):
+        launched[kernel.fn.__name__] = dict(zip(kernel.arg_names, args, strict=False))
+        launch(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(topk.launching, "launch", spy)
+    sae = random_sae(act="topk", k=8)
+    kernels(sae, some_set(20, 160))(residuals(2, 50, 64))
+    seen = launched["_count_kernel"]
+    n_firing = int(seen["n_firing_ptr"])
+    firing = seen["firing_ptr"][:n_firing]
+    lengths = seen["n_slots_ptr"][firing]
+    assert len(firing.unique()) == n_firing == int((seen["n_slots_ptr"] > 0).sum())
+    assert len(lengths.unique()) > 3
+    assert (lengths.diff() <= 0).all()
 
 
 def test_all_tokens_fire():
@@ -291,87 +236,10 @@ def test_a_wrapped_model_runs_the_kernels(tiny_clip):
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-# --- encode_topk, sparse_decode ---------------------------------------------------------------------------------------
-
-
-def check_encode_topk(z: torch.Tensor, W_enc: torch.Tensor, b: torch.Tensor, k: int) -> None:
-    acts, indices = ops.encode_topk(z, W_enc, b, k, backend="fused")
-    assert acts.shape == indices.shape == (len(z), k)
-    assert acts.dtype == W_enc.dtype
-    assert indices.dtype == torch.int64
-    everything = (z.double() @ W_enc.double() + b.double()).relu()
-    want = everything.topk(k, dim=1).values
-    tolerance = TOLERANCE[W_enc.dtype]
-    close = {"atol": tolerance, "rtol": tolerance}
-    torch.testing.assert_close(acts.double().sort(descending=True).values, want, **close)
-    torch.testing.assert_close(acts.double(), everything.gather(1, indices), **close)
-    assert all(len(row.unique()) == k for row in indices)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "d_model", "d_sae", "k"),
-    [(1, 48, 300, 32), (9, 48, 300, 1), (129, 48, 60, 7), (4, 768, 161, 161), (5, 64, 1030, 32)],
-    ids=str,
-)
-def test_encode_topk_finds_what_float64_finds(tokens, d_model, d_sae, k):
-    sae = random_sae(d_model=d_model, d_sae=d_sae, act="topk", k=k)
-    check_encode_topk(residuals(1, tokens, d_model)[0], sae.W_enc.to(DEVICE), sae.folded_bias.to(DEVICE), k)
-    assert fused.launches == {"_encode_kernel": 1, "_select_kernel": 2}
-
-
-@dtypes
-def test_encode_topk_in_every_dtype(dtype):
-    sae = random_sae(act="topk", k=8)
-    check_encode_topk(
-        residuals(1, 20, 64, dtype)[0], sae.W_enc.to(DEVICE, dtype), sae.folded_bias.to(DEVICE, dtype), 8
-    )  # fmt: skip
-
-
-def test_encode_topk_with_fewer_than_k_positive_latents():
-    sae = random_sae(act="topk", k=8)
-    check_encode_topk(residuals(1, 9, 64)[0], sae.W_enc.to(DEVICE), sae.folded_bias.to(DEVICE) - 3, 40)
-
-
-def test_encode_topk_with_ties_keeps_exactly_k():
-    z, W_enc = integers(12, 64, seed=0), integers(64, 300, seed=1)
-    check_encode_topk(z, W_enc, torch.zeros(300, device=DEVICE), 20)
-    check_encode_topk(z, torch.ones_like(W_enc), torch.full((300,), 50.0, device=DEVICE), 20)
-
-
-def test_chunks_do_not_change_encode_topk(monkeypatch):
-    sae = random_sae(act="topk", k=8)
-    monkeypatch.setattr(encode, "_CHUNK_ELEMENTS", 3 * 160)
-    strided = residuals(8, 1, 128)[:, 0, ::2]
-    check_encode_topk(strided, sae.W_enc.to(DEVICE), sae.folded_bias.to(DEVICE), 8)
-    assert fused.launches == {"_encode_kernel": 3, "_select_kernel": 6}
-
-
-@dtypes
-@pytest.mark.parametrize(("tokens", "d_model", "k"), [(1, 48, 1), (50, 64, 10), (7, 768, 33), (3, 1000, 8)], ids=str)
-def test_sparse_decode_sums_what_float64_sums(dtype, tokens, d_model, k):
-    sae = random_sae(d_model=d_model)
-    acts, indices = ops.encode_topk(
-        residuals(1, tokens, d_model)[0], sae.W_enc.to(DEVICE), sae.folded_bias.to(DEVICE), k, backend="reference"
-    )  # fmt: skip
-    parts = [tensor.to(DEVICE, dtype) for tensor in (acts, sae.W_dec, sae.b_dec)]
-    got = ops.sparse_decode(parts[0], indices, *parts[1:], backend="fused")
-    dense = torch.zeros(tokens, 160, dtype=torch.float64, device=DEVICE).scatter(1, indices, parts[0].double())
-    want = dense @ parts[1].double() + parts[2].double()
-    torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype] * 5, rtol=TOLERANCE[dtype])
-    assert fused.launches == {"_decode_kernel": 1}
-
-
-def test_sparse_decode_does_not_read_rows_of_zero_activations():
-    W_dec = torch.full((5, 48), torch.nan, device=DEVICE)
-    W_dec[2] = 1.0
-    acts, indices = torch.tensor([[0.0, 3.0, 0.0]], device=DEVICE), torch.tensor([[0, 2, 4]], device=DEVICE)
-    got = ops.sparse_decode(acts, indices, W_dec, torch.zeros(48, device=DEVICE), backend="fused")
-    assert torch.equal(got, torch.full((1, 48), 3.0, device=DEVICE))
-
-
 # --- as operators of torch --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_opcheck():
     sae, resid = random_sae(act="topk", k=8), residuals(2, 3, 64)
     suppressor = kernels(sae, some_set(4, 160))
@@ -403,80 +271,6 @@ def test_gradients_are_refused():
         suppressor(resid.requires_grad_())
     with torch.no_grad():
         suppressor(resid)
-
-
-@pytest.fixture
-def small_benchmark(monkeypatch):
-    """Let the benchmark of the kernels run here, on a small shape, for the given sections."""
-    if not IS_INTERPRETED:
-        pytest.skip("a GPU runs the benchmark itself")
-    cases = [Case("ViT-B-32", 2, 5, 48, 300, 8)]
-    gpu = kernel_rows.Gpu("interpreter", *["-"] * 5)
-    names = ("tile_rows", "suppress_rows", "encode_rows", "relu_rows", "more_suppress_rows")
-    sections = tuple(getattr(kernel_sections, name) for name in names)
-    parity = [(cases[0], torch.float32, "topk", "none"), (cases[0], torch.bfloat16, "jumprelu", "layer_norm")]
-    for module, changed in {
-        kernel_cases: {
-            "DEVICE": "cpu", "CASES": cases, "SET_SIZES": (8, 64), "SHARES": (0.05, 1.0), "PARITY": parity,
-            "TILES": ((16, 16, 16, 4, 2, 1), (32, 64, 16, 4, 2, 1)),
-        },
-        kernel: {"check_gpu": lambda: None, "gpu_of": lambda: gpu, "SECTIONS": sections},
-        kernel_sections: {"compiled": lambda job: job, "sparsify": lambda: None},
-        kernel_timing: {"peak_mib": lambda _job: 0.5, "_finished": lambda job: job(), "_SQUARE": 8, "_WARM_S": 0.01},
-    }.items():  # fmt: skip
-        for name, value in changed.items():
-            monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(kernel_timing.Bench, "time", lambda _self, job: (job(), (2.0, 1.0, 3.0))[1])
-    monkeypatch.setattr(kernel_timing.Bench, "graph_ms", lambda _self, job: (job(), 0.25)[1])
-
-
-def test_the_benchmark_runs_on_small_shapes(small_benchmark, tmp_path, capsys):
-    out = tmp_path / "kernel.json"
-    assert kernel.main(["--out", str(out)]) == 0, capsys.readouterr().err
-    rows, printed = kernel_rows.load_rows(out), capsys.readouterr().out
-    assert kernel_rows.table(kernel_rows.short(rows)) in printed
-    assert "rounding decides" in printed
-    assert {row.arm for row in rows if row.operation == "encode_topk"} == {"kernels", "eager", "eager, compiled"}
-    assert len({row.arm for row in rows if "tile" in row.arm}) == 2
-    ours = [row for row in rows if row.operation == "suppress" and row.arm == "kernels"]
-    assert all(row.graph_ms == 0.25 for row in ours)
-    assert all(row.peak_floor_ms == pytest.approx(row.n_firing * 48 * 300 / 8**3 * 2) for row in ours)
-    assert len(ours) == 2 * 3  # shares; two dtypes for one of two sizes of S
-    assert all(row.unequal == 0 for row in ours)
-    assert {row.n_firing for row in ours if row.share == 0.05} == {0}
-    assert {row.arm for row in rows} >= {"eager dense", "eager sparse", "eager sparse, compiled", "reference, compiled"}
-    assert {row.n_firing for row in ours if row.share == 1} == {10}
-
-
-def test_fault_what_fails_leaves_the_rest_of_the_benchmark_standing(small_benchmark, monkeypatch, tmp_path, capsys):
-    right = kernel_sections.n_unequal
-    is_float16 = lambda got: got.dtype == torch.float16  # noqa: E731
-    monkeypatch.setattr(kernel_sections, "n_unequal", lambda got, exact: 3 if is_float16(got) else right(got, exact))
-    monkeypatch.setattr(kernel_sections, "encode", None)  # breaks encode_rows in the middle
-    out = tmp_path / "kernel.json"
-    assert kernel.main(["--out", str(out)]) == 1
-    printed = capsys.readouterr()
-    assert "3 of 10 tokens are wrong" in printed.err
-    assert "encode_rows: TypeError" in printed.err
-    rows = kernel_rows.load_rows(out)
-    assert {row.dtype for row in rows} == {"bfloat16"}
-    assert {row.operation for row in rows} == {"suppress", "suppress, relu"}
-    assert kernel_rows.table(kernel_rows.short(rows)) in printed.out
-
-
-def test_fault_nothing_is_begun_when_the_time_is_over(small_benchmark, tmp_path, capsys):
-    assert kernel.main(["--out", str(tmp_path / "kernel.json"), "--minutes", "0"]) == 0
-    assert "Out of time, and not measured:\nkernels, tile 16 x 16 x 16" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not IS_INTERPRETED, reason="a GPU runs the benchmark itself")
-def test_the_gate_of_the_benchmark_sees_a_kernel_that_is_wrong(monkeypatch):
-    monkeypatch.setattr(kernel_cases, "DEVICE", "cpu")
-    monkeypatch.setattr(kernel_cases, "PARITY", [(Case("x", 2, 5, 48, 300, 8), torch.float32, "topk", "none")])
-    assert gate() == []
-    right = fused.suppress
-    monkeypatch.setattr(fused, "suppress", lambda *args: right(*args[:-1], 1))
-    assert "tokens are wrong" in gate()[0]
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="runs where there is a GPU")

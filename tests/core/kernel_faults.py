@@ -1,4 +1,4 @@
-"""Faults that the Triton kernels had, and shapes that stretch them. Run by `test_fused.py`, as `kernel_cases.py` is."""
+"""Faults that the Triton kernels had. Run by `test_fused.py`, as `kernel_cases.py` is."""
 
 from __future__ import annotations
 
@@ -17,13 +17,8 @@ from defense.core.suppress import Suppressor
 from defense.errors import BackendError
 
 from ..conftest import random_sae
-from .kernel_cases import DEVICE, IS_INTERPRETED, TOPK_KERNELS, check, kernels, residuals, some_set
-from .kernel_cases import _poisoned_memory as _poisoned_memory  # autouse
-
-RULES = {"topk": {"act": "topk", "k": 8}, "relu": {"act": "relu"}, "jumprelu": {"act": "jumprelu"}}
-rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-norms = pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_rescale"])
-
+from .kernel_setup import DEVICE, IS_INTERPRETED, RULES, TOPK_KERNELS, kernels, residuals, rules, some_set, some_slow
+from .kernel_setup import _poisoned_memory as _poisoned_memory  # autouse
 
 # --- a device that looks right and cannot run them --------------------------------------------------------------------
 
@@ -192,9 +187,9 @@ quietly = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in th
 
 
 @quietly
-@rules
-@norms
-@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize("rule", some_slow(RULES["topk"], RULES["jumprelu"], slow=[RULES["relu"]]), ids=str)
+@pytest.mark.parametrize("norm", some_slow("none", "layer_norm", slow=["constant_norm_rescale"]))
+@pytest.mark.parametrize("value", some_slow(NAN, INF, slow=[-INF]), ids=str)
 @pytest.mark.parametrize("scope", ["all", "patch"])
 def test_fault_nan_and_inf_are_as_in_the_reference(rule, norm, value, scope):
     # Token 0 is out of the scope "patch", 3 in it. Every latent has a decoder row and gain of its own.
@@ -213,8 +208,8 @@ def test_fault_nan_and_inf_are_as_in_the_reference(rule, norm, value, scope):
 
 
 @quietly
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("value", [NAN, -NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize("dtype", some_slow(torch.float32, torch.bfloat16, slow=[torch.float16]), ids=str)
+@pytest.mark.parametrize("value", some_slow(-NAN, INF, slow=[NAN, -INF]), ids=str)
 def test_fault_encode_topk_ranks_nan_first_as_the_reference_does(dtype, value):
     sae, z = random_sae(d_sae=161), residuals(1, 5, 64, dtype)[0]
     z[2, 3] = value
@@ -225,53 +220,6 @@ def test_fault_encode_topk_ranks_nan_first_as_the_reference_does(dtype, value):
     assert torch.equal(got.isnan(), want.isnan())
     torch.testing.assert_close(got.sort(**order)[0], want.sort(**order)[0], equal_nan=True, atol=0.03, rtol=0.02)
     assert all(len(row.unique()) == 9 for row in indices)
-
-
-# --- shapes -----------------------------------------------------------------------------------------------------------
-
-
-@rules
-@norms
-@pytest.mark.parametrize("d_model", [7, 33, 80, 160])
-def test_odd_widths(rule, norm, d_model):
-    sae = random_sae(**rule, norm=norm, d_model=d_model)
-    check(kernels(sae, some_set(20, 160)), residuals(1, 9, d_model), 0.5)
-
-
-@pytest.mark.parametrize("rule", [RULES["topk"]], ids=["topk"])
-def test_wide_residual(rule):
-    check(kernels(random_sae(**rule, d_model=1152), some_set(20, 160)), residuals(1, 3, 1152), 0.3)
-
-
-def test_a_set_of_five_thousand():
-    sae = random_sae(act="topk", k=64, d_model=16, d_sae=5100)
-    sae.folded_bias -= 1.5
-    check(kernels(sae, some_set(5000, 5100)), residuals(1, 2, 16), 0.5)
-
-
-@pytest.mark.parametrize("n", [1, 40, 160])
-def test_k_is_d_sae(n):
-    check(kernels(random_sae(act="topk", k=160), some_set(n, 160)), residuals(1, 9, 64))
-
-
-@rules
-def test_expanded_and_feature_major_residuals(rule):
-    sae, latent_set, resid = random_sae(**rule), some_set(40, 160), residuals(3, 5, 64)
-    feature_major = resid.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    expanded = resid[:1].expand(3, 5, 64)
-    for layout in (feature_major, expanded):
-        want = Suppressor(sae, latent_set, backend="reference").to(DEVICE)(layout)
-        torch.testing.assert_close(kernels(sae, latent_set)(layout), want, atol=2e-5, rtol=0)
-
-
-@rules
-@pytest.mark.parametrize(
-    ("scope", "pos", "n_prefix"), [("patch", 1, 1), ("patch", 5, 5), ("patch", 9, 5), ("cls", 9, 5)]
-)
-def test_registers_and_empty_scopes(rule, scope, pos, n_prefix):
-    sae, latent_set, resid = random_sae(**rule), some_set(40, 160, scope=scope), residuals(2, pos, 64)
-    want = Suppressor(sae, latent_set, backend="reference").to(DEVICE)(resid, n_prefix)
-    torch.testing.assert_close(kernels(sae, latent_set)(resid, n_prefix), want, atol=2e-5, rtol=0)
 
 
 # --- tracing ----------------------------------------------------------------------------------------------------------

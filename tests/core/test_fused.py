@@ -31,13 +31,24 @@ TOPK = {"act": "topk", "k": 8}
 SET = LatentSet("test", tuple(range(40)))
 
 
-files = pytest.mark.parametrize("file", ["kernel_cases.py", "kernel_faults.py"])
+CASES = ("kernel_cases.py", "kernel_encode.py", "kernel_shapes.py", "kernel_faults.py", "kernel_benchmark.py")
 
 
-def run_cases(file: str, **environment: str) -> None:
-    """Run a file of cases in a process of its own: triton reads TRITON_INTERPRET when it is imported."""
+def run_cases(marked: str, **environment: str) -> None:
+    """Run the cases of a mark in a process of their own: triton reads TRITON_INTERPRET when it is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", file],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--import-mode=importlib",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            marked,
+            *CASES,
+        ],
         cwd=Path(__file__).parent,
         env={**os.environ, **environment},
         capture_output=True,
@@ -48,15 +59,14 @@ def run_cases(file: str, **environment: str) -> None:
 
 
 @needs_triton
-@files
-def test_kernels_equal_float64_under_the_interpreter(file):
-    run_cases(file, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_equal_float64_under_the_interpreter(marked):
+    run_cases(marked, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
-@files
-def test_kernels_equal_float64_on_a_gpu(file):
-    run_cases(file, TRITON_INTERPRET="0")
+def test_kernels_equal_float64_on_a_gpu():
+    run_cases("slow or not slow", TRITON_INTERPRET="0")
 
 
 def test_importing_ops_loads_no_triton():

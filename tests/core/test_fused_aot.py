@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from defense.benchmarks import kernel_static
+from defense.benchmarks import kernel_ahead, kernel_cases, kernel_static
 from defense.benchmarks.kernel_cases import CASES, TILES, Case
 from defense.benchmarks.kernel_compiling import LIMITS, Compiled, compile_launch
 from defense.benchmarks.kernel_static import launches_of, tile_of
@@ -116,6 +117,42 @@ def test_every_shape_dtype_and_norm_compiles_and_fits(case, dtype, norm, capabil
 def test_every_tile_that_the_benchmark_tries_compiles_and_fits(fields):
     with mock.patch.object(launching, "stream_tile", return_value=Tile(*fields)):
         compiled(90, only="_count_kernel")
+
+
+def test_what_is_compiled_ahead_is_all_that_the_launcher_asks_for(monkeypatch, tmp_path):
+    from triton.runtime import driver
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    small = replace(ODD, pos=5)
+    for name, value in {"PARITY": [], "CASES": [small], "SET_SIZES": (8,), "TILES": ()}.items():
+        monkeypatch.setattr(kernel_cases, name, value)
+    wanted = kernel_ahead.kernels_ahead(90)
+    with mock.patch.object(kernel_ahead, "kernels_ahead", return_value=[*wanted, (wanted[0][0], 99)]):
+        (failure,) = kernel_ahead.compile_ahead(90, jobs=2)
+    assert "IndexError" in failure, "one that cannot be compiled leaves the others alone"
+    assert len(wanted) > 8
+    compiled = sorted(tmp_path.rglob("*.cubin"))
+    assert len(compiled) == len(wanted), "each once"
+    monkeypatch.setattr(driver, "_active", kernel_ahead.CompileOnly(90))
+    for run, index in wanted:
+        kernel_ahead.compile_one(90, run, index)
+        run.launches(90)[index].kernel.device_caches.clear()  # what it knows of a device that is none
+    assert sorted(tmp_path.rglob("*.cubin")) == compiled, "found in the cache"
+
+
+def test_all_that_the_benchmark_launches_is_compiled_ahead():
+    from collections import Counter
+
+    wanted = kernel_ahead.kernels_ahead(90)
+    launches = [run.launches(90)[index] for run, index in wanted]
+    assert len({kernel_ahead._what_is_compiled(launch) for launch in launches}) == len(launches)
+    counts = Counter(launch.name for launch in launches)
+    assert counts.keys() == WITH_PRODUCTS | {"_order_kernel", "_subtract_kernel", "_select_kernel", "_decode_kernel"}
+    assert {launch.constants["BLOCK_N"] for launch in launches if launch.name == "_order_kernel"} >= {8, 64, 512}
+    assert {run.tile for run, _ in wanted if run.tile is not None} == {
+        fields for fields in TILES if Tile(*fields) != launching._STREAM_90
+    }
+    assert [launch.name for launch in launches[:3]] == ["_count_kernel"] * 3
 
 
 # --- what is made of it -----------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """What a bundle does without torch, on whichever ONNX Runtime is installed.
 
 `.ci/run` runs this with the oldest one that pyproject.toml allows, on the bundle $CLIP_DEFENSE_BUNDLE, which was
-exported where torch is. Elsewhere the tiny bundle is exported here.
+exported where torch is: one with calibrated thresholds, and one with a TopK rule. Elsewhere the tiny bundle, which has
+a TopK rule, is exported here.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SILENT = -1e30
 
 @pytest.fixture(scope="module")
 def ready(request) -> Path:
-    """A bundle with a text tower and a defense by a TopK rule."""
+    """A bundle with a text tower and a defense."""
     if given := os.environ.get("CLIP_DEFENSE_BUNDLE"):
         return Path(given)
     return request.getfixturevalue("tiny_bundle")
@@ -44,6 +45,13 @@ def test_the_golden_embeddings_are_reproduced(ready):
     clf = OnnxClassifier(ready)
     assert clf.check_golden() <= 1e-5
     assert clf.bundle.mode == "exact"
+
+
+def test_a_topk_rule_is_in_the_graph_as_topk(ready):
+    clf = OnnxClassifier(ready)
+    rules = {site["act"] for site in clf.bundle.defense["sites"]}
+    assert rules in ({"topk"}, {"batchtopk"})
+    assert (b"TopK" in (ready / clf.bundle.model).read_bytes()) == (rules == {"topk"})
 
 
 def test_fault_85_a_batch_in_which_no_latent_fires_is_answered_and_is_plain_clip(ready, noise):

@@ -12,8 +12,10 @@ from .edit import Edit
 from .shared import inverse_scale, norm_stats, pre_acts, row_ptrs
 
 _ORDER_ELEMENTS = 1024
-_ORDER_COLUMNS = 256
+_ORDER_ROWS, _ORDER_COLUMNS = 16, 256
 _SUBTRACT_ROWS, _SUBTRACT_COLUMNS = 8, 256
+_N_LENGTHS = 64
+"""Groups of lists of about the same length: of each length where S has fewer latents than that."""
 _CHUNK_ENTRIES = 2**24
 """Pairs of a token and a latent of S for which there is scratch memory at once (192 MiB)."""
 
@@ -21,12 +23,15 @@ _CHUNK_ENTRIES = 2**24
 @triton.jit(do_not_specialize=["n_tokens", "n_pos"])
 def _candidates_kernel(
     x_ptr, W_ptr, b_ptr,
-    acts_ptr, places_ptr, n_slots_ptr, firing_ptr, n_firing_ptr, shift_ptr, scale_ptr,
+    acts_ptr, places_ptr, n_slots_ptr, rank_ptr, n_of_length_ptr, shift_ptr, scale_ptr,
     n_tokens, n_pos, stride_x_batch, stride_x_pos, stride_x_d, n_set,
-    D_MODEL: tl.constexpr, NORM: tl.constexpr,
+    D_MODEL: tl.constexpr, NORM: tl.constexpr, N_LENGTHS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """List, at each token, the latents of S with h > 0: (acts, places), n_slots of them. List the tokens with any."""
+    """List, at each token, the latents of S with h > 0: (acts, places), n_slots of them.
+
+    Rank each token with any among those whose lists are about as long, and count these.
+    """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < n_tokens
     token = tl.minimum(offs_m, n_tokens - 1)
@@ -54,25 +59,40 @@ def _candidates_kernel(
         n_slots += tl.sum(fires.to(tl.int32), 1)
     tl.store(n_slots_ptr + token, n_slots, mask=mask_m)
 
-    is_firing = (n_slots > 0).to(tl.int32)
-    first = tl.atomic_add(n_firing_ptr, tl.sum(is_firing, 0), sem="relaxed")
-    tl.store(firing_ptr + first + tl.cumsum(is_firing, 0) - 1, token, mask=is_firing > 0)
+    length = group_of(n_slots, n_set, N_LENGTHS)
+    rank = tl.atomic_add(n_of_length_ptr + length, 1, mask=n_slots > 0, sem="relaxed")
+    tl.store(rank_ptr + token, rank, mask=n_slots > 0)
 
 
-@triton.jit(do_not_specialize=["k", "n_pos"])
+@triton.jit
+def group_of(n_slots, n_set, N_LENGTHS: tl.constexpr):
+    """The group that a list of n_slots latents belongs to: the longest come first, those of none into the last."""
+    return N_LENGTHS - 1 - tl.cdiv(n_slots * (N_LENGTHS - 1), n_set)
+
+
+@triton.jit(do_not_specialize=["k", "n_tokens", "n_pos"])
 def _order_kernel(
-    x_ptr, z_ptr, acts_ptr, places_ptr, counts_ptr, begin_ptr, n_slots_ptr, firing_ptr, n_firing_ptr,
-    shift_ptr, scale_ptr, n_pos, stride_x_batch, stride_x_pos, stride_x_d, n_set, k,
-    D_MODEL: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, z_ptr, acts_ptr, places_ptr, counts_ptr, begin_ptr, n_slots_ptr, rank_ptr, n_of_length_ptr,
+    firing_ptr, n_firing_ptr, shift_ptr, scale_ptr,
+    n_tokens, n_pos, stride_x_batch, stride_x_pos, stride_x_d, n_set, k,
+    D_MODEL: tl.constexpr, NORM: tl.constexpr, N_LENGTHS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Put the list of each firing token in rising order of acts, and write its z, row by row of the firing tokens.
+    """Put each token's list in rising order of acts; list the firing tokens, longest lists first, and their z.
 
     A candidate's count starts at the candidates of its token that are larger. BLOCK_N holds all of S.
     """
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < tl.load(n_firing_ptr)
-    token = tl.load(firing_ptr + offs_m, mask=mask_m, other=0)
-    n_slots = tl.load(n_slots_ptr + token, mask=mask_m, other=0)
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_slots = tl.load(n_slots_ptr + token, mask=token < n_tokens, other=0)
+    mask_m = n_slots > 0
+    longest = tl.max(n_slots, 0)
+    lengths = tl.arange(0, N_LENGTHS)
+    n_of_length = tl.load(n_of_length_ptr + lengths)
+    if tl.program_id(0) == 0:
+        tl.store(n_firing_ptr, tl.sum(n_of_length, 0))
+    is_longer = lengths[None, :] < group_of(n_slots, n_set, N_LENGTHS)[:, None]
+    row = tl.sum(tl.where(is_longer, n_of_length[None, :], 0), 1) + tl.load(rank_ptr + token, mask=mask_m, other=0)
+    tl.store(firing_ptr + row, token, mask=mask_m)
     offs_n = tl.arange(0, BLOCK_N)
     mask = offs_n[None, :] < n_slots[:, None]
     first = token.to(tl.int64) * n_set
@@ -81,7 +101,7 @@ def _order_kernel(
     places = tl.load(places_ptr + entry, mask=mask, other=0)
     rank = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     n_larger = rank
-    for slot in range(tl.max(n_slots, 0)):
+    for slot in range(longest):
         # Past the end of a list stands NaN, which is neither larger nor smaller nor equal.
         act = tl.load(acts_ptr + first + slot, mask=slot < n_slots, other=float("nan"))[:, None]
         is_behind = (acts > act) | ((acts == act) & (offs_n > slot)[None, :])
@@ -98,13 +118,13 @@ def _order_kernel(
     if NORM != "none":
         shift = tl.load(shift_ptr + token, mask=mask_m, other=0.0)
         inverse = inverse_scale(tl.load(scale_ptr + token, mask=mask_m, other=1.0), NORM)
-    for start in range(0, D_MODEL, BLOCK_D):
+    for start in range(0, tl.where(longest > 0, D_MODEL, 0), BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_z = mask_m[:, None] & (offs_d < D_MODEL)[None, :]
         z = tl.load(x_rows[:, None] + offs_d[None, :] * stride_x_d, mask=mask_z, other=0.0)
         if NORM != "none":
             z = (z.to(tl.float32) - shift[:, None]) * inverse[:, None]
-        tl.store(z_ptr + offs_m[:, None].to(tl.int64) * D_MODEL + offs_d[None, :], z, mask=mask_z)
+        tl.store(z_ptr + row[:, None].to(tl.int64) * D_MODEL + offs_d[None, :], z, mask=mask_z)
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -227,23 +247,25 @@ def _subtract(edit: Edit, out: Tensor, W_enc: Tensor, b_others: Tensor, k: int) 
         scratch(*shape, dtype=torch.float32) for shape in ((n_tokens, n_set), (n_tokens,), (n_tokens,))
     )
     places, counts = scratch(n_tokens, n_set), scratch(n_tokens, n_set)
-    n_slots, begin, firing = scratch(n_tokens), scratch(n_tokens), scratch(n_tokens)
+    n_slots, rank, begin, firing = (scratch(n_tokens) for _ in range(4))
     z = scratch(n_tokens, d_model, dtype=W_enc.dtype)
-    n_firing = torch.zeros(1, dtype=torch.int32, device=resid.device)
+    n_of_length = torch.zeros(_N_LENGTHS, dtype=torch.int32, device=resid.device)
+    n_firing = scratch(1)
     tile = launching.set_tile(edit.W_S.dtype)
     launching.launch(
         _candidates_kernel, (triton.cdiv(n_tokens, tile.m),), scoped, edit.W_S, edit.b_S,
-        acts, places, n_slots, firing, n_firing, shift, scale,
-        n_tokens, n_scope, *scoped.stride(), n_set, D_MODEL=d_model, NORM=edit.norm,
+        acts, places, n_slots, rank, n_of_length, shift, scale,
+        n_tokens, n_scope, *scoped.stride(), n_set, D_MODEL=d_model, NORM=edit.norm, N_LENGTHS=_N_LENGTHS,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     block = triton.next_power_of_2(n_set)
-    rows = max(1, _ORDER_ELEMENTS // block)
+    rows = max(1, min(_ORDER_ROWS, _ORDER_ELEMENTS // block))
     launching.launch(
         _order_kernel, (triton.cdiv(n_tokens, rows),),
-        scoped, z, acts, places, counts, begin, n_slots, firing, n_firing, shift, scale,
-        n_scope, *scoped.stride(), n_set, k,
-        D_MODEL=d_model, NORM=edit.norm, BLOCK_M=rows, BLOCK_N=block, BLOCK_D=_ORDER_COLUMNS, num_warps=4,
+        scoped, z, acts, places, counts, begin, n_slots, rank, n_of_length, firing, n_firing, shift, scale,
+        n_tokens, n_scope, *scoped.stride(), n_set, k,
+        D_MODEL=d_model, NORM=edit.norm, N_LENGTHS=_N_LENGTHS,
+        BLOCK_M=rows, BLOCK_N=block, BLOCK_D=_ORDER_COLUMNS, num_warps=4,
     )  # fmt: skip
     tile = launching.stream_tile(resid.device, W_enc.dtype)
     launching.launch(
