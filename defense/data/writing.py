@@ -49,6 +49,15 @@ def writable(label: str) -> str:
     return " ".join(re.findall("[A-Za-z]+", ascii_))
 
 
+def enlarged(image: Image.Image) -> Image.Image:
+    """Return a picture, with 224 pixels on its shorter side where it has less: words on it can be read then."""
+    if min(image.size) >= _LEAST_SIDE:
+        return image
+    factor = _LEAST_SIDE / min(image.size)
+    size = (round(image.width * factor), round(image.height * factor))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
 def write_word(
     image: Image.Image,
     rng: np.random.Generator,
@@ -59,8 +68,8 @@ def write_word(
 ) -> Image.Image:
     """Return a picture with a word on it, within its central square, which a model's crop keeps.
 
-    Words are written as people write them, in print, display and handwriting typefaces (`hands`). A picture with a side
-    below 224 pixels is enlarged.
+    Words are written as people write them, in print, display and handwriting typefaces (`hands`). The picture is
+    `enlarged` first.
 
     Args:
         image: Mode RGB; left as it is.
@@ -74,10 +83,7 @@ def write_word(
     hand = sample_hand(rng, text, fonts, heights=height, least_contrast=_LEAST_CONTRAST)
     if hand.paper == "bare" and not hand.outline:
         hand = replace(hand, outline=_OUTLINE)  # ink alone may be as dark as the picture below it
-    if min(image.size) < _LEAST_SIDE:
-        factor = _LEAST_SIDE / min(image.size)
-        size = (round(image.width * factor), round(image.height * factor))
-        image = image.resize(size, Image.Resampling.BICUBIC)
+    image = enlarged(image)
     side = min(image.size)
     corner = ((image.width - side) // 2, (image.height - side) // 2)
     square = image.crop((*corner, corner[0] + side, corner[1] + side))

@@ -27,7 +27,7 @@ from PIL import Image
 from defense.classify.classifier import RobustClassifier
 from defense.data.progress import SILENT, Progress
 from defense.data.sources import Picture, Pictures, decoded, prepared
-from defense.data.writing import writable, write_word
+from defense.data.writing import enlarged, writable, write_word
 from defense.errors import ConfigError
 
 from .material import Groups, Material, Pairs
@@ -157,6 +157,7 @@ def _with_twins(
         seed: Decides which label is written on each, and how.
     """
     preprocess = clf.clip.preprocess
+    readable = [(picture, enlarged(image)) for picture, image in readable]  # so that twins differ by the writing alone
     clean = np.stack([preprocess(image) for _, image in readable])
     label = (_embeds(clf, clean) @ clf.text_embeds().T).argmax(1)
     word = np.array(

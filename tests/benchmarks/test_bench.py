@@ -60,7 +60,7 @@ def test_bench_prints_tables_and_writes_results(data, tmp_path, defense):
         (["waterbirds"], "metadata.csv is missing"),
         (["nothing"], "no data set 'nothing'"),
         (["rta100", "--allow-partial", "--methods", "magic"], "no method 'magic'"),
-        (["synthetic", "--font", "nothing.ttf"], "no font"),
+        (["synthetic", "--font", "nothing.ttf"], "nothing.ttf"),
     ],
 )
 def test_bench_usage_errors_exit_with_2(data, tmp_path, defense, arguments, message):

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from defense.cli import app
 from defense.errors import MissingDependencyError
 from defense.fit import report
+from defense.hosts.shipped import EMBEDDED, MODELS
 from defense.store import checkpoint, defenses
 from defense.store.checkpoint import Checkpoint
 
@@ -255,6 +256,6 @@ def test_labels_that_nobody_gave_are_those_of_the_model():
     from defense.data.labels import common_nouns
     from defense.world.scenes import OBJECTS
 
-    assert _answers("text", None, None, None, "simple", uses_embedded=True) == tuple(OBJECTS)
-    assert _answers("text", None, None, None, "simple", uses_embedded=False) == common_nouns()
-    assert _answers("text", "a,b", None, None, "simple", uses_embedded=False) == ("a", "b")
+    assert _answers("text", None, None, None, "simple", own=MODELS[EMBEDDED]) == tuple(OBJECTS)
+    assert _answers("text", None, None, None, "simple", own=None) == common_nouns()
+    assert _answers("text", "a,b", None, None, "simple", own=None) == ("a", "b")

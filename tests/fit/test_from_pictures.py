@@ -339,7 +339,7 @@ def test_values_are_split_between_their_two_clusters():
 
 def test_each_picture_is_decoded_once(clf, folder, monkeypatch):
     decode, opened = images.decode, []
-    monkeypatch.setattr(images, "decode", lambda source: opened.append(source) or decode(source))
+    monkeypatch.setattr(images, "decode", lambda source, **limits: opened.append(source) or decode(source, **limits))
     material = text_material(clf, open_pictures([folder]), n=100, seed=0)
     assert len(opened) == len(set(opened)) == 12
     assert len(material.data.label) == 11
