@@ -62,7 +62,7 @@ def examples(tasks: Sequence[DemoTask]) -> tuple[ExamplePicture, ...]:
     return tuple(found)
 
 
-_PHOTOGRAPHS = (("cat", "pizza"), ("espresso", "iPod"), ("tripod", "dog"), ("rocket", "banana"))
+_PHOTOGRAPHS = (("cat", "zebra"), ("espresso", "violin"), ("tripod", "zebra"), ("rocket", "teapot"))
 """A photograph, and the word that is written on it at first."""
 _OBJECTS = (
     ("apple", "pizza", 18),

@@ -59,7 +59,7 @@ class Recipe:
 
     blocks: tuple[int, ...] = (2, 3)
     d_sae: int = 2048
-    n_tokens: int = 3_000_000
+    n_tokens: int = 2_000_000
     text_rate: float = 0.6
     n_photographs: int = 16_000
     n_pictures: int = 1_000
@@ -145,9 +145,9 @@ def describe(work: Path, saes: Sequence[Path], recipe: Recipe) -> None:
 
 _INK, _PAPER = (25, 25, 30), (250, 248, 240)
 EXAMPLES = (
-    ("cat", Hand("pizza", "nanum-pen", "plate", (0.5, 0.8), 0.17, 4.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
-    ("espresso", Hand("ipod", "jua", "plate", (0.3, 0.17), 0.15, -3.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
-    ("tripod", Hand("banana", "dkg", "plate", (0.3, 0.88), 0.12, 2.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
+    ("cat", Hand("hammer", "nanum-pen", "plate", (0.5, 0.82), 0.2, 3.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
+    ("espresso", Hand("violin", "jua", "plate", (0.3, 0.85), 0.2, 3.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
+    ("tripod", Hand("zebra", "open-sans-bold", "plate", (0.3, 0.85), 0.2, 3.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
 )
 """A photograph, and what is written on it in the pictures that `defense classify` shows."""
 
