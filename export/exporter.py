@@ -54,8 +54,8 @@ int8 has a tie: on a picture that shows none of the labels several of them score
 _N_DRAWN = 200
 """How many pictures a graph in fp16 or int8 is compared on; each of them is 0.5 % of the agreement."""
 _GOLDEN_PICTURES = 3
-_N_QUIET = 2
-"""How many pictures a graph is run on with every latent silent."""
+_N_FEW = 2
+"""How many pictures a graph is run on with every latent silent, and with a strength for each of them."""
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ def _answers(clf: RobustClassifier, pixel_values: np.ndarray) -> dict[str, np.nd
 
 
 def _further_batches(clf: RobustClassifier, graph: VisionGraph, pixel_values: np.ndarray) -> dict[str, Batch]:
-    """Return an empty batch; and with a defense one at strength 0, and one on which no latent of S fires.
+    """Return an empty batch; and with a defense one at strength 0, one of two strengths, and one where S is silent.
 
     Pictures from which a defense takes nothing may be hard to find: so biases stand in that keep every latent silent,
     in the graph as in torch.
@@ -317,10 +317,12 @@ def _further_batches(clf: RobustClassifier, graph: VisionGraph, pixel_values: np
         return further
     defense = attached(clf.clip.model)
     with defense.bypassed():
-        further[PLAIN] = Batch(
-            {"pixel_values": pixel_values, STRENGTH: np.zeros((), np.float32)}, _answers(clf, pixel_values)
-        )
-    few = pixel_values[:_N_QUIET]
+        plain = _answers(clf, pixel_values)
+    further[PLAIN] = Batch({"pixel_values": pixel_values, STRENGTH: np.zeros(1, np.float32)}, plain)
+    few = pixel_values[:_N_FEW]
+    # A server puts requests that differ in strength into one batch: here the first is plain, and the second is not.
+    mixed = {name: np.concatenate([plain[name][:1], rows[1:]]) for name, rows in _answers(clf, few).items()}
+    further["mixed"] = Batch({"pixel_values": few, STRENGTH: np.arange(_N_FEW, dtype=np.float32)}, mixed)
     with _silenced(defense.suppressors()):
         further["quiet"] = Batch({"pixel_values": few}, _answers(clf, few), silent_biases(graph))
     return further

@@ -325,7 +325,6 @@ class OnnxClassifier(ZeroShotClassifier):
             yield chunk
 
     def _encode_image(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Return image_embeds; a batch that does not fit into the accelerator's memory is halved until it does."""
         self._own_process()
         session = self._session(self.bundle.model)
         want = (3, *self.bundle.preprocess.size)
@@ -336,19 +335,43 @@ class OnnxClassifier(ZeroShotClassifier):
             )
         if len(pixel_values) == 0:
             return np.empty((0, self.bundle.text_embeds.shape[1]), np.float32)
+        strengths = np.full(len(pixel_values), self.strength, np.float32)
+        (image_embeds,) = self._run(session, ["image_embeds"], pixel_values, strengths)
+        return image_embeds
+
+    def outputs(self, pixel_values: np.ndarray, strengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return image_embeds [batch, d_embed] and logits_per_image [batch, n_labels] of the graph itself.
+
+        The logits are for the labels that are baked in. Neither is checked.
+
+        Args:
+            pixel_values: As `preprocess` makes them, finite float32 [batch, 3, height, width], at least one.
+            strengths: Of each picture, in [0, 1], float32 [batch]; all 1 where the graph has no strength.
+        """
+        self._own_process()
+        session = self._session(self.bundle.model)
+        image_embeds, logits = self._run(session, ["image_embeds", "logits_per_image"], pixel_values, strengths)
+        return image_embeds, logits
+
+    def _run(
+        self, session: Any, names: Sequence[str], pixel_values: np.ndarray, strengths: np.ndarray
+    ) -> list[np.ndarray]:
+        """Return outputs of the vision graph; a batch that does not fit into memory is halved until it does."""
+        feed = {"pixel_values": pixel_values}
+        if _needs_strength(session) or (strengths != 1).any():
+            # An older graph takes one strength, and no axis.
+            feed[STRENGTH] = strengths if _strength_of(session).shape else strengths[0]
         try:
-            feed = {"pixel_values": pixel_values}
-            if self.strength != 1:
-                feed[STRENGTH] = np.array(self.strength, np.float32)
-            image_embeds: np.ndarray = session.run(["image_embeds"], feed)[0]
-            return image_embeds
+            outputs: list[np.ndarray] = session.run(names, feed)
+            return outputs
         except Exception as error:  # onnxruntime's own exceptions share no base class
             if "allocate" not in str(error) or len(pixel_values) == 1:
                 raise BackendError(f"onnxruntime failed on a batch of {len(pixel_values)}: {error}") from error
             half = len(pixel_values) // 2
             log.warning("a batch of %d does not fit into memory, trying %d", len(pixel_values), half)
-            parts = (pixel_values[:half], pixel_values[half:])
-        return np.concatenate([self._encode_image(part) for part in parts])
+        parts = (slice(None, half), slice(half, None))
+        halves = [self._run(session, names, pixel_values[part], strengths[part]) for part in parts]
+        return [np.concatenate(rows) for rows in zip(*halves, strict=True)]
 
     # --- checks ---
 
@@ -372,7 +395,18 @@ class OnnxClassifier(ZeroShotClassifier):
 
 
 def _has_strength(session: Any) -> bool:
-    return any(value.name == STRENGTH for value in session.get_overridable_initializers())
+    return _strength_of(session) is not None
+
+
+def _needs_strength(session: Any) -> bool:
+    """Return whether a graph has to be fed a strength: those that a server's layout gave an input of their own."""
+    return any(value.name == STRENGTH for value in session.get_inputs())
+
+
+def _strength_of(session: Any) -> Any:
+    """Return the graph's input for a strength, or None."""
+    values = (*session.get_inputs(), *session.get_overridable_initializers())
+    return next((value for value in values if value.name == STRENGTH), None)
 
 
 def _checked_strength(strength: float) -> float:
