@@ -180,11 +180,11 @@ def test_a_strength_without_an_axis_is_fed_as_one(copied, clf, seven_pictures):
     """As in bundles of an earlier version: one number for the whole batch."""
     model = onnx.load(copied / "model.onnx")
     for node in model.graph.node:
-        node.input[:] = ["row" if name == "strength" else name for name in node.input]
+        node.input[:] = ["strength_row" if name == "strength" else name for name in node.input]
     del next(value for value in model.graph.input if value.name == "strength").type.tensor_type.shape.dim[:]
     del next(value for value in model.graph.initializer if value.name == "strength").dims[:]
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "one"))
-    model.graph.node.insert(0, onnx.helper.make_node("Reshape", ["strength", "one"], ["row"]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "one_strength"))
+    model.graph.node.insert(0, onnx.helper.make_node("Reshape", ["strength", "one_strength"], ["strength_row"]))
     (copied / "model.onnx").write_bytes(model.SerializeToString())
     old = OnnxClassifier(restated(copied), strength=0)
     assert [value.shape for value in old._session("model.onnx").get_overridable_initializers()][-1] == []
