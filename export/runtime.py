@@ -359,8 +359,7 @@ class OnnxClassifier(ZeroShotClassifier):
         """Return outputs of the vision graph; a batch that does not fit into memory is halved until it does."""
         feed = {"pixel_values": pixel_values}
         if _needs_strength(session) or (strengths != 1).any():
-            # An older graph takes one strength, and no axis.
-            feed[STRENGTH] = strengths if _strength_of(session).shape else strengths[0]
+            feed[STRENGTH] = self._fed(session, strengths)
         try:
             outputs: list[np.ndarray] = session.run(names, feed)
             return outputs
@@ -372,6 +371,20 @@ class OnnxClassifier(ZeroShotClassifier):
         parts = (slice(None, half), slice(half, None))
         halves = [self._run(session, names, pixel_values[part], strengths[part]) for part in parts]
         return [np.concatenate(rows) for rows in zip(*halves, strict=True)]
+
+    def _fed(self, session: Any, strengths: np.ndarray) -> np.ndarray:
+        """Return strengths [batch] as the graph takes them: those of an earlier version take one, without an axis.
+
+        Raises:
+            ConfigError: The graph takes none, or one and they differ.
+        """
+        taken = _strength_of(session)
+        if taken is not None and taken.shape:
+            return strengths
+        if taken is None or (strengths != strengths[0]).any():
+            takes = "no strength" if taken is None else "one strength for a whole batch"
+            raise ConfigError(f"the graph in {self.bundle.folder} takes {takes}; export the defense again")
+        return strengths[:1].reshape(())
 
     # --- checks ---
 

@@ -189,6 +189,8 @@ def test_a_strength_without_an_axis_is_fed_as_one(copied, clf, seven_pictures):
     old = OnnxClassifier(restated(copied), strength=0)
     assert [value.shape for value in old._session("model.onnx").get_overridable_initializers()][-1] == []
     np.testing.assert_allclose(old.transform(seven_pictures), clf.with_strength(0).transform(seven_pictures), atol=1e-6)
+    with pytest.raises(ConfigError, match="takes one strength for a whole batch; export the defense again"):
+        old.outputs(np.zeros((2, 3, *old.preprocess.size), np.float32), np.array([0, 1], np.float32))
 
 
 def without_strength(folder: Path) -> Path:
