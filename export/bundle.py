@@ -102,12 +102,13 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
     folders.write_manifest(folder / MANIFEST, SCHEMA, fields, "the bundle")
 
 
-def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Bundle:
+def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256", is_alone: bool = True) -> Bundle:
     """Return a bundle, after checking that nothing in its folder is missing, changed or there besides.
 
     Args:
         folder: The folder; also a snapshot in the Hugging Face hub's cache.
         verify: "sha256" checks every byte of every file; "size" only the sizes.
+        is_alone: Refuse files that the manifest does not list; False is for servers that leave some behind.
 
     Raises:
         CheckpointError: A file is missing, unexpected or unreadable, was written by a newer version, or says what
@@ -118,12 +119,12 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Bundle
     """
     folders.check_verify(verify)
     root = Path(folder)
-    return folders.read_whole(root / MANIFEST, SCHEMA, lambda: _load(root, verify))
+    return folders.read_whole(root / MANIFEST, SCHEMA, lambda: _load(root, verify, is_alone))
 
 
-def _load(root: Path, verify: Verify) -> Bundle:
+def _load(root: Path, verify: Verify, is_alone: bool) -> Bundle:
     manifest = _read_manifest(root)
-    folders.check_files(root / MANIFEST, manifest["files"], verify)
+    folders.check_files(root / MANIFEST, manifest["files"], verify, is_alone=is_alone)
     for name in (manifest["model"], manifest["text_model"], LABELS, GOLDEN):
         if name is not None and name not in manifest["files"]:
             raise CheckpointError(f"{root / MANIFEST} names {name}, but does not list it among its files")

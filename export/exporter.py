@@ -26,7 +26,7 @@ from defense.errors import ConfigError
 from defense.export import bundle, readme
 from defense.export.layouts import Dtype, Layout, Mode, arrange
 from defense.export.manifest import check_logit_scale
-from defense.export.runtime import STRENGTH
+from defense.export.repository import STRENGTH
 from defense.export.sessions import HALF_OPTIONS
 from defense.export.text import TextGraph, trace_text
 from defense.export.verify import BATCHES, N_ROWS, PLAIN, Batch, Expected, Parity, Tolerance, verify
@@ -156,6 +156,8 @@ def _check(clf: RobustClassifier, dtype: Dtype, layout: Layout) -> None:
         raise ConfigError(f"dtype={dtype!r}; it must be one of {', '.join(get_args(Dtype))}")
     if layout not in get_args(Layout):
         raise ConfigError(f"layout={layout!r}; it must be one of {', '.join(get_args(Layout))}")
+    if layout == "triton-python" and dtype == "fp16":
+        raise ConfigError("layout='triton-python' runs on a CPU, and fp16 is for CUDA; take layout='triton', or int8")
     clf.text_embeds()  # raises where no labels are set
     check_logit_scale(clf.clip.logit_scale)
     for parameter in clf.clip.model.parameters():

@@ -3,31 +3,29 @@
 | layout | for | adds |
 |---|---|---|
 | bundle | `OnnxClassifier`, ONNX Runtime | Dockerfile |
-| triton | NVIDIA Triton | model_repository/NAME/{config.pbtxt, labels.txt, 1/model.onnx} |
-| kserve | KServe, which runs Triton | the same, and inference-service.yaml |
+| triton | NVIDIA Triton with its ONNX Runtime backend | model_repository, picture_repository (repository.py), requirements.txt |
+| triton-python | NVIDIA Triton with its Python backend, on a CPU | the same |
+| kserve | KServe, which runs Triton, or our own predictor | model_repository, inference-service.yaml |
 
 Every layout is a bundle: `OnnxClassifier` and `defense info` take each of them.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-Layout = Literal["bundle", "triton", "kserve"]
+from defense.export import repository
+from defense.store.folders import package_version
+
+Layout = Literal["bundle", "triton", "triton-python", "kserve"]
 Mode = Literal["delta", "exact", "static"]
 """How a defense is written in a graph (vision.py)."""
 Dtype = Literal["fp32", "fp16", "int8"]
 """Numbers of a graph."""
 
-REPOSITORY = "model_repository"
-VISION_NAME, TEXT_NAME = "clip_defense", "clip_defense_text"
-_MAX_BATCH = 32
-_MAX_DELAY_US = 2000
-# fp16 ends a CPU's process, and int8 was made for CPUs.
-_INSTANCE_KIND = {"fp32": "KIND_AUTO", "fp16": "KIND_GPU", "int8": "KIND_CPU"}
+REQUIREMENTS = "requirements.txt"
 
 
 def arrange(folder: Path, layout: Layout, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,80 +42,21 @@ def arrange(folder: Path, layout: Layout, fields: Mapping[str, Any]) -> dict[str
     if layout == "bundle":
         (folder / "Dockerfile").write_text(_dockerfile(), encoding="utf-8")
         return {}
-    height, width = fields["preprocess"]["size"]
-    labels = "".join(f"{label}\n" for label in fields["labels"])
-    moved = {
-        "model": _place(
-            folder,
-            fields["model"],
-            _config(
-                VISION_NAME,
-                fields["dtype"],
-                ("pixel_values", "TYPE_FP32", [3, height, width]),
-                {"image_embeds": fields["d_embed"], "logits_per_image": len(fields["labels"])},
-                labels_of="logits_per_image",
-            ),
-            VISION_NAME,
-        )
-    }
-    (folder / REPOSITORY / VISION_NAME / "labels.txt").write_text(labels, encoding="utf-8")
-    if fields["text_model"] is not None:
-        text_input = ("input_ids", "TYPE_INT64", [fields["context_length"]])
-        config = _config(TEXT_NAME, "fp32", text_input, {"text_embeds": fields["d_embed"]})
-        moved["text_model"] = _place(folder, fields["text_model"], config, TEXT_NAME)
+    moved = repository.place_graphs(folder, fields, in_python=layout == "triton-python")
     if layout == "kserve":
         (folder / "inference-service.yaml").write_text(_inference_service(fields["dtype"]), encoding="utf-8")
+        return moved
+    repository.write_picture_models(folder, fields)
+    (folder / REQUIREMENTS).write_text(_requirements(), encoding="utf-8")
     return moved
 
 
-def _place(folder: Path, graph: str, config: str, name: str) -> str:
-    """Move a graph, with its external data, into the repository; return its path in the folder."""
-    version = folder / REPOSITORY / name / "1"
-    version.mkdir(parents=True)
-    for path in folder.glob(f"{graph}*"):
-        # The external data keeps its name: the graph has it inside.
-        shutil.move(path, version / ("model.onnx" if path.name == graph else path.name))
-    (version.parent / "config.pbtxt").write_text(config, encoding="utf-8")
-    return (version / "model.onnx").relative_to(folder).as_posix()
-
-
-def _config(
-    name: str,
-    dtype: str,
-    graph_input: tuple[str, str, list[int]],
-    outputs: Mapping[str, int],
-    labels_of: str | None = None,
-) -> str:
-    """Return Triton's model configuration; its dims leave the batch out."""
-    input_name, data_type, dims = graph_input
-    shape = ", ".join(map(str, dims))
-    output_blocks = ",\n".join(
-        f'  {{ name: "{output}", data_type: TYPE_FP32, dims: [ {width} ]'
-        + (', label_filename: "labels.txt" }' if output == labels_of else " }")
-        for output, width in outputs.items()
-    )
-    return f"""name: "{name}"
-backend: "onnxruntime"
-max_batch_size: {_MAX_BATCH}
-version_policy: {{ latest: {{ num_versions: 1 }} }}
-input [
-  {{ name: "{input_name}", data_type: {data_type}, dims: [ {shape} ] }}
-]
-output [
-{output_blocks}
-]
-instance_group [ {{ kind: {_INSTANCE_KIND[dtype]} }} ]
-dynamic_batching {{ max_queue_delay_microseconds: {_MAX_DELAY_US} }}
-model_warmup [
-{_warmup(input_name, data_type, shape, 1)},
-{_warmup(input_name, data_type, shape, _MAX_BATCH)}
-]
+def _requirements() -> str:
+    """Return what the Python environment of Triton's Python backend has to hold."""
+    return f"""# For the Python that Triton's Python backend runs: pip install -r requirements.txt
+clip-defense[onnx]=={package_version()}
+numpy<2  # the backend of Triton up to 2.51 (24.10) cannot hand out arrays of numpy 2
 """
-
-
-def _warmup(input_name: str, data_type: str, shape: str, batch: int) -> str:
-    tensor = f"{{ data_type: {data_type}, dims: [ {shape} ], zero_data: true }}"
-    return f'  {{ name: "batch of {batch}", batch_size: {batch}, inputs {{ key: "{input_name}", value: {tensor} }} }}'
 
 
 def _inference_service(dtype: str) -> str:
@@ -133,7 +72,7 @@ spec:
         name: onnx
       protocolVersion: v2  # without it KServe finds no runtime for ONNX
       runtime: kserve-tritonserver
-      storageUri: pvc://models/{REPOSITORY}  # where you put that folder of this bundle
+      storageUri: pvc://models/{repository.REPOSITORY}  # where you put that folder of this bundle
       env:
         - name: ORT_DISABLE_TELEMETRY
           value: "1"

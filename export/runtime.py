@@ -28,13 +28,11 @@ from defense.data.threads import decoding_threads
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, CheckpointError, ConfigError, DefenseError, ShapeError
 from defense.export import bundle
+from defense.export.repository import STRENGTH
 from defense.export.sessions import CPU, CUDA, HALF_OPTIONS, import_onnxruntime, open_session
 from defense.store.folders import Verify
 
 log = logging.getLogger(__name__)
-
-STRENGTH = "strength"
-"""The input of a graph that says how much its defense removes."""
 
 _TOPK_TAKES_NO_ROWS = (1, 31)
 _N_SHOWN = 10
@@ -81,15 +79,18 @@ class OnnxClassifier(ZeroShotClassifier):
         strength: float = 1.0,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        self.bundle = bundle.load(source, verify=verify)
-        super().__init__(batch_size, self.bundle.prompts, limits)
         self.source, self.verify = source, verify
+        self.bundle = self._load()
+        super().__init__(batch_size, self.bundle.prompts, limits)
         self.providers = None if providers is None else tuple(providers)
         self.session_options = dict(session_options or {})
         self.strength = _checked_strength(strength)
         self._given = {self.bundle.prompts: self.bundle.text_embeds}  # not to be had from a text tower
         self._start()
         self._check_strength()
+
+    def _load(self) -> bundle.Bundle:
+        return bundle.load(self.source, verify=self.verify)
 
     def with_strength(self, strength: float) -> OnnxClassifier:
         """Return a classifier with the same graphs, labels and embeddings that differs in its strength alone.
@@ -214,6 +215,22 @@ class OnnxClassifier(ZeroShotClassifier):
 
     # --- labels ---
 
+    def label_embeds(self, candidate_labels: Sequence[str] | None = None) -> tuple[tuple[str, ...], np.ndarray]:
+        """Return labels, checked, and their text_embeds [n_labels, d_embed], in the templates that are set.
+
+        They are not set: other threads go on with those that are.
+
+        Args:
+            candidate_labels: None means those that are set.
+
+        Raises:
+            ConfigError: See `set_labels`.
+        """
+        prompts = self._chosen()
+        if candidate_labels is not None:
+            prompts = Prompts(labels.check_labels(candidate_labels), prompts.templates)
+        return prompts.labels, self._embeds_of(prompts)
+
     def set_labels(self, candidate_labels: Sequence[str], templates: str | Sequence[str] = "simple") -> OnnxClassifier:
         """Choose what to classify into, and return self.
 
@@ -237,14 +254,25 @@ class OnnxClassifier(ZeroShotClassifier):
             NonFiniteError: A number is NaN or infinite.
             ConfigError: See `labels.check_labels`; or an embedding is zero.
         """
+        names, embeds = self.checked_embeds(candidate_labels, text_embeds)
+        prompts = Prompts(names, ("{}",))
+        self._given[prompts] = embeds
+        self.prompts = prompts
+        return self
+
+    def checked_embeds(
+        self, candidate_labels: Sequence[str], text_embeds: np.ndarray
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        """Return labels, checked, and embeddings of them, normalized, without setting them.
+
+        Raises:
+            ShapeError, NonFiniteError, ConfigError: See `set_label_embeds`.
+        """
         names = labels.check_labels(candidate_labels)
         want = (len(names), self.bundle.text_embeds.shape[1])
         if np.shape(text_embeds) != want:
             raise ShapeError(f"text_embeds is {list(np.shape(text_embeds))}, want {list(want)} for these labels")
-        prompts = Prompts(names, ("{}",))
-        self._given[prompts] = labels.average_templates(text_embeds, len(names), 1)
-        self.prompts = prompts
-        return self
+        return names, labels.average_templates(text_embeds, len(names), 1)
 
     def forget_labels(self, keep: int) -> None:
         """Do as the base class says; the bundle's own embeddings and those that were handed over stay."""

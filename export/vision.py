@@ -39,7 +39,7 @@ from defense.errors import ConfigError
 from defense.export.coordinates import TRANSLATION, coordinates
 from defense.export.layouts import Mode
 from defense.export.operators import rewritten
-from defense.export.runtime import STRENGTH
+from defense.export.repository import STRENGTH
 from defense.hosts.attach import EditedBlock, attached, is_wrapped
 from defense.hosts.families import tower_of
 

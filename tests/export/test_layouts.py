@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from defense.cli import app
 from defense.export import bundle, exporter, verify
 from defense.export.exporter import export_onnx
-from defense.export.layouts import REPOSITORY, TEXT_NAME, VISION_NAME
+from defense.export.repository import REPOSITORY, TEXT_NAME, VISION_NAME
 from defense.export.runtime import OnnxClassifier
 
 PARITY = verify.Parity(40, (1, 2, 5, 32), 1e-7, 1.0, 1.0, 0.0)
