@@ -3,11 +3,11 @@
 | layout | for | adds |
 |---|---|---|
 | bundle | `OnnxClassifier`, ONNX Runtime | Dockerfile |
-| triton | NVIDIA Triton with its ONNX Runtime backend | model_repository, picture_repository (repository.py), requirements.txt |
-| triton-python | NVIDIA Triton with its Python backend, on a CPU | the same |
+| triton | NVIDIA Triton, its ONNX Runtime backend | model_repository, picture_repository, requirements.txt |
+| triton-python | NVIDIA Triton, its Python backend, on a CPU | the same |
 | kserve | KServe, which runs Triton, or our own predictor | model_repository, inference-service.yaml |
 
-Every layout is a bundle: `OnnxClassifier` and `defense info` take each of them.
+repository.py says what is in the repositories. Every layout is a bundle: `OnnxClassifier` and `defense info` take each of them.
 """
 
 from __future__ import annotations

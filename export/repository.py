@@ -40,13 +40,14 @@ class _Tensor(NamedTuple):
     dims: Sequence[int]
     is_optional: bool = False
     labels: str = ""
+    is_scalar: bool = False
+    """One number for each picture, where Triton would make it a row of one number for each."""
 
     def config(self) -> str:
         more = f', label_filename: "{self.labels}"' if self.labels else ""
         more += ", optional: true" if self.is_optional else ""
         dims = ", ".join(map(str, self.dims))
-        # One number for each picture: without the reshape it would be a row of one number for each.
-        more += ", reshape: { shape: [ ] }" if self.name == STRENGTH else ""
+        more += ", reshape: { shape: [ ] }" if self.is_scalar else ""
         return f'  {{ name: "{self.name}", data_type: {self.type}, dims: [ {dims} ]{more} }}'
 
     def zeros(self) -> str:
@@ -88,7 +89,8 @@ def place_graphs(folder: Path, fields: Mapping[str, Any], *, in_python: bool) ->
 def write_picture_models(folder: Path, fields: Mapping[str, Any]) -> None:
     """Write the repository with the models around the graph: from pictures as files to labels."""
     root = folder / PICTURE_REPOSITORY
-    pixels, *strength = _vision_tensors(fields, is_optional=False)[0]
+    pixels = _pixels(fields)
+    strength = [_Tensor(STRENGTH, "TYPE_FP32", [1])] if fields["defense"] is not None else []
     embeds = _Tensor("image_embeds", "TYPE_FP32", [fields["d_embed"]])
     picture, error = _Tensor("picture", "TYPE_STRING", [1]), _Tensor("error", "TYPE_STRING", [1])
     given = _Tensor(STRENGTH, "TYPE_FP32", [1], is_optional=True)
@@ -103,7 +105,7 @@ def write_picture_models(folder: Path, fields: Mapping[str, Any]) -> None:
         error,
     ]
     settings = {"bundle": _BUNDLE_FROM_VERSION}
-    takes = [picture, *([given] if strength else [])]
+    takes = [picture, given] if strength else [picture]
     _write_python_model(root / DECODE_NAME, "DecodeModel")
     _write_config(
         root / DECODE_NAME, _python_config(DECODE_NAME, takes, [pixels, *strength, error], settings, n_instances=2)
@@ -114,18 +116,22 @@ def write_picture_models(folder: Path, fields: Mapping[str, Any]) -> None:
         root / ANSWER_NAME, _python_config(ANSWER_NAME, [pixels, *strength, embeds, error, *labels], answers, watched)
     )
     for name, takes_of_it, labels_of_it in ((PICTURES_NAME, takes, labels), (RAW_NAME, [picture], [])):
-        ensemble = _ensemble_config(name, takes_of_it, labels_of_it, [embeds, *answers], [*strength])
+        ensemble = _ensemble_config(name, takes_of_it, labels_of_it, [embeds, *answers], strength)
         _write_config(root / name, ensemble)
         version = root / name / "1"
         version.mkdir()
         (version / "README.md").write_text("An ensemble is its config.pbtxt; Triton wants this folder all the same.\n")
 
 
+def _pixels(fields: Mapping[str, Any]) -> _Tensor:
+    return _Tensor("pixel_values", "TYPE_FP32", [3, *fields["preprocess"]["size"]])
+
+
 def _vision_tensors(fields: Mapping[str, Any], *, is_optional: bool) -> tuple[list[_Tensor], list[_Tensor]]:
     """Return the inputs and outputs of the vision graph; `is_optional` says whether its strength is."""
-    inputs = [_Tensor("pixel_values", "TYPE_FP32", [3, *fields["preprocess"]["size"]])]
+    inputs = [_pixels(fields)]
     if fields["defense"] is not None:
-        inputs.append(_Tensor(STRENGTH, "TYPE_FP32", [1], is_optional))
+        inputs.append(_Tensor(STRENGTH, "TYPE_FP32", [1], is_optional, is_scalar=True))
     outputs = [
         _Tensor("image_embeds", "TYPE_FP32", [fields["d_embed"]]),
         _Tensor("logits_per_image", "TYPE_FP32", [len(fields["labels"])], labels="labels.txt"),

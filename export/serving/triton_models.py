@@ -144,7 +144,9 @@ class AnswerModel(Model):
 def _first(rows: np.ndarray, name: str) -> np.ndarray:
     """Return what all rows of a request agree on: labels are chosen for a request, not for each picture."""
     if (rows != rows[:1]).any():
-        raise pictures.ConfigError(f"{name} differ between the pictures of a request; send them in requests of their own")
+        raise pictures.ConfigError(
+            f"{name} differ between the pictures of a request; send them in requests of their own"
+        )
     return rows[0]
 
 

@@ -143,7 +143,9 @@ class Watch:
                 return False
             self._golden_at = now
         clf = self.clf
-        pixel_values = np.concatenate([chunk.pixel_values for chunk in clf.prepared_chunks(clf.bundle.golden["pictures"])])
+        pixel_values = np.concatenate(
+            [chunk.pixel_values for chunk in clf.prepared_chunks(clf.bundle.golden["pictures"])]
+        )
         n = len(pixel_values)
         defended, _ = clf.outputs(pixel_values, np.ones(n, np.float32))
         difference = float(np.abs(defended - clf.bundle.golden["image_embeds"]).max())
