@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from defense.errors import ConfigError, NonFiniteError, ShapeError
-from defense.export.repository import MAX_BATCH
 from defense.export.runtime import OnnxClassifier
 
 MAX_LABELS = 1000
@@ -60,19 +59,14 @@ class Answers(NamedTuple):
     error: np.ndarray
 
 
-def check_n_pictures(n: int) -> None:
-    """Raise `ConfigError` unless a request has 1 to `MAX_BATCH` pictures."""
-    if not 1 <= n <= MAX_BATCH:
-        raise ConfigError(f"the request has {n} pictures; send 1 to {MAX_BATCH} at a time")
-
-
-def prepare(clf: OnnxClassifier, pictures: Sequence[bytes]) -> Prepared:
+def prepare(clf: OnnxClassifier, files: Sequence[bytes]) -> Prepared:
     """Return the pictures of a request as the graph reads them.
 
     Args:
         clf: Whose preprocessing and limits count.
-        pictures: Encoded, as in files.
+        files: Encoded pictures, or `data:` URLs of them, for JSON holds no bytes.
     """
+    pictures = [file.decode("ascii", "replace") if file[:5].lower() == b"data:" else file for file in files]
     pixel_values = np.zeros((len(pictures), 3, *clf.preprocess.size), np.float32)
     errors = np.full(len(pictures), "", dtype=object)
     start = 0
@@ -134,6 +128,40 @@ def choose(clf: OnnxClassifier, labels: Sequence[str] | None, text_embeds: np.nd
     if (longest := max(map(len, labels), default=0)) > _MAX_LABEL_CHARACTERS:
         raise ConfigError(f"a label has {longest} characters; send at most {_MAX_LABEL_CHARACTERS}")
     return Choice(*(clf.label_embeds(labels) if text_embeds is None else clf.checked_embeds(labels, text_embeds)))
+
+
+def chosen_by(clf: OnnxClassifier, labels: np.ndarray | None, text_embeds: np.ndarray | None) -> Choice:
+    """Do as `choose` says, with the tensors of a request.
+
+    Args:
+        clf: The classifier.
+        labels: UTF-8, a row for each picture, [n, n_labels]; or None.
+        text_embeds: [n, n_labels, d_embed], or None.
+
+    Raises:
+        ConfigError: Two rows differ, since labels are chosen for a request and not for a picture; or see `choose`.
+        ShapeError, NonFiniteError: See `choose`.
+    """
+    for name, rows in (("labels", labels), ("text_embeds", text_embeds)):
+        if rows is not None and (rows != rows[:1]).any():
+            raise ConfigError(f"{name} differ between the pictures of a request; send them in requests of their own")
+    names = None if labels is None else [label.decode("utf-8", "replace") for label in labels[0]]
+    return choose(clf, names, None if text_embeds is None else text_embeds[0])
+
+
+def outputs_of(answers: Answers) -> dict[str, np.ndarray]:
+    """Return answers as the tensors of a response: label, score, scores and error; texts are UTF-8."""
+    return {
+        "label": encoded(answers.label),
+        "score": answers.score[:, None],
+        "scores": answers.scores,
+        "error": encoded(answers.error),
+    }
+
+
+def encoded(texts: np.ndarray) -> np.ndarray:
+    """Return texts [n] as bytes [n, 1]."""
+    return np.array([text.encode() for text in texts], dtype=object)[:, None]
 
 
 def answer(clf: OnnxClassifier, image_embeds: np.ndarray, errors: np.ndarray, choice: Choice) -> Answers:

@@ -106,7 +106,7 @@ class DecodeModel(Model):
         files = _input(request, "picture").reshape(-1)
         prepared = pictures.prepare(self.clf, list(files))
         strengths = pictures.strengths_of(_optional(request, STRENGTH), len(files))
-        outputs = {"pixel_values": prepared.pixel_values, "error": _texts(prepared.errors)}
+        outputs = {"pixel_values": prepared.pixel_values, "error": pictures.encoded(prepared.errors)}
         return outputs | ({STRENGTH: strengths[:, None]} if self.clf.has_strength else {})
 
 
@@ -120,34 +120,14 @@ class AnswerModel(Model):
 
     def answer(self, request: Any) -> dict[str, np.ndarray]:
         """Return the answers to a request whose pictures went through the graph."""
-        names = _optional(request, "labels")
-        text_embeds = _optional(request, "text_embeds")
-        choice = pictures.choose(
-            self.clf,
-            None if names is None else [name.decode("utf-8", "replace") for name in _first(names, "labels")],
-            None if text_embeds is None else _first(text_embeds, "text_embeds"),
-        )
+        choice = pictures.chosen_by(self.clf, _optional(request, "labels"), _optional(request, "text_embeds"))
         embeds = _input(request, "image_embeds")
         errors = np.array([text.decode() for text in _input(request, "error").reshape(-1)], dtype=object)
         answers = pictures.answer(self.clf, embeds, errors, choice)
         strengths = pictures.strengths_of(_optional(request, STRENGTH), len(embeds))
         self.watch.add(_input(request, "pixel_values"), strengths, embeds, answers.error, choice.text_embeds)
         self.watch.check_golden()
-        return {
-            "label": _texts(answers.label),
-            "score": answers.score[:, None],
-            "scores": answers.scores,
-            "error": _texts(answers.error),
-        }
-
-
-def _first(rows: np.ndarray, name: str) -> np.ndarray:
-    """Return what all rows of a request agree on: labels are chosen for a request, not for each picture."""
-    if (rows != rows[:1]).any():
-        raise pictures.ConfigError(
-            f"{name} differ between the pictures of a request; send them in requests of their own"
-        )
-    return rows[0]
+        return pictures.outputs_of(answers)
 
 
 # --- bundles, and the graphs that other models of the server run ------------------------------------------------------
@@ -281,7 +261,3 @@ def _optional(request: Any, name: str) -> np.ndarray | None:
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return None if tensor is None else tensor.as_numpy()
 
-
-def _texts(texts: np.ndarray) -> np.ndarray:
-    """Return texts [n] as a tensor of bytes [n, 1]."""
-    return np.array([text.encode() for text in texts], dtype=object)[:, None]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from defense.errors import ConfigError
+from defense.errors import ConfigError, cannot_import
 from defense.export.runtime import OnnxClassifier
 
 GOLDEN_EVERY_S = 3600.0
@@ -56,6 +56,36 @@ class Meter(Protocol):
 
     def set(self, name: str, value: float) -> None:
         """Set a gauge of `FIGURES`."""
+
+
+class PrometheusMeter:
+    """Metrics of the package prometheus_client, in a registry of it.
+
+    Args:
+        registry: None means its global one, which frameworks serve.
+
+    Raises:
+        MissingDependencyError: prometheus_client is not installed.
+    """
+
+    def __init__(self, registry: Any = None) -> None:
+        try:
+            import prometheus_client
+        except ImportError as error:
+            raise cannot_import("prometheus_client", error) from error
+        kinds = {"counter": prometheus_client.Counter, "gauge": prometheus_client.Gauge}
+        chosen = prometheus_client.REGISTRY if registry is None else registry
+        self._metrics: dict[str, Any] = {
+            name: kinds[figure.kind](name, figure.help, registry=chosen) for name, figure in FIGURES.items()
+        }
+
+    def add(self, name: str, amount: float) -> None:
+        """Raise a counter."""
+        self._metrics[name].inc(amount)
+
+    def set(self, name: str, value: float) -> None:
+        """Set a gauge."""
+        self._metrics[name].set(value)
 
 
 def removed_energy(plain: np.ndarray, defended: np.ndarray) -> np.ndarray:

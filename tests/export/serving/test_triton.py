@@ -15,7 +15,6 @@ import pytest
 pytest.importorskip("tritonclient.grpc")
 pytest.importorskip("tritonclient.http")
 
-import tritonclient.grpc as grpc
 import tritonclient.http as http
 from safetensors.numpy import load_file, save_file
 from tritonclient.utils import InferenceServerException
@@ -23,14 +22,11 @@ from tritonclient.utils import InferenceServerException
 from defense.export.repository import PICTURES_NAME, PICTURE_REPOSITORY, RAW_NAME, REPOSITORY, VISION_NAME
 
 from ...conftest import restated
+from .asking import ATOL, infer, named, pictures, texts
 from .conftest import jpeg
 from .servers import HOST, Triton, running, status
 
 pytestmark = pytest.mark.server
-
-ATOL = 1e-5
-OUTPUTS = ("image_embeds", "label", "score", "scores", "error")
-
 
 @pytest.fixture(scope="module")
 def triton(arranged, tmp_path_factory):
@@ -38,28 +34,6 @@ def triton(arranged, tmp_path_factory):
     server = Triton([bundle / REPOSITORY, bundle / PICTURE_REPOSITORY], tmp_path_factory.mktemp("triton"))
     with running(server):
         yield server
-
-
-def infer(server: Triton, model: str, inputs: dict[str, np.ndarray], by: str = "http") -> dict[str, np.ndarray]:
-    """Ask by a protocol of Triton's, and return all outputs."""
-    library, port = (http, server.http) if by == "http" else (grpc, server.grpc)
-    given = []
-    for name, array in inputs.items():
-        kind = "BYTES" if array.dtype == object else {"f": "FP32", "d": "FP64", "l": "INT64"}[array.dtype.char]
-        given.append(library.InferInput(name, array.shape, kind))
-        given[-1].set_data_from_numpy(array)
-    with library.InferenceServerClient(f"{HOST}:{port}") as client:
-        answer = client.infer(model, given)
-        names = OUTPUTS if "picture" in inputs else ("image_embeds", "logits_per_image")
-        return {name: answer.as_numpy(name) for name in names}
-
-
-def pictures(files: list[bytes]) -> dict[str, np.ndarray]:
-    return {"picture": np.array(files, dtype=object)[:, None]}
-
-
-def texts(rows: np.ndarray) -> list[str]:
-    return [text.decode() for text in rows.reshape(-1)]
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -125,10 +99,6 @@ def test_requests_of_many_clients_are_answered_each_with_its_own(triton, golden)
 
 
 # --- labels of a request ----------------------------------------------------------------------------------------------
-
-
-def named(labels: list[str], n: int) -> dict[str, np.ndarray]:
-    return {"labels": np.array([[label.encode() for label in labels]] * n, dtype=object)}
 
 
 def test_labels_of_a_request_go_through_the_text_tower_and_hold_for_it_alone(triton, golden, clf):
