@@ -119,9 +119,7 @@ class _Inputs:
             raise ConfigError(f"{name} is {given.datatype}; send {datatype}")
         shape = list(given.shape)
         wanted = ", ".join("any" if size < 0 else str(size) for size in dims)
-        if len(shape) != 1 + len(dims) or any(
-            want not in (-1, got) for want, got in zip(dims, shape[1:], strict=True)
-        ):
+        if len(shape) != 1 + len(dims) or any(want not in (-1, got) for want, got in zip(dims, shape[1:], strict=True)):
             raise ShapeError(f"{name} is {shape}; send [pictures, {wanted}]")
         if not 1 <= shape[0] <= MAX_BATCH:
             raise ConfigError(f"the request has {shape[0]} pictures; send 1 to {MAX_BATCH} at a time")
@@ -157,7 +155,9 @@ def _response(model: str, request: Any, outputs: Mapping[str, np.ndarray]) -> An
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal comes, and return the exit code: 2 where the bundle cannot be served."""
     parser = argparse.ArgumentParser(
-        prog="python -m defense.export.kserve", description=__doc__.splitlines()[0], parents=[kserve.model_server.parser]
+        prog="python -m defense.export.kserve",
+        description=__doc__.splitlines()[0],
+        parents=[kserve.model_server.parser],
     )
     parser.add_argument("bundle", help="what `defense export` wrote, in any layout")
     parser.add_argument(

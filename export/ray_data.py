@@ -152,8 +152,8 @@ class ShardWorker:
             shard = json.loads(shard["json"])
         done = {"name": shard["name"], "rows": 0, "errors": 0}
         schema, batches = self._read(shard)
-        for name, kind in zip(self.predictor.answer_columns(), _ANSWER_TYPES, strict=True):
-            schema = schema.append(pa.field(name, kind))
+        for name in self.predictor.answer_columns():
+            schema = schema.append(pa.field(name, _ANSWER_TYPES[name.removeprefix(self.predictor.prefix)]))
         with replacing(self.out / shard["name"]) as partial, pq.ParquetWriter(partial, schema) as writer:
             for others, cells in batches:
                 answers = self.predictor({self.predictor.column: cells})
@@ -195,15 +195,28 @@ class ShardWorker:
         return schema.remove(at), batches()
 
 
-_ANSWER_TYPES = (pa.string(), pa.float32(), pa.list_(pa.float32()), pa.string())
+_ANSWER_TYPES = {
+    "label": pa.string(),
+    "score": pa.float32(),
+    "embedding": pa.list_(pa.float32()),
+    "plain_label": pa.string(),
+    "removed_energy": pa.float32(),
+    "error": pa.string(),
+}
 
 
 def _arrow(answers: dict[str, np.ndarray]) -> list[pa.Array]:
     """Return the columns of an answer in Arrow's form."""
-    labels, scores, embeds, errors = answers.values()
-    offsets = np.arange(len(embeds) + 1, dtype=np.int32) * embeds.shape[1]
-    listed = pa.ListArray.from_arrays(offsets, embeds.ravel())
-    return [pa.array(labels, pa.string()), pa.array(scores), listed, pa.array(errors, pa.string())]
+    return [
+        _listed(values) if values.ndim == 2 else pa.array(values, pa.string() if values.dtype == object else None)
+        for values in answers.values()
+    ]
+
+
+def _listed(rows: np.ndarray) -> pa.Array:
+    """Return rows [n, d] as an array of n lists."""
+    offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+    return pa.ListArray.from_arrays(offsets, rows.ravel())
 
 
 def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, rows: int) -> dict[str, int]:
@@ -250,13 +263,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1000, help="pictures per output file (default: %(default)s)")
     parser.add_argument("--prefix", default="", help="before the names of the columns with the answers")
     parser.add_argument(
+        "--watch", action="store_true", help="add what each answer is without the defense, and how much it took"
+    )
+    parser.add_argument(
         "--max-pixels", type=int, default=DEFAULT_LIMITS.max_pixels, help="largest picture that is read"
     )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     predictor = BatchPredictor(
         arguments.bundle.resolve(), column=arguments.column, prefix=arguments.prefix,
-        limits=Limits(max_pixels=arguments.max_pixels), session_options={"intra_op_num_threads": 1},
+        watch=arguments.watch, limits=Limits(max_pixels=arguments.max_pixels), session_options={"intra_op_num_threads": 1},
     )  # fmt: skip
     source, out = arguments.source.resolve(), arguments.out.resolve()
     try:

@@ -260,4 +260,3 @@ def _input(request: Any, name: str) -> np.ndarray:
 def _optional(request: Any, name: str) -> np.ndarray | None:
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return None if tensor is None else tensor.as_numpy()
-

@@ -19,7 +19,7 @@ import tritonclient.http as http
 from safetensors.numpy import load_file, save_file
 from tritonclient.utils import InferenceServerException
 
-from defense.export.repository import PICTURES_NAME, PICTURE_REPOSITORY, RAW_NAME, REPOSITORY, VISION_NAME
+from defense.export.repository import PICTURE_REPOSITORY, PICTURES_NAME, RAW_NAME, REPOSITORY, VISION_NAME
 
 from ...conftest import restated
 from .asking import ATOL, infer, named, pictures, texts
@@ -27,6 +27,7 @@ from .conftest import jpeg
 from .servers import HOST, Triton, running, status
 
 pytestmark = pytest.mark.server
+
 
 @pytest.fixture(scope="module")
 def triton(arranged, tmp_path_factory):
@@ -209,7 +210,7 @@ def test_a_strength_out_of_range_is_refused(triton, golden, strength):
     files, pixel_values, _ = golden
     given = {"strength": np.full((1, 1), strength, np.float32)}
     for model, inputs in ((VISION_NAME, {"pixel_values": pixel_values[:1]}), (PICTURES_NAME, pictures(files[:1]))):
-        with pytest.raises(InferenceServerException, match="strength is .*want 0"):
+        with pytest.raises(InferenceServerException, match=r"strength is .*want 0"):
             infer(triton, model, {**inputs, **given})
 
 
@@ -278,7 +279,10 @@ def test_models_are_reloaded_under_load_and_a_killed_server_answers_again(fixed_
             n += 1
         return n
 
-    with ThreadPoolExecutor(2) as pool, http.InferenceServerClient(f"{HOST}:{server.http}", network_timeout=90) as client:
+    with (
+        ThreadPoolExecutor(2) as pool,
+        http.InferenceServerClient(f"{HOST}:{server.http}", network_timeout=90) as client,
+    ):
         asking = [pool.submit(ask) for _ in range(2)]
         try:
             for name in (VISION_NAME, "clip_defense_answer"):
@@ -322,6 +326,8 @@ def test_a_repository_away_from_its_bundle_says_where_it_belongs(arranged, tmp_p
     server = Triton([away], tmp_path / "triton", "--exit-on-error=false")
     try:
         server.start(waits=False)
-        server.wait_for(lambda: "is no bundle; serve the repository from within" in server.log.read_text(errors="replace"))
+        server.wait_for(
+            lambda: "is no bundle; serve the repository from within" in server.log.read_text(errors="replace")
+        )
     finally:
         server.kill()
