@@ -272,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     predictor = BatchPredictor(
         arguments.bundle.resolve(), column=arguments.column, prefix=arguments.prefix,
-        watch=arguments.watch, limits=Limits(max_pixels=arguments.max_pixels), session_options={"intra_op_num_threads": 1},
+        watch=arguments.watch, limits=Limits(max_pixels=arguments.max_pixels),
+        session_options={"intra_op_num_threads": 1},
     )  # fmt: skip
     source, out = arguments.source.resolve(), arguments.out.resolve()
     try:
