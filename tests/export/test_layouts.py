@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -244,8 +246,20 @@ def test_the_client_in_the_readme_sends_what_the_graph_takes(kserve):
     compile(block, "README.md", "exec")
     config = config_of(kserve, VISION_NAME)
     assert f'InferInput("{config.input[0].name}"' in block
-    assert f'.infer("{config.name}"' in block
+    assert f'.infer("{config.name}", [request, strength]' in block
+    assert 'InferInput("strength", [1, 1], "FP32")' in block
     assert "kubectl apply -f inference-service.yaml" in (kserve / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_code_for_onnxruntime_alone_feeds_what_the_graph_of_a_server_wants(kserve, tmp_path, seven_pictures):
+    from PIL import Image
+
+    Image.fromarray(seven_pictures[0]).save(tmp_path / "a.png")
+    blocks = re.findall(r"```python\n(.*?)```", (kserve / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [block for block in blocks if "import onnxruntime" in block]
+    code = code.replace('"picture.jpg"', repr(str(tmp_path / "a.png")))
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=kserve, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in bundle.load(kserve).prompts.labels
 
 
 def test_what_the_container_runs_is_a_command_that_works(tiny_bundle, tmp_path, seven_pictures):

@@ -90,10 +90,15 @@ def test_the_graph_answers_as_torch_did(served, golden, clf, by):
     np.testing.assert_allclose(got["logits_per_image"], clf.logit_scale * embeds @ clf.text_embeds().T, atol=1e-3)
 
 
+def urls(files: list[bytes]) -> list[bytes]:
+    """Pictures as `data:` URLs: over REST KServe takes for UTF-8 whatever is of the type BYTES."""
+    return [b"data:image/png;base64," + base64.b64encode(file) for file in files]
+
+
 @pytest.mark.parametrize("by", ["http", "grpc"])
 def test_pictures_get_torch_s_answers(served, golden, clf, by):
     files, _, embeds = golden
-    got = infer(served, PICTURES_NAME, pictures(files), by)
+    got = infer(served, PICTURES_NAME, pictures(urls(files) if by == "http" else files), by)
     np.testing.assert_allclose(got["image_embeds"], embeds, atol=ATOL)
     scores = clf.scores(embeds, clf.text_embeds())
     np.testing.assert_allclose(got["scores"], scores, atol=1e-3)
@@ -102,8 +107,8 @@ def test_pictures_get_torch_s_answers(served, golden, clf, by):
 
 def test_plain_json_holds_pictures_as_data_urls(served, golden):
     files, pixel_values, embeds = golden
-    urls = np.array([["data:image/png;base64," + base64.b64encode(file).decode()] for file in files])
-    got = post(served, PICTURES_NAME, [tensor("picture", urls, "BYTES")])
+    rows = np.array([[url.decode()] for url in urls(files)])
+    got = post(served, PICTURES_NAME, [tensor("picture", rows, "BYTES")])
     np.testing.assert_allclose(got["image_embeds"], embeds, atol=ATOL)
     got = post(served, VISION_NAME, [tensor("pixel_values", pixel_values)])
     np.testing.assert_allclose(got["image_embeds"], embeds, atol=ATOL)
@@ -123,7 +128,7 @@ def test_labels_of_a_request_hold_for_it_alone(served, golden, clf):
     labels = ["a stone", "a tree", "the sea"]
     got = infer(served, PICTURES_NAME, {**pictures(files), **named(labels, len(files))}, "grpc")
     np.testing.assert_allclose(got["scores"], clf.scores(embeds, clf.label_embeds(labels)[1]), atol=1e-3)
-    assert infer(served, PICTURES_NAME, pictures(files))["scores"].shape[1] == len(clf.classes_)
+    assert infer(served, PICTURES_NAME, pictures(files), "grpc")["scores"].shape[1] == len(clf.classes_)
 
 
 def test_a_bad_picture_has_its_own_error_and_the_others_their_answers(served, golden, seven_pictures):
@@ -163,7 +168,7 @@ def test_pixels_that_are_no_numbers_are_refused(served, golden, value):
 
 def test_a_body_of_100_mb_is_refused_and_the_server_goes_on(served, golden):
     files, _, embeds = golden
-    got = infer(served, PICTURES_NAME, pictures([files[0], bytes(100_000_000)]))
+    got = infer(served, PICTURES_NAME, pictures([files[0], bytes(100_000_000)]), "grpc")
     assert texts(got["error"])[1].endswith("(too_large)")
     np.testing.assert_allclose(got["image_embeds"][0], embeds[0], atol=ATOL)
 
@@ -175,9 +180,9 @@ def test_metrics_are_prometheus_text(served, golden):
         (value,) = [line.split()[-1] for line in lines if line.startswith(f"clip_defense_{name} ")]
         return float(value)
 
-    infer(served, PICTURES_NAME, pictures(golden[0]))
+    infer(served, PICTURES_NAME, pictures(golden[0]), "grpc")
     before = {name: figure(name) for name in ("pictures_total", "errors_total", "watched_total")}
-    infer(served, PICTURES_NAME, pictures([*golden[0], b""]))
+    infer(served, PICTURES_NAME, pictures([*golden[0], b""]), "grpc")
     n = len(golden[0])
     assert {name: figure(name) - value for name, value in before.items()} == {
         "pictures_total": n + 1,
@@ -196,7 +201,7 @@ def test_a_killed_server_answers_again(arranged, tmp_path, golden):
         server.kill()
         assert status(server.ready) == 0
         server.start()
-        got = infer(server, PICTURES_NAME, pictures(golden[0]))
+        got = infer(server, PICTURES_NAME, pictures(golden[0]), "grpc")
     np.testing.assert_allclose(got["image_embeds"], golden[2], atol=ATOL)
 
 
