@@ -136,7 +136,7 @@ class AnswerModel(Model):
 def _bundle_of(args: Mapping[str, Any], verify: Verify) -> tuple[bundle.Bundle, Verify]:
     """Return the bundle in which the repository lies, as the setting "bundle" says from the folder of the version.
 
-    What the manifest does not list is passed over: Python has just put a __pycache__ beside model.py.
+    Only the files that are read are checked: Python has just put a __pycache__ beside model.py, for one.
     """
     version = Path(args["model_repository"]) / args["model_version"]
     folder = (version / _setting(args, "bundle", "")).resolve()
@@ -145,7 +145,7 @@ def _bundle_of(args: Mapping[str, Any], verify: Verify) -> tuple[bundle.Bundle, 
             f"{folder} is no bundle; serve the repository from within the folder that `defense export` wrote, or set "
             f'the parameter "bundle" in the config.pbtxt of {args["model_name"]} to that folder'
         )
-    return bundle.load(folder, verify=verify, is_alone=False), verify
+    return bundle.load(folder, verify=verify, is_served=True), verify
 
 
 def _setting(args: Mapping[str, Any], name: str, default: str) -> str:
