@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +40,6 @@ Ask = Callable[[], None]
 _PICTURE_PX = (1600, 1200)
 _N_PICTURES = 8
 _BATCH = 32
-_WARM_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Stage:
 
 
 def measure_load(target: str, kind: str, ask: Ask, n_clients: int, seconds: float) -> Load:
-    """Return what happens while so many clients ask one after the other for some seconds.
+    """Return what happens while so many clients ask one after the other for some seconds, each once at least.
 
     Raises:
         ConfigError: Nothing was answered.
@@ -89,20 +89,21 @@ def measure_load(target: str, kind: str, ask: Ask, n_clients: int, seconds: floa
     times: list[float] = []
     errors = 0
     lock = threading.Lock()
-    end = time.perf_counter() + _WARM_S + seconds
-    counted_from = end - seconds
+    all_warm = threading.Barrier(n_clients)
 
     def client() -> None:
         nonlocal errors
+        with suppress(Exception):  # what fails then fails again below, and is counted
+            ask()
+        all_warm.wait()
         own, failed = [], 0
+        end = time.perf_counter() + seconds
         while (start := time.perf_counter()) < end:
             try:
                 ask()
+                own.append(time.perf_counter() - start)
             except Exception:  # each library has its own
                 failed += 1
-                continue
-            if start >= counted_from:
-                own.append(time.perf_counter() - start)
         with lock:
             times.extend(own)
             errors += failed
@@ -160,28 +161,25 @@ def _nothing(_answer: object) -> None:
     pass
 
 
-def measure_stages(bundle: Path, files: Sequence[bytes], n_threads: Sequence[int]) -> list[Stage]:
+def measure_stages(bundle: Path, files: Sequence[bytes], threads: int) -> list[Stage]:
     """Return what the stages from a file to its label do in a second.
 
     `draft` lets a JPEG be decoded at a part of its size, which is faster and changes pixels; nothing of this package
     does so.
     """
-    rows = []
-    for threads in n_threads:
-        clf = OnnxClassifier(bundle, session_options={"intra_op_num_threads": threads})
-        decoded = [images.decode(file).image for file in files]
-        batch = np.stack([clf.preprocess(decoded[i % len(decoded)]) for i in range(_BATCH)])
-        shortest = min(clf.preprocess.size)
-        with ThreadPoolExecutor(threads) as pool:
-            jobs: dict[str, tuple[int, Callable[[], object]]] = {
-                "decode": (len(files), lambda: list(pool.map(images.decode, files))),
-                "decode, draft": (len(files), lambda: list(pool.map(lambda f: drafted(f, shortest), files))),
-                "preprocess": (len(files), lambda: list(pool.map(clf.preprocess, decoded))),
-                "graph": (_BATCH, lambda: clf.encode_pixels(batch)),
-                "files to labels": (len(files), lambda: clf.predict(files)),
-            }
-            rows += [Stage(name, threads, _per_s(n, job)) for name, (n, job) in jobs.items()]
-    return rows
+    clf = OnnxClassifier(bundle, session_options={"intra_op_num_threads": threads})
+    decoded = [images.decode(file).image for file in files]
+    batch = np.stack([clf.preprocess(decoded[i % len(decoded)]) for i in range(_BATCH)])
+    shortest = min(clf.preprocess.size)
+    with ThreadPoolExecutor(threads) as pool:
+        jobs: dict[str, tuple[int, Callable[[], object]]] = {
+            "decode": (len(files), lambda: list(pool.map(images.decode, files))),
+            "decode, draft": (len(files), lambda: list(pool.map(lambda file: drafted(file, shortest), files))),
+            "preprocess": (len(files), lambda: list(pool.map(clf.preprocess, decoded))),
+            "graph": (_BATCH, lambda: clf.encode_pixels(batch)),
+            "files to labels": (len(files), lambda: clf.predict(files)),
+        }
+        return [Stage(name, threads, _per_s(n, job)) for name, (n, job) in jobs.items()]
 
 
 def drafted(file: bytes, shortest: int) -> Image.Image:
@@ -235,7 +233,7 @@ def measure(bundle: Path, servers: Mapping[str, str], clients: Sequence[int], se
     ]
     return {
         "load": [asdict(row) for row in rows],
-        "stages": [asdict(row) for row in measure_stages(bundle, files, (1, 2))],
+        "stages": [asdict(row) for n in (1, 2) for row in measure_stages(bundle, files, n)],
         "seconds": seconds,
         "bundle": clf.bundle.manifest_sha256,
         "onnxruntime": version("onnxruntime"),

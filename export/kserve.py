@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -144,7 +145,7 @@ def _response(model: str, request: Any, outputs: Mapping[str, np.ndarray]) -> An
         tensors.append(kserve.InferOutput(name, list(array.shape), "BYTES" if array.dtype == object else "FP32"))
         tensors[-1].set_data_from_numpy(array, binary_data=is_binary)
     return kserve.InferResponse(
-        response_id=request.id,
+        response_id=request.id or str(uuid.uuid4()),  # the SDK refuses to answer without one
         model_name=model,
         infer_outputs=tensors,
         requested_outputs=request.request_outputs,

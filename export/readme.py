@@ -54,7 +54,12 @@ print(clf("picture.jpg", top_k=3))
 
 
 def _with_onnxruntime(fields: Mapping[str, Any], *, must_feed: bool) -> str:
-    """Return the section for whoever has no clip-defense installed; `must_feed` says whether strength has no default."""
+    """Return the section for whoever has no clip-defense installed.
+
+    Args:
+        fields: See `render`.
+        must_feed: Whether the graph's strength has no default.
+    """
     strength = ', "strength": np.ones(1, np.float32)' if fields["defense"] and must_feed else ""
     preprocess = fields["preprocess"]
     height, width = preprocess["size"]
@@ -93,8 +98,9 @@ def _strength(fields: Mapping[str, Any], *, must_feed: bool) -> str:
     return f"""
 
 `strength`, float32 [1] or [batch], is how much the defense removes: 1 is all of it{default}, 0 is the CLIP without its
-defense, for a rollback or a shadow run. At 0 the embeddings differed by {fields["parity"]["plain_diff"]:.1e} from PyTorch's without a
-defense. `OnnxClassifier(".", strength=0)`, or `clf.with_strength(0)` beside `clf`, in the same session."""
+defense, for a rollback or a shadow run. At 0 the embeddings differed by {fields["parity"]["plain_diff"]:.1e} from
+PyTorch's without a defense. `OnnxClassifier(".", strength=0)`, or `clf.with_strength(0)` beside `clf`, in the same
+session."""
 
 
 def _server(fields: Mapping[str, Any], layout: Layout) -> str:
@@ -115,8 +121,8 @@ On KServe: put `model_repository` where `storageUri` in `inference-service.yaml`
 """
 _PICTURES = """
 `--model-repository=picture_repository` besides serves `clip_defense_pictures`, which takes pictures as files in the
-input `picture` [n, 1], and answers `label`, `score`, `scores` and `error`, row by row. Its models run in Triton's Python
-backend, whose Python needs `pip install -r requirements.txt`; they find this folder around them.
+input `picture` [n, 1], and answers `label`, `score`, `scores` and `error`, row by row. Its models run in Triton's
+Python backend, whose Python needs `pip install -r requirements.txt`; they find this folder around them.
 """
 
 
