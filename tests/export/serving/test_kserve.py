@@ -168,7 +168,9 @@ def test_pixels_that_are_no_numbers_are_refused(served, golden, value):
 
 def test_a_body_of_100_mb_is_refused_and_the_server_goes_on(served, golden):
     files, _, embeds = golden
-    got = infer(served, PICTURES_NAME, pictures([files[0], bytes(100_000_000)]), "grpc")
+    with pytest.raises(InferenceServerException, match="larger than max"):
+        infer(served, PICTURES_NAME, pictures([files[0], bytes(100_000_000)]), "grpc")
+    got = infer(served, PICTURES_NAME, pictures([*urls(files[:1]), b"data:," + b"0" * 100_000_000]))
     assert texts(got["error"])[1].endswith("(too_large)")
     np.testing.assert_allclose(got["image_embeds"][0], embeds[0], atol=ATOL)
 
