@@ -31,7 +31,7 @@ except ImportError as missing:
     raise cannot_import("kserve", missing) from missing
 
 
-class _Predictor(kserve.Model):
+class _Predictor(kserve.Model):  # type: ignore[misc]  # the SDK ships no types
     """What both models share: a thread for each request, and errors in KServe's own classes."""
 
     def __init__(self, name: str, clf: OnnxClassifier) -> None:
@@ -92,7 +92,7 @@ class PicturesPredictor(_Predictor):
         labels = inputs.optional("labels", "BYTES", (-1,))
         text_embeds = inputs.optional("text_embeds", "FP32", (-1, self.clf.bundle.text_embeds.shape[1]))
         choice = pictures.chosen_by(self.clf, labels, text_embeds)
-        prepared = pictures.prepare(self.clf, files)
+        prepared = pictures.prepare(self.clf, list(files))
         image_embeds, _ = self.clf.outputs(prepared.pixel_values, strengths)
         answers = pictures.answer(self.clf, image_embeds, prepared.errors, choice)
         self.watch.add(prepared.pixel_values, strengths, image_embeds, answers.error, choice.text_embeds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ class Model:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Return a response to each request."""
-        return [_response(lambda request=request: self.answer(request)) for request in requests]
+        return [_response(partial(self.answer, request)) for request in requests]
 
     def answer(self, request: Any) -> dict[str, np.ndarray]:
         """Return the outputs to one request, by name."""
@@ -79,7 +80,7 @@ class VisionModel(Model):
         for index, pixel_values, _ in checked:
             rows = slice(start, start := start + len(pixel_values))
             embeds, logits = (values[rows] for values in outputs)
-            responses[index] = _response(lambda e=embeds, s=logits: {"image_embeds": e, "logits_per_image": s})
+            responses[index] = _response(partial(dict, image_embeds=embeds, logits_per_image=logits))
 
 
 class TextModel(Model):
