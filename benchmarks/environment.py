@@ -58,13 +58,22 @@ def environment_of(command: str) -> Environment:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
         python=platform.python_version(),
-        torch=installed_version("torch"),
+        torch=_torch_version(),
         open_clip=installed_version("open_clip_torch"),
         commit=commit,
         is_dirty=is_dirty,
         timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
     )
+
+
+def _torch_version() -> str | None:
+    """Return the version with its build, which the index does not tell; None where torch is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return str(torch.__version__)
 
 
 def installed_version(package: str) -> str | None:

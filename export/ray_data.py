@@ -226,7 +226,7 @@ def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, row
         source: The input folder.
         out: The output folder; made where it is not there.
         predictor: What to ask.
-        workers: Processes, each with a model of its own.
+        workers: Processes at most, each with a model of its own; one at least, and as many as there is work and room for.
         rows: Pictures per shard of a folder.
     """
     import ray
@@ -244,7 +244,7 @@ def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, row
         worker: Any = ShardWorker  # a class is what `map` starts actors of; Ray's annotation knows functions only
         items = [{"json": json.dumps(shard)} for shard in todo]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            worker, fn_constructor_args=(source, out, predictor), concurrency=workers, num_cpus=1
+            worker, fn_constructor_args=(source, out, predictor), concurrency=(1, workers), num_cpus=1
         )
         for result in dataset.iter_rows():
             done["rows"] += result["rows"]
@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder for the answers")
     parser.add_argument("--bundle", type=Path, required=True, help="what `defense export` wrote")
     parser.add_argument("--column", default="bytes", help="column of the pictures in Parquet (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes at most (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=1000, help="pictures per output file (default: %(default)s)")
     parser.add_argument("--prefix", default="", help="before the names of the columns with the answers")
     parser.add_argument(
