@@ -226,7 +226,7 @@ def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, row
         source: The input folder.
         out: The output folder; made where it is not there.
         predictor: What to ask.
-        workers: Processes at most, each with a model of its own; one at least, and as many as there is work and room for.
+        workers: Processes at most, each with a model of its own. Ray begins with one, and adds some while there is work.
         rows: Pictures per shard of a folder.
     """
     import ray

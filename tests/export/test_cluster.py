@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import threading
 import time
@@ -12,15 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-ray = pytest.importorskip("ray", reason='needs Ray: pip install "clip-defense[server]"')
+ray = pytest.importorskip("ray", reason='needs Ray: pip install "clip-defense[ray]"')
 pq = pytest.importorskip("pyarrow.parquet")
 
-from defense.export.batch import BatchPredictor
+from PIL import Image
 
-from .conftest import png
+from defense.export.batch import BatchPredictor
+from defense.export.ray_data import run
+from defense.export.runtime import OnnxClassifier
 
 pytestmark = [
-    pytest.mark.server,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # Ray leaves sockets and files to the end of the process
 ]
 
@@ -48,7 +51,11 @@ def cluster() -> Iterator[Any]:
 def write_pictures(folder: Path, n: int) -> list[np.ndarray]:
     """Write n small pictures, a thousand to a sub-folder, of which every 50th is broken; return those that differ."""
     kinds = list(np.random.default_rng(0).integers(0, 256, (10, 40, 48, 3), dtype=np.uint8))
-    files = [png(kind) for kind in kinds]
+    files = []
+    for kind in kinds:
+        stream = io.BytesIO()
+        Image.fromarray(kind).save(stream, "PNG")
+        files.append(stream.getvalue())
     for number in range(n):
         inner = folder / f"{number // 1000:03}"
         inner.mkdir(parents=True, exist_ok=True)
@@ -66,13 +73,11 @@ def answers(out: Path) -> dict[str, tuple[str, str]]:
     return rows
 
 
-@pytest.mark.parametrize(("n", "rows"), [(600, 25), pytest.param(100_000, 1000, marks=pytest.mark.slow)])
-def test_a_killed_node_costs_no_answer_and_a_second_run_has_nothing_to_do(cluster, ready, clf, tmp_path, n, rows):
-    from defense.export.ray_data import run
-
+@pytest.mark.parametrize(("n", "rows"), [(600, 25), (100_000, 1000)])
+def test_a_killed_node_costs_no_answer_and_a_second_run_has_nothing_to_do(cluster, tiny_bundle, tmp_path, n, rows):
     source, out = tmp_path / "in", tmp_path / "out"
     kinds = write_pictures(source, n)
-    predictor = BatchPredictor(ready, session_options={"intra_op_num_threads": 1})
+    predictor = BatchPredictor(tiny_bundle, session_options={"intra_op_num_threads": 1})
 
     def kill_one() -> None:
         for _ in itertools.takewhile(lambda _: not list(out.glob("part-*.parquet")), itertools.count()):
@@ -87,7 +92,7 @@ def test_a_killed_node_costs_no_answer_and_a_second_run_has_nothing_to_do(cluste
     assert sum(node["Alive"] for node in ray.nodes()) == 2
     got = answers(out)
     assert len(got) == n
-    labels = clf.predict(kinds)
+    labels = OnnxClassifier(tiny_bundle).predict(kinds)
     for number in range(n):
         label, error = got[f"{number // 1000:03}/{number:06}.png"]
         assert (label, error) == (("", "not_an_image") if number % 50 == 7 else (labels[number % len(kinds)], ""))
