@@ -2,7 +2,7 @@
 
     python -m defense.export.ray_data IN OUT --bundle BUNDLE --workers 8
 
-Needs `pip install "clip-defense[onnx]" "ray[data]"`. IN is a folder of pictures, of Parquet files with a column of
+Needs `pip install "clip-defense[ray]"`. IN is a folder of pictures, of Parquet files with a column of
 pictures, or of WebDataset tars. The work is cut into shards, named after all that decides a result: the bundle, labels
 and columns, and the names, sizes and times of the files. Whoever works on a shard writes its result under a temporary
 name and then gives it its own: a killed worker leaves nothing half-done, Ray starts another one, and a run that was
@@ -226,7 +226,7 @@ def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, row
         source: The input folder.
         out: The output folder; made where it is not there.
         predictor: What to ask.
-        workers: Processes at most, each with a model of its own. Ray begins with one, and adds some while there is work.
+        workers: Processes at most, each with a model of its own. Ray begins with one, and adds to it while it is busy.
         rows: Pictures per shard of a folder.
     """
     import ray
