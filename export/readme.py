@@ -149,7 +149,7 @@ prepares pictures, e.g. with this bundle and `pip install "tritonclient[http]"`:
 ```py
 import numpy as np
 import tritonclient.http as http
-from defense import images
+from defense.data import images
 from defense.export import bundle
 
 here = bundle.load(".")

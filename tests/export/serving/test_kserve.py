@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -28,6 +29,7 @@ from defense.export.repository import PICTURES_NAME, VISION_NAME
 from ...conftest import restated
 from .asking import ATOL, infer, named, pictures, texts
 from .conftest import jpeg
+from .page import block
 from .servers import HOST, Server, free_ports, running, status
 
 pytestmark = pytest.mark.server
@@ -112,6 +114,15 @@ def test_plain_json_holds_pictures_as_data_urls(served, golden):
     np.testing.assert_allclose(got["image_embeds"], embeds, atol=ATOL)
     got = post(served, VISION_NAME, [tensor("pixel_values", pixel_values)])
     np.testing.assert_allclose(got["image_embeds"], embeds, atol=ATOL)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl (apt install curl)")
+def test_the_curl_of_the_page_gets_an_answer(served, golden, clf, tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(golden[0][0])
+    code = block("sh", "clip_defense_pictures").replace("localhost:8080", f"{HOST}:{served.http}")
+    done = subprocess.run(["sh", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    outputs = {each["name"]: each["data"] for each in json.loads(done.stdout)["outputs"]}
+    assert outputs["label"] == [clf.predict([golden[0][0]])[0]]
 
 
 def test_each_picture_has_a_strength_of_its_own(served, golden, clf):

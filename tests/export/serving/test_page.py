@@ -9,7 +9,6 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,8 @@ from defense.export import repository
 from defense.export.serving.watch import FIGURES
 
 from .conftest import jpeg
+from .page import DOCS, block
 from .servers import HOST, Server, free_ports, running
-
-DOCS = Path(__file__).parents[3] / "docs"
-
-
-def block(kind: str, holds: str) -> str:
-    """The one block of code of a kind on the page that holds a text."""
-    text = (DOCS / "serve.md").read_text(encoding="utf-8")
-    (found,) = [code for code in re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) if holds in code]
-    return found
 
 
 def form(**fields: list[bytes]) -> tuple[bytes, str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +22,13 @@ import tritonclient.http as http
 from safetensors.numpy import load_file, save_file
 from tritonclient.utils import InferenceServerException
 
+from defense.export import readme
 from defense.export.repository import PICTURE_REPOSITORY, PICTURES_NAME, RAW_NAME, REPOSITORY, VISION_NAME
 
 from ...conftest import restated
 from .asking import ATOL, infer, named, pictures, texts
 from .conftest import jpeg
+from .page import block
 from .servers import HOST, Triton, running, status
 
 pytestmark = pytest.mark.server
@@ -97,6 +102,30 @@ def test_requests_of_many_clients_are_answered_each_with_its_own(triton, golden)
     rows = [row % len(files) for row in range(24)]
     with ThreadPoolExecutor(8) as pool:
         np.testing.assert_allclose(list(pool.map(ask, rows)), embeds[rows], atol=ATOL)
+
+
+def test_the_clients_of_the_page_and_of_a_bundle_s_readme_get_answers(triton, arranged, golden, clf, tmp_path):
+    files = golden[0]
+    for name in ("a.jpg", "b.jpg", "photo.jpg", "picture.jpg"):
+        (tmp_path / name).write_bytes(files[0])
+    bundle = arranged("triton-python")
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    (of_readme,) = re.findall(r"```py\n(.*?)```", readme.render(manifest, "triton-python", bundle), re.DOTALL)
+    label = str(clf.predict([files[0]])[0])
+    for code in (block("py", "clip_defense_pictures"), of_readme.replace('load(".")', f"load({str(bundle)!r})")):
+        code = code.replace("localhost:8000", f"{HOST}:{triton.http}")
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert label in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl (apt install curl)")
+def test_the_curl_of_the_page_gets_an_answer(triton, golden, clf, tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(golden[0][0])
+    code = block("sh", "clip_defense_raw").replace("localhost:8000", f"{HOST}:{triton.http}")
+    done = subprocess.run(["sh", "-c", code], cwd=tmp_path, capture_output=True, check=True)
+    assert str(clf.predict([golden[0][0]])[0]).encode() in done.stdout
 
 
 # --- labels of a request ----------------------------------------------------------------------------------------------
