@@ -26,7 +26,7 @@ class Environment:
         cores: Cores that this process may use.
         load: Load average over a minute before the run: what else was busy. NaN where the system does not tell.
         python: Version.
-        torch: Version.
+        torch: Version; None where it is not installed.
         open_clip: Version; None where it is not installed.
         commit: Full hash of the checkout's git commit; None outside of a checkout.
         is_dirty: Whether the checkout differed from that commit, by changed or by untracked files; None outside of one.
@@ -38,7 +38,7 @@ class Environment:
     cores: int
     load: float
     python: str
-    torch: str
+    torch: str | None
     open_clip: str | None
     commit: str | None
     is_dirty: bool | None
@@ -52,15 +52,13 @@ def environment_of(command: str) -> Environment:
     Args:
         command: What was typed, for the record.
     """
-    import torch
-
     commit, is_dirty = checkout_of(Path(__file__).resolve())
     return Environment(
         cpu=_cpu_model(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
         python=platform.python_version(),
-        torch=torch.__version__,
+        torch=_torch_version(),
         open_clip=installed_version("open_clip_torch"),
         commit=commit,
         is_dirty=is_dirty,
@@ -82,6 +80,15 @@ def busy_words(environment: Environment, limit: float = 0.5) -> str | None:
         f"the load before this run was {environment.load:.1f}: other programs are at work, and times taken now compare "
         f"with nothing. Wait until it is below {limit}"
     )
+
+
+def _torch_version() -> str | None:
+    """Return the version with its build, which the index does not tell; None where torch is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return str(torch.__version__)
 
 
 def installed_version(package: str) -> str | None:

@@ -144,11 +144,13 @@ class MissingDependencyError(DefenseError, ImportError):
 
 EXTRAS = {
     "gradio": "demo",
+    "kserve": "kserve",
     "matplotlib": "bench",
     "onnx": "export",
     "onnxruntime": "onnx",
     "onnxscript": "export",
     "open_clip": "torch",
+    "prometheus_client": "kserve",
     "pyarrow": "parquet",
     "scipy": "bench",
     "torch": "torch",

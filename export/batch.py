@@ -19,11 +19,14 @@ from defense.data.cells import picture_in
 from defense.data.notes import NoteLog
 from defense.errors import ConfigError, InvalidImageError
 from defense.export.runtime import OnnxClassifier
+from defense.export.serving.watch import removed_energy
 
 __all__ = ["BatchPredictor"]
 
 ANSWERS = ("label", "score", "embedding", "error")
 """The columns of an answer, without prefix."""
+WATCHED = ("plain_label", "removed_energy")
+"""Those that say what the defense did; they come before the error."""
 
 
 class BatchPredictor:
@@ -35,6 +38,7 @@ class BatchPredictor:
         column: Where a batch holds its pictures: encoded bytes, paths, uint8 arrays of shape (height, width, 3), PIL
             images, or mappings of "bytes" and "path" as HF datasets store a picture.
         prefix: Stands before the names of the answer's columns, for batches that have columns of these names.
+        watch: Ask about each picture again without the defense, and add what the defense did to its answer.
         options: For `OnnxClassifier`.
     """
 
@@ -45,12 +49,14 @@ class BatchPredictor:
         *,
         column: str = "bytes",
         prefix: str = "",
+        watch: bool = False,
         **options: Any,
     ) -> None:
         self.source = os.fspath(source)
         self.candidate_labels = None if candidate_labels is None else tuple(candidate_labels)
         self.column = column
         self.prefix = prefix
+        self.watch = watch
         self.options = options
         self._clf: OnnxClassifier | None = None
         self._notes = NoteLog()
@@ -70,8 +76,9 @@ class BatchPredictor:
         return self._clf
 
     def answer_columns(self) -> tuple[str, ...]:
-        """Return the names of the columns of an answer: label, score, embedding and error, in this order."""
-        return tuple(self.prefix + name for name in ANSWERS)
+        """Return the names of the columns of an answer in their order, of which the last is that of the errors."""
+        watched = WATCHED if self.watch else ()
+        return tuple(self.prefix + name for name in (*ANSWERS[:-1], *watched, ANSWERS[-1]))
 
     def check_columns(self, names: Iterable[str]) -> None:
         """Check the columns of a batch.
@@ -90,7 +97,7 @@ class BatchPredictor:
             )
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the batch without its pictures and with four columns more.
+        """Return the batch without its pictures and with four columns more, or six with `watch`.
 
         A picture that cannot be read has the label "", a score and an embedding of NaN, and its error's code. Warnings
         about pictures are logged, each kind once.
@@ -100,10 +107,11 @@ class BatchPredictor:
 
         Returns:
             The other columns as they are; "label" [n], "score" float32 [n], "embedding" float32 [n, d_embed], "error"
-            [n], "" where there is none; each name with the prefix before it.
+            [n], "" where there is none; each name with the prefix before it. With `watch` also "plain_label" [n], the
+            answer without the defense, and "removed_energy" float32 [n], 0 to 4 (see `watch.removed_energy`).
 
         Raises:
-            ConfigError: See `check_columns`.
+            ConfigError: See `check_columns`; or to be watched, and the graph has no strength.
         """
         self.check_columns(batch)
         clf = self.classifier()
@@ -112,6 +120,8 @@ class BatchPredictor:
         errors = np.full(n, "", dtype=object)
         scores = np.full(n, np.nan, np.float32)
         embeds = np.full((n, clf.bundle.text_embeds.shape[1]), np.nan, np.float32)
+        plain = clf.with_strength(0) if self.watch else None
+        plain_labels, energy = labels.copy(), scores.copy()
         classes, text_embeds = clf.classes_, clf.text_embeds()
         start = 0
         for chunk in clf.prepared_chunks(map(picture_in, batch[self.column]), "return"):
@@ -127,5 +137,11 @@ class BatchPredictor:
                 chunk_scores = clf.scores(embeds[good], text_embeds)
                 labels[good] = classes[chunk_scores.argmax(1)]
                 scores[good] = chunk_scores.max(1)
+                if plain is not None:
+                    undefended = plain.encode_pixels(chunk.pixel_values)
+                    plain_labels[good] = classes[(undefended @ text_embeds.T).argmax(1)]
+                    energy[good] = removed_energy(undefended, embeds[good])
         others = {name: values for name, values in batch.items() if name != self.column}
-        return {**others, **dict(zip(self.answer_columns(), (labels, scores, embeds, errors), strict=True))}
+        watched = (plain_labels, energy) if self.watch else ()
+        columns = (labels, scores, embeds, *watched, errors)
+        return {**others, **dict(zip(self.answer_columns(), columns, strict=True))}

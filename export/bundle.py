@@ -32,6 +32,7 @@ from defense.store.folders import Verify, read_tensors
 
 SCHEMA = 1
 BLANK_TOKENS = "blank_tokens"
+_READ = (".onnx", ".onnx.data", ".safetensors")
 KIND = "clip-defense ONNX bundle"
 LABELS, GOLDEN, README, LICENSES = "labels.safetensors", "golden.safetensors", "README.md", "LICENCES.md"
 
@@ -102,12 +103,14 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
     folders.write_manifest(folder / MANIFEST, SCHEMA, fields, "the bundle")
 
 
-def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Bundle:
+def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256", is_served: bool = False) -> Bundle:
     """Return a bundle, after checking that nothing in its folder is missing, changed or there besides.
 
     Args:
         folder: The folder; also a snapshot in the Hugging Face hub's cache.
         verify: "sha256" checks every byte of every file; "size" only the sizes.
+        is_served: Check the files that are read and no others: a server's operator changes its configuration, and the
+            server leaves files behind.
 
     Raises:
         CheckpointError: A file is missing, unexpected or unreadable, was written by a newer version, or says what
@@ -118,12 +121,15 @@ def load(folder: str | os.PathLike[str], *, verify: Verify = "sha256") -> Bundle
     """
     folders.check_verify(verify)
     root = Path(folder)
-    return folders.read_whole(root / MANIFEST, SCHEMA, lambda: _load(root, verify))
+    return folders.read_whole(root / MANIFEST, SCHEMA, lambda: _load(root, verify, is_served))
 
 
-def _load(root: Path, verify: Verify) -> Bundle:
+def _load(root: Path, verify: Verify, is_served: bool) -> Bundle:
     manifest = _read_manifest(root)
-    folders.check_files(root / MANIFEST, manifest["files"], verify)
+    entries = manifest["files"]
+    if is_served:
+        entries = {name: entry for name, entry in entries.items() if name.endswith(_READ)}
+    folders.check_files(root / MANIFEST, entries, verify, is_alone=not is_served)
     for name in (manifest["model"], manifest["text_model"], LABELS, GOLDEN):
         if name is not None and name not in manifest["files"]:
             raise CheckpointError(f"{root / MANIFEST} names {name}, but does not list it among its files")

@@ -26,7 +26,7 @@ from defense.errors import ConfigError
 from defense.export import bundle, readme
 from defense.export.layouts import Dtype, Layout, Mode, arrange
 from defense.export.manifest import check_logit_scale
-from defense.export.runtime import STRENGTH
+from defense.export.repository import STRENGTH
 from defense.export.sessions import HALF_OPTIONS
 from defense.export.text import TextGraph, trace_text
 from defense.export.verify import BATCHES, N_ROWS, PLAIN, Batch, Expected, Parity, Tolerance, verify
@@ -54,8 +54,8 @@ int8 has a tie: on a picture that shows none of the labels several of them score
 _N_DRAWN = 200
 """How many pictures a graph in fp16 or int8 is compared on; each of them is 0.5 % of the agreement."""
 _GOLDEN_PICTURES = 3
-_N_QUIET = 2
-"""How many pictures a graph is run on with every latent silent."""
+_N_FEW = 2
+"""How many pictures a graph is run on with every latent silent, and with a strength for each of them."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ def _check(clf: RobustClassifier, dtype: Dtype, layout: Layout) -> None:
         raise ConfigError(f"dtype={dtype!r}; it must be one of {', '.join(get_args(Dtype))}")
     if layout not in get_args(Layout):
         raise ConfigError(f"layout={layout!r}; it must be one of {', '.join(get_args(Layout))}")
+    if layout == "triton-python" and dtype == "fp16":
+        raise ConfigError("layout='triton-python' runs on a CPU, and fp16 is for CUDA; take layout='triton', or int8")
     clf.text_embeds()  # raises where no labels are set
     check_logit_scale(clf.clip.logit_scale)
     for parameter in clf.clip.model.parameters():
@@ -304,7 +306,7 @@ def _answers(clf: RobustClassifier, pixel_values: np.ndarray) -> dict[str, np.nd
 
 
 def _further_batches(clf: RobustClassifier, graph: VisionGraph, pixel_values: np.ndarray) -> dict[str, Batch]:
-    """Return an empty batch; and with a defense one at strength 0, and one on which no latent of S fires.
+    """Return an empty batch; and with a defense one at strength 0, one of two strengths, and one where S is silent.
 
     Pictures from which a defense takes nothing may be hard to find: so biases stand in that keep every latent silent,
     in the graph as in torch.
@@ -317,10 +319,12 @@ def _further_batches(clf: RobustClassifier, graph: VisionGraph, pixel_values: np
         return further
     defense = attached(clf.clip.model)
     with defense.bypassed():
-        further[PLAIN] = Batch(
-            {"pixel_values": pixel_values, STRENGTH: np.zeros((), np.float32)}, _answers(clf, pixel_values)
-        )
-    few = pixel_values[:_N_QUIET]
+        plain = _answers(clf, pixel_values)
+    further[PLAIN] = Batch({"pixel_values": pixel_values, STRENGTH: np.zeros(1, np.float32)}, plain)
+    few = pixel_values[:_N_FEW]
+    # A server puts requests that differ in strength into one batch: here the first is plain, and the second is not.
+    mixed = {name: np.concatenate([plain[name][:1], rows[1:]]) for name, rows in _answers(clf, few).items()}
+    further["mixed"] = Batch({"pixel_values": few, STRENGTH: np.arange(_N_FEW, dtype=np.float32)}, mixed)
     with _silenced(defense.suppressors()):
         further["quiet"] = Batch({"pixel_values": few}, _answers(clf, few), silent_biases(graph))
     return further

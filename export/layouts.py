@@ -2,32 +2,32 @@
 
 | layout | for | adds |
 |---|---|---|
-| bundle | `OnnxClassifier`, ONNX Runtime | Dockerfile |
-| triton | NVIDIA Triton | model_repository/NAME/{config.pbtxt, labels.txt, 1/model.onnx} |
-| kserve | KServe, which runs Triton | the same, and inference-service.yaml |
+| bundle | `OnnxClassifier`, ONNX Runtime | Dockerfile, of the command |
+| triton | NVIDIA Triton, its ONNX Runtime backend | model_repository, picture_repository, requirements.txt |
+| triton-python | NVIDIA Triton, its Python backend, on a CPU | the same |
+| kserve | KServe, which runs Triton, or kserve.py | model_repository, inference-service.yaml, Dockerfile of kserve.py |
 
-Every layout is a bundle: `OnnxClassifier` and `defense info` take each of them.
+repository.py says what is in the repositories. Every layout is a bundle: `OnnxClassifier` and `defense info` take each
+of them.
 """
 
 from __future__ import annotations
 
-import shutil
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-Layout = Literal["bundle", "triton", "kserve"]
+from defense.export import repository
+from defense.store.folders import package_version
+
+Layout = Literal["bundle", "triton", "triton-python", "kserve"]
 Mode = Literal["delta", "exact", "static"]
 """How a defense is written in a graph (vision.py)."""
 Dtype = Literal["fp32", "fp16", "int8"]
 """Numbers of a graph."""
 
-REPOSITORY = "model_repository"
-VISION_NAME, TEXT_NAME = "clip_defense", "clip_defense_text"
-_MAX_BATCH = 32
-_MAX_DELAY_US = 2000
-# fp16 ends a CPU's process, and int8 was made for CPUs.
-_INSTANCE_KIND = {"fp32": "KIND_AUTO", "fp16": "KIND_GPU", "int8": "KIND_CPU"}
+REQUIREMENTS = "requirements.txt"
 
 
 def arrange(folder: Path, layout: Layout, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,85 +42,41 @@ def arrange(folder: Path, layout: Layout, fields: Mapping[str, Any]) -> dict[str
         The fields of the manifest that change: none, or "model" and "text_model" as paths in the folder.
     """
     if layout == "bundle":
-        (folder / "Dockerfile").write_text(_dockerfile(), encoding="utf-8")
+        (folder / "Dockerfile").write_text(_dockerfile(_COMMAND), encoding="utf-8")
         return {}
-    height, width = fields["preprocess"]["size"]
-    labels = "".join(f"{label}\n" for label in fields["labels"])
-    moved = {
-        "model": _place(
-            folder,
-            fields["model"],
-            _config(
-                VISION_NAME,
-                fields["dtype"],
-                ("pixel_values", "TYPE_FP32", [3, height, width]),
-                {"image_embeds": fields["d_embed"], "logits_per_image": len(fields["labels"])},
-                labels_of="logits_per_image",
-            ),
-            VISION_NAME,
-        )
-    }
-    (folder / REPOSITORY / VISION_NAME / "labels.txt").write_text(labels, encoding="utf-8")
-    if fields["text_model"] is not None:
-        text_input = ("input_ids", "TYPE_INT64", [fields["context_length"]])
-        config = _config(TEXT_NAME, "fp32", text_input, {"text_embeds": fields["d_embed"]})
-        moved["text_model"] = _place(folder, fields["text_model"], config, TEXT_NAME)
+    n_bytes = sum(path.stat().st_size for path in folder.glob("*.onnx*"))
+    moved = repository.place_graphs(folder, fields, in_python=layout == "triton-python")
     if layout == "kserve":
-        (folder / "inference-service.yaml").write_text(_inference_service(fields["dtype"]), encoding="utf-8")
+        (folder / "inference-service.yaml").write_text(_inference_service(fields["dtype"], n_bytes), encoding="utf-8")
+        (folder / "Dockerfile").write_text(_dockerfile(_PREDICTOR), encoding="utf-8")
+        return moved
+    repository.write_picture_models(folder, fields)
+    (folder / REQUIREMENTS).write_text(_requirements(), encoding="utf-8")
     return moved
 
 
-def _place(folder: Path, graph: str, config: str, name: str) -> str:
-    """Move a graph, with its external data, into the repository; return its path in the folder."""
-    version = folder / REPOSITORY / name / "1"
-    version.mkdir(parents=True)
-    for path in folder.glob(f"{graph}*"):
-        # The external data keeps its name: the graph has it inside.
-        shutil.move(path, version / ("model.onnx" if path.name == graph else path.name))
-    (version.parent / "config.pbtxt").write_text(config, encoding="utf-8")
-    return (version / "model.onnx").relative_to(folder).as_posix()
-
-
-def _config(
-    name: str,
-    dtype: str,
-    graph_input: tuple[str, str, list[int]],
-    outputs: Mapping[str, int],
-    labels_of: str | None = None,
-) -> str:
-    """Return Triton's model configuration; its dims leave the batch out."""
-    input_name, data_type, dims = graph_input
-    shape = ", ".join(map(str, dims))
-    output_blocks = ",\n".join(
-        f'  {{ name: "{output}", data_type: TYPE_FP32, dims: [ {width} ]'
-        + (', label_filename: "labels.txt" }' if output == labels_of else " }")
-        for output, width in outputs.items()
-    )
-    return f"""name: "{name}"
-backend: "onnxruntime"
-max_batch_size: {_MAX_BATCH}
-version_policy: {{ latest: {{ num_versions: 1 }} }}
-input [
-  {{ name: "{input_name}", data_type: {data_type}, dims: [ {shape} ] }}
-]
-output [
-{output_blocks}
-]
-instance_group [ {{ kind: {_INSTANCE_KIND[dtype]} }} ]
-dynamic_batching {{ max_queue_delay_microseconds: {_MAX_DELAY_US} }}
-model_warmup [
-{_warmup(input_name, data_type, shape, 1)},
-{_warmup(input_name, data_type, shape, _MAX_BATCH)}
-]
+def _requirements() -> str:
+    """Return what the Python environment of Triton's Python backend has to hold."""
+    return f"""# For the Python that Triton's Python backend runs: pip install -r requirements.txt
+clip-defense[onnx]=={package_version()}
+numpy<2  # the backend of Triton up to 2.51 (24.10) cannot hand out arrays of numpy 2
 """
 
 
-def _warmup(input_name: str, data_type: str, shape: str, batch: int) -> str:
-    tensor = f"{{ data_type: {data_type}, dims: [ {shape} ], zero_data: true }}"
-    return f'  {{ name: "batch of {batch}", batch_size: {batch}, inputs {{ key: "{input_name}", value: {tensor} }} }}'
+def memory_mib(n_bytes: int) -> int:
+    """Return how much memory to give a server, in MiB, a multiple of 256.
+
+    While ONNX Runtime loads a graph it holds its weights up to three times: as a file, as a message and as tensors. One
+    GiB is for the server, and for 32 pictures on their way.
+
+    Args:
+        n_bytes: Of the graphs.
+    """
+    return 256 * math.ceil((1024 + 3 * n_bytes / 2**20) / 256)
 
 
-def _inference_service(dtype: str) -> str:
+def _inference_service(dtype: str, n_bytes: int) -> str:
+    memory = memory_mib(n_bytes)
     gpu = '\n          nvidia.com/gpu: "1"' if dtype == "fp16" else ""
     return f"""apiVersion: serving.kserve.io/v1beta1
 kind: InferenceService
@@ -133,29 +89,70 @@ spec:
         name: onnx
       protocolVersion: v2  # without it KServe finds no runtime for ONNX
       runtime: kserve-tritonserver
-      storageUri: pvc://models/{REPOSITORY}  # where you put that folder of this bundle
+      storageUri: pvc://models/{repository.REPOSITORY}  # where you put that folder of this bundle
       env:
         - name: ORT_DISABLE_TELEMETRY
           value: "1"
       resources:
         requests:
           cpu: "1"
-          memory: 2Gi
+          memory: {memory}Mi
         limits:
-          memory: 2Gi{gpu}
+          memory: {memory}Mi  # by the size of the graphs{gpu}
 """
 
 
-def _dockerfile() -> str:
-    return """# An image without torch that classifies pictures with this bundle:
-#     docker build -t clip-defense .
-#     docker run --rm -v "$PWD/pictures:/pictures:ro" clip-defense /pictures --json
+class _Image(NamedTuple):
+    """What an image is for.
+
+    Attributes:
+        purpose: In a few words.
+        run: Options of `docker run` and what follows the image's name.
+        extra: Of this package.
+        health: Command that fails where the container does not work.
+        entrypoint: What it runs.
+        ports: On which it listens.
+    """
+
+    purpose: str
+    run: tuple[str, str]
+    extra: str
+    health: str
+    entrypoint: str
+    ports: str = ""
+
+
+_COMMAND = _Image(
+    "classifies pictures with this bundle",
+    ('--network none -v "$PWD/pictures:/pictures:ro"', "/pictures --json"),
+    "onnx",
+    '["defense", "info", "/bundle"]',
+    '["defense", "classify", "--defense", "/bundle"]',
+)
+_READY = "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/v2/health/ready', timeout=5)"
+_PREDICTOR = _Image(
+    "serves this bundle by KServe's V2 protocol, REST and gRPC",
+    ("-p 8080:8080 -p 8081:8081", ""),
+    "kserve",
+    f'["python", "-c", "{_READY}"]',
+    '["python", "-m", "defense.export.kserve", "/bundle"]',
+    "EXPOSE 8080 8081\n",
+)
+
+
+def _dockerfile(image: _Image) -> str:
+    return f"""# An image without torch that {image.purpose}:
+#     pip wheel -w wheels "clip-defense[{image.extra}]=={package_version()}"
+#     docker build --network none -t clip-defense .
+#     docker run --rm --read-only --tmpfs /tmp {image.run[0]} clip-defense {image.run[1]}
+# Without a folder wheels, made by the base image's Python, the build asks the package index, and needs the network.
 FROM python:3.12-slim
-# Or the path of a wheel in this folder, with its extra: ./clip_defense-...-py3-none-any.whl[onnx]
-ARG CLIP_DEFENSE="clip-defense[onnx]"
+ENV ORT_DISABLE_TELEMETRY=1 HOME=/tmp PYTHONDONTWRITEBYTECODE=1
 COPY . /bundle
-WORKDIR /bundle
-RUN pip install --no-cache-dir "$CLIP_DEFENSE" && rm -f /bundle/*.whl && defense info /bundle
-USER nobody
-ENTRYPOINT ["defense", "classify", "--defense", "/bundle"]
+RUN if [ -d /bundle/wheels ]; then from="--no-index --find-links=/bundle/wheels"; fi; \\
+    pip install --no-cache-dir ${{from:-}} "clip-defense[{image.extra}]=={package_version()}" && \\
+    rm -rf /bundle/wheels && defense info /bundle
+USER 65534:65534
+{image.ports}HEALTHCHECK --interval=1m --timeout=1m --start-period=2m CMD {image.health}
+ENTRYPOINT {image.entrypoint}
 """

@@ -2,7 +2,7 @@
 
     python -m defense.export.ray_data IN OUT --bundle BUNDLE --workers 8
 
-Needs `pip install "clip-defense[onnx]" "ray[data]"`. IN is a folder of pictures, of Parquet files with a column of
+Needs `pip install "clip-defense[ray]"`. IN is a folder of pictures, of Parquet files with a column of
 pictures, or of WebDataset tars. The work is cut into shards, named after all that decides a result: the bundle, labels
 and columns, and the names, sizes and times of the files. Whoever works on a shard writes its result under a temporary
 name and then gives it its own: a killed worker leaves nothing half-done, Ray starts another one, and a run that was
@@ -153,8 +153,8 @@ class ShardWorker:
             shard = json.loads(shard["json"])
         done = {"name": shard["name"], "rows": 0, "errors": 0}
         schema, batches = self._read(shard)
-        for name, kind in zip(self.predictor.answer_columns(), _ANSWER_TYPES, strict=True):
-            schema = schema.append(pa.field(name, kind))
+        for name in self.predictor.answer_columns():
+            schema = schema.append(pa.field(name, _ANSWER_TYPES[name.removeprefix(self.predictor.prefix)]))
         with replacing(self.out / shard["name"]) as partial, pq.ParquetWriter(partial, schema) as writer:
             for others, cells in batches:
                 answers = self.predictor({self.predictor.column: cells})
@@ -196,15 +196,28 @@ class ShardWorker:
         return schema.remove(at), batches()
 
 
-_ANSWER_TYPES = (pa.string(), pa.float32(), pa.list_(pa.float32()), pa.string())
+_ANSWER_TYPES = {
+    "label": pa.string(),
+    "score": pa.float32(),
+    "embedding": pa.list_(pa.float32()),
+    "plain_label": pa.string(),
+    "removed_energy": pa.float32(),
+    "error": pa.string(),
+}
 
 
 def _arrow(answers: dict[str, np.ndarray]) -> list[pa.Array]:
     """Return the columns of an answer in Arrow's form."""
-    labels, scores, embeds, errors = answers.values()
-    offsets = np.arange(len(embeds) + 1, dtype=np.int32) * embeds.shape[1]
-    listed = pa.ListArray.from_arrays(offsets, embeds.ravel())
-    return [pa.array(labels, pa.string()), pa.array(scores), listed, pa.array(errors, pa.string())]
+    return [
+        _listed(values) if values.ndim == 2 else pa.array(values, pa.string() if values.dtype == object else None)
+        for values in answers.values()
+    ]
+
+
+def _listed(rows: np.ndarray) -> pa.Array:
+    """Return rows [n, d] as an array of n lists."""
+    offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+    return pa.ListArray.from_arrays(offsets, rows.ravel())
 
 
 def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, rows: int) -> dict[str, int]:
@@ -214,7 +227,7 @@ def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, row
         source: The input folder.
         out: The output folder; made where it is not there.
         predictor: What to ask.
-        workers: Processes, each with a model of its own.
+        workers: Processes at most, each with a model of its own. Ray begins with one, and adds to it while it is busy.
         rows: Pictures per shard of a folder.
     """
     import ray
@@ -232,7 +245,7 @@ def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, row
         worker: Any = ShardWorker  # a class is what `map` starts actors of; Ray's annotation knows functions only
         items = [{"json": json.dumps(shard)} for shard in todo]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            worker, fn_constructor_args=(source, out, predictor), concurrency=workers, num_cpus=1
+            worker, fn_constructor_args=(source, out, predictor), concurrency=(1, workers), num_cpus=1
         )
         for result in dataset.iter_rows():
             done["rows"] += result["rows"]
@@ -247,9 +260,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder for the answers")
     parser.add_argument("--bundle", type=Path, required=True, help="what `defense export` wrote")
     parser.add_argument("--column", default="bytes", help="column of the pictures in Parquet (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes at most (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=1000, help="pictures per output file (default: %(default)s)")
     parser.add_argument("--prefix", default="", help="before the names of the columns with the answers")
+    parser.add_argument(
+        "--watch", action="store_true", help="add what each answer is without the defense, and how much it took"
+    )
     parser.add_argument(
         "--max-pixels", type=int, default=DEFAULT_LIMITS.max_pixels, help="largest picture that is read"
     )
@@ -259,7 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         predictor = BatchPredictor(
             arguments.bundle.resolve(), column=arguments.column, prefix=arguments.prefix,
-            limits=Limits(max_pixels=arguments.max_pixels), session_options={"intra_op_num_threads": 1},
+            watch=arguments.watch, limits=Limits(max_pixels=arguments.max_pixels),
+            session_options={"intra_op_num_threads": 1},
         )  # fmt: skip
         done = run(source, out, predictor, workers=arguments.workers, rows=arguments.rows)
     except (DefenseError, OSError) as error:

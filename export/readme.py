@@ -49,12 +49,18 @@ print(clf("picture.jpg", top_k=3))
 {_open_vocabulary(fields)}
 `defense info .` checks every byte of this folder and that the graph still answers as it did.
 
-{_with_onnxruntime(fields)}
+{_with_onnxruntime(fields, must_feed=layout in ("triton", "kserve"))}
 {_server(fields, layout)}"""
 
 
-def _with_onnxruntime(fields: Mapping[str, Any]) -> str:
-    """Return the section for whoever has no clip-defense installed."""
+def _with_onnxruntime(fields: Mapping[str, Any], *, must_feed: bool) -> str:
+    """Return the section for whoever has no clip-defense installed.
+
+    Args:
+        fields: See `render`.
+        must_feed: Whether the graph's strength has no default.
+    """
+    strength = ', "strength": np.ones(1, np.float32)' if fields["defense"] and must_feed else ""
     preprocess = fields["preprocess"]
     height, width = preprocess["size"]
     return f"""## With ONNX Runtime alone
@@ -75,23 +81,26 @@ session = onnxruntime.InferenceSession(manifest["model"], providers=["CPUExecuti
 picture = Image.open("picture.jpg").convert("RGB").resize(({width}, {height}), Image.Resampling.{_filter(preprocess)})
 mean, std = (np.array(manifest["preprocess"][key], np.float32) for key in ("mean", "std"))
 pixel_values = ((np.asarray(picture, np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
-image_embeds, logits = session.run(["image_embeds", "logits_per_image"], {{"pixel_values": pixel_values}})
+feed = {{"pixel_values": pixel_values{strength}}}
+image_embeds, logits = session.run(["image_embeds", "logits_per_image"], feed)
 print(manifest["labels"][int(logits[0].argmax())])
 ```
 
 This shortens the preparation to a plain resize; `OnnxClassifier` does all of it. Other labels: feed their normalized
-embeddings as `text_embeds` [n_labels, {fields["d_embed"]}].{_strength(fields)}"""
+embeddings as `text_embeds` [n_labels, {fields["d_embed"]}].{_strength(fields, must_feed=must_feed)}"""
 
 
-def _strength(fields: Mapping[str, Any]) -> str:
+def _strength(fields: Mapping[str, Any], *, must_feed: bool) -> str:
     """Return how the defense is switched off; nothing where there is none."""
     if not fields["defense"]:
         return ""
+    default = "" if must_feed else ", and so it is where none is fed"
     return f"""
 
-`strength`, float32 [], is how much the defense removes: 1 where it is not fed, 0 is the CLIP without its defense, for a
-rollback or a shadow run. At 0 the embeddings differed by {fields["parity"]["plain_diff"]:.1e} from PyTorch's without a
-defense. `OnnxClassifier(".", strength=0)`, or `clf.with_strength(0)` beside `clf`, in the same session."""
+`strength`, float32 [1] or [batch], is how much the defense removes: 1 is all of it{default}, 0 is the CLIP without its
+defense, for a rollback or a shadow run. At 0 the embeddings differed by {fields["parity"]["plain_diff"]:.1e} from
+PyTorch's without a defense. `OnnxClassifier(".", strength=0)`, or `clf.with_strength(0)` beside `clf`, in the same
+session."""
 
 
 def _server(fields: Mapping[str, Any], layout: Layout) -> str:
@@ -100,33 +109,57 @@ def _server(fields: Mapping[str, Any], layout: Layout) -> str:
         return """
 ## In a container
 
-`docker build -t clip-defense .` makes an image without torch; the Dockerfile says how to run it.
+The Dockerfile says how to build an image without torch, and how to run it: as nobody, read-only, without a network.
 """
-    height, width = fields["preprocess"]["size"]
-    kserve = """
+    return _triton(fields, layout) + (_KSERVE if layout == "kserve" else _PICTURES)
+
+
+_KSERVE = """
 On KServe: put `model_repository` where `storageUri` in `inference-service.yaml` points, then
-`kubectl apply -f inference-service.yaml`.
+`kubectl apply -f inference-service.yaml`. Without Triton: `pip install "clip-defense[kserve]"`, then
+`python -m defense.export.kserve .`, or an image by the Dockerfile; it takes pictures as files, too.
 """
+_PICTURES = """
+`--model-repository=picture_repository` besides serves `clip_defense_pictures`, which takes pictures as files in the
+input `picture` [n, 1], and answers `label`, `score`, `scores` and `error`, row by row. Its models run in Triton's
+Python backend, whose Python needs `pip install -r requirements.txt`; they find this folder around them.
+"""
+
+
+def _triton(fields: Mapping[str, Any], layout: Layout) -> str:
+    """Return the section on Triton, with a client for pixel_values."""
+    height, width = fields["preprocess"]["size"]
+    needs = (
+        " It runs in Triton's Python backend, whose Python needs `pip install -r requirements.txt`."
+        if layout == "triton-python"
+        else ""
+    )
+    strength = ""
+    if fields["defense"]:
+        strength = """
+strength = http.InferInput("strength", [1, 1], "FP32")  # 0 is plain CLIP
+strength.set_data_from_numpy(np.ones((1, 1), np.float32))"""
+    inputs = "[request, strength]" if strength else "[request]"
     return f"""
 ## With NVIDIA Triton
 
-`ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository=model_repository` serves `clip_defense`. The client prepares
-pictures, e.g. with this bundle and `pip install "tritonclient[http]"`:
+`ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository=model_repository` serves `clip_defense`.{needs} The client
+prepares pictures, e.g. with this bundle and `pip install "tritonclient[http]"`:
 
 ```py
 import numpy as np
 import tritonclient.http as http
-from defense import images
+from defense.data import images
 from defense.export import bundle
 
 here = bundle.load(".")
 pixel_values = here.preprocess(images.decode("picture.jpg").image)[None]  # [1, 3, {height}, {width}]
 request = http.InferInput("pixel_values", pixel_values.shape, "FP32")
-request.set_data_from_numpy(pixel_values)
-answer = http.InferenceServerClient("localhost:8000").infer("clip_defense", [request])
+request.set_data_from_numpy(pixel_values){strength}
+answer = http.InferenceServerClient("localhost:8000").infer("clip_defense", {inputs})
 print(here.prompts.labels[int(answer.as_numpy("logits_per_image")[0].argmax())])
 ```
-{kserve if layout == "kserve" else ""}"""
+"""
 
 
 def _eight_bits(fields: Mapping[str, Any]) -> str:

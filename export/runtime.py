@@ -29,13 +29,11 @@ from defense.data.threads import decoding_threads
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, CheckpointError, ConfigError, DefenseError, ShapeError
 from defense.export import bundle
+from defense.export.repository import STRENGTH
 from defense.export.sessions import CPU, CUDA, HALF_OPTIONS, import_onnxruntime, open_session
 from defense.store.folders import Verify
 
 log = logging.getLogger(__name__)
-
-STRENGTH = "strength"
-"""The input of a graph that says how much its defense removes."""
 
 _TOPK_TAKES_NO_ROWS = (1, 31)
 _N_SHOWN = 10
@@ -82,15 +80,18 @@ class OnnxClassifier(ZeroShotClassifier):
         strength: float = 1.0,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        self.bundle = bundle.load(source, verify=verify)
-        super().__init__(batch_size, self.bundle.prompts, limits)
         self.source, self.verify = source, verify
+        self.bundle = self._load()
+        super().__init__(batch_size, self.bundle.prompts, limits)
         self.providers = None if providers is None else tuple(providers)
         self.session_options = dict(session_options or {})
         self.strength = _checked_strength(strength)
         self._given = {self.bundle.prompts: self.bundle.text_embeds}  # not to be had from a text tower
         self._start()
         self._check_strength()
+
+    def _load(self) -> bundle.Bundle:
+        return bundle.load(self.source, verify=self.verify)
 
     def with_strength(self, strength: float) -> OnnxClassifier:
         """Return a classifier with the same graphs, labels and embeddings that differs in its strength alone.
@@ -215,6 +216,22 @@ class OnnxClassifier(ZeroShotClassifier):
 
     # --- labels ---
 
+    def label_embeds(self, candidate_labels: Sequence[str] | None = None) -> tuple[tuple[str, ...], np.ndarray]:
+        """Return labels, checked, and their text_embeds [n_labels, d_embed], in the templates that are set.
+
+        They are not set: other threads go on with those that are.
+
+        Args:
+            candidate_labels: None means those that are set.
+
+        Raises:
+            ConfigError: See `set_labels`.
+        """
+        prompts = self._chosen()
+        if candidate_labels is not None:
+            prompts = Prompts(labels.check_labels(candidate_labels), prompts.templates)
+        return prompts.labels, self._embeds_of(prompts)
+
     def set_labels(self, candidate_labels: Sequence[str], templates: str | Sequence[str] = "simple") -> OnnxClassifier:
         """Choose what to classify into, and return self.
 
@@ -238,14 +255,25 @@ class OnnxClassifier(ZeroShotClassifier):
             NonFiniteError: A number is NaN or infinite.
             ConfigError: See `labels.check_labels`; or an embedding is zero.
         """
+        names, embeds = self.checked_embeds(candidate_labels, text_embeds)
+        prompts = Prompts(names, ("{}",))
+        self._given[prompts] = embeds
+        self.prompts = prompts
+        return self
+
+    def checked_embeds(
+        self, candidate_labels: Sequence[str], text_embeds: np.ndarray
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        """Return labels, checked, and embeddings of them, normalized, without setting them.
+
+        Raises:
+            ShapeError, NonFiniteError, ConfigError: See `set_label_embeds`.
+        """
         names = labels.check_labels(candidate_labels)
         want = (len(names), self.bundle.text_embeds.shape[1])
         if np.shape(text_embeds) != want:
             raise ShapeError(f"text_embeds is {list(np.shape(text_embeds))}, want {list(want)} for these labels")
-        prompts = Prompts(names, ("{}",))
-        self._given[prompts] = labels.average_templates(text_embeds, len(names), 1)
-        self.prompts = prompts
-        return self
+        return names, labels.average_templates(text_embeds, len(names), 1)
 
     def forget_labels(self, keep: int) -> None:
         """Do as the base class says; the bundle's own embeddings and those that were handed over stay."""
@@ -326,7 +354,6 @@ class OnnxClassifier(ZeroShotClassifier):
             yield chunk
 
     def _encode_image(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Return image_embeds; a batch that does not fit into the accelerator's memory is halved until it does."""
         self._own_process()
         session = self._session(self.bundle.model)
         want = (3, *self.bundle.preprocess.size)
@@ -337,19 +364,56 @@ class OnnxClassifier(ZeroShotClassifier):
             )
         if len(pixel_values) == 0:
             return np.empty((0, self.bundle.text_embeds.shape[1]), np.float32)
+        strengths = np.full(len(pixel_values), self.strength, np.float32)
+        (image_embeds,) = self._run(session, ["image_embeds"], pixel_values, strengths)
+        return image_embeds
+
+    def outputs(self, pixel_values: np.ndarray, strengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return image_embeds [batch, d_embed] and logits_per_image [batch, n_labels] of the graph itself.
+
+        The logits are for the labels that are baked in. Neither is checked.
+
+        Args:
+            pixel_values: As `preprocess` makes them, finite float32 [batch, 3, height, width], at least one.
+            strengths: Of each picture, in [0, 1], float32 [batch]; all 1 where the graph has no strength.
+        """
+        self._own_process()
+        session = self._session(self.bundle.model)
+        image_embeds, logits = self._run(session, ["image_embeds", "logits_per_image"], pixel_values, strengths)
+        return image_embeds, logits
+
+    def _run(
+        self, session: Any, names: Sequence[str], pixel_values: np.ndarray, strengths: np.ndarray
+    ) -> list[np.ndarray]:
+        """Return outputs of the vision graph; a batch that does not fit into memory is halved until it does."""
+        feed = {"pixel_values": pixel_values}
+        if _needs_strength(session) or (strengths != 1).any():
+            feed[STRENGTH] = self._fed(session, strengths)
         try:
-            feed = {"pixel_values": pixel_values}
-            if self.strength != 1:
-                feed[STRENGTH] = np.array(self.strength, np.float32)
-            image_embeds: np.ndarray = session.run(["image_embeds"], feed)[0]
-            return image_embeds
+            outputs: list[np.ndarray] = session.run(names, feed)
+            return outputs
         except Exception as error:  # onnxruntime's own exceptions share no base class
             if "allocate" not in str(error) or len(pixel_values) == 1:
                 raise BackendError(f"onnxruntime failed on a batch of {len(pixel_values)}: {error}") from error
             half = len(pixel_values) // 2
             log.warning("a batch of %d does not fit into memory, trying %d", len(pixel_values), half)
-            parts = (pixel_values[:half], pixel_values[half:])
-        return np.concatenate([self._encode_image(part) for part in parts])
+        parts = (slice(None, half), slice(half, None))
+        halves = [self._run(session, names, pixel_values[part], strengths[part]) for part in parts]
+        return [np.concatenate(rows) for rows in zip(*halves, strict=True)]
+
+    def _fed(self, session: Any, strengths: np.ndarray) -> np.ndarray:
+        """Return strengths [batch] as the graph takes them: those of an earlier version take one, without an axis.
+
+        Raises:
+            ConfigError: The graph takes none, or one and they differ.
+        """
+        taken = _strength_of(session)
+        if taken is not None and taken.shape:
+            return strengths
+        if taken is None or (strengths != strengths[0]).any():
+            takes = "no strength" if taken is None else "one strength for a whole batch"
+            raise ConfigError(f"the graph in {self.bundle.folder} takes {takes}; export the defense again")
+        return strengths[:1].reshape(())
 
     # --- checks ---
 
@@ -373,7 +437,18 @@ class OnnxClassifier(ZeroShotClassifier):
 
 
 def _has_strength(session: Any) -> bool:
-    return any(value.name == STRENGTH for value in session.get_overridable_initializers())
+    return _strength_of(session) is not None
+
+
+def _needs_strength(session: Any) -> bool:
+    """Return whether a graph has to be fed a strength: those that a server's layout gave an input of their own."""
+    return any(value.name == STRENGTH for value in session.get_inputs())
+
+
+def _strength_of(session: Any) -> Any:
+    """Return the graph's input for a strength, or None."""
+    values = (*session.get_inputs(), *session.get_overridable_initializers())
+    return next((value for value in values if value.name == STRENGTH), None)
 
 
 def _checked_strength(strength: float) -> float:

@@ -1,7 +1,7 @@
 """The vision tower with the defense inside, in a form that goes through torch.onnx.
 
     pixel_values [batch, 3, height, width] --vision tower, edited after block L--> image_embeds [batch, d_embed]
-    strength [] --factor on what is removed: 1 where nothing is fed, 0 is the CLIP without its defense--^
+    strength [batch] or [1] --factor on what is removed: 1 where nothing is fed, 0 is the CLIP without its defense--^
     text_embeds [n_labels, d_embed] --logit_scale * image_embeds @ text_embeds.T--> logits_per_image [batch, n_labels]
 
 The Suppressor of the library branches on its data, which a graph cannot. So `TracedEdit` restates the one formula from
@@ -39,7 +39,7 @@ from defense.errors import ConfigError
 from defense.export.coordinates import TRANSLATION, coordinates
 from defense.export.layouts import Mode
 from defense.export.operators import rewritten
-from defense.export.runtime import STRENGTH
+from defense.export.repository import STRENGTH
 from defense.hosts.attach import EditedBlock, attached, is_wrapped
 from defense.hosts.families import tower_of
 
@@ -69,10 +69,9 @@ class TracedEdit(nn.Module):
         self.mode = mode
         self.register_buffer("removal", suppressor.removal * suppressor.strength, persistent=False)
 
-    def forward(self, resid: Tensor, strength: Tensor) -> Tensor:
-        """Return what to remove from resid [batch, pos, d_model], at every pos; nothing where strength [] is 0."""
-        s = self.suppressor
-        removal = self.removal * strength
+    def forward(self, resid: Tensor) -> Tensor:
+        """Return what to remove from resid [batch, pos, d_model], at every pos."""
+        s, removal = self.suppressor, self.removal
         rows = resid.reshape(-1, s.d_model)
         z, scale, _ = normalize(rows, s.norm)
         acts = reference.acts_of_set(z, s.encoder()) if s.W_enc is None else self._topk_acts(z)
@@ -136,11 +135,11 @@ class TracedBlock(nn.Module):
         self.batch_first = block.batch_first
 
     def edited(self, strength: Tensor, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Return the edited output of the block; each edit sees the unedited one."""
+        """Return the edited output of the block; each edit sees the unedited one, and none counts at strength 0."""
         resid = (output if self.batch_first else output.transpose(0, 1)).float()
         edited = resid
         for edit, tokens in zip(self.edits, self.slices, strict=True):
-            delta = edit(resid[:, tokens], strength)
+            delta = edit(resid[:, tokens]) * strength[:, None, None]
             before, after = tokens.start or 0, 0 if tokens.stop is None else resid.shape[1] - tokens.stop
             edited = edited - F.pad(delta, (0, 0, before, after))
         edited = edited.to(output.dtype)
@@ -205,9 +204,9 @@ class VisionGraph(nn.Module):
         Args:
             pixel_values: [batch, 3, height, width].
             text_embeds: [n_labels, d_embed], normalized.
-            strength: Factor on what is removed, float32 []; 1 by default.
+            strength: Factor on what is removed, float32 [batch] or [1]; 1 by default.
         """
-        with self._edits(torch.ones(()) if strength is None else strength):
+        with self._edits(torch.ones(1) if strength is None else strength):
             image_embeds = F.normalize(self.tower.encode(pixel_values.to(self.tower.dtype)).float(), dim=-1)
         return image_embeds, self.scale * image_embeds @ text_embeds.T + self.bias
 
@@ -237,7 +236,7 @@ def trace_vision(graph: VisionGraph, size: tuple[int, int], text_embeds: Tensor)
     """Return the graph in ONNX, with labels and strength baked in that a caller may replace.
 
     `text_embeds` and `strength` are initializers that are also inputs: what is fed under these names, for any number of
-    labels, stands in for them. A CLIP without a defense has no strength.
+    labels, and for all pictures or for each its own, stands in for them. A CLIP without a defense has no strength.
 
     Args:
         graph: What to trace.
@@ -250,12 +249,15 @@ def trace_vision(graph: VisionGraph, size: tuple[int, int], text_embeds: Tensor)
     }
     defaults = {"text_embeds": text_embeds}
     if len(graph.blocks):
-        example[STRENGTH] = defaults[STRENGTH] = torch.ones(())
+        example[STRENGTH] = defaults[STRENGTH] = torch.ones(1)
     with graph.in_place():
         model = trace(graph, example, {"pixel_values": "batch", "text_embeds": "n_labels"}, OUTPUTS)
     for value in model.graph.inputs:
         if value.name in defaults:
             value.const_value = ir.tensor(defaults[value.name].numpy(), name=value.name)
+            if value.name == STRENGTH:
+                # One for all pictures, or as many as they are: it is multiplied, which broadcasts, and nothing else.
+                value.shape = ir.Shape(["n_strengths"])
             model.graph.register_initializer(value)
     return model
 

@@ -303,3 +303,19 @@ def test_size_is_checked_without_reading_everything(copied):
     bundle.load(copied, verify="size")
     with pytest.raises(ConfigError, match="verify='none'"):
         bundle.load(copied, verify="none")
+
+
+def test_a_server_s_operator_may_change_what_is_not_read_and_nothing_else(copied):
+    (copied / "Dockerfile").write_text("FROM scratch")
+    (copied / "__pycache__").mkdir()
+    (copied / "__pycache__" / "model.pyc").write_bytes(b"x")
+    with pytest.raises(CheckpointError):
+        bundle.load(copied)
+    assert bundle.load(copied, is_served=True).model == "model.onnx"
+    graph = copied / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+    with pytest.raises(IntegrityError):
+        bundle.load(copied, is_served=True)
+    graph.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.onnx is missing"):
+        bundle.load(copied, is_served=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,9 +17,18 @@ pytest.importorskip("onnxruntime")
 from typer.testing import CliRunner
 
 from defense.cli import app
+from defense.errors import ConfigError
 from defense.export import bundle, exporter, verify
 from defense.export.exporter import export_onnx
-from defense.export.layouts import REPOSITORY, TEXT_NAME, VISION_NAME
+from defense.export.layouts import memory_mib
+from defense.export.repository import (
+    PICTURE_REPOSITORY,
+    PICTURES_NAME,
+    RAW_NAME,
+    REPOSITORY,
+    TEXT_NAME,
+    VISION_NAME,
+)
 from defense.export.runtime import OnnxClassifier
 
 PARITY = verify.Parity(40, (1, 2, 5, 32), 1e-7, 1.0, 1.0, 0.0)
@@ -44,12 +55,17 @@ def kserve(export_as):
     return export_as("kserve", text=True)
 
 
-def config_of(folder, name):
+def config_of(folder, name, repository=REPOSITORY):
     """A model configuration, read by Triton's own schema."""
     model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     text_format = pytest.importorskip("google.protobuf.text_format")
-    text = (folder / REPOSITORY / name / "config.pbtxt").read_text(encoding="utf-8")
+    text = (folder / repository / name / "config.pbtxt").read_text(encoding="utf-8")
     return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+def shape_of(tensor) -> list[int]:
+    """What a graph gets, less the batch."""
+    return list(tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims)
 
 
 TYPES = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
@@ -61,9 +77,10 @@ def test_fault_80_the_configuration_is_that_of_the_graph(kserve, name):
     clf = OnnxClassifier(kserve)
     session = clf._session(f"{REPOSITORY}/{name}/1/model.onnx")
     type_name = config.input[0].DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
-    assert [(i.name, list(i.dims), type_name[i.data_type].name) for i in config.input] == [
+    assert [(i.name, shape_of(i), type_name[i.data_type].name) for i in config.input] == [
         (i.name, i.shape[1:], TYPES[i.type]) for i in session.get_inputs()
     ]
+    assert not [i.name for i in config.input if i.optional]  # the backend refuses these where there are batches
     n_labels = len(clf.bundle.prompts.labels)
     assert [(o.name, list(o.dims), type_name[o.data_type].name) for o in config.output] == [
         (o.name, [n_labels if axis == "n_labels" else axis for axis in o.shape[1:]], TYPES[o.type])
@@ -80,11 +97,10 @@ def test_fault_80_batches_are_bounded_and_the_first_request_is_not_the_slow_one(
     assert 0 < config.dynamic_batching.max_queue_delay_microseconds <= 10_000
     assert [warmup.batch_size for warmup in config.model_warmup] == [1, 32]
     for warmup in config.model_warmup:
-        assert list(warmup.inputs) == [config.input[0].name]
-        (tensor,) = warmup.inputs.values()
-        assert list(tensor.dims) == list(config.input[0].dims)
-        assert tensor.data_type == config.input[0].data_type
-        assert tensor.zero_data
+        assert set(warmup.inputs) == {tensor.name for tensor in config.input}
+        for tensor in config.input:
+            warm = warmup.inputs[tensor.name]
+            assert (list(warm.dims), warm.data_type, warm.zero_data) == (list(tensor.dims), tensor.data_type, True)
 
 
 def test_fault_80_labels_stand_in_the_order_of_the_logits(kserve):
@@ -100,6 +116,48 @@ def test_instances_run_where_the_graph_can(export_as, dtype, kind):
     config = config_of(export_as("triton", dtype=dtype), VISION_NAME)
     kinds = config.instance_group[0].DESCRIPTOR.fields_by_name["kind"].enum_type.values_by_number
     assert [kinds[group.kind].name for group in config.instance_group] == [kind]
+
+
+def test_strength_is_an_input_of_both_kinds_of_server_and_one_of_no_defense_has_none(export_as, kserve):
+    in_python = config_of(export_as("triton-python"), VISION_NAME)
+    for config, is_optional in ((config_of(kserve, VISION_NAME), False), (in_python, True)):
+        (strength,) = [tensor for tensor in config.input if tensor.name == "strength"]
+        assert (list(strength.dims), shape_of(strength), strength.optional) == ([1], [], is_optional)
+    assert in_python.backend == "python"
+
+
+def test_the_picture_models_fit_each_other_and_the_graph(export_as):
+    folder = export_as("triton", text=True)
+    by_name = {name: config_of(folder, name) for name in (VISION_NAME, TEXT_NAME)}
+    by_name |= {
+        path.parent.name: config_of(folder, path.parent.name, PICTURE_REPOSITORY)
+        for path in (folder / PICTURE_REPOSITORY).glob("*/config.pbtxt")
+    }
+    assert {name for name, config in by_name.items() if config.platform == "ensemble"} == {PICTURES_NAME, RAW_NAME}
+    for name in (PICTURES_NAME, RAW_NAME):
+        ensemble = by_name[name]
+        known = {tensor.name: tensor for tensor in ensemble.input}
+        for step in ensemble.ensemble_scheduling.step:
+            model = by_name[step.model_name]
+            assert {tensor.name for tensor in model.input if not tensor.optional} <= set(step.input_map)
+            for tensor in model.input:
+                if tensor.name in step.input_map:
+                    given = known[step.input_map[tensor.name]]
+                    assert (list(given.dims), given.data_type) == (list(tensor.dims), tensor.data_type)
+            known |= {step.output_map[tensor.name]: tensor for tensor in model.output if tensor.name in step.output_map}
+        for tensor in ensemble.output:
+            assert list(known[tensor.name].dims) == list(tensor.dims)
+    assert len(by_name[RAW_NAME].input) == 1  # as a raw request wants it
+
+
+def test_a_graph_in_python_is_for_a_cpu(tiny_classifier, tmp_path):
+    with pytest.raises(ConfigError, match="triton-python' runs on a CPU"):
+        export_onnx(tiny_classifier, tmp_path / "out", layout="triton-python", dtype="fp16")
+
+
+@pytest.mark.parametrize(("n_bytes", "mib"), [(0, 1024), (1, 1280), (350 * 2**20, 2304), (1200 * 2**20, 4864)])
+def test_memory_follows_the_size_of_the_graphs(n_bytes, mib):
+    assert memory_mib(n_bytes) == mib
 
 
 def test_every_layout_is_a_bundle_that_answers_alike(kserve, tiny_bundle, seven_pictures):
@@ -177,6 +235,9 @@ def test_the_inference_service_is_one(kserve):
     model = service["spec"]["predictor"]["model"]
     assert (model["modelFormat"]["name"], model["protocolVersion"]) == ("onnx", "v2")
     assert model["storageUri"].endswith(REPOSITORY)
+    n_bytes = sum(path.stat().st_size for path in kserve.rglob("*.onnx"))
+    for kind in ("requests", "limits"):
+        assert model["resources"][kind]["memory"] == f"{memory_mib(n_bytes)}Mi"
     assert model["env"] == [{"name": "ORT_DISABLE_TELEMETRY", "value": "1"}]
 
 
@@ -185,8 +246,20 @@ def test_the_client_in_the_readme_sends_what_the_graph_takes(kserve):
     compile(block, "README.md", "exec")
     config = config_of(kserve, VISION_NAME)
     assert f'InferInput("{config.input[0].name}"' in block
-    assert f'.infer("{config.name}"' in block
+    assert f'.infer("{config.name}", [request, strength]' in block
+    assert 'InferInput("strength", [1, 1], "FP32")' in block
     assert "kubectl apply -f inference-service.yaml" in (kserve / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_code_for_onnxruntime_alone_feeds_what_the_graph_of_a_server_wants(kserve, tmp_path, seven_pictures):
+    from PIL import Image
+
+    Image.fromarray(seven_pictures[0]).save(tmp_path / "a.png")
+    blocks = re.findall(r"```python\n(.*?)```", (kserve / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [block for block in blocks if "import onnxruntime" in block]
+    code = code.replace('"picture.jpg"', repr(str(tmp_path / "a.png")))
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=kserve, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in bundle.load(kserve).prompts.labels
 
 
 def test_what_the_container_runs_is_a_command_that_works(tiny_bundle, tmp_path, seven_pictures):
@@ -195,6 +268,7 @@ def test_what_the_container_runs_is_a_command_that_works(tiny_bundle, tmp_path, 
     lines = (tiny_bundle / "Dockerfile").read_text(encoding="utf-8").splitlines()
     assert lines[-1].startswith("ENTRYPOINT ")
     assert not [line for line in lines if "torch" in line and not line.startswith("#")]
+    assert "USER 65534:65534" in lines
     command = re.findall(r'"([^"]+)"', lines[-1])
     assert command[0] == "defense"
     Image.fromarray(seven_pictures[0]).save(tmp_path / "a.png")

@@ -165,6 +165,34 @@ def test_a_strength_out_of_range_is_refused(tiny_bundle, clf, strength):
             make()
 
 
+def test_each_picture_of_a_batch_can_have_a_strength_of_its_own(clf, seven_pictures):
+    pixel_values = np.stack([clf.preprocess(Image.fromarray(picture)) for picture in seven_pictures])
+    strengths = np.array([0, 1, 0.5, 0, 1, 1, 0.25], np.float32)
+    got, logits = clf.outputs(pixel_values, strengths)
+    want = np.concatenate(
+        [clf.with_strength(float(s)).encode_pixels(row[None]) for s, row in zip(strengths, pixel_values, strict=True)]
+    )
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    np.testing.assert_allclose(logits, clf.logit_scale * want @ clf.text_embeds().T, atol=1e-4)
+
+
+def test_a_strength_without_an_axis_is_fed_as_one(copied, clf, seven_pictures):
+    """As in bundles of an earlier version: one number for the whole batch."""
+    model = onnx.load(copied / "model.onnx")
+    for node in model.graph.node:
+        node.input[:] = ["strength_row" if name == "strength" else name for name in node.input]
+    del next(value for value in model.graph.input if value.name == "strength").type.tensor_type.shape.dim[:]
+    del next(value for value in model.graph.initializer if value.name == "strength").dims[:]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "one_strength"))
+    model.graph.node.insert(0, onnx.helper.make_node("Reshape", ["strength", "one_strength"], ["strength_row"]))
+    (copied / "model.onnx").write_bytes(model.SerializeToString())
+    old = OnnxClassifier(restated(copied), strength=0)
+    assert [value.shape for value in old._session("model.onnx").get_overridable_initializers()][-1] == []
+    np.testing.assert_allclose(old.transform(seven_pictures), clf.with_strength(0).transform(seven_pictures), atol=1e-6)
+    with pytest.raises(ConfigError, match="takes one strength for a whole batch; export the defense again"):
+        old.outputs(np.zeros((2, 3, *old.preprocess.size), np.float32), np.array([0, 1], np.float32))
+
+
 def without_strength(folder: Path) -> Path:
     """A bundle as older versions wrote it: strength is a constant of the graph."""
     model = onnx.load(folder / "model.onnx")
@@ -372,6 +400,7 @@ class Small:
 
     def __init__(self, real) -> None:
         self.real, self.batches = real, []
+        self.get_inputs, self.get_overridable_initializers = real.get_inputs, real.get_overridable_initializers
 
     def run(self, names, feed):
         self.batches.append(len(feed["pixel_values"]))
@@ -395,6 +424,8 @@ def test_fault_71_other_failures_of_the_runtime_are_told_at_once(tiny_bundle, se
     clf = OnnxClassifier(tiny_bundle)
 
     class Broken:
+        get_inputs = list
+
         def run(self, _names, _feed):
             raise RuntimeError("device lost")
 

@@ -272,7 +272,7 @@ def test_every_rule_goes_through_onnx_with_plain_operators(tiny_clip, tmp_path, 
     if sites[0][2].latents:
         with attached(clf.clip.model).bypassed():
             plain = expected(clf, pixels(5))[0]
-        got = session.run(None, {"pixel_values": pixels(5), "strength": np.zeros((), np.float32)})
+        got = session.run(None, {"pixel_values": pixels(5), "strength": np.zeros(1, np.float32)})
         np.testing.assert_allclose(got[0], plain, atol=1e-6)
     model = onnx.load(tmp_path / "model.onnx")
     assert {entry.domain for entry in model.opset_import} == {""}
