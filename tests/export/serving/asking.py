@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tritonclient.grpc")
+pytest.importorskip("geventhttpclient", reason="tritonclient.http needs it")
 pytest.importorskip("tritonclient.http")
 
 import tritonclient.grpc as grpc
