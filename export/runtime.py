@@ -13,7 +13,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from defense.data.threads import decoding_threads
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import BackendError, CheckpointError, ConfigError, DefenseError, ShapeError
 from defense.export import bundle
+from defense.export import strength as strengths_of
 from defense.export.repository import STRENGTH
 from defense.export.sessions import CPU, CUDA, HALF_OPTIONS, import_onnxruntime, open_session
 from defense.store.folders import Verify
@@ -85,7 +85,7 @@ class OnnxClassifier(ZeroShotClassifier):
         super().__init__(batch_size, self.bundle.prompts, limits)
         self.providers = None if providers is None else tuple(providers)
         self.session_options = dict(session_options or {})
-        self.strength = _checked_strength(strength)
+        self.strength = strengths_of.checked(strength)
         self._given = {self.bundle.prompts: self.bundle.text_embeds}  # not to be had from a text tower
         self._start()
         self._check_strength()
@@ -105,7 +105,7 @@ class OnnxClassifier(ZeroShotClassifier):
         self._own_process()
         other = object.__new__(type(self))
         other.__dict__.update(vars(self))
-        other.strength = _checked_strength(strength)
+        other.strength = strengths_of.checked(strength)
         other._check_strength()
         return other
 
@@ -113,7 +113,7 @@ class OnnxClassifier(ZeroShotClassifier):
     def has_strength(self) -> bool:
         """Whether the graph has a strength to set; one without a defense, or of an older version, has none."""
         self._own_process()
-        return _has_strength(self._session(self.bundle.model))
+        return strengths_of.input_of(self._session(self.bundle.model)) is not None
 
     def _check_strength(self) -> None:
         if self.strength != 1 and not self.has_strength:
@@ -189,7 +189,7 @@ class OnnxClassifier(ZeroShotClassifier):
         sites = self.bundle.defense["sites"] if self.bundle.defense is not None else ()
         ranks = self.bundle.mode == "exact" and any(site["act"] == "topk" for site in sites)
         solves = any(each["edit"] == "project" for site in sites for each in site["sets"])
-        if name != self.bundle.model or not (ranks or solves) or _has_strength(session):
+        if name != self.bundle.model or not (ranks or solves) or strengths_of.input_of(session) is not None:
             return
         version = import_onnxruntime().__version__
         if tuple(map(int, version.split(".")[:2])) < _TOPK_TAKES_NO_ROWS:
@@ -387,8 +387,8 @@ class OnnxClassifier(ZeroShotClassifier):
     ) -> list[np.ndarray]:
         """Return outputs of the vision graph; a batch that does not fit into memory is halved until it does."""
         feed = {"pixel_values": pixel_values}
-        if _needs_strength(session) or (strengths != 1).any():
-            feed[STRENGTH] = self._fed(session, strengths)
+        if strengths_of.is_needed(session) or (strengths != 1).any():
+            feed[STRENGTH] = strengths_of.fed(session, strengths, self.bundle.folder)
         try:
             outputs: list[np.ndarray] = session.run(names, feed)
             return outputs
@@ -400,20 +400,6 @@ class OnnxClassifier(ZeroShotClassifier):
         parts = (slice(None, half), slice(half, None))
         halves = [self._run(session, names, pixel_values[part], strengths[part]) for part in parts]
         return [np.concatenate(rows) for rows in zip(*halves, strict=True)]
-
-    def _fed(self, session: Any, strengths: np.ndarray) -> np.ndarray:
-        """Return strengths [batch] as the graph takes them: those of an earlier version take one, without an axis.
-
-        Raises:
-            ConfigError: The graph takes none, or one and they differ.
-        """
-        taken = _strength_of(session)
-        if taken is not None and taken.shape:
-            return strengths
-        if taken is None or (strengths != strengths[0]).any():
-            takes = "no strength" if taken is None else "one strength for a whole batch"
-            raise ConfigError(f"the graph in {self.bundle.folder} takes {takes}; export the defense again")
-        return strengths[:1].reshape(())
 
     # --- checks ---
 
@@ -434,29 +420,6 @@ class OnnxClassifier(ZeroShotClassifier):
                 f"{tolerance['atol']:.2g} ({tolerance['cosine']}): this runtime does not compute what was exported"
             )
         return difference
-
-
-def _has_strength(session: Any) -> bool:
-    return _strength_of(session) is not None
-
-
-def _needs_strength(session: Any) -> bool:
-    """Return whether a graph has to be fed a strength: those that a server's layout gave an input of their own."""
-    return any(value.name == STRENGTH for value in session.get_inputs())
-
-
-def _strength_of(session: Any) -> Any:
-    """Return the graph's input for a strength, or None."""
-    values = (*session.get_inputs(), *session.get_overridable_initializers())
-    return next((value for value in values if value.name == STRENGTH), None)
-
-
-def _checked_strength(strength: float) -> float:
-    if not isinstance(strength, Real) or not 0 <= strength <= 1:
-        raise ConfigError(
-            f"strength={strength!r}; it must lie in [0, 1]: 0 is the CLIP without its defense, 1 all of it"
-        )
-    return float(strength)
 
 
 def _some(texts: Sequence[str]) -> str:
