@@ -236,14 +236,16 @@ class OnnxClassifier(ZeroShotClassifier):
         Raises:
             ShapeError: Another number of rows than labels, or another width than the bundle's.
             NonFiniteError: A number is NaN or infinite.
-            ConfigError: See `labels.check_labels`; or an embedding is zero.
+            ConfigError: See `labels.check_labels`; or an embedding is zero, or that of another label too.
         """
         names = labels.check_labels(candidate_labels)
         want = (len(names), self.bundle.text_embeds.shape[1])
         if np.shape(text_embeds) != want:
             raise ShapeError(f"text_embeds is {list(np.shape(text_embeds))}, want {list(want)} for these labels")
+        embeds = labels.average_templates(text_embeds, len(names), 1)
+        labels.check_apart(names, embeds)
         prompts = Prompts(names, ("{}",))
-        self._given[prompts] = labels.average_templates(text_embeds, len(names), 1)
+        self._given[prompts] = embeds
         self.prompts = prompts
         return self
 
