@@ -30,6 +30,7 @@ from defense.benchmarks.robust_measuring import Measured, Track, check_present, 
 from defense.benchmarks.robust_results import collect, read_results, result_of, write_result
 from defense.benchmarks.robust_store import Store
 from defense.errors import ConfigError, InvalidImageError, MissingDependencyError
+from defense.store.folders import replacing
 
 if TYPE_CHECKING:
     from defense.benchmarks.methods import Method  # some import torch
@@ -124,7 +125,8 @@ def lay_out(out: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
     """
     results = read_results(out)
-    (out / "results.md").write_text(tables.markdown(results) + "\n", encoding="utf-8")
+    with replacing(out / "results.md") as partial:
+        partial.write_text(tables.markdown(results) + "\n", encoding="utf-8")
     plots.draw(results, out)
 
 

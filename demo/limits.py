@@ -61,7 +61,7 @@ _NOTES = {
     "invisible": "Nothing in it can be seen: it is transparent, or white on nothing.",
     "dark": "It is nearly black: its 16-bit levels use less than a quarter of their range.",
     "zeros": "The last part of the file is zeros: one flat color, or never downloaded.",
-    "uneven": "The file holds more data than its pixels take: a part of it may be garbage.",
+    "uneven": "The file holds more data than its pixels take, or lacks scans: a part of it may be garbage.",
 }
 
 

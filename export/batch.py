@@ -17,6 +17,7 @@ import numpy as np
 
 from defense.data.cells import picture_in
 from defense.data.notes import NoteLog
+from defense.data.shards import check_single
 from defense.errors import ConfigError, InvalidImageError
 from defense.export.runtime import OnnxClassifier
 from defense.export.serving.watch import removed_energy
@@ -84,11 +85,12 @@ class BatchPredictor:
         """Check the columns of a batch.
 
         Raises:
-            ConfigError: The one with the pictures is missing, or the answer would replace one.
+            ConfigError: The one with the pictures is missing or there twice, or the answer would replace one.
         """
         names = list(names)
         if self.column not in names:
             raise ConfigError(f"the batch has the columns {sorted(names)}; the pictures should be in {self.column!r}")
+        check_single(names, self.column)
         lost = sorted(set(self.answer_columns()).intersection(names) - {self.column})
         if lost:
             raise ConfigError(

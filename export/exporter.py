@@ -142,7 +142,7 @@ def free_target(folder: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: There is something in it, or its parent is not there.
     """
-    target = Path(folder).resolve()
+    target = folders.led_to(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty folder; choose another, or remove it first")
     if not target.parent.is_dir():

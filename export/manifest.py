@@ -76,7 +76,8 @@ def check_values(manifest: Mapping[str, Any]) -> Prompts:
     if context_length is not None and not 1 <= context_length <= _MAX_CONTEXT:
         raise ConfigError(f"context_length is {context_length}; want 1 to {_MAX_CONTEXT}")
     _check_tolerance(manifest["tolerance"])
-    return Prompts(labels.check_labels(manifest["labels"]), labels.resolve_templates(manifest["templates"]))
+    names = labels.check_labels(manifest["labels"], are_stored=True)
+    return Prompts(names, labels.resolve_templates(manifest["templates"]))
 
 
 def _check_clip(clip: Mapping[str, Any]) -> None:

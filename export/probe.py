@@ -17,6 +17,7 @@ import onnxruntime as ort
 from safetensors.numpy import load_file, save_file
 
 from defense.export.sessions import make_options
+from defense.store.folders import write_tensors
 
 _kept: list[Any] = []
 """What sessions use and do not own."""
@@ -52,7 +53,7 @@ def probe(folder: Path) -> None:
     for batch, fields in job["further"].items():
         constants, feed = ({name: inputs[f"{batch}.{name}"] for name in fields[key]} for key in ("constants", "inputs"))
         answer(batch, _session(job, constants) if constants else session, feed)
-    save_file(answers, folder / OUTPUTS)
+    write_tensors(answers, folder / OUTPUTS, save_file)
 
 
 def _session(job: dict[str, Any], constants: dict[str, np.ndarray]) -> Any:

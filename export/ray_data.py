@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from defense.cli.common import exit_code
+from defense.cli.common import exit_code, harmless, log_warnings
 from defense.data.cells import picture_in
 from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.listing import in_words, list_files
@@ -34,7 +35,7 @@ from defense.data.sources import name_below
 from defense.errors import ConfigError, DefenseError
 from defense.export.batch import BatchPredictor
 from defense.store.defenses import MANIFEST
-from defense.store.folders import replacing, sha256_of
+from defense.store.folders import led_to, replacing, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def _job(predictor: BatchPredictor) -> dict[str, Any]:
 
 def _table(file: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(pa.OSFile(os.fsencode(file)))  # as bytes: the name may be no UTF-8
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{file} cannot be read as Parquet: {error}") from error
 
@@ -155,7 +156,11 @@ class ShardWorker:
         schema, batches = self._read(shard)
         for name in self.predictor.answer_columns():
             schema = schema.append(pa.field(name, _ANSWER_TYPES[name.removeprefix(self.predictor.prefix)]))
-        with replacing(self.out / shard["name"]) as partial, pq.ParquetWriter(partial, schema) as writer:
+        with (
+            replacing(self.out / shard["name"]) as partial,
+            partial.open("wb") as stream,
+            pq.ParquetWriter(stream, schema) as writer,
+        ):
             for others, cells in batches:
                 answers = self.predictor({self.predictor.column: cells})
                 *_, errors = answers.values()
@@ -270,17 +275,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--max-pixels", type=int, default=DEFAULT_LIMITS.max_pixels, help="largest picture that is read"
     )
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    source, out = arguments.source.resolve(), arguments.out.resolve()
+    log_warnings()
     try:
+        source, out = led_to(arguments.source), led_to(arguments.out)
         predictor = BatchPredictor(
-            arguments.bundle.resolve(), column=arguments.column, prefix=arguments.prefix,
+            led_to(arguments.bundle), column=arguments.column, prefix=arguments.prefix,
             watch=arguments.watch, limits=Limits(max_pixels=arguments.max_pixels),
             session_options={"intra_op_num_threads": 1},
         )  # fmt: skip
         done = run(source, out, predictor, workers=arguments.workers, rows=arguments.rows)
     except (DefenseError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {harmless(str(error))}\n")
         return exit_code(error)
     sys.stdout.write(json.dumps(done) + "\n")
     return 4 if done["errors"] else 0

@@ -253,7 +253,7 @@ class OnnxClassifier(ZeroShotClassifier):
         Raises:
             ShapeError: Another number of rows than labels, or another width than the bundle's.
             NonFiniteError: A number is NaN or infinite.
-            ConfigError: See `labels.check_labels`; or an embedding is zero.
+            ConfigError: See `labels.check_labels`; or an embedding is zero, or that of another label too.
         """
         names, embeds = self.checked_embeds(candidate_labels, text_embeds)
         prompts = Prompts(names, ("{}",))
@@ -273,7 +273,9 @@ class OnnxClassifier(ZeroShotClassifier):
         want = (len(names), self.bundle.text_embeds.shape[1])
         if np.shape(text_embeds) != want:
             raise ShapeError(f"text_embeds is {list(np.shape(text_embeds))}, want {list(want)} for these labels")
-        return names, labels.average_templates(text_embeds, len(names), 1)
+        embeds = labels.average_templates(text_embeds, len(names), 1)
+        labels.check_apart(names, embeds)
+        return names, embeds
 
     def forget_labels(self, keep: int) -> None:
         """Do as the base class says; the bundle's own embeddings and those that were handed over stay."""

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from defense.errors import CheckpointError
+from defense.store.folders import write_tensors
 
 BATCHES = (1, 2, 5, 32)
 """Batch sizes that a graph is run with; the one that it was traced with is not among them."""
@@ -207,7 +208,8 @@ def _run(
     inputs = dict(expected.inputs)
     for name, batch in expected.further.items():
         inputs |= {f"{name}.{each}": array for each, array in {**batch.inputs, **batch.constants}.items()}
-    save_file({name: np.ascontiguousarray(array) for name, array in inputs.items()}, folder / INPUTS)
+    tensors = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+    write_tensors(tensors, folder / INPUTS, save_file)
     try:
         done = subprocess.run(
             # -P: a checkout that is the working folder must not stand in for what is installed.

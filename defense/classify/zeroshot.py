@@ -27,6 +27,8 @@ from .inputs import check_count, check_top_k, checked_pixels, finite, is_one_pic
 
 log = logging.getLogger(__name__)
 
+_N_SHOWN = 20
+"""Labels that one warning names at most."""
 _MAX_LABEL_BYTES = 256 * 2**20
 """Of the embeddings of labels that are kept; those that were used last stay."""
 
@@ -436,4 +438,6 @@ def warn_of_unknown_words(
         return
     unknown = [name for name in names if is_blank[np.asarray(tokenizer([name]))].any()]
     if unknown:
-        log.warning("this model never saw these labels, and guesses: %s", ", ".join(map(repr, unknown)))
+        more = f" and {len(unknown) - _N_SHOWN} more" if len(unknown) > _N_SHOWN else ""
+        shown = ", ".join(map(repr, unknown[:_N_SHOWN]))
+        log.warning("this model never saw these labels, and guesses: %s%s", shown, more)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,11 +20,13 @@ from defense.cli.common import (
     check_pretrained,
     check_there,
     exit_codes,
+    log_warnings,
     put,
     say,
     shown,
 )
 from defense.cli.progress import stages
+from defense.store.folders import led_to
 
 if TYPE_CHECKING:
     from defense.benchmarks.datasets import Options, Task
@@ -72,8 +73,9 @@ def bench(
     device: Device = "auto",
 ) -> None:
     """Measure methods on data sets that attack CLIP with words or spurious cues."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_warnings()
     with exit_codes(f"run the same command again to go on: what was measured is in {shown(out)}"):
+        led_to(out)  # refused before the work where it is none
         if suite in _WITHOUT_DATA:
             _refuse_options(ctx, suite, _WITHOUT_DATA[suite])
             raise typer.Exit(_speed(model, out) if suite == "speed" else _latents(out))
@@ -90,10 +92,7 @@ def bench(
         jobs = _jobs(tasks, methods, found, model)
         clip = named_clip.load_named_clip(model, pretrained, device=device)
         with stages() as progress:
-            results = robust.run(
-                clip, jobs, out, seed=seed, command=_command(),
-                track=progress.track,
-            )  # fmt: skip
+            results = robust.run(clip, jobs, out, seed=seed, command=_command(), track=progress.track)
         put(tables.markdown(results))
         robust.lay_out(out)
         if any(result["robust"]["n_unreadable"] for result in results):

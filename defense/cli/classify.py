@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +26,8 @@ from defense.cli.common import (
     chosen_labels,
     exit_codes,
     expand,
+    log_warnings,
+    one_line,
     print_json,
     put,
     say,
@@ -75,7 +76,7 @@ def classify(
     device: Device = "auto",
 ) -> None:
     """Classify pictures with plain and with defended CLIP, side by side."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_warnings()
     with exit_codes():
         from defense.classify.classifier import RobustClassifier
         from defense.export import bundle
@@ -159,7 +160,7 @@ def _classify_all(
 
 
 def _print_error(picture: Picture, error: InvalidImageError, on_error: OnError) -> None:
-    say(f"{picture.name}: {error}", "red")
+    say(f"{one_line(picture.name)}: {error}", "red")
     if on_error == "return":
         print_json({"file": picture.name, "error": {"code": error.code, "message": error.message}})
 
@@ -198,7 +199,7 @@ def _classify_with_bundle(
         elif as_json:
             print_json({"file": picture.name, "robust": answer.prediction, "warnings": list(answer.warnings)})
         else:
-            put(Path(picture.name).name, "bold")
+            put(one_line(Path(picture.name).name), "bold")
             for row in answer.prediction or ():
                 put(f"  {100 * row['score']:5.1f} %  {row['label']}")
             _print_notes(answer.warnings)
@@ -236,7 +237,7 @@ def _print_table(path: Path, answers: dict[str, Prediction]) -> None:
     table = Table("", *scores, box=None, pad_edge=False)
     for label in sorted(best, key=lambda name: -best[name]):
         table.add_row(f"  {label}", *(_cell(column, label) for column in scores.values()))
-    put(shown(Path(path.name)), "bold")
+    put(one_line(shown(Path(path.name))), "bold")
     stdout.print(table)
 
 

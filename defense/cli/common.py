@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import select
 import sys
@@ -15,9 +16,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from defense.data.images import DEFAULT_LIMITS
-from defense.data.listing import in_words
+from defense.data.labels import CONTROL_CHARACTER
+from defense.data.listing import as_text, in_words
 from defense.data.sources import Picture, Pictures, open_pictures
 from defense.errors import (
     EXTRAS,
@@ -42,14 +45,31 @@ app = typer.Typer(
 )
 
 
-class _Stdout(Console):
+def harmless(text: str, *, keep: str = "\n\t") -> str:
+    """Return a text without what a terminal obeys: control characters, which names of files may hold, become escapes.
+
+    Args:
+        text: What to print.
+        keep: Control characters that stay.
+    """
+    return CONTROL_CHARACTER.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
+
+
+class _Plain(Console):
+    """Prints texts as they are, but for what a terminal obeys."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(harmless(text), **options)
+
+
+class _Stdout(_Plain):
     """Where results go."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # rich would end the process here; `exit_codes` does
 
 
-class _Stderr(Console):
+class _Stderr(_Plain):
     """Where talk goes."""
 
     def on_broken_pipe(self) -> None:
@@ -79,6 +99,18 @@ Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')]
 def say(text: str, style: str | None = None) -> None:
     """Print a line for people on stderr; nothing in it is taken for markup."""
     stderr.print(text, style=style, soft_wrap=True)
+
+
+def log_warnings() -> None:
+    """Let the package's warnings appear on stderr, a line each."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
 
 
 def put(text: str, style: str | None = None) -> None:
@@ -268,7 +300,12 @@ def say_passed_over(pictures: Pictures) -> None:
 
 def shown(path: Path) -> str:
     """Return a path as text that can be printed: bytes of a name that are no UTF-8 become escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return as_text(path)
+
+
+def one_line(name: str) -> str:
+    """Return a file's name as it is printed for people: line breaks in it become escapes too."""
+    return harmless(name, keep="")
 
 
 def print_json(fields: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from defense.cli.common import (
     check_pretrained,
     chosen_labels,
     exit_codes,
+    log_warnings,
     say,
     shipped_model,
 )
@@ -46,7 +47,7 @@ def demo(
     device: Device = "auto",
 ) -> None:
     """Open the demo: write a word on a picture, and see what falls, what stands, and what was removed."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_warnings()
     logging.getLogger("defense").propagate = False  # notes on visitors' labels are for them alone
     with exit_codes():
         if find_spec("gradio") is None:

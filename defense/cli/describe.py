@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +18,7 @@ from defense.cli.common import (
     check_pretrained,
     check_there,
     exit_codes,
+    log_warnings,
     put,
     say,
     say_passed_over,
@@ -47,7 +47,7 @@ def describe(
     device: Device = "auto",
 ) -> None:
     """Say of each latent when it fires, what it does to the answer, and which words name it."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_warnings()
     with exit_codes():
         from defense.data.images import Limits
         from defense.data.labels import read_labels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from defense.cli.common import (
     check_pretrained,
     chosen_labels,
     exit_codes,
+    log_warnings,
     say,
     shipped_model,
     shown,
@@ -33,7 +34,7 @@ from defense.cli.common import (
 )
 from defense.core.latents import Removal
 from defense.hosts.shipped import DEFAULT
-from defense.store.folders import replacing
+from defense.store.folders import led_to, replacing
 
 if TYPE_CHECKING:
     from defense.classify.classifier import RobustClassifier
@@ -59,7 +60,7 @@ def explain(
     device: Device = "auto",
 ) -> None:
     """Write what the defense removed from a picture, and where, to one HTML file or PNG that needs nothing else."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_warnings()
     with exit_codes():
         from defense.classify.classifier import RobustClassifier
         from defense.data import images
@@ -108,7 +109,7 @@ def _check_target(out: Path, picture: Path) -> None:
         raise typer.BadParameter(f"--out {shown(out)}: there is no folder {shown(out.parent)}; make it first")
     if out.exists() and not out.is_file():
         raise typer.BadParameter(f"--out {shown(out)} is there and is no file; choose another name")
-    if out.resolve() == picture.resolve():
+    if led_to(out) == Path(os.path.realpath(picture)):
         raise typer.BadParameter(f"--out {shown(out)} is the picture itself, which would be lost; choose another name")
 
 

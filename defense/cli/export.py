@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +18,7 @@ from defense.cli.common import (
     check_pretrained,
     chosen_labels,
     exit_codes,
+    log_warnings,
     put,
     say,
     shipped_model,
@@ -47,7 +47,7 @@ def export(
     layout: Annotated[Layout, typer.Option(help="A server's files around the same bundle.")] = "bundle",
 ) -> None:
     """Write a defended CLIP as ONNX, checked against PyTorch, with all that it takes to run it without."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_warnings()
     with exit_codes():
         from defense.classify.classifier import RobustClassifier
 

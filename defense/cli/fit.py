@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from defense.cli.common import (
     check_there,
     chosen_labels,
     exit_codes,
+    log_warnings,
     put,
     say,
     say_passed_over,
@@ -139,7 +139,7 @@ def fit(
 
     Words in the picture need no labels: plain CLIP's answer is right, until another label is written on the picture.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_warnings()
     with exit_codes():
         import torch
 
@@ -217,11 +217,12 @@ def _check_targets(out: Path, report: Path | None) -> None:
     """Refuse folders that could not be written."""
     from defense.fit import report as report_page
     from defense.store import defenses
+    from defense.store.folders import led_to
 
     defenses.check_target(out)
     if report is None:
         return
-    if report.resolve().is_relative_to(out.resolve()):
+    if led_to(report).is_relative_to(led_to(out)):
         raise typer.BadParameter(f"--report {report} lies in the defense's folder, which holds nothing else")
     report_page.check_target(report)
 

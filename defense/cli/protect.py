@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from defense.cli.common import (
     MaxPixels,
     app,
     exit_codes,
+    log_warnings,
     put,
     say,
     shown,
@@ -61,7 +61,7 @@ def protect(
 
     Each step says its cost before it starts. Run again after an interruption, it goes on where it was.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_warnings()
     with exit_codes():
         from defense.store import registry as registries
         from defense.store.hub import Hub

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +18,7 @@ from defense.cli.common import (
     app,
     check_pretrained,
     exit_codes,
+    log_warnings,
     put,
     say,
     say_passed_over,
@@ -70,7 +70,7 @@ def train(
 
     On several GPUs or machines: torchrun --nproc-per-node 8 --no-python defense train ...
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_warnings()
     with exit_codes("run the same command again to go on from the last step that was saved"):
         from defense.data.images import Limits
         from defense.data.sources import open_pictures

@@ -28,7 +28,7 @@ from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 from defense.errors import ConfigError, InvalidImageError
 
 from .arrays import checked_array, is_array
-from .complete import jpeg_end, lacks_rows, rest_of
+from .complete import lacks_rows, rest_of
 from .formats import FORMATS, diagnosis, truncated
 from .jpeg import decode_whole
 from .levels import bring_key_to_8_bits, stored_bits, to_rgb
@@ -321,9 +321,9 @@ def _notes_on_rest(image: ImageFile.ImageFile, data: bytes, name: str) -> list[s
 
 
 def _is_jpeg(image: Image.Image, data: bytes) -> TypeGuard[ImageFile.ImageFile]:
-    """Return whether a picture is a JPEG with an end that is still to be decoded from these bytes."""
+    """Return whether a picture is a JPEG that is still to be decoded from these bytes."""
     is_pending = isinstance(image, ImageFile.ImageFile) and len(image.tile) == 1 and image.tile[0].codec_name == "jpeg"
-    return is_pending and image.format in ("JPEG", "MPO") and bool(data) and jpeg_end(data) is not None
+    return is_pending and image.format in ("JPEG", "MPO") and bool(data)
 
 
 def _load(image: Image.Image) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "TEMPLATES",
     "Prompts",
     "average_templates",
+    "check_apart",
     "check_distinct",
     "check_labels",
     "common_nouns",
@@ -44,8 +45,15 @@ _log = logging.getLogger(__name__)
 
 # C0, DEL and C1 controls, line and paragraph separator, what reorders text on screen, and halves of surrogate pairs,
 # which no file or hash can hold. The zero-width joiner is not among them: emoji need it.
-_CONTROL_CHARACTER = re.compile(
+CONTROL_CHARACTER = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+# What nobody sees and the text tower reads: soft hyphen, zero-width space, word joiner and such, marks of byte order
+# and annotations, code points that are no characters, tags that spell no flag. Two labels would look alike.
+_INVISIBLE = re.compile(
+    r"[\xad\u180e\u200b\u2060-\u2064\ufeff\ufff9-\ufffb\ufdd0-\ufdef"
+    + "".join(f"\\U{plane:04x}fffe\\U{plane:04x}ffff" for plane in range(17))
+    + r"]|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0000-\U000e007f]"
 )
 # Hugging Face spells them the first way, open_clip the second.
 _CONTROL_TOKEN = re.compile(r"<\|(?:start|end)oftext\|>|<(?:start|end)_of_text>")
@@ -88,19 +96,28 @@ def fill(template: str, label: str) -> str:
     return template.replace("{}", label)  # str.format would let "{0.__class__}" read attributes
 
 
-def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
+def check_labels(labels: Sequence[str], *, are_stored: bool = False) -> tuple[str, ...]:
     """Return the labels without surrounding spaces, otherwise as given; log a warning if there is only one.
 
+    Args:
+        labels: What to choose from.
+        are_stored: They stand in a file, which may be older than the rule about characters that nobody sees.
+
     Raises:
-        ConfigError: `labels` is one string or empty, or a label is not a string, is blank, stands there twice, or
-            holds a control token or a control, newline, tab or bidirectional character, HTML-escaped ones included.
+        ConfigError: `labels` is one string, a set or empty, or a label is not a string, is blank, stands there twice,
+            or holds a control token or a control, newline, tab, bidirectional or invisible character, HTML-escaped ones
+            included.
     """
     if isinstance(labels, str):
         raise ConfigError(f'labels is one string, {labels!r:.80}; pass a list of labels, e.g. ["dog", "pizza"]')
+    if isinstance(labels, set | frozenset):
+        raise ConfigError("labels is a set, whose order differs from run to run; pass a list, e.g. sorted(labels)")
     first_at: dict[str, int] = {}
     for position, label in enumerate(labels):
         name = f"labels[{position}] = {label!r:.80}"
         stripped = _checked_text(label, name).strip()
+        if not are_stored and (found := _INVISIBLE.search(_unescape(label))):  # mojibake has some, and is repaired
+            raise ConfigError(f"{name} holds U+{ord(found[0]):04X}, which nobody sees; remove it")
         if stripped in first_at:
             raise ConfigError(f"{name} repeats labels[{first_at[stripped]}]; two equal labels would share one score")
         first_at[stripped] = position
@@ -143,6 +160,25 @@ def check_distinct(prompts: Prompts, tokenizer: Callable[[list[str]], npt.ArrayL
     )
 
 
+def check_apart(labels: Sequence[str], text_embeds: np.ndarray) -> None:
+    """Refuse labels whose embeddings are equal: they would share one score.
+
+    Args:
+        labels: Their names.
+        text_embeds: Float [n_labels, d_embed].
+
+    Raises:
+        ConfigError: Two rows are equal; the message names both labels.
+    """
+    first_at: dict[bytes, str] = {}
+    for label, row in zip(labels, text_embeds, strict=True):
+        if (other := first_at.setdefault((row + 0.0).tobytes(), label)) is not label:
+            raise ConfigError(
+                f"the labels {other!r:.80} and {label!r:.80} have the same embedding, so they would share one score; "
+                "leave one out, or hand over its own"
+            )
+
+
 def _alike(
     labels: Sequence[str], template: str, tokenizer: Callable[[list[str]], npt.ArrayLike], chunk: int
 ) -> list[list[str]]:
@@ -172,7 +208,7 @@ def read_labels(path: str | Path) -> tuple[str, ...]:
         ) from error
     if text.lstrip()[:9].lower().startswith(("<!doctype", "<html")):
         raise ConfigError(f"{path} is a web page, not a list of labels; download the file itself, one label a line")
-    lines = (line.strip() for line in text.split("\n"))
+    lines = (line.strip() for line in text.replace("\ufeff", "").split("\n"))  # such marks of files that were joined
     try:
         return check_labels([line for line in lines if line])
     except ConfigError as error:
@@ -294,7 +330,7 @@ def _checked_text(text: object, name: str) -> str:
         raise ConfigError(f"{name} is of type {type(text).__name__}, must be a string")
     unescaped = _unescape(text)
     for form in (text, unescaped):  # the text tower sees the second; the first holds what the repair takes out
-        if found := _CONTROL_CHARACTER.search(form):
+        if found := CONTROL_CHARACTER.search(form):
             raise ConfigError(f"{name} holds the control character U+{ord(found[0]):04X}; remove it")
         if found := _CONTROL_TOKEN.search(form.casefold()):
             raise ConfigError(f"{name} holds {found[0]}, which can start or end a prompt; remove it")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -17,6 +17,9 @@ from typing import Literal, cast
 from defense.errors import ConfigError
 
 from .formats import FORMATS, HEAD_BYTES, format_of
+
+_Identity = tuple[int, int]
+"""Device and number of a folder."""
 
 Kind = Literal["pictures", "tar", "parquet"]
 
@@ -119,7 +122,7 @@ def list_files(root: Path) -> Listing:
         raise ConfigError(f"{root} is not there; give a folder with pictures, or tar or Parquet files")
     passed_over: Counter[str] = Counter()
     found: dict[Kind, list[Path]] = {}
-    for file in sorted(_walk(root, passed_over, ()) if root.is_dir() else [root]):
+    for file in sorted(_walk(root, passed_over) if root.is_dir() else [root]):
         kind = kind_of(file)
         if kind in ("pictures", "tar", "parquet"):
             found.setdefault(cast(Kind, kind), []).append(file)
@@ -166,7 +169,7 @@ def is_meaningless(suffix: str) -> bool:
 
 def files_below(folder: Path) -> list[Path]:
     """Return the files below a folder that are not ignored whatever they hold, in sorted order."""
-    return sorted(_walk(folder, Counter(), ()))
+    return sorted(_walk(folder, Counter()))
 
 
 def why_ignored(path: PurePath) -> str | None:
@@ -176,34 +179,49 @@ def why_ignored(path: PurePath) -> str | None:
     return "left behind by a system" if _LEFT_BEHIND.intersection(path.parts) else None
 
 
-def _walk(folder: Path, passed_over: Counter[str], above: Sequence[tuple[int, int]]) -> Iterator[Path]:
+def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
     """Yield the files below a folder.
 
+    A folder is listed where it lies and wherever a link leads to it, but behind two links only if it was not listed
+    before: folders that are linked to each other stand for no more files than there are.
+
     Args:
-        folder: Where to look.
+        root: Where to look.
         passed_over: Counted up.
-        above: Device and number of the folders on the way here, against links that lead back.
     """
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        passed_over["link back to a folder above"] += 1
-        return
-    try:
-        entries = list(os.scandir(folder))
-    except OSError:
-        passed_over["folder that cannot be listed"] += 1
-        return
-    for entry in entries:
-        path = folder / entry.name
-        if (reason := why_ignored(PurePath(entry.name))) is not None:
-            passed_over[reason] += 1
-        elif path.is_dir():
-            yield from _walk(path, passed_over, (*above, identity))
-        elif path.is_file():
-            yield path
-        else:
-            passed_over["broken link, or no file"] += 1
+    listed: set[_Identity] = set()
+    links: deque[tuple[Path, tuple[_Identity, ...], int]] = deque([(root, (), 0)])
+
+    def below(folder: Path, above: tuple[_Identity, ...], n_links: int) -> Iterator[Path]:
+        try:
+            status = folder.stat()
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            passed_over["folder that cannot be listed"] += 1
+            return
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            passed_over["link back to a folder above"] += 1
+            return
+        if n_links > 1 and identity in listed:
+            passed_over["link to a folder that is listed elsewhere"] += 1
+            return
+        listed.add(identity)
+        for entry in entries:
+            path = folder / entry.name
+            if (reason := why_ignored(PurePath(entry.name))) is not None:
+                passed_over[reason] += 1
+            elif os.path.isdir(path) and entry.is_symlink():
+                links.append((path, (*above, identity), n_links + 1))
+            elif os.path.isdir(path):
+                yield from below(path, (*above, identity), n_links)
+            elif os.path.isfile(path):
+                yield path
+            else:
+                passed_over["broken link, or no file"] += 1
+
+    while links:  # what lies behind fewer links comes first
+        yield from below(*links.popleft())
 
 
 def class_folders(files: Sequence[Path], root: Path) -> list[str | None]:
@@ -215,6 +233,11 @@ def class_folders(files: Sequence[Path], root: Path) -> list[str | None]:
     firsts = {place[0] for place in places if place}
     depth = int(bool(firsts) and all(_SPLIT.fullmatch(name) for name in firsts))
     return [place[depth] if len(place) > depth else None for place in places]
+
+
+def as_text(name: str | os.PathLike[str]) -> str:
+    """Return a file's name as text that can be written anywhere: bytes that are no UTF-8 become escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def in_words(passed_over: Mapping[str, int]) -> str:

@@ -16,7 +16,7 @@ NOTES = {
     "invisible": "nothing in it can be seen: it is transparent, or of the color of the background",
     "dark": "its 16-bit samples use less than a quarter of their range: 8 to 14 bits, perhaps, which want scaling",
     "zeros": "the last part of its file is zeros: one flat color, or never downloaded",
-    "uneven": "its compressed data are more than its pixels take, so a part of it may be garbage",
+    "uneven": "its compressed data are more than its pixels take, or lack scans; a part of it may be garbage",
 }
 """Warnings of `images.decode`, in words."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ from defense.errors import ConfigError, MissingDependencyError
 from .cells import Unreadable, label_in, picture_in
 from .formats import HEAD_BYTES
 from .images import DEFAULT_LIMITS, Limits
-from .listing import PICTURE_SUFFIXES, is_meaningless, kind_by_head, why_ignored
+from .listing import PICTURE_SUFFIXES, as_text, is_meaningless, kind_by_head, why_ignored
 
 HELD_OUT_EVERY = 50
 """One picture in so many is kept from training, to measure on."""
@@ -151,12 +152,12 @@ class TarShard:
         for member_key, member in self._members():
             if member_key != key:
                 for name, content, label in self._samples(group):
-                    yield Picture(f"{self.path.name}:{name}", ordinal, content, label)
+                    yield Picture(as_text(f"{self.path.name}:{name}"), ordinal, content, label)
                     ordinal += 1
                 key, group = member_key, []
             group.append(member)
         for name, content, label in self._samples(group):
-            yield Picture(f"{self.path.name}:{name}", ordinal, content, label)
+            yield Picture(as_text(f"{self.path.name}:{name}"), ordinal, content, label)
             ordinal += 1
 
     def _samples(self, group: list[_Member]) -> Iterator[tuple[str, Slice, Slice | None]]:
@@ -238,7 +239,7 @@ class RowGroupShard:
         for ordinal, row in enumerate(self._rows(), start=self.first_ordinal):
             label = None if self.label_column is None else self._named(row[self.label_column])
             source = picture_in(row[self.image_column], self.path.parent)
-            yield Picture(f"{self.path.name}#{ordinal}", ordinal, source, label)
+            yield Picture(as_text(f"{self.path.name}#{ordinal}"), ordinal, source, label)
 
     def _named(self, cell: Any) -> Any:
         """Return the name that a number in the column of labels stands for, and anything else as it is."""
@@ -267,10 +268,22 @@ def row_groups(file: Path) -> Iterator[RowGroupShard]:
         stated = _class_names(parquet.schema_arrow.metadata)
         candidates = [*_LABEL_COLUMNS, *(stated if len(stated) == 1 else ())]
         label = next((name for name in candidates if name in names), None)
+        check_single(names, image, label)
         first = 0
         for group in range(parquet.num_row_groups):
             yield RowGroupShard(file, group, first, image, label, stated.get(label or "", ()))
             first += parquet.metadata.row_group(group).num_rows
+
+
+def check_single(names: Sequence[str], *chosen: str | None) -> None:
+    """Refuse a table in which a column that is read stands twice: which of the two is meant, nobody can say.
+
+    Raises:
+        ConfigError: One does.
+    """
+    for name in chosen:
+        if name is not None and names.count(name) > 1:
+            raise ConfigError(f"there are {names.count(name)} columns {name!r}; rename all but the one that is meant")
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
@@ -313,7 +326,8 @@ def _parquet(path: Path) -> Iterator[Any]:
     except ImportError as error:
         raise MissingDependencyError("pyarrow", "parquet") from error
     try:
-        with parquet.ParquetFile(path) as file:
+        # As bytes: pyarrow takes no path of text that is not UTF-8.
+        with pyarrow.OSFile(os.fsencode(path)) as stream, parquet.ParquetFile(stream) as file:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{path} cannot be read as Parquet: {error}") from error

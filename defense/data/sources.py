@@ -29,7 +29,7 @@ from defense.errors import ConfigError, InvalidImageError
 from . import images
 from .images import DEFAULT_LIMITS, Limits
 from .listing import PICTURE_SUFFIXES as PICTURE_SUFFIXES
-from .listing import class_folders, list_files
+from .listing import as_text, class_folders, list_files
 from .notes import NoteLog
 from .preprocess import Preprocess
 from .shards import HELD_OUT_EVERY as HELD_OUT_EVERY
@@ -180,7 +180,7 @@ def open_pictures(paths: Sequence[str | os.PathLike[str]], *, limits: Limits = D
 
 def name_below(file: Path, root: Path) -> str:
     """Return a file's path below the folder that was given, with what is no UTF-8 as escapes."""
-    return os.fsencode(file.relative_to(root) if file != root else file.name).decode("utf-8", "backslashreplace")
+    return as_text(file.relative_to(root) if file != root else file.name)
 
 
 def prepared(

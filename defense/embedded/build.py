@@ -179,7 +179,8 @@ def build_sae(work: Path, recipe: Recipe, site: SiteRecipe, clip: Clip) -> Spars
     log.info("SAE at block %d: %s", site.block, quality)
     folder.mkdir(exist_ok=True)
     record_path.unlink(missing_ok=True)  # it is written last: where it stands, the SAE beside it is whole and its own
-    save_file({name: torch.from_numpy(t) for name, t in sae.parameters_numpy().items()}, folder / "sae.safetensors")
+    tensors = {name: torch.from_numpy(t) for name, t in sae.parameters_numpy().items()}
+    folders.write_tensors(tensors, folder / "sae.safetensors", save_file)
     record = {"train": fingerprint, "sae": sae.config.to_dict(), "quality": asdict(quality)}
     record_path.write_text(json.dumps(record, indent=1))
     return sae

@@ -34,7 +34,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from defense.errors import ConfigError
-from defense.store.folders import replacing
+from defense.store.folders import replacing, write_tensors
 from defense.world import draws, scenes
 from defense.world.draws import QUESTIONS, SEED, THINGS, draw_example
 from defense.world.scenes import Scene
@@ -277,7 +277,7 @@ def save_state(path: Path, step: int, model: nn.Module, *optimizers: torch.optim
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{which}.{index}.{name}": torch.as_tensor(each) for name, each in moments.items()}
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata={"step": str(step)})
+        write_tensors(tensors, partial, save_file, {"step": str(step)})
 
 
 def load_state(path: Path, model: nn.Module, *optimizers: torch.optim.Optimizer) -> int:

@@ -105,4 +105,4 @@ class KeptResiduals:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with folders.replacing(path) as partial:
-            save_file({"resid": resid.cpu().numpy()}, partial)
+            folders.write_tensors({"resid": resid.cpu().numpy()}, partial, save_file)

@@ -73,7 +73,7 @@ def write(fitted: Fitted, folder: Path) -> Path:
         MissingDependencyError, ConfigError: See `check_target`.
     """
     check_target(folder)
-    with folders.publishing(folder.resolve(), read=_own_plots) as staging:
+    with folders.publishing(folders.led_to(folder), read=_own_plots) as staging:
         _write(fitted, staging)
     return folder
 

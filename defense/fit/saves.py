@@ -72,7 +72,8 @@ class Saves:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._used.add(path)
         with folders.replacing(path) as partial:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
+            tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            folders.write_tensors(tensors, partial, save_file)
 
     def drop(self, key: Any) -> None:
         """Forget what was kept for a key."""

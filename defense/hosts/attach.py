@@ -380,6 +380,19 @@ def detach(model: Model) -> Model:
     return model
 
 
+def check_switchable(model: nn.Module) -> None:
+    """Refuse a context on a compiled model: the code does not look into it, and would answer as if there were none.
+
+    Raises:
+        ConfigError: torch.compile was applied to the model or a part of it.
+    """
+    if is_compiled(model):
+        raise ConfigError(
+            "this model is compiled with the defense inside, which cannot be changed for one call (plain, explain, "
+            "controls); use set_strength(0) for stock CLIP, or a copy that is not compiled"
+        )
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Return whether torch.compile was applied to a model or a part of it, which then ignores new hooks."""
     return any(

@@ -6,7 +6,7 @@ Importing this loads no torch: bundles are served where there is none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -243,10 +243,18 @@ class Clip:
 
     @contextmanager
     def undefended(self) -> Iterator[None]:
-        """Let a defense that is attached pass everything unedited, for as long as the context lasts."""
-        from .attach import attached, is_wrapped
+        """Let a defense that is attached pass everything unedited, for as long as the context lasts.
 
-        with attached(self.model).bypassed() if is_wrapped(self.model) else nullcontext():
+        Raises:
+            ConfigError: The model is compiled with it.
+        """
+        from .attach import attached, check_switchable, is_wrapped
+
+        if not is_wrapped(self.model):
+            yield
+            return
+        check_switchable(self.model)
+        with attached(self.model).bypassed():
             yield
 
     def latent_map(self, hook_point: str, sae: SparseAutoencoder, latent: int, image: Any) -> np.ndarray:

@@ -132,12 +132,13 @@ def applied(
         sae_at: Gives the whole SAE of a site, on the CLIP's device.
 
     Raises:
-        ConfigError: See `Controls.applied_to`.
+        ConfigError: See `Controls.applied_to`; or the model is compiled.
         HookPointError: A latent is steered where it means nothing.
         BackendError: The defense's backend is "fused", and there is no kernel for what was asked.
     """
-    from .attach import attached, suppressors_of
+    from .attach import attached, check_switchable, suppressors_of
 
+    check_switchable(clip.model)
     attachment = attached(clip.model)
     if controls is None or controls == Controls():
         yield attachment

@@ -20,6 +20,8 @@ from typing import Any
 
 import safetensors
 
+from defense.errors import ConfigError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -81,8 +83,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         OSError: There is no space left, or the file system takes no more for another reason.
+        ConfigError: See `led_to`.
     """
-    target = path.resolve()
+    target = led_to(path)
     restore(target)
     workshop, lock = _workshop(target)
     partial = workshop / f"{target.name}{_PARTIAL}"
@@ -96,6 +99,18 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
         _let_go(lock)
+
+
+def led_to(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of what a path leads to, through links: what is written takes that place.
+
+    Raises:
+        ConfigError: Links lead back to each other.
+    """
+    target = Path(os.path.realpath(path))  # `Path.resolve` raises what is no OSError, and that on some versions only
+    if target.is_symlink():
+        raise ConfigError(f"{os.fspath(path)} is a link that leads back to itself; choose another path, or remove it")
+    return target
 
 
 def restore(target: Path) -> bool:

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from defense.errors import CheckpointError, ConfigError, DefenseError, IntegrityError, NonFiniteError, NotThereError
 
-from .atomic import exclusive, publishing, replacing, restore, write_tensors
+from .atomic import exclusive, led_to, publishing, replacing, restore, write_tensors
 
 __all__ = [
     "Verify",
@@ -31,6 +31,7 @@ __all__ = [
     "check_verify",
     "file_entries",
     "file_entry",
+    "led_to",
     "own_file",
     "package_version",
     "publishing",
@@ -104,9 +105,9 @@ def writable_target(
         files: Names of the other files of one that is there; raises `CheckpointError` where it is none.
 
     Raises:
-        ConfigError: It is there and holds something else, or its parent is not there.
+        ConfigError: It is there and holds something else, its parent is not there, or links to it lead nowhere.
     """
-    target = Path(folder).resolve()  # through a link: what it leads to is replaced, not the link
+    target = led_to(folder)
     restore(target)
     with exclusive(target.parent, is_shared=True):  # not between two renames of another writer
         is_replaceable = _is_replaceable(target, manifest, files)

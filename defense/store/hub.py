@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from defense.errors import CheckpointError, ConfigError
 
-from .folders import sha256_of
+from .folders import replacing, sha256_of
 from .hub_failures import UnreachableError, failures
 
 log = logging.getLogger(__name__)
@@ -300,7 +300,8 @@ class Hub:
         repo = Path(self.cache_dir or HF_HUB_CACHE).expanduser() / f"models--{listing.source.repo.replace('/', '--')}"
         ref = repo / "refs" / revision
         ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(listing.commit, encoding="utf-8")
+        with replacing(ref) as partial:  # an empty one would be taken for a revision of that name
+            partial.write_text(listing.commit, encoding="utf-8")
 
     def _check_room(self, source: HubSource, name: str, entry: Entry) -> None:
         from huggingface_hub.constants import HF_HUB_CACHE

@@ -266,7 +266,7 @@ def write_shards(stream: Stream, folder: str | os.PathLike[str], n_tokens: int) 
     Raises:
         ConfigError: `folder` exists, or the stream has several processes.
     """
-    target = Path(folder).resolve()
+    target = folders.led_to(folder)
     if target.exists() or stream.world.size > 1:
         raise ConfigError(f"shards are written by one process, into a folder that is not there yet; got {folder}")
 

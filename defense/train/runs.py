@@ -57,7 +57,7 @@ def train(
         report: Called every few steps, by every process.
 
     Raises:
-        ConfigError: Less than a batch of tokens, or `state` is of another training.
+        ConfigError: Less than a batch of tokens, `state` is of another training, or the training diverges.
         CheckpointError: `state` is damaged.
     """
     made_with = {**{f"train.{key}": value for key, value in asdict(config).items()}, **source.describe()}
@@ -133,6 +133,7 @@ def _run(
         save()
         is_told = report is not None and (trainer.step % _REPORT_EVERY == 0 or trainer.step == config.steps)
         if is_told or trainer.step % _LOG_EVERY == 0:
+            trainer.check_finite()
             progress = Progress(trainer.step, float(trainer.world.sum(loss)), int(trainer.dead.sum()))
             if report is not None and is_told:
                 report(progress)

@@ -300,6 +300,15 @@ class Trainer:
         fields: dict[str, Any] = {"act": act, "k": self.config.k if act == "topk" else None, "tokens": tokens}
         return SparseAutoencoder(SAEConfig(trainee.b_dec.shape[0], self.config.d_sae, **fields), parameters)
 
+    def check_finite(self) -> None:
+        """Raise `ConfigError` where the training has diverged: nothing comes of the steps that are left."""
+        for name, parameter in self.trainee.named_parameters():
+            if not parameter.isfinite().all():
+                raise ConfigError(
+                    f"the training has diverged: {name} is not finite after step {self.step} of {self.config.steps}; "
+                    f"train with a lower learning rate than {self.config.peak_lr:g} (--lr), from the start"
+                )
+
     # --- saved state ---
 
     def save(self, path: Path, made_with: Mapping[str, Any], batches: Mapping[str, Any]) -> None:
@@ -309,7 +318,11 @@ class Trainer:
             path: Where to; replaced when the new file is complete.
             made_with: What must be the same for the training to go on, as JSON values.
             batches: Where the next batch is, as JSON values.
+
+        Raises:
+            ConfigError: The training has diverged; what was saved before stays.
         """
+        self.check_finite()
         tensors = {"silent_for": self.silent_for}
         for name, parameter in self.trainee.named_parameters():
             tensors[name] = parameter.detach()
@@ -354,17 +367,19 @@ class SavedState:
         try:
             with safe_open(path, framework="pt") as file:
                 numbers = json.loads(file.metadata()["state"])
+                made, step, scale = dict(numbers["made_with"]), numbers["step"], numbers["scale"]
+                batches = numbers["batches"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is no saved training ({error}); delete it to start anew") from error
         want = json.loads(json.dumps(made_with))
-        differing = [key for key in {**want, **numbers["made_with"]} if want.get(key) != numbers["made_with"].get(key)]
+        differing = [key for key in {**want, **made} if want.get(key) != made.get(key)]
         if differing:
             raise ConfigError(
                 f"{path} holds a training with other settings ({', '.join(sorted(differing))}); delete it to start "
                 "anew, or write elsewhere"
             )
-        return cls(numbers["step"], numbers["scale"], numbers["batches"], tensors)
+        return cls(step, scale, batches, tensors)
 
 
 # --- a training -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from defense.classify import zeroshot
 from defense.cli.common import chosen_labels
 from defense.errors import ConfigError, InvalidImageError, NonFiniteError
 from defense.export.runtime import OnnxClassifier
+from defense.hosts.controls import Controls
 
 SIDE = 32
 
@@ -262,3 +264,23 @@ def test_fault_73_tasks_of_one_event_loop_get_the_answers_of_one_caller(clf, sev
         return await asyncio.gather(*(ask(i) for i in range(12)))
 
     assert asyncio.run(all_of_them()) == [want[i % 3] for i in range(12)]
+
+
+# --- fault 132: compiled models ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["model", "visual"])
+def test_fault_132_what_a_compiled_model_cannot_do_for_one_call_is_refused(tiny_classifier, part):
+    clf = copy.deepcopy(tiny_classifier)
+    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
+    model = clf.clip.model
+    (model if part == "model" else model.visual).compile(backend="eager")  # compiles nothing before it is called
+    pixel_values = np.zeros((1, 3, SIDE, SIDE), np.float32)
+    for call in (
+        lambda: clf.explain(picture),
+        lambda: clf.encode_pixels(pixel_values, plain=True),
+        lambda: clf.classify_with(picture, Controls(strength=0.5)),
+        lambda: clf.probe(picture).scores(Controls()),
+    ):
+        with pytest.raises(ConfigError, match=r"compiled with the defense inside.*set_strength\(0\)"):
+            call()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,6 +129,29 @@ def test_fault_file_names_and_messages_are_printed_as_they_are(defense_folder, p
     assert code == 4
     assert odd.name in out
     assert "[x] empty.png" in err
+
+
+def test_fault_123_no_name_of_a_file_commands_the_terminal(defense_folder, picture, tmp_path):
+    """Escape sequences clear the screen or forge lines of output; JSON has the name as it is."""
+    name = "a\x1b[2Jb\x9b31m\u202egnp\nc.png"
+    odd, empty = picture.rename(tmp_path / name), tmp_path / f"empty {name}"
+    empty.write_bytes(b"")
+    arguments = (odd, empty, "--labels", "dog,cat", "--defense", defense_folder)
+    code, out, err = run("classify", *arguments)
+    assert code == 4
+    for text in (out, err):
+        assert "a\\x1b[2Jb\\x9b31m\\u202egnp\\nc.png" in text
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert json.loads(run("classify", *arguments, "--json")[1])["file"] == str(odd)
+
+
+def test_fault_123_what_the_package_logs_commands_no_terminal(capsys):
+    handler = logging.StreamHandler(stream := io.StringIO())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging, "basicConfig", lambda **options: handler.setFormatter(options["handlers"][0].formatter))
+        common.log_warnings()
+    handler.handle(logging.LogRecord("x", logging.WARNING, "", 0, "left out: %s", ("\x1b]0;x\x07",), None))
+    assert stream.getvalue() == "left out: \\x1b]0;x\\x07\n"
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,19 @@ WRITTEN = {
     ("fit", "report"),
     ("train", "shards"),
 }
+# (command, parameter) -> a command line that is right but for that parameter, which is a link to itself.
+LOOPED = {
+    ("bench", "out"): ["mini", "--out", "{loop}"],
+    ("describe", "out"): ["{sae}", "--pictures", "{folder}", "--words", "{words}", "--out", "{loop}", *TINY],
+    ("explain", "out"): ["{picture}", "--labels", "dog,cat", "--out", "{loop}.png"],
+    ("export", "out"): ["{loop}", "--labels", "dog,cat"],
+    ("fit", "out"): ["{loop}", "{folder}", "--sae", "{sae}", "--labels", "dog,cat", *TINY],
+    ("fit", "report"): ["{out}", "{folder}", "--report", "{loop}", "--sae", "{sae}", "--labels", "dog,cat", *TINY],
+    ("import", "out"): ["{picture}", "{loop}"],
+    ("protect", "out"): ["local-dir:{tiny}", "--out", "{loop}"],
+    ("train", "out"): ["{folder}", "--out", "{loop}", "--block", "0", *TINY],
+    ("train", "shards"): ["{folder}", "--out", "{out}", "--shards", "{loop}", "--block", "0", *TINY],
+}
 PICTURES = {("classify", "pictures"), ("explain", "picture")}
 """A picture that is not there is one that cannot be read: the others are still answered."""
 
@@ -107,3 +120,18 @@ def test_fault_112_a_defense_that_the_embedded_model_lacks_is_a_usage_error() ->
     result = CliRunner().invoke(app, ["info", "embedded:nothing"])
     assert result.exit_code == 2
     assert "has no defense 'nothing'" in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("command", "parameter"), LOOPED, ids=[" ".join(key) for key in LOOPED])
+def test_fault_120_a_link_to_itself_is_no_place_to_write_to(command, parameter, places, tmp_path) -> None:
+    for name in ("loop", "loop.png"):
+        (tmp_path / name).symlink_to(name)
+    arguments = [each.format(**places, loop=tmp_path / "loop") for each in LOOPED[command, parameter]]
+    result = CliRunner().invoke(app, [command, *arguments])
+    assert result.exit_code == 2, result.output
+    assert "a link that leads back to itself" in " ".join(result.stderr.split())
+    assert not places["out"].exists()
+
+
+def test_fault_120_every_place_that_is_written_is_tried() -> None:
+    assert LOOPED.keys() == WRITTEN

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from defense.data.images import decode
-from defense.data.jpeg import _scans
+from defense.data.jpeg import _Frame, _scans
 from defense.errors import InvalidImageError
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ def jpeg(picture: Image.Image, **options: Any) -> bytes:
 
 def body(data: bytes) -> tuple[int, int]:
     """Where compressed data start and end, over all scans."""
-    pieces = [piece for scan in _scans(data) for piece in scan.pieces]
+    pieces = [piece for scan in _scans(data, _Frame()) for piece in scan.pieces]
     return pieces[0].start, pieces[-1].end
 
 
@@ -79,7 +79,7 @@ def test_fault_113_flat_and_small_pictures_are_sound(size, kind, color) -> None:
 
 
 @pytest.mark.parametrize("fill", [b"\0", b"\x7f", b"\xaa", None], ids=["zeros", "7f", "aa", "cut out"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "smoothed"])  # which can lose whole scans unseen
+@pytest.mark.parametrize("kind", KINDS)
 def test_fault_113_a_hole_in_the_middle_is_never_read_in_silence(kind, fill, photo) -> None:
     data = jpeg(photo, **KINDS[kind])
     start, end = body(data)
@@ -91,6 +91,30 @@ def test_fault_113_a_hole_in_the_middle_is_never_read_in_silence(kind, fill, pho
     assert "read" not in seen
     if fill is None:
         assert {"truncated", "corrupt"}.intersection(seen)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "4:4:4", "quality 30", "restarts"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_fault_129_a_hole_of_64_zeros_is_refused_wherever_it_is(kind, mode, photo) -> None:
+    data = jpeg(photo.convert(mode), **KINDS[kind])
+    start, end = body(data)
+    for at in range(start, end - 64, (end - start) // 40):
+        assert outcome(data[:at] + bytes(64) + data[at + 64 :]) in ("corrupt", "truncated"), at
+
+
+@pytest.mark.parametrize("kind", ["progressive", "smoothed"])
+@pytest.mark.parametrize("mode", MODES)
+def test_fault_129_a_scan_that_is_missing_as_a_whole_is_noticed(kind, mode, photo) -> None:
+    data = jpeg(photo.convert(mode), **KINDS[kind])
+    scans = list(_scans(data, _Frame()))
+    assert len(scans) > 4
+    outcomes = []
+    for scan in scans:
+        header = data.rindex(b"\xff\xda", 0, scan.pieces[0].start)
+        outcomes.append(outcome(data[:header] + data[scan.pieces[-1].end :]))
+    assert "read" not in outcomes
+    assert outcomes[0] == "corrupt", "later scans refine it"
+    assert outcomes[-1] == "uneven", "nothing refines it, so a file may end there"
 
 
 @pytest.mark.parametrize("kind", ["restarts", "many restarts"])

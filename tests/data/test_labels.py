@@ -154,6 +154,27 @@ class TestCheckLabels:
         assert str(caught.value).startswith(f"labels[2] = {label!r}")
         assert f"U+{ord(character):04X}" in str(caught.value)
 
+    @pytest.mark.parametrize(
+        "label",
+        ["do\u200bg", "do\xadg", "do&shy;g", "dog\u2060", "dog\U000e0041", "dog\ufffe", "dog\U0010ffff", "do\ufdd0g"],
+        ids=ascii,
+    )
+    def test_fault_125_characters_that_nobody_sees_are_refused(self, label):
+        with pytest.raises(ConfigError, match="nobody sees"):
+            check_labels(["dog", label])
+        assert check_labels(["dog", label], are_stored=True) == ("dog", label), "older files still load"
+
+    @pytest.mark.parametrize(
+        "label", ["\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "\u2764\ufe0f"]
+    )
+    def test_fault_125_emoji_that_are_made_of_such_characters_pass(self, label):
+        assert check_labels(["dog", label]) == ("dog", label)
+
+    @pytest.mark.parametrize("kind", [set, frozenset])
+    def test_fault_126_labels_without_an_order_are_refused(self, kind):
+        with pytest.raises(ConfigError, match=r"a set.* pass a list"):
+            check_labels(kind(["dog", "cat"]))
+
     @pytest.mark.parametrize("label", ["dog&#10;cat", "dog&Tab;cat", "dog&#x202e;god", "dog&amp;#x202e;god", "a&rlm;b"])
     def test_fault_46_escaped_control_characters_are_refused(self, label):
         with pytest.raises(ConfigError, match="control character"):

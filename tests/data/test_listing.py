@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -99,6 +100,28 @@ def test_fault_103_linked_class_folders_are_followed_and_loops_are_not(tmp_path)
     source = open_pictures([tmp_path / "root"])
     assert [(picture.name, picture.label) for picture in source] == [("cat/y.png", "cat"), ("dog/x.png", "dog")]
     assert source.passed_over == {"link back to a folder above": 1}
+
+
+def test_fault_121_folders_that_are_linked_to_each_other_are_no_more_than_there_are(tmp_path):
+    folders = [tmp_path / f"{i:02}" for i in range(14)]  # 14! ways through them
+    for folder in folders:
+        lay(folder, "x.png")
+    for folder in folders:
+        for other in folders:
+            if other != folder:
+                (folder / f"to {other.name}").symlink_to(other)
+    listing = list_files(tmp_path)
+    found = [file.relative_to(tmp_path).as_posix() for file in listing.files["pictures"]]
+    behind = [f"{folder.name}/to {other.name}/x.png" for folder in folders for other in folders if other != folder]
+    assert sorted(found) == sorted([*(f"{folder.name}/x.png" for folder in folders), *behind])
+    assert listing.passed_over["link to a folder that is listed elsewhere"] > 0
+
+
+def test_fault_121_two_classes_that_are_links_to_one_folder_are_both_there(tmp_path):
+    lay(tmp_path, "store/deep/x.png", "root/y.png")
+    (tmp_path / "root" / "cat").symlink_to(tmp_path / "store")
+    (tmp_path / "root" / "feline").symlink_to(tmp_path / "store")
+    assert sorted(found_in(tmp_path / "root")) == ["cat/deep/x.png", "feline/deep/x.png", "y.png"]
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root lists every folder")
@@ -335,3 +358,29 @@ def test_cells_that_are_pictures_pass_as_they_are():
     assert isinstance(picture_in(float("nan")), Unreadable)
     again = picture_in(picture_in(None))
     assert isinstance(again, Unreadable)
+
+
+# Names that are no UTF-8, and tables in which a name stands twice
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8 are Linux's")
+def test_fault_122_names_that_are_no_utf8_become_escapes_in_folders_tars_and_tables(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff"))
+    lay(folder / "pictures", os.fsdecode(b"a\xfe.png"))
+    tar_of(folder / os.fsdecode(b"t\xfd.tar"), **{os.fsdecode(b"b\xfc.png"): png(7)})
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pytest.importorskip("pyarrow").table({"image": [png(9)]}), tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").rename(folder / os.fsdecode(b"p\xfb.parquet"))
+    assert found_in(folder / "pictures") == {"a\\xfe.png": 5}
+    assert found_in(folder / os.fsdecode(b"t\xfd.tar")) == {"t\\xfd.tar:b\\xfc.png": 7}
+    assert found_in(folder / os.fsdecode(b"p\xfb.parquet")) == {"p\\xfb.parquet#0": 9}
+
+
+@pytest.mark.parametrize("name", ["image", "label"])
+def test_fault_124_a_column_that_stands_twice_is_refused(tmp_path, name):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"image": pa.array([png()]), "label": pa.array(["cat"])}
+    arrays, names = [*columns.values(), columns[name]], [*columns, name]
+    pq.write_table(pa.Table.from_arrays(arrays, names=names), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match=f"2 columns '{name}'"):
+        open_pictures([tmp_path / "x.parquet"])

@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,6 +238,43 @@ def test_fault_110_names_that_are_no_utf8_become_escapes(ray_data, tmp_path, tin
         file.write(encoded(seven_pictures[0]))
     assert worked(ray_data, source, out, BatchPredictor(tiny_bundle)) == 1
     assert rows_of(out)["a\\xff.png"]["error"] == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8 are Linux's")
+def test_fault_122_a_job_goes_on_at_names_that_are_no_utf8(ray_data, tmp_path, tiny_bundle, seven_pictures):
+    import os
+    import tarfile
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff"))
+    source, tables, out = root / "in", root / "tables", root / "out"
+    for folder in (source, tables):
+        folder.mkdir(parents=True)
+    with tarfile.open(source / os.fsdecode(b"x\xfe.tar"), "w") as tar:
+        member = tarfile.TarInfo(os.fsdecode(b"a\xfd.png"))
+        member.size = len(data := encoded(seven_pictures[0]))
+        tar.addfile(member, io.BytesIO(data))
+    pq.write_table(pa.table({"bytes": [data]}), tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").rename(tables / os.fsdecode(b"x\xfc.parquet"))
+    for folder in (source, tables):
+        assert worked(ray_data, folder, out, BatchPredictor(tiny_bundle)) == 1
+        (file,) = out.glob("part-*.parquet")
+        with file.open("rb") as stream:
+            (row,) = pq.read_table(stream).to_pylist()
+        assert row["error"] == ""
+        assert row.get("file") in ("x\\xfe.tar:a\\xfd.png", None)
+
+
+def test_fault_124_a_column_of_pictures_that_stands_twice_is_refused(ray_data, tmp_path, tiny_bundle):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_arrays([pa.array([b""]), pa.array([b"x"])], names=["bytes", "bytes"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match="2 columns 'bytes'"):
+        ray_data.list_shards(tmp_path, 9, BatchPredictor(tiny_bundle))
 
 
 def test_tars_are_shards(ray_data, tmp_path, tiny_bundle, seven_pictures):

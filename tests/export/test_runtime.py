@@ -118,6 +118,17 @@ def test_some_of_the_labels_that_were_handed_over_are_candidates_too(copied, sev
     np.testing.assert_allclose(clf.text_embeds(), unit[[2, 0]], atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [1, 8], ids=["equal", "of another length"])
+def test_fault_130_labels_with_one_embedding_are_refused(tiny_bundle, factor):
+    clf = OnnxClassifier(tiny_bundle)
+    before = clf.classes_
+    embeds = np.random.default_rng(0).normal(size=(3, clf.bundle.text_embeds.shape[1])).astype(np.float32)
+    embeds[2] = embeds[0] * np.float32(factor)
+    with pytest.raises(ConfigError, match="'stone' and 'moss' have the same embedding"):
+        clf.set_label_embeds(["stone", "tree", "moss"], embeds)
+    assert list(clf.classes_) == list(before)
+
+
 # --- strength ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """52, 54 and 62: damaged bytes, files that are no safetensors, names and links that lead out of the folder."""
 
+import ast
 import json
 import os
 import pickle
@@ -281,3 +282,19 @@ def test_a_snapshot_in_the_cache_of_the_hub_may_not_lead_out_of_it(folder: Path,
     (snapshot / SITE_0).unlink()
     (snapshot / SITE_0).symlink_to(tmp_path / "outside")
     check_refused(snapshot, "leads out of the folder")
+
+
+# --- full disks -------------------------------------------------------------------------------------------------------
+
+
+def test_fault_131_no_module_writes_safetensors_by_itself() -> None:
+    """Its error for a full disk is of a kind of its own; `write_tensors` makes an OSError of it."""
+    root = Path(__file__).parents[2]
+    found = [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for room in ("defense", "export", "demo", "benchmarks")
+        for path in (root / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "save_file"
+    ]
+    assert [each.partition(":")[0] for each in found] == ["defense/store/atomic.py"], found

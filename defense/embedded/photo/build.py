@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from defense.embedded.train_clip import check_recipe
 from defense.hosts.photo_tower import Stem
-from defense.store.folders import replacing
+from defense.store.folders import replacing, write_tensors
 
 from . import texts, training
 from .grounds import SIZE, Sources
@@ -88,7 +88,7 @@ def build_start(work: Path, photographs: Path, seed: int) -> Start:
             "patches.mean": start.patches[0], "patches.std": start.patches[1], "rows": start.rows,
         }  # fmt: skip
         with replacing(path) as partial:
-            save_file(tensors, partial, metadata={"logit_scale": str(start.logit_scale)})
+            write_tensors(tensors, partial, save_file, {"logit_scale": str(start.logit_scale)})
     with safe_open(path, framework="pt") as file:
         found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         scale = float(file.metadata()["logit_scale"])
@@ -134,7 +134,7 @@ def write_clip(folder: Path, visual: nn.Module, text: nn.Module, logit_scale: fl
     folder.mkdir(exist_ok=True)
     shutil.copy(HERE / "open_clip_config.json", folder)
     with replacing(folder / "open_clip_model.safetensors") as partial:
-        save_file(state, partial)
+        write_tensors(state, partial, save_file)
 
 
 def build(work: Path, photographs: Path, crops: Path, recipe: Recipe) -> Path:
