@@ -45,6 +45,7 @@ def find(model: nn.Module) -> VisionTower | None:
         quick_gelu=any(type(module).__name__ == "QuickGELU" for module in blocks[0].modules()),
         grid_size=visual.grid_size,
         image_size=visual.image_size,
+        embed=getattr(visual, "conv1", None),
     )
 
 

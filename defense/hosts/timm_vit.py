@@ -88,4 +88,5 @@ def _tower(
         quick_gelu=any(type(module).__name__ == "QuickGELU" for module in trunk.blocks[0].modules()),
         grid_size=trunk.patch_embed.grid_size,
         image_size=image_size,
+        embed=trunk.patch_embed,
     )

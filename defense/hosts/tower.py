@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,22 @@ def block_of(hook_point: str) -> int:
 
 class _Reached(Exception):  # noqa: N818 - no error: the way out of a forward pass that went far enough
     """The block of interest has run."""
+
+
+@contextmanager
+def _on_one_picture(embed: nn.Module) -> Iterator[None]:
+    """Let a patch embedding look at the first picture of a batch alone; it is most of the photo model's tower."""
+    whole = embed.forward
+
+    def forward(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        one: Tensor = whole(pixel_values[:1], *args, **kwargs)
+        return one.expand(len(pixel_values), *one.shape[1:])
+
+    embed.forward = forward
+    try:
+        yield
+    finally:
+        embed.__dict__.pop("forward")
 
 
 class _Skip(nn.Module):
@@ -93,6 +109,7 @@ class VisionTower:
         quick_gelu: Whether the MLPs use QuickGELU.
         grid_size: Patches down and across.
         image_size: Height and width of pixel_values.
+        embed: What first makes tokens of pictures; None where it is no module of its own.
     """
 
     parts: tuple[nn.Module, ...]
@@ -110,6 +127,7 @@ class VisionTower:
     quick_gelu: bool
     grid_size: tuple[int, int]
     image_size: tuple[int, int]
+    embed: nn.Module | None = None
 
     # --- what it is ---
 
@@ -373,6 +391,8 @@ class VisionTower:
         block = self.block(hook_point)
         answer = self.to_batch_first(resid.to(self.device, self.dtype))
         with ExitStack() as stack:
+            if self.embed is not None:
+                stack.enter_context(_on_one_picture(self.embed))
             for index in range(last):
                 stack.callback(self.blocks.__setitem__, index, self.blocks[index])
                 self.blocks[index] = _Skip()

@@ -86,6 +86,18 @@ def test_the_rest_of_the_network_takes_up_where_the_residual_was_taken_out(clip)
     assert torch.equal(clip.image_embeds(pixels()), want), "the blocks must be back in place"
 
 
+def test_the_rest_of_the_network_embeds_the_patches_of_one_picture(clip):
+    if clip.tower.embed is None:
+        pytest.skip("its patches are embedded by no module of its own")
+    seen = []
+    handle = clip.tower.embed.register_forward_hook(lambda _module, _inputs, output: seen.append(output.stride(0)))
+    resid = clip.tower.resid(pixels(), POINT)
+    clip.tower.embeds_from(resid, POINT)
+    clip.tower.resid(pixels(), POINT)
+    handle.remove()
+    assert [stride == 0 for stride in seen] == [False, True, False], "one picture's, for all; and whole again"
+
+
 def test_gradients_reach_the_residual(clip):
     resid = clip.tower.resid(pixels(), POINT).requires_grad_()
     (gradient,) = torch.autograd.grad(clip.tower.embeds_from(resid, POINT).sum(), resid)
