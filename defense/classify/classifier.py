@@ -145,7 +145,7 @@ class RobustClassifier(ZeroShotClassifier):
         protect` made here, else the one that the registry lists, which is fetched and checked.
 
         Args:
-            source: "photo" or "embedded" (offline, nothing is downloaded), a folder, a hub id, or the name of a CLIP.
+            source: "embedded" (offline, nothing is downloaded), a folder, a hub id, or the name of a CLIP.
             model: Name of a CLIP (see `load_clip`), in place of the one that the defense names; its weights must be the
                 same, whatever library they are of.
             pretrained: open_clip's tag of the weights of `model`, or of `source` where that names a CLIP.

@@ -60,9 +60,7 @@ def classify(
     labels: Labels = None,
     labels_file: LabelsFile = None,
     template: Template = "simple",
-    defense: Annotated[
-        str, typer.Option(help='"photo", "embedded", a folder, a hub id, or an exported bundle.')
-    ] = DEFAULT,
+    defense: Annotated[str, typer.Option(help='"embedded", a folder, a hub id, or an exported bundle.')] = DEFAULT,
     model: OtherModel = None,
     pretrained: Pretrained = None,
     plain: Annotated[bool, typer.Option("--plain", help="Stock CLIP only.")] = False,

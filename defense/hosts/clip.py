@@ -290,7 +290,7 @@ def load_clip(
     """Load a CLIP by name.
 
     Args:
-        model: "photo" or "embedded", which ship; a name of open_clip such as "ViT-B-32", also written "ViT-B/32";
+        model: "embedded", which ships; a name of open_clip such as "ViT-B-32", also written "ViT-B/32";
             "hf-hub:org/repo" or "local-dir:path" of open_clip; "transformers:" with a folder or hub id; "timm:" with a
             name of timm, for embeddings alone.
         pretrained: open_clip's tag or a path, for a plain name. A tag that is not cached is downloaded.
@@ -318,6 +318,7 @@ def load_clip(
         return _load_timm(model.removeprefix(TIMM), device)
     ours = shipped.find_model(model)
     if ours is not None:
+        shipped.check_there(ours)
         model = f"local-dir:{ours.folder('clip')}"
     needs_quick_gelu = False
     if not model.startswith(("hf-hub:", "local-dir:")):

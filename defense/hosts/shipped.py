@@ -1,6 +1,7 @@
-"""The CLIPs that ship with this package, each in a folder with its defenses, SAEs, catalogues and pictures.
+"""The CLIPs of this package, each in a folder with its defenses, SAEs, catalogues and pictures.
 
-A defense of one is named by it: "photo" is its first, "embedded:waterbirds" another. Importing this loads no torch.
+A defense of one is named by it: "embedded" is its first, "embedded:waterbirds" another. The one for photographs is
+built and not yet part of it. Importing this loads no torch.
 """
 
 from __future__ import annotations
@@ -94,6 +95,15 @@ def find_model(name: str | None) -> ShippedClip | None:
 def embedded_folder(name: str) -> Path:
     """Return a folder of the CLIP of drawings: "clip", or the name of one of its defenses."""
     return MODELS[EMBEDDED].folder(name)
+
+
+def check_there(model: ShippedClip) -> None:
+    """Raise `ConfigError` where a CLIP of this package is not part of an installation."""
+    if not model.is_there:
+        raise ConfigError(
+            f"the {model.name} model is not part of this installation; `python -m {model.package}.build` makes it, and "
+            f"{EMBEDDED!r} is there"
+        )
 
 
 def check_own_model(source: object, model: str | None, pretrained: str | None = None) -> None:

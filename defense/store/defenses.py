@@ -228,7 +228,7 @@ def find_defense(
     local_files_only: bool = False,
     token: str | None = None,
 ) -> Defense:
-    """Load a defense by name: "photo" or "embedded:waterbirds" (shipped.py), a folder, or on the hub (hub.py).
+    """Load a defense by name: "embedded" or "embedded:waterbirds" (shipped.py), a folder, or on the hub (hub.py).
 
     Args:
         source: The name; "hf://org/repo[/folder][@revision]" or "org/repo" on the hub.
@@ -244,6 +244,7 @@ def find_defense(
     """
     ours = shipped.find(source)
     if ours is not None:
+        shipped.check_there(ours.model)
         if ours.defense not in ours.model.defenses:
             raise NotThereError(
                 f"the {ours.model.name} model has no defense {ours.defense!r}; it has {', '.join(ours.model.defenses)}"
@@ -256,6 +257,6 @@ def find_defense(
     if not folders.restore(Path(source)):
         raise NotThereError(
             f"{source} is not there; check the name: it is neither a folder, nor a hub id ('org/repo'), nor one that "
-            "ships ('photo', 'embedded')"
+            "ships ('embedded')"
         )
     return load(source)

@@ -52,3 +52,16 @@ def test_the_folders_of_the_drawn_model_are_there():
     assert model.is_there
     assert model.defenses == ("celeba", "text", "waterbirds")
     assert {path.name for path in model.folder("clip").iterdir()} >= {"open_clip_config.json"}
+
+
+def test_a_model_that_is_not_installed_is_not_looked_for(tmp_path, monkeypatch):
+    from defense.store.defenses import find_defense
+
+    monkeypatch.setattr(shipped.ShippedClip, "folder", lambda _self, name: tmp_path / name)
+    with pytest.raises(ConfigError, match=r"the photo model is not part of this installation; `python -m defense"):
+        find_defense("photo")
+    pytest.importorskip("open_clip")
+    from defense.hosts.clip import load_clip
+
+    with pytest.raises(ConfigError, match="the photo model is not part"):
+        load_clip("photo")

@@ -57,14 +57,14 @@ class Recipe:
         seed: Of everything.
     """
 
-    blocks: tuple[int, ...] = (2, 3)
+    blocks: tuple[int, ...] = (2,)
     d_sae: int = 2048
     n_tokens: int = 2_000_000
     text_rate: float = 0.6
     n_photographs: int = 16_000
-    n_pictures: int = 1_000
+    n_pictures: int = 500
     n_described: int = 3_000
-    clean_budget: float = 0.01
+    clean_budget: float = 0.03
     seed: int = 2026
 
 
@@ -131,6 +131,7 @@ def fit(work: Path, out: Path, saes: Sequence[Path], recipe: Recipe) -> None:
     run(
         "fit", out, work / "pictures.parquet", "--model", PHOTO, *(each for sae in saes for each in ("--sae", sae)),
         "--labels-file", labels, "--n-pictures", recipe.n_pictures, "--clean-budget", recipe.clean_budget,
+        "--scope", "patch", "--folds", "2",
         "--license", LICENSE, "--seed", recipe.seed, "--device", "cpu",
     )  # fmt: skip
 
