@@ -22,7 +22,7 @@ pytest.importorskip("onnxruntime")
 import onnxruntime as ort
 
 from defense.errors import BackendError
-from defense.export import bundle, strength
+from defense.export import bundle
 from defense.export.runtime import OnnxClassifier
 
 _SILENT = -1e30
@@ -125,7 +125,7 @@ def test_a_graph_of_an_older_version_is_refused_where_the_runtime_could_die_of_i
     sites = [{**site, "act": "topk"} for site in loaded.defense["sites"]]
     older = replace(loaded, mode="exact", defense={**loaded.defense, "sites": sites})
     monkeypatch.setattr(bundle, "load", lambda *_args, **_options: older)
-    monkeypatch.setattr(strength, "STRENGTH", "no such input")
+    monkeypatch.setattr(strengths_of, "STRENGTH", "no such input")
     monkeypatch.setattr(ort, "__version__", version)
     if is_refused:
         with pytest.raises(BackendError, match=r"onnxruntime 1\.\d+\.\d can end the process.*1\.31"):
