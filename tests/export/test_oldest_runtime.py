@@ -23,6 +23,7 @@ import onnxruntime as ort
 
 from defense.errors import BackendError
 from defense.export import bundle
+from defense.export import strength as strengths_of
 from defense.export.runtime import OnnxClassifier
 
 _SILENT = -1e30
