@@ -6,15 +6,14 @@ import io
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from defense.benchmarks.cost import Ratio, time_interleaved
+from defense.benchmarks.cost import Ratio, per_s, time_interleaved
 from defense.classify.classifier import RobustClassifier
 from defense.data import images
 from defense.export.exporter import export_onnx
@@ -78,16 +77,6 @@ class Runtime:
     first_answer_s: float
 
 
-def _per_s(n: int, job: Callable[[], object]) -> float:
-    """Return `n` over the time of the fastest of three calls."""
-    fastest = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        job()
-        fastest = min(fastest, time.perf_counter() - start)
-    return n / fastest
-
-
 def measure_runtime(n: int, batch: int, seed: int) -> Runtime:
     """Return the figures of the second table.
 
@@ -117,9 +106,9 @@ def measure_runtime(n: int, batch: int, seed: int) -> Runtime:
             n=n,
             batch=batch,
             picture_px=decoded[0].width,
-            decode_per_s=_per_s(n, lambda: [images.decode(file) for file in files]),
-            preprocess_per_s=_per_s(n, lambda: [clf.bundle.preprocess(image) for image in decoded]),
-            all_per_s=_per_s(n, lambda: clf.predict(files)),
+            decode_per_s=per_s(n, lambda: [images.decode(file) for file in files]),
+            preprocess_per_s=per_s(n, lambda: [clf.bundle.preprocess(image) for image in decoded]),
+            all_per_s=per_s(n, lambda: clf.predict(files)),
             eight_bits=tuple(
                 EightBits(
                     mode=mode,

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from defense.benchmarks.cost import per_s
 from defense.benchmarks.environment import environment_of, write_json
 from defense.data import images
 from defense.errors import ConfigError, DefenseError
@@ -179,7 +180,7 @@ def measure_stages(bundle: Path, files: Sequence[bytes], threads: int) -> list[S
             "graph": (_BATCH, lambda: clf.encode_pixels(batch)),
             "files to labels": (len(files), lambda: clf.predict(files)),
         }
-        return [Stage(name, threads, _per_s(n, job)) for name, (n, job) in jobs.items()]
+        return [Stage(name, threads, per_s(n, job)) for name, (n, job) in jobs.items()]
 
 
 def drafted(file: bytes, shortest: int) -> Image.Image:
@@ -188,16 +189,6 @@ def drafted(file: bytes, shortest: int) -> Image.Image:
     picture.draft("RGB", (shortest, shortest))
     picture.load()
     return picture.convert("RGB")
-
-
-def _per_s(n: int, job: Callable[[], object]) -> float:
-    """Return `n` over the time of the fastest of three calls."""
-    fastest = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        job()
-        fastest = min(fastest, time.perf_counter() - start)
-    return n / fastest
 
 
 def photographs(n: int) -> list[bytes]:

@@ -150,6 +150,15 @@ def tiny_clip(tiny_folder):
     return open_clip.create_model(f"local-dir:{tiny_folder}").eval().requires_grad_(False)
 
 
+@pytest.fixture
+def defense_folder(tmp_path, tiny_clip, tiny_folder) -> Path:
+    """A defense of the tiny CLIP on disk, which names it."""
+    from defense.store import defenses
+
+    site = (1, random_sae(act="topk", k=8), LatentSet("text", tuple(range(60))))
+    return defenses.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
+
+
 # --- exported bundles -------------------------------------------------------------------------------------------------
 
 

@@ -236,9 +236,9 @@ def chosen_labels(
 def shipped_model(defense: str, model: str | None) -> ShippedClip | None:
     """Return the shipped model that chooses with its own labels: where its first defense is in no other model."""
     found = shipped.find(defense)
-    if found is None or found.defense != shipped.FIRST or model not in (None, found.model.name, *found.model.aliases):
+    if found is None or found.defense != shipped.FIRST:
         return None
-    return found.model
+    return found.model if model is None or shipped.find_model(model) is found.model else None
 
 
 def check_pretrained(model: str | None, pretrained: str | None, defense: str | None = None) -> None:

@@ -16,20 +16,13 @@ from PIL import Image
 pytest.importorskip("open_clip")
 
 from defense.cli import app
-from defense.core.latents import LatentSet
 from defense.data.labels import common_nouns
 from defense.hosts.clip import embedded_folder
-from defense.store import defenses, folders
+from defense.store import folders
 from defense.world.scenes import OBJECTS
 
 from ..command import run
-from ..conftest import random_defense, random_sae
-
-
-@pytest.fixture
-def defense_folder(tmp_path, tiny_clip, tiny_folder):
-    site = (1, random_sae(act="topk", k=8), LatentSet("text", tuple(range(60))))
-    return defenses.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
+from ..conftest import random_sae
 
 
 @pytest.fixture

@@ -21,21 +21,12 @@ from PIL import Image
 pytest.importorskip("open_clip")
 
 from defense.cli import common, progress
-from defense.core.latents import LatentSet
 from defense.errors import BackendError, MissingDependencyError, cannot_import
-from defense.store import defenses
 
 from ..command import run
-from ..conftest import random_defense, random_sae
 
 COMMAND = [sys.executable, "-m", "defense"]
 posix_only = pytest.mark.skipif(os.name != "posix", reason="pipes and signals of POSIX; runs on Linux and macOS")
-
-
-@pytest.fixture
-def defense_folder(tmp_path, tiny_clip, tiny_folder):
-    site = (1, random_sae(act="topk", k=8), LatentSet("text", tuple(range(60))))
-    return defenses.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
 
 
 @pytest.fixture

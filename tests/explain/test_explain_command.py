@@ -16,17 +16,6 @@ from .pages import Page, picture
 
 
 @pytest.fixture
-def defense_folder(tmp_path, tiny_clip, tiny_folder):
-    from defense.core.latents import LatentSet
-    from defense.store import defenses
-
-    from ..conftest import random_defense, random_sae
-
-    site = (1, random_sae(act="topk", k=8), LatentSet("text", tuple(range(60))))
-    return defenses.save(random_defense(tiny_clip, site, name=f"local-dir:{tiny_folder}"), tmp_path / "defense")
-
-
-@pytest.fixture
 def apple(tmp_path):
     path = tmp_path / "apple & <b>pear.png"
     picture(60, 40).save(path)
