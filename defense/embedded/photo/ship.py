@@ -5,7 +5,7 @@ After `build` in the same folder WORK. What a user does with the command line is
 1. pictures    photographs and sharp crops in one file, in random order      WORK/pictures.parquet
 2. defense train    an SAE per block                                         WORK/sae/block-N
 3. defense fit      the defense against words                                WORK/text
-4. defense describe the catalogue of its latents                             WORK/catalogue/text
+4. defense describe the catalogue of its latents, from WORK/described.parquet WORK/catalogue/text
 5. all of it, the CLIP and the example pictures go into the package
 
 A stage whose result is there is not done again.
@@ -26,12 +26,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from defense.data.hands import Hand, write_all
+from defense.data.hands import Hand, sample_hand, write_all
 from defense.data.images import decode
+from defense.data.typefaces import TRAIN
 from defense.hosts.shipped import FIRST, PHOTO
 from defense.store import checkpoint
 from defense.store.folders import replacing
 
+from .build import enlarged
 from .names import load_words
 from .pictures import read_photographs
 
@@ -62,9 +64,9 @@ class Recipe:
     n_tokens: int = 2_000_000
     text_rate: float = 0.6
     n_photographs: int = 16_000
-    n_pictures: int = 500
+    n_pictures: int = 600
     n_described: int = 3_000
-    clean_budget: float = 0.03
+    clean_budget: float = 0.01
     seed: int = 2026
 
 
@@ -91,6 +93,33 @@ def write_pictures(path: Path, photographs: Path, crops: np.ndarray, n: int, see
     columns = {"image": [rows[i][0] for i in order], "label": [rows[i][1] for i in order]}
     with replacing(path) as partial:
         pq.write_table(pa.table(columns), partial, row_group_size=500, compression="none")
+
+
+def write_described(path: Path, photographs: Path, n: int, seed: int) -> None:
+    """Write a Parquet file of photographs to describe latents with, a word on every other one.
+
+    Args:
+        path: The file. Columns: `image`, encoded, and `label`, a class's name.
+        photographs: See `read_photographs`.
+        n: How many.
+        seed: Which ones, and what is written where.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng([seed, n])
+    words, fonts = load_words(), [font for kind in TRAIN.values() for font in kind]
+    trained = read_photographs(photographs, "train").trained_on()
+    images, labels = [], []
+    for index, row in enumerate(rng.permutation(len(trained.pixels))[:n]):
+        picture = Image.fromarray(enlarged(trained.pixels[row][None])[0])
+        if index % 2:
+            written = words.names[int(rng.choice(words.attacks))]
+            picture = write_all(picture, [sample_hand(rng, written, fonts)])[0]
+        images.append(_png(np.asarray(picture)))
+        labels.append(words.names[trained.labels[row]])
+    with replacing(path) as partial:
+        pq.write_table(pa.table({"image": images, "label": labels}), partial, row_group_size=500, compression="none")
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -140,8 +169,10 @@ def describe(work: Path, saes: Sequence[Path], recipe: Recipe) -> None:
     """Write the catalogue of the latents, named by the words that the text tower knows."""
     words = work / "words.txt"
     words.write_text("\n".join(load_words().members) + "\n")
-    run("describe", *saes, "--pictures", work / "described", "--words", words, "--out", work / "catalogue" / FIRST,
-        "--model", PHOTO, "--seed", recipe.seed, "--device", "cpu")  # fmt: skip
+    run(
+        "describe", *saes, "--pictures", work / "described.parquet", "--words", words,
+        "--out", work / "catalogue" / FIRST, "--model", PHOTO, "--seed", recipe.seed, "--device", "cpu",
+    )  # fmt: skip
 
 
 _INK, _PAPER = (25, 25, 30), (250, 248, 240)
@@ -192,6 +223,8 @@ def main() -> None:
     saes = [train_sae(work, block, recipe) for block in recipe.blocks]
     if not (work / FIRST).exists():
         fit(work, work / FIRST, saes, recipe)
+    if not (work / "described.parquet").exists():
+        write_described(work / "described.parquet", arguments.photographs, recipe.n_described, recipe.seed)
     if not (work / "catalogue" / FIRST).exists():
         describe(work, saes, recipe)
     install(work)
