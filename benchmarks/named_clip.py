@@ -26,8 +26,8 @@ class NamedClip:
 
     Attributes:
         clip: The CLIP.
-        model: open_clip's name, or "embedded".
-        pretrained: open_clip's tag of its weights; "random"; or "embedded".
+        model: open_clip's name, "photo" or "embedded".
+        pretrained: open_clip's tag of its weights; "random"; or the name of a CLIP that ships.
         sha256: Of all its weights; see `weights_sha256`.
     """
 
@@ -51,8 +51,8 @@ def load_named_clip(model: str, pretrained: str | None, *, device: str = "cpu") 
     """Return a CLIP by name.
 
     Args:
-        model: open_clip's name, or "embedded"; see `defense.hosts.clip.load_clip`.
-        pretrained: open_clip's tag of weights, or "random" for weights of a fixed seed; None for "embedded".
+        model: open_clip's name, "photo" or "embedded"; see `defense.hosts.clip.load_clip`.
+        pretrained: open_clip's tag of weights, or "random" for weights of a fixed seed; None for one that ships.
         device: "auto", "cpu", "cuda" or "cuda:1".
 
     Raises:

@@ -65,7 +65,7 @@ READERS: Mapping[str, Reader] = {
     "waterbirds": Reader("waterbirds", waterbirds.read),
     "celeba-blond": Reader("celeba", partial(celeba.read, direction=celeba.BLOND)),
     "celeba-male": Reader("celeba", partial(celeba.read, direction=celeba.MALE)),
-    "photo": Reader("photos100", photo.read),
+    "photo-100": Reader("photos100", photo.read),
     "photo-1000": Reader("photos100", photo.read_thousand),
     "rta100-known": Reader("rta100", partial(_known, partial(named.read, published=named.RTA100))),
     "paint-known": Reader("paint", partial(_known, partial(named.read, published=named.PAINT))),
@@ -81,7 +81,7 @@ SUITES: Mapping[str, tuple[str, ...]] = {
     "typographic": ("rta100", "paint", "disentangling", "scam", "synthetic", "mini-typographic"),
     "waterbirds": ("waterbirds", "mini-waterbirds"),
     "celeba": ("celeba-blond", "celeba-male", "mini-celeba"),
-    "photo": ("photo", "photo-1000", "rta100-known", "paint-known", "scam-known"),
+    "photo": ("photo-100", "photo-1000", "rta100-known", "paint-known", "scam-known"),
     "all": tuple(READERS),
 }
 """Name of several -> their names. Those that are drawn count where no other is there, or on request."""

@@ -10,7 +10,7 @@
 | look-alike | strokes in lines, which look like writing from afar; no letters |
 
 The pictures are the validation split of a folder of small photographs (`embedded.photo.pictures`), the typefaces those
-that occur in no training. One is chosen among the names of the folder's classes (`photo`), or among all thousand names
+that occur in no training. One is chosen among the names of the folder's classes (`photo-100`), or among all thousand names
 of ImageNet (`photo-1000`, where `attacked` mixes the styles). The training split holds other photographs, of
 classes that the CLIP's own training saw, in other typefaces.
 """
@@ -115,10 +115,10 @@ def read(folder: Path, options: Options) -> Task:
     """
     photographs = _photographs(folder, "val")
     names = _Names.of(tuple(photographs.classes.tolist()))
-    train = _variants("photo", folder, "train", N_TRAIN, names, options)
-    tests = _variants("photo", folder, "test", N_TEST, names, options)
-    title = "Photo: small photographs with words on them"
-    return Task("photo", title, tuple(tests.values()), train["attacked"], train_clean=train["clean"])
+    train = _variants("photo-100", folder, "train", N_TRAIN, names, options)
+    tests = _variants("photo-100", folder, "test", N_TEST, names, options)
+    title = "Photo-100: small photographs with words on them"
+    return Task("photo-100", title, tuple(tests.values()), train["attacked"], train_clean=train["clean"])
 
 
 def read_thousand(folder: Path, options: Options) -> Task:

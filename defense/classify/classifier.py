@@ -145,7 +145,7 @@ class RobustClassifier(ZeroShotClassifier):
         protect` made here, else the one that the registry lists, which is fetched and checked.
 
         Args:
-            source: "embedded" (offline, nothing is downloaded), a folder, a hub id, or the name of a CLIP.
+            source: "photo" or "embedded" (offline, nothing is downloaded), a folder, a hub id, or the name of a CLIP.
             model: Name of a CLIP (see `load_clip`), in place of the one that the defense names; its weights must be the
                 same, whatever library they are of.
             pretrained: open_clip's tag of the weights of `model`, or of `source` where that names a CLIP.
@@ -161,7 +161,7 @@ class RobustClassifier(ZeroShotClassifier):
             limits: What pictures are accepted.
 
         Raises:
-            ConfigError: `pretrained` without `model`, an embedded defense for another model, a set that the defense
+            ConfigError: `pretrained` without `model`, a shipped defense for another model, a set that the defense
                 does not have, or see `load_clip`.
             CheckpointError: There is no such defense, or it cannot be used; or none is ready for a CLIP.
             ShapeError, HookPointError, BackendError: See `wrap`.

@@ -55,7 +55,9 @@ def bench(
     pretrained: Annotated[str | None, typer.Option(help='open_clip\'s tag of its weights, or "random".')] = None,
     defense: Annotated[
         str | None,
-        typer.Option(help='"embedded", a folder, or a hub id; by default what ships for each of the "mini" data sets.'),
+        typer.Option(
+            help='"photo", "embedded", a folder, or a hub id; by default what ships for each of "mini" and "photo".'
+        ),
     ] = None,
     methods: Annotated[str, typer.Option(help='E.g. "zero-shot,defense,defense@0.5"; "all".')] = "zero-shot,defense",
     out: Annotated[Path, typer.Option(help="Where results, tables and plots go; a second run goes on there.")] = Path(

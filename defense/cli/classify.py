@@ -37,9 +37,10 @@ from defense.cli.common import (
 )
 from defense.cli.progress import stages
 from defense.data import images
+from defense.data.listing import kind_of
 from defense.data.notes import NOTES
 from defense.errors import InvalidImageError
-from defense.hosts.shipped import DEFAULT
+from defense.hosts.shipped import DEFAULT, MODELS
 
 if TYPE_CHECKING:
     from defense.classify.answers import Prediction
@@ -60,7 +61,9 @@ def classify(
     labels: Labels = None,
     labels_file: LabelsFile = None,
     template: Template = "simple",
-    defense: Annotated[str, typer.Option(help='"embedded", a folder, a hub id, or an exported bundle.')] = DEFAULT,
+    defense: Annotated[
+        str, typer.Option(help='"photo", "embedded", a folder, a hub id, or an exported bundle.')
+    ] = DEFAULT,
     model: OtherModel = None,
     pretrained: Pretrained = None,
     plain: Annotated[bool, typer.Option("--plain", help="Stock CLIP only.")] = False,
@@ -132,7 +135,7 @@ def _undefended(
 
 
 def _example_pictures() -> list[Path]:
-    return sorted((Path(__file__).parents[1] / "embedded" / "examples").glob("*.png"))
+    return sorted(path for path in MODELS[DEFAULT].folder("examples").iterdir() if kind_of(path) == "pictures")
 
 
 def _classify_all(
@@ -257,8 +260,7 @@ def _what_was_removed(explanation: Explanation) -> str:
 
 def _print_next_step() -> None:
     say(
-        'Your own picture:     defense classify PICTURE --labels "dog,cat"\n'
-        "This is the embedded model, a miniature CLIP that knows a hundred drawn things. For photographs, give a\n"
-        "full-size one and a defense that was fitted on it:\n"
-        "                      defense classify PICTURE --labels ... --defense DIR --model ViT-B-32 --pretrained TAG"
+        'Your own picture:  defense classify PICTURE [--labels "dog,cat"]\n'
+        "This is the photo model, a small CLIP that knows the thousand names of ImageNet and what is above them.\n"
+        "Your own CLIP:     defense protect ViT-B-32 --pretrained TAG --pictures DIR"
     )

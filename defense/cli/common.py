@@ -88,7 +88,7 @@ EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141  # 128 and the number of the signal, as
 Labels = Annotated[str | None, typer.Option(help='What to choose from, e.g. "dog,cat".')]
 LabelsFile = Annotated[Path | None, typer.Option(help="The same, one label a line.")]
 Template = Annotated[str, typer.Option(help='"simple", "hf", "openai", or a template with {}.')]
-DefenseSource = Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')]
+DefenseSource = Annotated[str, typer.Option(help='"photo", "embedded", a folder, or a hub id.')]
 Model = Annotated[str, typer.Option(help='open_clip model, or "transformers:" and a folder or hub id.')]
 OtherModel = Annotated[str | None, typer.Option(help="The same; by default the one that the defense names.")]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")]

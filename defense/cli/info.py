@@ -16,7 +16,7 @@ from defense.store import folders
 
 @app.command()
 def info(
-    source: Annotated[str, typer.Argument(help='"embedded", a folder, or a hub id.')] = DEFAULT,
+    source: Annotated[str, typer.Argument(help='"photo", "embedded", a folder, or a hub id.')] = DEFAULT,
     expect: Annotated[str | None, typer.Option(help="sha256 that the manifest must have.")] = None,
     check: Annotated[
         bool,

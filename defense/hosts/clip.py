@@ -290,7 +290,7 @@ def load_clip(
     """Load a CLIP by name.
 
     Args:
-        model: "embedded", which ships; a name of open_clip such as "ViT-B-32", also written "ViT-B/32";
+        model: "photo" or "embedded", which ship; a name of open_clip such as "ViT-B-32", also written "ViT-B/32";
             "hf-hub:org/repo" or "local-dir:path" of open_clip; "transformers:" with a folder or hub id; "timm:" with a
             name of timm, for embeddings alone.
         pretrained: open_clip's tag or a path, for a plain name. A tag that is not cached is downloaded.

@@ -20,7 +20,7 @@ class ClipId:
     """The CLIP that a defense was fitted on.
 
     Attributes:
-        model: What `load_clip` takes, e.g. "ViT-B-32", "hf-hub:...", "transformers:..." or "embedded".
+        model: What `load_clip` takes, e.g. "ViT-B-32", "hf-hub:...", "transformers:..." or "photo".
         pretrained: open_clip's tag; None where the name says it all.
         sha256: Fingerprint of the vision tower's weights (`VisionTower.fingerprint`).
         quick_gelu: Whether its MLPs use QuickGELU.

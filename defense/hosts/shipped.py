@@ -1,7 +1,7 @@
 """The CLIPs of this package, each in a folder with its defenses, SAEs, catalogues and pictures.
 
-A defense of one is named by it: "embedded" is its first, "embedded:waterbirds" another. The one for photographs is
-built and not yet part of it. Importing this loads no torch.
+A defense of one is named by it: "photo" is its first, "embedded:waterbirds" the second of another. Importing this loads
+no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EMBEDDED = "embedded"
 """Name of the CLIP of drawings."""
 PHOTO = "photo"
 """Name of the CLIP for photographs."""
-DEFAULT = EMBEDDED
+DEFAULT = PHOTO
 """The one that is taken where none is named."""
 FIRST = "text"
 """The defense that the name of a model alone stands for."""

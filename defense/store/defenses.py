@@ -228,7 +228,7 @@ def find_defense(
     local_files_only: bool = False,
     token: str | None = None,
 ) -> Defense:
-    """Load a defense by name: "embedded" or "embedded:waterbirds" (shipped.py), a folder, or on the hub (hub.py).
+    """Load a defense by name: "photo" or "embedded:waterbirds" (shipped.py), a folder, or on the hub (hub.py).
 
     Args:
         source: The name; "hf://org/repo[/folder][@revision]" or "org/repo" on the hub.

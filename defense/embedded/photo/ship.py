@@ -178,8 +178,8 @@ def describe(work: Path, saes: Sequence[Path], recipe: Recipe) -> None:
 _INK, _PAPER = (25, 25, 30), (250, 248, 240)
 EXAMPLES = (
     ("cat", Hand("hammer", "nanum-pen", "plate", (0.5, 0.82), 0.2, 3.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
-    ("espresso", Hand("violin", "jua", "plate", (0.3, 0.85), 0.2, 3.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
-    ("tripod", Hand("zebra", "open-sans-bold", "plate", (0.3, 0.85), 0.2, 3.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
+    ("espresso", Hand("violin", "jua", "plate", (0.36, 0.85), 0.2, 3.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
+    ("tripod", Hand("zebra", "open-sans-bold", "plate", (0.4, 0.85), 0.2, 3.0, 0.0, 0.0, _INK, _PAPER, 0.0)),
 )
 """A photograph, and what is written on it in the pictures that `defense classify` shows."""
 
@@ -192,7 +192,7 @@ def write_examples(folder: Path) -> None:
         left, top = ((extent - min(picture.size)) // 2 for extent in picture.size)
         square = picture.crop((left, top, left + min(picture.size), top + min(picture.size)))
         write_all(square, [hand])[0].save(folder / f"{name}-{hand.text}.jpg", quality=90)
-    shutil.copy(HERE / "photographs" / "rocket.jpg", folder)
+    shutil.copy(HERE / "photographs" / "cat.jpg", folder)
 
 
 def install_clip(work: Path) -> None:
