@@ -287,8 +287,9 @@ def versus(answers: Answers, other: Answers, *, seed: int) -> dict[str, Any]:
     """Compare two methods on the same pictures.
 
     Returns:
-        `difference` of the accuracies (a `Figure` as JSON values), `n_better` and `n_worse` pictures that only this or
-        only the other answers rightly, and `p` of McNemar's exact test.
+        `difference` of the accuracies and the share of answers that are the `same`, right or wrong (`Figure`s as JSON
+        values), `n_better` and `n_worse` pictures that only this or only the other answers rightly, and `p` of
+        McNemar's exact test.
 
     Raises:
         ConfigError: The pictures differ.
@@ -299,7 +300,17 @@ def versus(answers: Answers, other: Answers, *, seed: int) -> dict[str, Any]:
     n_better, n_worse = int((change > 0).sum()), int((change < 0).sum())
     return {
         "difference": mean_figure(change, seed=seed).to_dict(),
+        "same": mean_figure(answers.prediction == other.prediction, seed=seed).to_dict(),
         "n_better": n_better,
         "n_worse": n_worse,
         "p": mcnemar(n_better, n_worse),
     }
+
+
+def changed_per_class(answers: Answers, other: Answers) -> dict[int, tuple[int, float]]:
+    """Return class -> (n, share of answers that differ from another method's), for classes where any does."""
+    found = {}
+    for label in np.unique(answers.label[answers.prediction != other.prediction]).tolist():
+        is_shown = answers.label == label
+        found[label] = (int(is_shown.sum()), float((answers.prediction != other.prediction)[is_shown].mean()))
+    return found

@@ -20,6 +20,7 @@ from defense.benchmarks.datasets import Dataset, Task
 from defense.benchmarks.environment import write_json
 from defense.benchmarks.named_clip import NamedClip
 from defense.benchmarks.robust_measuring import Measured
+from defense.benchmarks.tables import BASELINE
 from defense.errors import ConfigError
 from defense.store.folders import replacing
 
@@ -76,6 +77,7 @@ def result_of(
             **figures,
             "not_applicable": dict(not_applicable),
             "versus": {name: metrics.versus(own.answers, other, seed=seed) for name, other in others.items()},
+            "changed_per_class": _changed(dataset, own, others),
             "settings": dict(method.settings()),
             **_question(dataset),
             "data_sha256": own.data_sha256,
@@ -132,6 +134,14 @@ def _figures(dataset: Dataset, own: Measured, seed: int) -> dict[str, Any]:
         "per_class": {dataset.class_names[label]: list(entry) for label, entry in by_class.items()},
         "kinds": {kind: list(entry) for kind, entry in by_kind.items()},
     }
+
+
+def _changed(dataset: Dataset, own: Measured, others: Mapping[str, metrics.Answers]) -> dict[str, list[float]]:
+    """Return (n, share of answers that plain CLIP does not give) of each class, where nothing attacks it."""
+    if dataset.is_attacked or BASELINE not in others:
+        return {}
+    found = metrics.changed_per_class(own.answers, others[BASELINE])
+    return {dataset.class_names[label]: list(entry) for label, entry in found.items()}
 
 
 def _question(dataset: Dataset) -> dict[str, Any]:

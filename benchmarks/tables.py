@@ -99,7 +99,7 @@ def _columns(result: Result, others: Sequence[str]) -> list[str]:
     if robust["groups"]:
         adjusted = ["train-weighted average"] if "accuracy_adjusted" in robust["figures"] else []
         return ["worst group", "of", "average", *adjusted, "gap", *against]
-    names = [f"{variant} accuracy", *against]
+    names = [f"{variant} accuracy", *against, *([] if robust["is_attacked"] else ["same answers"])]
     if robust["kinds"]:
         names.append(", ".join(robust["kinds"]))
     if robust["is_attacked"]:
@@ -116,7 +116,7 @@ def _cells(result: Result, others: Sequence[str]) -> list[str]:
         adjusted = [_percent(figures["accuracy_adjusted"])] if "accuracy_adjusted" in figures else []
         cells = [_percent(figures["worst_group"]), worst, _percent(figures["accuracy"]), *adjusted]
         return [*cells, _percent(figures["gap"]), *against]
-    cells = [_percent(figures["accuracy"]), *against]
+    cells = [_percent(figures["accuracy"]), *against, *([] if robust["is_attacked"] else [_same(result)])]
     if robust["kinds"]:
         cells.append(", ".join(f"{100 * accuracy:.1f}" for _, accuracy in robust["kinds"].values()))
     if robust["is_attacked"]:
@@ -139,6 +139,12 @@ def _against(result: Result, other: str) -> str:
     change = found["difference"]
     p = f"{found['p']:.2g}" if found["p"] >= 1e-4 else "< 0.0001"
     return f"{100 * change['value']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f}; p {p})"
+
+
+def _same(result: Result) -> str:
+    """Return the share of answers that are plain CLIP's, right or wrong; older results do not have it."""
+    found = result["robust"]["versus"].get(BASELINE, {}).get("same")
+    return "-" if found is None else _percent(found)
 
 
 def _cost(results: Sequence[Result]) -> list[str]:
@@ -176,8 +182,9 @@ def _caption(results: Sequence[Result]) -> str:
         lines.append("Defenses (sha256 of the manifest): " + ", ".join(f"{k} {v}" for k, v in hashes.items()) + ".")
     lines.append(
         "Percent, and 95 % bootstrap intervals over pictures. Against a method: points of accuracy, and p of McNemar's "
-        "exact test, not corrected for the number of tests. Margin: logit of the object less that of the word. ms: per "
-        "picture. MiB: at the peak of a chunk, above what was held before. EXIF orientation is not applied."
+        "exact test, not corrected for the number of tests. Same answers: as zero-shot's, right or wrong. Margin: "
+        "logit of the object less that of the word. ms: per picture. MiB: at the peak of a chunk, above what was held "
+        "before. EXIF orientation is not applied."
     )
     lines += list(dict.fromkeys(machine_words(r["robust"]["run"]["environment"]) for r in results))
     return "\n".join(lines)

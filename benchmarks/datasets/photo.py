@@ -8,10 +8,11 @@
 | attacked-capitals, -turned, -repeated | in print: in capitals, turned by 20 degrees, and three times |
 | own-name | its own name, in print: a defense that takes evidence away loses here |
 | look-alike | strokes in lines, which look like writing from afar; no letters |
+| texture | nothing, on all photographs of classes with rows of like things: keys, beads, links, patterned cloth |
 
 The pictures are the validation split of a folder of small photographs (`embedded.photo.pictures`), the typefaces those
-that occur in no training. One is chosen among the names of the folder's classes (`photo-100`), or among all thousand names
-of ImageNet (`photo-1000`, where `attacked` mixes the styles). The training split holds other photographs, of
+that occur in no training. One is chosen among the names of the folder's classes (`photo-100`), or among all thousand
+names of ImageNet (`photo-1000`, where `attacked` mixes the styles). The training split holds other photographs, of
 classes that the CLIP's own training saw, in other typefaces.
 """
 
@@ -39,6 +40,20 @@ N_TEST = 400
 N_TRAIN = 1000
 _SPLITS: dict[str, Split] = {"test": "val", "train": "train"}
 _SEEDS = {"test": 501, "train": 502}
+_TEXTURED = frozenset(
+    (
+        "abacus",
+        "chain",
+        "computer keyboard",
+        "kimono",
+        "organ",
+        "poncho",
+        "quilt",
+        "remote control",
+        "typewriter keyboard",
+    )
+)
+"""Names of classes whose photographs may look like text to a network; those that the folder has are taken."""
 _SEED_STEP = 1000
 """Between the streams of one `Options.seed` and the next."""
 
@@ -118,7 +133,18 @@ def read(folder: Path, options: Options) -> Task:
     train = _variants("photo-100", folder, "train", N_TRAIN, names, options)
     tests = _variants("photo-100", folder, "test", N_TEST, names, options)
     title = "Photo-100: small photographs with words on them"
-    return Task("photo-100", title, tuple(tests.values()), train["attacked"], train_clean=train["clean"])
+    datasets = (*tests.values(), *_textured(photographs, names, options))
+    return Task("photo-100", title, datasets, train["attacked"], train_clean=train["clean"])
+
+
+def _textured(photographs: Photographs, names: _Names, options: Options) -> list[Dataset]:
+    """Return the data set of photographs that look like text; none where the folder has no such class."""
+    examples = []
+    for row, each in enumerate(photographs.labels.tolist()):
+        label = names.classes.index(each)
+        if names.names[label] in _TEXTURED:
+            examples.append(Example(f"test-row-{row:05}", Written(photographs.pixels[row]), label))
+    return [_dataset("photo-100", "texture", examples, names, options)] if examples else []
 
 
 def read_thousand(folder: Path, options: Options) -> Task:

@@ -271,6 +271,15 @@ def test_pairing_sees_what_two_accuracies_hide():
     assert found["difference"]["value"] == 0
     assert (found["n_better"], found["n_worse"]) == (2, 2)
     assert found["difference"]["high"] > 0.5
+    assert found["same"]["value"] == 0
+
+
+def test_answers_count_as_the_same_also_where_both_are_wrong():
+    a, b = answers([0, 0, 1, 1], [0, 2, 2, 1]), answers([0, 0, 1, 1], [0, 2, 1, 2])
+    same = metrics.versus(a, b, seed=0)["same"]
+    assert (same["value"], same["n"]) == (0.5, 4)
+    assert metrics.changed_per_class(a, b) == {1: (2, 1.0)}
+    assert metrics.changed_per_class(a, a) == {}
 
 
 def test_answers_to_other_pictures_are_not_compared():

@@ -55,8 +55,9 @@ def test_each_photograph_is_there_in_every_variant_with_one_label(task):
     clean = variant(task, "clean")
     assert len(clean) == 24
     names = {each.variant for each in task.tests}
-    assert names == {"clean", "neutral", "own-name", "look-alike", *(f"attacked-{style}" for style in photo.STYLES)}
-    for each in task.tests:
+    styles = (f"attacked-{style}" for style in photo.STYLES)
+    assert names == {"clean", "neutral", "own-name", "look-alike", "texture", *styles}
+    for each in [each for each in task.tests if each.variant != "texture"]:
         assert {example.key: example.label for example in each.examples}.items() <= {
             key: example.label for key, example in clean.items()
         }.items()
@@ -102,6 +103,13 @@ def test_look_alikes_hold_strokes_and_no_word(task):
     changed = [(pixels(each) != pixels(clean[key])).any() for key, each in variant(task, "look-alike").items()]
     assert all(not each.picture.hands for each in variant(task, "look-alike").values())
     assert np.mean(changed) > 0.9
+
+
+def test_textures_are_all_photographs_of_classes_that_look_like_text_as_they_are(task):
+    names, found = task.tests[0].class_names, variant(task, "texture")
+    assert len(found) == 4  # of 24, for six classes
+    assert {names[each.label] for each in found.values()} == {"abacus"}
+    assert all(not each.picture.hands and each.picture.strokes is None for each in found.values())
 
 
 def test_training_pictures_are_of_other_photographs_typefaces_and_only_of_classes_that_are_not_held_out(task):

@@ -26,21 +26,23 @@ def test_the_table_has_a_row_per_method_and_the_jsons_figures(results):
     text = tables.markdown(results)
     lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
     assert [line[0] for line in lines] == ["method", "---", "zero-shot", "defense", "defense@0.5"]
-    assert lines[0][1:4] == ["clean accuracy", "against zero-shot", "attacked accuracy"]
+    assert lines[0][1:5] == ["clean accuracy", "against zero-shot", "same answers", "attacked accuracy"]
     by_place = {(r["dataset"], r["method"]): r["robust"] for r in results}
     row = dict(zip(lines[0], lines[3], strict=True))
     accuracy = by_place["set-attacked", "defense"]["figures"]["accuracy"]
     assert row["attacked accuracy"].startswith(f"{100 * accuracy['value']:.1f} ({100 * accuracy['low']:.1f} to")
     change = by_place["set-clean", "defense"]["versus"]["zero-shot"]["difference"]["value"]
     assert lines[3][2].startswith(f"{100 * change:+.1f} (")
-    assert lines[2][2] == "-"
+    same = by_place["set-clean", "defense"]["versus"]["zero-shot"]["same"]["value"]
+    assert lines[3][3].startswith(f"{100 * same:.1f} (")
+    assert lines[2][2:4] == ["-", "-"]
     for expected in ("6 classes", '"a photo of a {}."', "clean 24, attacked 24", "McNemar", "bootstrap"):
         assert expected in text
     assert results[2]["robust"]["settings"]["defense_sha256"][:16] in text
     difference = by_place["set-attacked", "defense@0.5"]["versus"]["defense"]["difference"]["value"]
-    assert lines[0][3:6] == ["attacked accuracy", "against zero-shot", "against defense"]
-    assert lines[4][5].startswith(f"{100 * difference:+.1f} (")
-    assert lines[3][5] == "-"
+    assert lines[0][4:7] == ["attacked accuracy", "against zero-shot", "against defense"]
+    assert lines[4][6].startswith(f"{100 * difference:+.1f} (")
+    assert lines[3][6] == "-"
 
 
 def test_the_table_does_not_depend_on_the_order_of_the_files(results):
