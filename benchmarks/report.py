@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks import plots, speed_rows, tables
+from defense.benchmarks import photo_tables, plots, speed_rows, tables
 from defense.benchmarks.environment import machine_words
 from defense.benchmarks.robust_results import read_results
 from defense.errors import ConfigError
 from defense.store.folders import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
-MINI = "mini.json"
+MINI, PHOTO = "mini.json", "photo.json"
 _ATTACKED, _CLEAN = "mini-typographic-attacked", "mini-typographic-clean"
 _GROUPED = ("mini-waterbirds-test", "mini-celeba-test")
 
@@ -91,6 +91,12 @@ def _mini_section(path: Path) -> str:
     return "\n\n".join([tables.markdown(results), *_pictures(path.parent, results)])
 
 
+def _photo_section(path: Path) -> str:
+    results = read_results(path)
+    changed = f"### Answers that change where nothing attacks\n\n{photo_tables.changed_table(results)}"
+    return "\n\n".join([tables.markdown(results), changed, *_pictures(path.parent, results)])
+
+
 def _pictures(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines that show the plots in a folder, which are drawn from results."""
     tasks = sorted({result["robust"]["task"] for result in results})
@@ -152,6 +158,13 @@ def _static_section(path: Path) -> str:
 
 
 SECTIONS = (
+    Section(
+        "Methods, on photographs",
+        PHOTO,
+        "defense bench photo --data DATA --methods all,defense@0.5 --out results/photo && "
+        "python -m defense.benchmarks.robust results/photo --into benchmarks/results/photo.json",
+        _photo_section,
+    ),
     Section(
         "Methods, on the miniatures",
         MINI,
@@ -283,7 +296,7 @@ def main_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def robustness(results: Path) -> str:
     """Return the README's tables of robustness."""
-    mini = SECTIONS[0]
+    mini = next(section for section in SECTIONS if section.file == MINI)
     path = results / mini.file
     if path.exists():
         beside = f"{main_table(read_results(path))}\n\n`{_command_of(path)}`"
@@ -292,7 +305,16 @@ def robustness(results: Path) -> str:
     return f"{embedded_table(results / 'embedded.json')}\n\nBeside other methods, on the miniatures:\n\n{beside}"
 
 
+def photographs(results: Path) -> str:
+    """Return the README's table on photographs."""
+    section, path = next(each for each in SECTIONS if each.file == PHOTO), results / PHOTO
+    if not path.exists():
+        return f"Not measured: `benchmarks/results/{PHOTO}` is missing. To measure: `{section.command}`"
+    return f"{photo_tables.short_table(read_results(path))}\n\n`{_command_of(path)}`"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
+    "photo": photographs,
     "embedded": robustness,
     "speed": lambda results: speed_table(results / "speed-cpu.json"),
 }
@@ -320,8 +342,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a figure is stale")
     arguments = parser.parse_args()
     readme, page, results = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "results"
-    if not arguments.check and (results / MINI).exists():
-        plots.draw(read_results(results / MINI), results)
+    for measured in [] if arguments.check else [results / MINI, results / PHOTO]:
+        if measured.exists():
+            plots.draw(read_results(measured), results)
     before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in (readme, page)}
     after = {readme: filled(before[readme], results), page: results_page(results)}
     if arguments.check:

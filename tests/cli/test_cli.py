@@ -17,7 +17,8 @@ pytest.importorskip("open_clip")
 
 from defense.cli import app
 from defense.data.labels import common_nouns
-from defense.hosts.clip import embedded_folder
+from defense.embedded.photo.names import load_words
+from defense.hosts.shipped import DEFAULT, MODELS
 from defense.store import folders
 from defense.world.scenes import OBJECTS
 
@@ -146,9 +147,11 @@ def test_without_labels_a_model_of_ones_own_chooses_among_common_nouns(defense_f
     code, out, err = run("export", tmp_path / "bundle", "--defense", defense_folder)
     assert (code, out) == (2, ""), "labels that nobody chose are not baked into a graph"
     assert "--labels or --labels-file is missing" in err
-    code, out, err = run("classify", "--json", "--top-k", 1000)
-    assert {entry["label"] for entry in json.loads(out.splitlines()[0])["robust"]} == set(OBJECTS)
-    assert not err, "the embedded model has labels of its own"
+    for name in ("embedded", "photo"):
+        code, out, err = run("classify", pictures, "--defense", name, "--json", "--top-k", 1000)
+        own = OBJECTS if name == "embedded" else load_words().names
+        assert {entry["label"] for entry in json.loads(out.splitlines()[0])["robust"]} == set(own)
+        assert "labels" not in err, "a model that ships has labels of its own"
 
 
 OF_ANOTHER_MODEL = {
@@ -164,26 +167,26 @@ OF_ANOTHER_MODEL = {
 
 @pytest.mark.parametrize("command", OF_ANOTHER_MODEL)
 @pytest.mark.parametrize("pretrained", ["openai", "weights.pt"])
-def test_the_embedded_defense_goes_into_no_other_model(command, pretrained, pictures, tmp_path, monkeypatch):
+def test_a_shipped_defense_goes_into_no_other_model(command, pretrained, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [str(pictures / "b.png") if each == "PICTURE" else each for each in OF_ANOTHER_MODEL[command]]
     code, out, err = run(command.split()[0], *arguments, "--model", "ViT-B-32", "--pretrained", pretrained)
     assert code == 2
-    assert err == (
-        "error: the embedded defense fits the embedded model alone, which knows a hundred drawn things; one for this "
-        f"model comes from: defense protect ViT-B-32 --pretrained {pretrained}\n"
-    )
+    name, knows = ("embedded", "a hundred drawn things") if command == "bench" else ("photo", "a thousand names of ")
+    assert err.startswith(f"error: the {name} defense fits the {name} model alone, which knows {knows}")
+    assert err.endswith(f"; one for this model comes from: defense protect ViT-B-32 --pretrained {pretrained}\n")
+    assert err.count("\n") == 1
     assert not out or command == "info", "nothing is classified on the way"
     assert {path.name for path in tmp_path.iterdir()} == {"pictures"}
 
 
-def test_the_embedded_defense_is_known_by_its_models_weights(tiny_folder, pictures):
-    """A folder may hold the embedded model itself; this one does not."""
+def test_a_shipped_defense_is_known_by_its_models_weights(tiny_folder, pictures):
+    """A folder may hold the model itself; this one does not."""
     code, out, err = run("classify", pictures, "--labels", "a,b", "--model", f"local-dir:{tiny_folder}")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert "defense protect MODEL" in err
-    folder = embedded_folder("clip")
+    folder = MODELS[DEFAULT].folder("clip")
     code, _, _ = run("classify", pictures, "--labels", "a,b", "--model", f"local-dir:{folder}")
     assert code == 0
 

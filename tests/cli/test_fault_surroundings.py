@@ -20,8 +20,10 @@ pytest.importorskip("open_clip")
 
 from defense.cli.common import print_json
 from defense.hosts.clip import embedded_folder
+from defense.hosts.shipped import DEFAULT, MODELS
 
 APPLE = embedded_folder("examples") / "apple-pizza.png"
+CAT = MODELS[DEFAULT].folder("examples") / "cat-hammer.jpg"
 COMMAND = "import sys; from defense.cli import main; sys.argv = ['defense', *sys.argv[1:]]; main()"
 
 
@@ -159,12 +161,12 @@ print("whole")
 
 
 @pytest.mark.parametrize("home", [None, "a file"], ids=["no-home", "home-that-is-a-file"])
-def test_fault_76_the_embedded_model_needs_no_home_no_cache_and_no_locale(tmp_path, home):
+def test_fault_76_a_shipped_model_needs_no_home_no_cache_and_no_locale(tmp_path, home):
     (tmp_path / "file").write_text("")
     nowhere = str(tmp_path / "file" / "cache")
     folder = tmp_path / "Bilder mit Abstand \U0001f34e"
     folder.mkdir()
-    shutil.copy(APPLE, folder / "äpfel \U0001f34f.png")
+    shutil.copy(CAT, folder / "kätzchen \U0001f34f.jpg")
     done = run(
         "classify", ".", "--json", "--device", "cpu", cwd=folder, HOME=None if home is None else str(tmp_path / "file"),
         XDG_CACHE_HOME=nowhere, XDG_CONFIG_HOME=nowhere, HF_HOME=nowhere, TORCH_HOME=nowhere, MPLCONFIGDIR=nowhere,
@@ -173,10 +175,10 @@ def test_fault_76_the_embedded_model_needs_no_home_no_cache_and_no_locale(tmp_pa
     assert done.returncode == 0, said(done)
     (line,) = done.stdout.decode("ascii").splitlines()
     found = json.loads(line)
-    assert found["robust"][0]["label"] == "apple"
-    assert found["file"].endswith(".png")
+    assert found["robust"][0]["label"] == "Egyptian cat"
+    assert found["file"].endswith(".jpg")
     assert said(done) == ""
-    assert [path.name for path in folder.iterdir()] == ["äpfel \U0001f34f.png"]
+    assert [path.name for path in folder.iterdir()] == ["kätzchen \U0001f34f.jpg"]
 
 
 # --- fault 77: no network ---------------------------------------------------------------------------------------------

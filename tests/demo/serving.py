@@ -68,7 +68,7 @@ def main(what: str, options: Mapping[str, Any]) -> None:
     if what == STUCK:
         engine = Stuck(SimpleNamespace(bundle=SimpleNamespace(text_model=None)), (DemoTask("", "", ("dog", "cat")),))
     else:
-        engine = defended(device="cpu") if what == "embedded" else bundled(what)
+        engine = defended(what, device="cpu") if what == "embedded" else bundled(what)
     with serving(engine, **options) as address:
         print(address, flush=True)  # noqa: T201
         sys.stdin.read()

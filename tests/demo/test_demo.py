@@ -1,4 +1,4 @@
-"""The demo without a server: limits, writing, the page's HTML, and what its handlers return."""
+"""The demo without a server: the page's HTML, and what its handlers return."""
 
 from __future__ import annotations
 
@@ -17,18 +17,25 @@ pytest.importorskip("gradio", reason='needs the extra "demo"')
 pytest.importorskip("open_clip")
 
 from defense.classify.classifier import RobustClassifier
-from defense.demo import cards, draw, engine, limits, loading, measured, trying, views
-from defense.errors import ConfigError, InvalidImageError
+from defense.demo import cards, engine, loading, measured, trying, views
+from defense.errors import ConfigError
 from defense.hosts.clip import EMBEDDED
 from defense.hosts.controls import Controls
 
-from .files import BAD_FILES, file_of
+from .files import file_of
 
 
 @pytest.fixture(scope="module")
 def demo() -> engine.Engine:
     """The engine of the embedded model."""
-    return loading.defended(device="cpu")
+    return loading.defended(EMBEDDED, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photo_tab() -> trying.Trying:
+    """The first tab of the model that is taken where none is named."""
+    engine = loading.defended(device="cpu")
+    return trying.Trying(engine, cards.Gallery(engine))
 
 
 @pytest.fixture
@@ -39,110 +46,6 @@ def tab(demo) -> trying.Trying:
 @pytest.fixture
 def form(tab) -> trying.Form:
     return trying._first_form(tab)
-
-
-# --- limits -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("dog, cat", ["dog", "cat"]), ("dog\nhot dog, warm\n", ["dog", "hot dog, warm"]), (" ,\n ", []), ("", [])],
-)
-def test_labels_are_split_at_lines_or_else_at_commas(text, expected):
-    assert limits.split_labels(text) == expected
-
-
-def test_no_labels_stand_for_the_default():
-    assert limits.check_labels("  ", ("dog", "cat")) == ("dog", "cat")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("\n".join(map(str, range(1001))), "1,001 labels; at most 1,000"),
-        ("a" * 201, "201 characters long; at most 200"),
-        ("a" * 1_000_000, "1,000,000 characters long"),
-        ("dog,dog", "repeats"),
-    ],
-    ids=["too-many", "too-long", "a-megabyte", "twice"],
-)
-def test_fault_78_labels_are_bounded(text, message):
-    with pytest.raises(ConfigError, match=message):
-        limits.check_labels(text, ("dog",))
-
-
-def test_labels_at_the_limits_are_taken():
-    assert len(limits.check_labels("\n".join(f"{i:0200}" for i in range(1000)), ())) == 1000
-
-
-def test_a_large_picture_is_scaled_down_and_said_to_be():
-    loaded = limits.load(file_of(Image.new("RGB", (2048, 1000))))
-    assert loaded.image.size == (1024, 500)
-    assert loaded.notes == ("Scaled down from 2048 x 1000 pixels.",)
-
-
-def test_a_small_picture_keeps_its_pixels():
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    assert np.array_equal(np.asarray(limits.load(file_of(Image.fromarray(pixels))).image), pixels)
-
-
-def test_metadata_is_dropped_and_orientation_applied():
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, "a secret"
-    image = limits.load(file_of(Image.new("RGB", (40, 20), "red"), "JPEG", exif=exif)).image
-    assert image.size == (20, 40)
-    assert not image.getexif()
-    assert not image.info
-
-
-@pytest.mark.parametrize("code", BAD_FILES)
-def test_fault_78_every_bad_file_gets_a_sentence_of_its_own(code):
-    with pytest.raises(InvalidImageError) as caught:
-        limits.load(BAD_FILES[code])
-    said = limits.friendly(caught.value)
-    assert said.endswith(f"({code})")
-    assert "bytes" not in said  # nothing of Python's
-    assert len({limits.friendly(InvalidImageError(each, "")) for each in BAD_FILES}) == len(BAD_FILES)
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(320, 320), (60, 400), (301, 97)])
-@pytest.mark.parametrize("style", draw.STYLES)
-def test_a_word_is_written_within_the_picture_and_nowhere_else(size, style):
-    picture = Image.new("RGB", size, "green")
-    written = draw.write(picture, draw.Note("Pizza", style=style, x=0.95, y=0.99, height=0.3))
-    changed = np.argwhere((np.asarray(written) != np.asarray(picture)).any(2))
-    assert len(changed) > 20
-    assert picture.getcolors() == [(size[0] * size[1], (0, 128, 0))]  # the original stays
-    if style != "strip":  # all of the word is there, with a margin
-        assert changed[:, 1].max() < size[0]
-        assert changed[:, 1].min() > 0
-
-
-def test_the_place_of_a_word_is_followed():
-    picture = Image.new("RGB", (300, 300), "green")
-    centers = []
-    for x, y in ((0.25, 0.2), (0.75, 0.8)):
-        written = draw.write(picture, draw.Note("ab", x=x, y=y, height=0.1))
-        centers.append(np.argwhere((np.asarray(written) != np.asarray(picture)).any(2)).mean(0) / 300)
-    assert np.allclose(centers, [(0.2, 0.25), (0.8, 0.75)], atol=0.02)
-
-
-def test_no_word_leaves_the_picture_as_it_is():
-    picture = Image.effect_noise((50, 40), 90).convert("RGB")
-    assert draw.write(picture, draw.Note("  ")).tobytes() == picture.tobytes()
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"text": "a" * 25}, {"text": "pizza!"}, {"text": "é"}, {"text": "a", "font": "../x"}, {"text": "a", "x": 1.5}],
-    ids=["long", "sign", "accent", "font", "place"],
-)
-def test_what_cannot_be_written_is_refused(fields):
-    with pytest.raises(ConfigError):
-        draw.Note(**fields)
 
 
 # --- the page's HTML --------------------------------------------------------------------------------------------------
@@ -289,6 +192,17 @@ def test_every_example_can_be_chosen_and_the_defense_is_right(tab, form):
         found = answers_in(answers)
         assert found["robust"] == right.get(example.title, example.title)
         assert found["plain"] != found["robust"]
+
+
+def test_of_the_photographs_those_with_a_word_fool_plain_clip_alone_and_the_others_neither(photo_tab):
+    form = trying._first_form(photo_tab)
+    assert [example.title for example in photo_tab.examples] == ["cat", "espresso", "tripod", "rocket"]
+    for index, example in enumerate(photo_tab.examples):
+        loaded, *_, answers, _, _ = photo_tab.choose(index, form)
+        found = answers_in(answers)
+        clean = answers_in(photo_tab.show(replace(form, loaded=loaded, word=""))[1])
+        assert clean["plain"] == clean["robust"]
+        assert found == ({"plain": example.word, "robust": clean["plain"]} if example.word else clean)
 
 
 def test_weights_of_no_model_are_refused():
