@@ -25,23 +25,33 @@ def results_folder() -> Path:
 
 def sections(folder: Path) -> list[str]:
     """Return the stored results as Markdown, one section each."""
-    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    files = {file.name: file for file in sorted(folder.glob("*.json"))} if folder.is_dir() else {}
     renderers = _renderers()
-    found = []
-    robust = []
-    for file in files:
-        if file.name in renderers:
-            title, render = renderers[file.name]
-            found.append(f"## {title}\n\n{_rendered(file, render)}")
-        else:
-            robust += _robust_results(file)
+    found = [
+        f"## {title}\n\n{_rendered(files[name], render)}"
+        for name, (title, render) in renderers.items()
+        if name in files
+    ]
+    robust = [row for name, file in files.items() if name not in renderers for row in _robust_results(file)]
     if robust:
         found.append(_tables(robust))
-    return found or [NOTHING]
+    return [section.replace("@", "&#64;") for section in found] or [NOTHING]  # not the address of a mailbox
 
 
 def _renderers() -> dict[str, tuple[str, Callable[[Path], str]]]:
-    """Return, for each file that has a table of its own, its title and what makes the table."""
+    """Return, for each file that has a table of its own, its title and what makes the table, in the order to show."""
+
+    def photo(path: Path) -> str:
+        from defense.benchmarks.photo_tables import short_table
+        from defense.benchmarks.robust_results import read_results
+
+        return short_table(read_results(path))
+
+    def mini(path: Path) -> str:
+        from defense.benchmarks.report import main_table
+        from defense.benchmarks.robust_results import read_results
+
+        return main_table(read_results(path))
 
     def embedded(path: Path) -> str:
         from defense.benchmarks.report import embedded_table
@@ -54,7 +64,9 @@ def _renderers() -> dict[str, tuple[str, Callable[[Path], str]]]:
         return speed_table(path)
 
     return {
+        "photo.json": ("Photographs with another thing's name on them", photo),
         "embedded.json": ("The embedded model: objects with another object's name on them", embedded),
+        "mini.json": ("Beside other methods, on the miniatures", mini),
         "speed-cpu.json": ("What it costs on a CPU", speed),
     }
 
@@ -64,7 +76,7 @@ def _rendered(file: Path, render: Callable[[Path], str]) -> str:
         return re.sub(r"^\| \|", "| model |", render(file), flags=re.MULTILINE)  # no column without a heading
     except ImportError as error:
         return _NEEDS_PACKAGE.format(file=file.name, error=error)
-    except (ValueError, KeyError, TypeError) as error:
+    except (DefenseError, ValueError, KeyError, TypeError) as error:
         return f"`{file.name}` is there and cannot be read ({type(error).__name__}: {error})."
 
 
@@ -103,4 +115,4 @@ def build(folder: Path | None = None) -> None:
     for section in sections(folder):
         gr.Markdown(section, elem_classes="measured")
     if drawn := plots(folder):
-        gr.HTML(f'<div class="plots">{drawn}</div>')
+        gr.HTML(f'<details class="plots-below"><summary>Plots</summary><div class="plots">{drawn}</div></details>')

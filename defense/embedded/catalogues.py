@@ -37,12 +37,12 @@ N_STEERED = 4
 """Pictures that each latent is steered on."""
 
 
-def web_examples(n: int, seed: int, clip: Clip) -> Iterator[Example]:
-    """Yield pictures of the kind the CLIP was trained on; the class of one is the object that it shows."""
+def web_examples(n: int, seed: int, clip: Clip, side: int = scenes.SIZE) -> Iterator[Example]:
+    """Yield scenes with and without words, `side` pixels wide; the class of one is the object that it shows."""
     name_of = {emoji: name for name, emoji in scenes.OBJECTS.items()}
     for index, scene in enumerate(draws.web_scenes(n, seed)):
         label = None if scene.subject is None else name_of.get(scene.subject.emoji)
-        yield Example(f"scene:{seed}:{index}", clip.preprocess(scenes.render(scene)), label)
+        yield Example(f"scene:{seed}:{index}", clip.preprocess(scenes.render(scene, side)), label)
 
 
 def group_examples(task: str, n: int, clip: Clip) -> Iterator[Example]:

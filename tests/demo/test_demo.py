@@ -318,6 +318,7 @@ def test_steering_starts_from_the_plain_answer_and_moves_it(catalogued, form):
 def test_stored_results_become_tables(tmp_path):
     found = measured.sections(measured.results_folder())
     assert any("| defended |" in section for section in found)
+    assert not [section for section in found if "@" in section], "a browser makes an address of it"
     assert not [section for section in found if "cannot be shown" in section]
     assert measured.sections(tmp_path) == [measured.NOTHING]
     (tmp_path / "embedded.json").write_text("{}")

@@ -5,7 +5,7 @@ After `build` in the same folder WORK. What a user does with the command line is
 1. pictures    photographs and sharp crops in one file, in random order      WORK/pictures.parquet
 2. defense train    an SAE per block                                         WORK/sae/block-N
 3. defense fit      the defense against words                                WORK/text
-4. defense describe the catalogue of its latents, from WORK/described.parquet WORK/catalogue/text
+4. describe         the catalogue of its latents                             WORK/catalogue/text
 5. all of it, the CLIP and the example pictures go into the package
 
 A stage whose result is there is not done again.
@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,18 @@ from PIL import Image
 
 from defense.data.hands import Hand, sample_hand, write_all
 from defense.data.images import decode
+from defense.data.sources import open_pictures
 from defense.data.typefaces import TRAIN
+from defense.embedded.catalogues import web_examples
+from defense.explain import catalogue
+from defense.explain import describe as describing
+from defense.hosts.clip import load_clip
 from defense.hosts.shipped import FIRST, PHOTO
 from defense.store import checkpoint
 from defense.store.folders import replacing
 
 from .build import enlarged
+from .grounds import SIZE
 from .names import load_words
 from .pictures import read_photographs
 
@@ -41,6 +48,8 @@ log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 LICENSE = "Apache-2.0"
 """Of what is made from the weights of the picture network."""
+SEED_SCENES = 55
+"""Of the drawn scenes of the catalogue; see `catalogues.SEED`."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Recipe:
         text_rate: Share of its pictures with a word on them.
         n_photographs: Photographs to train on; each crop of the build comes on top.
         n_pictures: Pictures to fit on.
-        n_described: Pictures to describe latents with.
+        n_described: Photographs to describe latents with, and drawn scenes.
         clean_budget: Of the fit.
         seed: Of everything.
     """
@@ -65,7 +74,7 @@ class Recipe:
     text_rate: float = 0.6
     n_photographs: int = 16_000
     n_pictures: int = 600
-    n_described: int = 3_000
+    n_described: int = 2_000
     clean_budget: float = 0.01
     seed: int = 2026
 
@@ -166,13 +175,26 @@ def fit(work: Path, out: Path, saes: Sequence[Path], recipe: Recipe) -> None:
 
 
 def describe(work: Path, saes: Sequence[Path], recipe: Recipe) -> None:
-    """Write the catalogue of the latents, named by the words that the text tower knows."""
-    words = work / "words.txt"
-    words.write_text("\n".join(load_words().members) + "\n")
-    run(
-        "describe", *saes, "--pictures", work / "described.parquet", "--words", words,
-        "--out", work / "catalogue" / FIRST, "--model", PHOTO, "--seed", recipe.seed, "--device", "cpu",
-    )  # fmt: skip
+    """Write the catalogue of the latents, named by the words that the text tower knows.
+
+    Photographs come first, which do not ship; then as many scenes of the drawn world, which are drawn again when a
+    catalogue is looked at.
+    """
+    clip, words = load_clip(PHOTO), tuple(load_words().members)
+    photographs = open_pictures([work / "described.parquet"])
+    made_from = {"pictures": photographs.fingerprint, "seed_scenes": SEED_SCENES, "host_model": PHOTO}
+    found = []
+    for folder in saes:
+        each = checkpoint.load(folder)
+        scenes = web_examples(recipe.n_described, SEED_SCENES, clip, SIZE)
+        pictures = chain(describing.examples(clip, photographs), scenes)
+        found.append(
+            describing.describe(
+                clip, each.hook_point, each.sae, pictures, words, n_steered=4, seed=recipe.seed, provenance=made_from
+            )
+        )
+    (work / "catalogue").mkdir(exist_ok=True)
+    catalogue.save(found, work / "catalogue" / FIRST)
 
 
 _INK, _PAPER = (25, 25, 30), (250, 248, 240)
