@@ -73,7 +73,8 @@ def _renderers() -> dict[str, tuple[str, Callable[[Path], str]]]:
 
 def _rendered(file: Path, render: Callable[[Path], str]) -> str:
     try:
-        return re.sub(r"^\| \|", "| model |", render(file), flags=re.MULTILINE)  # no column without a heading
+        named = re.sub(r"^\| \|", "| model |", render(file), flags=re.MULTILINE)  # no column without a heading
+        return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", named)  # links go to files of the repository
     except ImportError as error:
         return _NEEDS_PACKAGE.format(file=file.name, error=error)
     except (DefenseError, ValueError, KeyError, TypeError) as error:
