@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from defense.export.layouts import Layout
+from defense.hosts.shipped import find_model
 
 _SHOWN_LABELS = 10
 
@@ -217,9 +218,10 @@ def _resize(preprocess: Mapping[str, Any]) -> str:
 
 def licenses(fields: Mapping[str, Any]) -> str:
     """Return the text of LICENCES.md: what is known of the license of each part."""
+    own = find_model(fields["host"].get("model"))
     return f"""# Licenses
 
 - clip-defense, whose formula is in the graph: MIT.
 - The defense: {fields["licence"]}.
-- The CLIP's weights, {_host(fields)}: as their publisher says.
+- The CLIP's weights, {_host(fields)}: {"as their publisher says" if own is None else own.license}.
 """

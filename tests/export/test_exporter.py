@@ -20,7 +20,7 @@ from PIL import Image
 
 from defense.classify.classifier import RobustClassifier
 from defense.errors import BackendError, CheckpointError, ConfigError
-from defense.export import bundle, exporter, verify
+from defense.export import bundle, exporter, readme, verify
 from defense.export.exporter import export_onnx
 from defense.export.runtime import OnnxClassifier
 from defense.export.verify import ExportError, ParityError, Tolerance
@@ -246,3 +246,9 @@ def test_a_host_that_is_not_float32_is_refused(tiny_clip, tiny_classifier, tmp_p
     clf._text_embeds[clf.prompts.sha256()] = tiny_classifier.text_embeds()[:2]
     with pytest.raises(ConfigError, match="float16"):
         export_onnx(clf, tmp_path / "out")
+
+
+def test_the_licenses_of_a_bundle_name_those_of_weights_that_ship():
+    fields = {"host": {"model": "photo", "sha256": "0" * 64}, "licence": "Apache-2.0"}
+    assert "EfficientNet-Lite0" in readme.licenses(fields)
+    assert "as their publisher says" in readme.licenses({**fields, "host": {"model": "ViT-B-32", "sha256": "0" * 64}})
