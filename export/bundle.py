@@ -81,6 +81,12 @@ class Bundle:
     golden: Mapping[str, np.ndarray]
     manifest_sha256: str
 
+    @property
+    def set_names(self) -> tuple[str, ...]:
+        """Names of the latent sets that the graph removes."""
+        sites = () if self.defense is None else self.defense["sites"]
+        return tuple(dict.fromkeys(each["name"] for site in sites for each in site["sets"]))
+
 
 def is_bundle(folder: str | os.PathLike[str]) -> bool:
     """Return whether a folder says that it is a bundle (damaged or not)."""

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from defense.classify.answers import Chunk, OnError, Pixels
-from defense.classify.zeroshot import ZeroShotClassifier, warn_of_unknown_words
+from defense.classify.label_warnings import warn_of_reading, warn_of_unknown_words
+from defense.classify.zeroshot import ZeroShotClassifier
 from defense.data import labels
 from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.labels import Prompts
@@ -89,6 +90,7 @@ class OnnxClassifier(ZeroShotClassifier):
         self._given = {self.bundle.prompts: self.bundle.text_embeds}  # not to be had from a text tower
         self._start()
         self._check_strength()
+        warn_of_reading(self.bundle.prompts.labels, self.bundle.set_names if strength else ())
 
     def _load(self) -> bundle.Bundle:
         return bundle.load(self.source, verify=self.verify)
@@ -298,6 +300,7 @@ class OnnxClassifier(ZeroShotClassifier):
         tokenizer = ClipTokenizer(self.bundle.context_length)
         labels.check_distinct(prompts, tokenizer)
         warn_of_unknown_words(prompts.labels, tokenizer, self.bundle.blank_tokens)
+        warn_of_reading(prompts.labels, self.bundle.set_names if self.strength else ())
         return labels.encode_prompts(prompts, tokenizer, self.encode_text)
 
     def _given_embeds(self, prompts: Prompts) -> np.ndarray | None:

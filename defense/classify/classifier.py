@@ -33,7 +33,8 @@ from .answers import Chunk, OnError, Prediction, prediction_of
 from .explanation import Explanation, account
 from .finding import clip_and_defense
 from .inputs import batched, check_top_k, finite
-from .zeroshot import ZeroShotClassifier, warn_of_unknown_words
+from .label_warnings import warn_of_reading, warn_of_unknown_words
+from .zeroshot import ZeroShotClassifier
 
 if TYPE_CHECKING:
     import torch
@@ -232,6 +233,7 @@ class RobustClassifier(ZeroShotClassifier):
         self._own_process()
         labels.check_distinct(prompts, self.clip.tokenizer)  # those of one call were not seen by `set_labels`
         warn_of_unknown_words(prompts.labels, self.clip.tokenizer, self.clip.blank_tokens())
+        warn_of_reading(prompts.labels, () if self.defense is None else self.defense.sets)
         return self.clip.text_embeds(prompts)
 
     def encode_text(self, input_ids: np.ndarray) -> np.ndarray:

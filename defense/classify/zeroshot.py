@@ -27,8 +27,6 @@ from .inputs import check_count, check_top_k, checked_pixels, finite, is_one_pic
 
 log = logging.getLogger(__name__)
 
-_N_SHOWN = 20
-"""Labels that one warning names at most."""
 _MAX_LABEL_BYTES = 256 * 2**20
 """Of the embeddings of labels that are kept; those that were used last stay."""
 
@@ -422,22 +420,3 @@ class ZeroShotClassifier(Estimator):
         if len(pixels) == 0:  # a picture tells how wide an embedding is
             return self._encode_image(np.zeros((1, *pixels.shape[1:]), np.float32), **how)[:0]
         return finite(self._encode_image(pixels, **how), "image_embeds")
-
-
-def warn_of_unknown_words(
-    names: Sequence[str], tokenizer: Callable[[list[str]], Any], is_blank: np.ndarray | None
-) -> None:
-    """Log the labels with a word that the text tower has no embedding for: most words, for the embedded model.
-
-    Args:
-        names: Labels.
-        tokenizer: From texts to ids [n, context_length].
-        is_blank: For each id, whether its embedding is zero, bool [vocabulary]; None where that is not known.
-    """
-    if is_blank is None:
-        return
-    unknown = [name for name in names if is_blank[np.asarray(tokenizer([name]))].any()]
-    if unknown:
-        more = f" and {len(unknown) - _N_SHOWN} more" if len(unknown) > _N_SHOWN else ""
-        shown = ", ".join(map(repr, unknown[:_N_SHOWN]))
-        log.warning("this model never saw these labels, and guesses: %s%s", shown, more)

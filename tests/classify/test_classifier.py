@@ -182,6 +182,24 @@ def test_labels_without_an_embedding_are_named(clf, caplog):
     assert "'dog'" not in caplog.text
 
 
+def test_where_reading_is_the_task_it_is_said_once_that_words_are_removed(clf, caplog):
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            clf.set_labels(["stop sign", "dog"]).text_embeds()
+    (said,) = caplog.messages
+    assert "'stop sign'" in said
+    assert "'dog'" not in said
+    caplog.clear()
+    clf.set_labels(["cat", "dog"]).text_embeds()
+    assert not caplog.messages
+
+
+def test_plain_clip_may_read(tiny_folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        RobustClassifier(load_clip(f"local-dir:{tiny_folder}")).set_labels(["stop sign", "dog"]).text_embeds()
+    assert not [said for said in caplog.messages if "name text" in said]
+
+
 def test_explain_accounts_for_what_was_removed(clf):
     explanation = clf.explain(picture())
     assert {entry["label"] for entry in explanation.plain} == set(LABELS)
