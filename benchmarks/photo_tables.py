@@ -23,7 +23,7 @@ _N_CLASSES = 3
 """Classes whose answers change most that a row names."""
 
 
-class _Table:
+class Table:
     """Results by data set and method."""
 
     def __init__(self, results: Sequence[Result]) -> None:
@@ -56,7 +56,7 @@ def short_table(results: Sequence[Result]) -> str:
     Raises:
         ConfigError: Plain CLIP or ours was not measured on the photographs.
     """
-    table = _Table(results)
+    table = Table(results)
     if not table.attacked or any((_CLEAN, name) not in table.by_place for name in (BASELINE, OURS)):
         raise ConfigError("plain CLIP and the defense were not measured on photographs; run: defense bench photo")
     rows = [BASELINE, OURS, *filter(None, [table.strongest_rival()]), *({_RANDOM} & set(table.methods))]
@@ -71,7 +71,7 @@ def short_table(results: Sequence[Result]) -> str:
     return _markdown(lines) + "\n\n" + _caption(table)
 
 
-def _caption(table: _Table) -> str:
+def _caption(table: Table) -> str:
     clean = table.by_place[_CLEAN, OURS]
     ways = ", ".join(dataset.removeprefix(_ATTACKED) for dataset in table.attacked)
     half = max(
@@ -93,7 +93,7 @@ def _caption(table: _Table) -> str:
 
 def changed_table(results: Sequence[Result]) -> str:
     """Return how many answers differ from plain CLIP's where nothing attacks, and in which classes most do."""
-    table = _Table(results)
+    table = Table(results)
     datasets = [name for name in _UNATTACKED if (name, BASELINE) in table.by_place]
     lines = [["method", *(name.removeprefix("photo-100-") for name in datasets), "most in"]]
     for method in table.methods:

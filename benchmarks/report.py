@@ -97,6 +97,12 @@ def _photo_section(path: Path) -> str:
     return "\n\n".join([tables.markdown(results), changed, *_pictures(path.parent, results)])
 
 
+def _seeds_section(path: Path) -> str:
+    from defense.benchmarks import photo_seeds  # brings torch
+
+    return photo_seeds.section(_json(path))
+
+
 def _pictures(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines that show the plots in a folder, which are drawn from results."""
     tasks = sorted({result["robust"]["task"] for result in results})
@@ -164,6 +170,12 @@ SECTIONS = (
         "defense bench photo --data DATA --methods all,defense@0.5 --out results/photo && "
         "python -m defense.benchmarks.robust results/photo --into benchmarks/results/photo.json",
         _photo_section,
+    ),
+    Section(
+        "Seeds of the fit, on photographs",
+        "photo-seeds.json",
+        "python -m defense.benchmarks.photo_seeds DEFENSE DEFENSE DEFENSE --data DATA",
+        _seeds_section,
     ),
     Section(
         "Methods, on the miniatures",
