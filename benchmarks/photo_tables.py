@@ -66,8 +66,10 @@ def short_table(results: Sequence[Result]) -> str:
     for method in rows:
         cells = [table.figure(_CLEAN, method, "accuracy"), table.same(method), table.figure(_PLATE, method, "accuracy")]
         cells += [table.mean(method, "accuracy"), table.mean(method, "attack_success")]
-        cells += [table.figure(_REAL, method, "accuracy")] * has_real
         lines.append([_NAMES.get(method, method), *(f"{cell:.1f}" for cell in cells)])
+        if has_real:
+            is_there = (_REAL, method) in table.by_place
+            lines[-1].append(f"{table.figure(_REAL, method, 'accuracy'):.1f}" if is_there else "-")
     return _markdown(lines) + "\n\n" + _caption(table)
 
 

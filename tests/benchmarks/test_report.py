@@ -115,7 +115,7 @@ def test_the_page_shows_tables_plots_and_commands(measured):
 
 
 def test_a_readme_without_markers_is_refused():
-    with pytest.raises(ValueError, match="begin embedded"):
+    with pytest.raises(ValueError, match="begin photo"):
         report.filled("no markers", RESULTS)
 
 

@@ -391,7 +391,7 @@ def stand_in(way: Any, sae: Any) -> Any:
 
 
 def test_an_estimate_has_a_split_and_a_sum() -> None:
-    clip = load_clip()
+    clip = load_clip(EMBEDDED)
     site = checkpoint.shipped_saes(MODELS[EMBEDDED])[0]
     cost = room.fit_cost(clip, site.hook_point, site.sae, FitConfig(steps=10), n_pictures=30, folds=2)
     assert cost.seconds == pytest.approx(cost.host_s + cost.sae_s + cost.joint_s)

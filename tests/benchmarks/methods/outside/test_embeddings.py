@@ -20,7 +20,7 @@ from defense.benchmarks.methods.orth_cali import calibrated_projection
 from defense.benchmarks.methods.roboshot import steered
 from defense.classify.classifier import RobustClassifier
 from defense.data.labels import Prompts
-from defense.hosts.clip import load_clip
+from defense.hosts.clip import EMBEDDED, load_clip
 
 from .task_material import Held, groups, method, pictures
 
@@ -175,6 +175,6 @@ def test_insights_with_unknown_words_are_left_out(clip, grouped):
 
 @pytest.mark.parametrize("texts", list(concepts._BY_CLASSES.values()), ids=["birds", "hair", "gender"])
 def test_the_embedded_model_knows_the_words_for_what_is_spurious(texts):
-    clip = load_clip()
+    clip = load_clip(EMBEDDED)
     assert concepts.known(texts.spurious, clip) == texts.spurious
     assert concepts.known(texts.crossed, clip) == texts.crossed
