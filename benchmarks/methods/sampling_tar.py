@@ -39,7 +39,7 @@ from defense.benchmarks.methods.material import (
 from defense.hosts.clip import Clip
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from defense.benchmarks.methods.heads import Head
     from defense.hosts.tower import VisionTower
@@ -126,13 +126,13 @@ def _read(
     """Return the heads' scores by block, and the residuals of attacked and clean pictures at the hook point."""
     import torch
 
-    from defense.benchmarks.methods.heads import attention_of
+    from defense.benchmarks.methods.heads import HeadWeights, attention_of
     from defense.hosts.tower import block_of
 
     tower = clip.tower
     blocks = range(block_of(hook_point) + 1, len(tower.blocks))
-    attention = attention_of(tower, 0)
-    directions = random_directions(attention.num_heads, attention.head_dim).to(attention.in_proj_weight.device)
+    _, n_heads, d_head, _ = HeadWeights.of(attention_of(tower, 0)).qkv.shape
+    directions = random_directions(n_heads, d_head).to(tower.device)
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {block: [] for block in blocks}
 
     def score(block: int, x: Tensor, is_written: Tensor) -> None:
@@ -157,20 +157,20 @@ def random_directions(n_heads: int, d_head: int) -> Tensor:
     return torch.nn.functional.normalize(drawn, dim=-1)
 
 
-def contributions(attention: nn.MultiheadAttention, x: Tensor, directions: Tensor) -> Tensor:
+def contributions(attention: Any, x: Tensor, directions: Tensor) -> Tensor:
     """Return what each token adds to each direction on the CLS token, [batch, n_heads, pos, n_directions].
 
     Args:
         attention: Of a block.
-        x: Its input, after ln_1, [batch, pos, d_model].
+        x: Its input, after the norm in front of it, [batch, pos, d_model].
         directions: [n_heads, n_directions, d_head].
     """
     import torch
 
-    from defense.benchmarks.methods.heads import cls_attention
+    from defense.benchmarks.methods.heads import HeadWeights, cls_attention
 
-    W_V, b_V = attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2]
-    value = (x @ W_V.T + b_V).unflatten(-1, (attention.num_heads, attention.head_dim))
+    weights = HeadWeights.of(attention)
+    value = torch.einsum("bpd,hed->bphe", x, weights.qkv[2]) + weights.bias[2]
     pattern = cls_attention(attention, x).pattern
     return torch.einsum("bhp,bphe,hme->bhpm", pattern, value, directions)
 

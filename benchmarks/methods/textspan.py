@@ -76,30 +76,35 @@ class _Contributions(Encoder):
         """Return the embeddings, not normalized, float64 [n, d_embed], and the heads' parts, [n, n_heads, d_embed]."""
         import torch
 
-        from defense.benchmarks.methods.heads import attention_of, cls_attention, watching
+        from defense.benchmarks.methods.heads import (
+            attention_of,
+            cls_attention,
+            layer_scale_of,
+            readout_of,
+            watching,
+        )
 
-        visual: Any = self.tower.visual
-        blocks: Any = self.tower.blocks
+        norm, projection = readout_of(self.tower)
         writes: dict[Head, Tensor] = {}
         seen: list[Tensor] = []
 
         def see(block: int, x: Tensor, _written: Tensor) -> None:
             heads = [head for at, head in self.heads if at == block]
-            written = blocks[block].ls_1(cls_attention(attention_of(self.tower, block), x, heads).writes)
+            written = layer_scale_of(self.tower, block)(cls_attention(attention_of(self.tower, block), x, heads).writes)
             writes.update({(block, head): written[:, i] for i, head in enumerate(heads)})
 
         pixel_values = np.stack([self.clip.preprocess(picture) for picture in pictures])
-        handle = visual.ln_post.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+        handle = norm.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
         try:
             with torch.inference_mode(), watching(self.tower, {block for block, _ in self.heads}, see):
                 embeds = self.tower.encode(self.tower.batch(pixel_values)).double()
         finally:
             handle.remove()
         resid = seen[0] if seen[0].ndim == 2 else seen[0][:, 0]
-        deviation = (resid.double().var(-1, correction=0) + visual.ln_post.eps).sqrt()
+        deviation = (resid.double().var(-1, correction=0) + norm.eps).sqrt()
         parts = torch.stack([writes[head] for head in self.heads], dim=1).double()
         centered = parts - parts.mean(-1, keepdim=True)
-        direct = centered / deviation[:, None, None] * visual.ln_post.weight.double() @ visual.proj.double()
+        direct = centered / deviation[:, None, None] * norm.weight.double() @ projection.double()
         return embeds.cpu().numpy(), direct.cpu().numpy()
 
     def decompose_all(self, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
