@@ -25,6 +25,8 @@ from defense.store.folders import replacing
 ROOT = Path(__file__).resolve().parents[1]
 MINI, PHOTO = "mini.json", "photo.json"
 _ATTACKED, _CLEAN = "mini-typographic-attacked", "mini-typographic-clean"
+_LEAST_PLOTTED = 100
+"""Pictures of a data set below which a plot would show noise."""
 _GROUPED = ("mini-waterbirds-test", "mini-celeba-test")
 
 
@@ -356,7 +358,9 @@ def main() -> None:
     readme, page, results = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "results"
     for measured in [] if arguments.check else [results / MINI, results / PHOTO]:
         if measured.exists():
-            plots.draw(read_results(measured), results)
+            found = read_results(measured)
+            # The real sets hold too few pictures for a plot.
+            plots.draw([each for each in found if each["robust"]["n"] >= _LEAST_PLOTTED], results)
     before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in (readme, page)}
     after = {readme: filled(before[readme], results), page: results_page(results)}
     if arguments.check:
