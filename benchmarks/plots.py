@@ -77,10 +77,15 @@ def _points(figures: Sequence[Mapping[str, float]]) -> tuple[list[float], list[l
 
 
 def strength(results: Sequence[Result]) -> Figure | None:
-    """Return accuracies against the strength of what was removed; the baseline stands at 0."""
+    """Return accuracies against the strength of what was removed, of methods at several; the baseline stands at 0."""
     base = [r for r in results if r["method"] == BASELINE]
-    swept = [r for r in results if "strength" in r["robust"]["settings"]]
-    if len({r["robust"]["settings"]["strength"] for r in swept}) < 2:
+    strengths: dict[str, set[float]] = {}
+    for result in results:
+        if "strength" in result["robust"]["settings"]:
+            found = strengths.setdefault(result["method"].partition("@")[0], set())
+            found.add(result["robust"]["settings"]["strength"])
+    swept = [r for r in results if len(strengths.get(r["method"].partition("@")[0], ())) > 1]
+    if not swept:
         return None
     figure, axes = _axes(results, "strength (0: stock CLIP, 1: the full edit)", "accuracy, %")
     for dataset in dict.fromkeys(r["dataset"] for r in swept):
@@ -99,24 +104,35 @@ def strength(results: Sequence[Result]) -> Figure | None:
 
 
 def trade_off(results: Sequence[Result]) -> Figure | None:
-    """Return attacked accuracy, or that of the worst group, against the accuracy that is lost: a point per method."""
+    """Return attacked accuracy, or that of the worst group, against the accuracy that is lost: a point per method.
+
+    Of several ways to attack it is their mean, with a bar from the lowest to the highest.
+    """
     costs = {r["method"]: r for r in results if r["robust"]["variant"] == "clean" or r["robust"]["groups"]}
     gains = [r for r in results if r["robust"]["is_attacked"] or r["robust"]["groups"]]
     shown = [r for r in gains if r["method"] in costs and _lost(costs[r["method"]]) is not None]
     if len(shown) < 2:
         return None
     is_grouped = bool(shown[0]["robust"]["groups"])
-    x, y = ("average", "worst group, %") if is_grouped else ("clean accuracy", "attacked accuracy, %")
+    n_ways = len({r["dataset"] for r in shown})
+    attacked = "attacked accuracy, %" if n_ways == 1 else f"attacked accuracy, %, mean and range of {n_ways} ways"
+    x, y = ("average", "worst group, %") if is_grouped else ("clean accuracy", attacked)
     figure, axes = _axes(shown, f"{x} lost against {BASELINE}, points", y)
-    n_variants = len({r["dataset"] for r in shown})
-    for place, result in enumerate(shown):
-        (x_value,), x_bar = _points([_lost(costs[result["method"]]) or _NOTHING])
-        (y_value,), y_bar = _points([result["robust"]["figures"]["worst_group" if is_grouped else "accuracy"]])
-        name = result["method"] if n_variants == 1 else f"{result['method']}, {result['robust']['variant']}"
+    what = "worst_group" if is_grouped else "accuracy"
+    methods = list(dict.fromkeys(r["method"] for r in shown))
+    for place, method in enumerate(methods):
+        own = [r["robust"]["figures"][what] for r in shown if r["method"] == method]
+        (x_value,), x_bar = _points([_lost(costs[method]) or _NOTHING])
+        (y_value,), y_bar = _points([own[0] if len(own) == 1 else _mean_and_range(own)])
         marker = _MARKERS[place // 10 % len(_MARKERS)]  # colors come again after ten
-        axes.errorbar(x_value, y_value, xerr=x_bar, yerr=y_bar, marker=marker, capsize=3, linestyle="", label=name)
-    _legend(figure, len(shown))
+        axes.errorbar(x_value, y_value, xerr=x_bar, yerr=y_bar, marker=marker, capsize=3, linestyle="", label=method)
+    _legend(figure, len(methods))
     return figure
+
+
+def _mean_and_range(figures: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    values = [figure["value"] for figure in figures]
+    return {"value": sum(values) / len(values), "low": min(values), "high": max(values)}
 
 
 def _lost(result: Result) -> Mapping[str, float] | None:

@@ -147,3 +147,22 @@ def test_a_report_is_made_of_the_files_in_a_folder(results, tmp_path):
     write_result(newer, out)
     with pytest.raises(ConfigError, match="reads up to"):
         robust.lay_out(out)
+
+
+def test_of_several_ways_to_attack_a_method_has_one_point_their_mean(results):
+    pytest.importorskip("matplotlib")
+    attacked = [r for r in results if r["dataset"] == "set-attacked"]
+    other = [{**r, "dataset": "set-turned", "robust": {**r["robust"], "variant": "turned"}} for r in attacked]
+    for each in other:
+        figures = {**each["robust"]["figures"], "accuracy": {"value": 0.25, "low": 0.2, "high": 0.3, "n": 24}}
+        each["robust"] = {**each["robust"], "figures": figures}
+    (axes,) = plots.trade_off([*results, *other]).axes
+    assert "range of 2 ways" in axes.get_ylabel()
+    values = [container.lines[0].get_ydata().tolist() for container in axes.containers]
+    assert values == [pytest.approx([50 * (r["metrics"]["acc1"] + 0.25)]) for r in attacked]
+
+
+def test_a_method_at_one_strength_is_no_line(results):
+    pytest.importorskip("matplotlib")
+    alone = [{**r, "method": "defense-project"} for r in results if r["method"] == "defense"]
+    assert len(plots.strength([*results, *alone]).axes[0].containers) == 2
