@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
@@ -13,16 +12,12 @@ from defense.core.config import SAEConfig
 from defense.data.images import Limits, decode
 from defense.errors import ConfigError, InvalidImageError, ShapeError
 
+from .pictures import encoded
+
 
 @pytest.fixture(scope="module")
 def noise() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(1, 256, (150, 201, 3), dtype=np.uint8))
-
-
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
 
 
 KINDS = [("WEBP", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("PPM", {}), ("TIFF", {})]
