@@ -30,8 +30,8 @@ main()
 """
 
 
-def begun(out: Path, seed: int, clock: float, **environment: str) -> subprocess.Popen[str]:
-    """Begin to measure in a process of its own."""
+def measured(out: Path, seed: int, clock: float, **environment: str) -> dict[str, dict[str, Any]]:
+    """Measure in a process of its own, and return the results by file, less what they say of the run."""
     arguments = [
         "bench",
         "mini-waterbirds",
@@ -43,15 +43,8 @@ def begun(out: Path, seed: int, clock: float, **environment: str) -> subprocess.
         "cpu",
     ]
     command = [sys.executable, "-P", "-c", BENCH, str(seed), str(clock), *arguments]
-    return subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def measured(out: Path, process: subprocess.Popen[str]) -> dict[str, dict[str, Any]]:
-    """Await a measurement, and return the results by file, less what they say of the run."""
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     found = {}
     for path in sorted(out.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -61,20 +54,13 @@ def measured(out: Path, process: subprocess.Popen[str]) -> dict[str, dict[str, A
 
 
 def test_fault_82_clock_locale_zone_hashes_and_global_seeds_change_no_result(tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    with (
-        begun(a, 1, 0.0, TZ="UTC", LC_ALL="C", PYTHONHASHSEED="0") as first,
-        begun(b, 2, 4e8, TZ="Pacific/Kiritimati", LC_ALL="C.UTF-8", PYTHONHASHSEED="4711") as second,
-    ):
-        here, there = measured(a, first), measured(b, second)
+    here = measured(tmp_path / "a", 1, 0.0, TZ="UTC", LC_ALL="C", PYTHONHASHSEED="0")
+    there = measured(tmp_path / "b", 2, 4e8, TZ="Pacific/Kiritimati", LC_ALL="C.UTF-8", PYTHONHASHSEED="4711")
     assert len(here) == 3
     assert json.dumps(here) == json.dumps(there)  # every digit, and the order of keys
 
 
 @pytest.mark.slow
 def test_fault_82_a_second_run_over_the_first_changes_nothing(tmp_path):
-    out = tmp_path / "a"
-    with begun(out, 1, 0.0) as process:
-        first = measured(out, process)
-    with begun(out, 3, 1e5) as process:
-        assert json.dumps(measured(out, process)) == json.dumps(first)
+    first = measured(tmp_path / "a", 1, 0.0)
+    assert json.dumps(measured(tmp_path / "a", 3, 1e5)) == json.dumps(first)
