@@ -68,10 +68,26 @@ def tiff_of(levels, photometric, bits):
         packed = np.stack([left >> 4, (left & 15) << 4 | right >> 8, right & 255], axis=-1)
         data = packed.astype(np.uint8).tobytes()
     height, width = levels.shape
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height)]
-    tags += [(279, len(data))]
-    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + directory + bytes(4)
+    return tiff_of_parts([data], {256: width, 257: height, 258: bits, 262: photometric, 278: height})
+
+
+def tiff_of_parts(parts, tags, is_tiled=False):
+    """A little-endian TIFF of strips or tiles as they are to stand in it, of one sample unless `tags` says more."""
+    offsets = [8 + sum(map(len, parts[:index])) for index in range(len(parts))]
+    behind = 8 + sum(map(len, parts))
+    data = b"".join(parts)
+    at, sizes = (324, 325) if is_tiled else (273, 279)
+    entries = b""
+    stated = {259: 1, 277: 1, **tags, at: offsets, sizes: [len(part) for part in parts]}
+    for tag, value in sorted(stated.items()):
+        values = struct.pack(f"<{len(value)}I", *value) if isinstance(value, list) else struct.pack("<I", value)
+        n = len(values) // 4
+        if n > 1:
+            values, data = struct.pack("<I", behind), data + values
+            behind += 4 * n
+        entries += struct.pack("<HHI", tag, 4, n) + values
+    directory = struct.pack("<H", len(stated)) + entries + bytes(4)
+    return struct.pack("<2sHI", b"II", 42, behind) + data + directory
 
 
 def case(name):
