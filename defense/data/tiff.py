@@ -106,8 +106,10 @@ def _number(tags: Mapping[int, Any], tag: int, default: int = 0) -> int:
 
 def _is_packbits_even(strip: _Strip, name: str) -> bool:
     """Return whether runs of PackBits end with the pixels: a byte up to 127 precedes one byte more than it says."""
-    data, n_bytes, position, n_found = strip.data, strip.n_bytes, 0, 0
-    while position < len(data) and n_found < n_bytes:
+    data, position, n_found = strip.data, 0, 0
+    while position < len(data) and n_found < strip.n_full:
+        if n_found == strip.n_bytes and _is_padding(data[position:]):
+            return True
         head = data[position]
         if head < _NOTHING:
             position += head + 2
@@ -117,10 +119,13 @@ def _is_packbits_even(strip: _Strip, name: str) -> bool:
             n_found += 257 - head
         else:
             position += 1
-    if n_found < n_bytes or position > len(data):
+    if n_found < strip.n_bytes or position > len(data):
         raise truncated(name)
-    is_filled_up = strip.n_full > n_bytes and len(data) > position
-    return n_found == n_bytes and (is_filled_up or len(data[position:].strip(bytes([_NOTHING]))) <= _PADDING)
+    return n_found in (strip.n_bytes, strip.n_full) and _is_padding(data[position:])
+
+
+def _is_padding(rest: bytes) -> bool:
+    return len(rest.strip(bytes([_NOTHING]))) <= _PADDING
 
 
 def _is_deflate_even(strip: _Strip, name: str) -> bool:

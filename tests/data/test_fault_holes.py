@@ -112,7 +112,7 @@ PACKED, ZIPPED = {259: 32773, **TAGS}, {259: 8, **TAGS}
 def sound_tiffs(levels: np.ndarray) -> dict[str, bytes]:
     """Forms that Pillow does not write, of levels [HEIGHT, WIDTH]."""
     rows = [packed(row.tobytes()) for row in levels]
-    filled = np.zeros((32, 48), np.uint8)
+    filled = np.full((32, 48), 7, np.uint8)
     filled[:HEIGHT, :WIDTH] = levels
     tiles = [filled[y : y + 16, x : x + 16].tobytes() for y in (0, 16) for x in (0, 16, 32)]
     tiled = {322: 16, 323: 16}
@@ -151,6 +151,12 @@ def test_fault_134_what_a_strip_unpacks_to_is_held_against_its_pixels(n_more) ->
     zipped = tiff_of_parts([zlib.compress(pixels)], {**ZIPPED, 278: HEIGHT})
     assert outcome(packed_data) == (("truncated",) if n_more < 0 else ("uneven",))
     assert outcome(zipped) == (("truncated",) if n_more < 0 else ("corrupt",))
+
+
+def test_fault_134_a_stream_of_zlib_that_lacks_its_checksum_is_told() -> None:
+    pixels = bytes(range(1, HEIGHT + 1)) * WIDTH
+    assert outcome(tiff_of_parts([zlib.compress(pixels)], {**ZIPPED, 278: HEIGHT})) == ()
+    assert outcome(tiff_of_parts([zlib.compress(pixels)[:-4]], {**ZIPPED, 278: HEIGHT})) != ()
 
 
 @pytest.mark.parametrize("name", ["max_pixels", "max_bytes", "max_aspect"])
