@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import pickletools
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from defense.errors import (
     ShapeError,
 )
 from defense.export import sessions
+from defense.export.exporter import free_target
 from defense.export.runtime import OnnxClassifier
 
 from ..conftest import restated
@@ -130,6 +133,17 @@ def test_fault_68_a_provider_that_is_not_there_is_refused(tiny_bundle):
         OnnxClassifier(tiny_bundle, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(BackendError, match="has no cpu"):
         OnnxClassifier(tiny_bundle, providers=["cpu"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text there")
+def test_fault_135_a_path_that_is_no_utf8_is_refused_before_any_work(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff"))
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(other_graph(*OURS))
+    with pytest.raises(ConfigError, match=r"f\\xff.model\.onnx holds bytes that are not UTF-8.*rename"):
+        sessions.open_session(folder / "model.onnx", None, {})
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        free_target(folder / "bundle")
 
 
 class OnCpu:
