@@ -27,7 +27,7 @@ from defense.export import bundle, readme
 from defense.export.layouts import Dtype, Layout, Mode, arrange
 from defense.export.manifest import check_logit_scale
 from defense.export.repository import STRENGTH
-from defense.export.sessions import HALF_OPTIONS
+from defense.export.sessions import HALF_OPTIONS, check_path
 from defense.export.text import TextGraph, trace_text
 from defense.export.verify import BATCHES, N_ROWS, PLAIN, Batch, Expected, Parity, Tolerance, verify
 from defense.export.vision import VisionGraph, silent_bias, silent_biases, trace_vision, write
@@ -140,9 +140,10 @@ def free_target(folder: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a folder that is not there yet, or empty.
 
     Raises:
-        ConfigError: There is something in it, or its parent is not there.
+        ConfigError: There is something in it, its parent is not there, or see `check_path`.
     """
     target = folders.led_to(folder)
+    check_path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty folder; choose another, or remove it first")
     if not target.parent.is_dir():

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from defense.data.listing import as_text
 from defense.data.threads import usable_cores
 from defense.errors import BackendError, CheckpointError, ConfigError, cannot_import
 
@@ -79,6 +80,20 @@ def make_options(fields: Mapping[str, Any]) -> Any:
     return options
 
 
+def check_path(path: Path) -> None:
+    """Refuse a path that ONNX and ONNX Runtime cannot be given: they take text, and this one is none.
+
+    Raises:
+        ConfigError: Some of its bytes are not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{as_text(path)} holds bytes that are not UTF-8, and ONNX Runtime takes no such path; rename what has them"
+        ) from error
+
+
 def open_session(path: Path, providers: Sequence[str] | None, fields: Mapping[str, Any]) -> Any:
     """Return an `onnxruntime.InferenceSession` that runs on the providers asked for.
 
@@ -90,7 +105,9 @@ def open_session(path: Path, providers: Sequence[str] | None, fields: Mapping[st
     Raises:
         BackendError: A provider is not there or does not start.
         CheckpointError: ONNX Runtime refuses the graph.
+        ConfigError: See `check_path`.
     """
+    check_path(path)
     ort = import_onnxruntime()
     if hasattr(ort, "preload_dlls") and "onnxruntime-gpu" in installed_wheels():
         ort.preload_dlls()

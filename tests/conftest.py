@@ -254,7 +254,7 @@ def hub(_hub_server: FakeHub, tmp_path: Path, monkeypatch) -> FakeHub:
     return _hub_server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def address() -> Iterator[str]:
     """The address of a demo of the embedded model, in a process of its own."""
     with served() as url:

@@ -89,7 +89,7 @@ def _pixels_at(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int]:
         start = image.tile[0][2]
         return start, start + _stride(image, data, 0) * image.height if _codec(image) == "raw" else start
     if image.format == "TIFF":
-        strips = _strips(image)
+        strips = strips_of(image)
         return (min(at for at, _ in strips), max(at + size for at, size in strips)) if strips else (0, 0)
     return 0, 0
 
@@ -108,7 +108,7 @@ def media_box(data: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def _strips(image: Any) -> list[tuple[int, int]]:
+def strips_of(image: Any) -> list[tuple[int, int]]:
     """Return offset and size of the strips or tiles of a TIFF."""
     tags = image.tag_v2
     found: list[tuple[int, int]] = []
@@ -134,7 +134,7 @@ def _stride(image: ImageFile.ImageFile, data: bytes, n_bytes: int) -> int:
         bits = _PPM_BITS.get(args if isinstance(args, str) else args[0], 8)
         return (image.width * bits + 7) // 8
     tags: Any = getattr(image, "tag_v2", {})
-    is_in_rows = 273 in tags and tags.get(284, 1) == 1 and len(_strips(image)) > 0
+    is_in_rows = 273 in tags and tags.get(284, 1) == 1 and len(strips_of(image)) > 0
     return n_bytes // image.height if is_in_rows and n_bytes % image.height == 0 else 0
 
 

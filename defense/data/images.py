@@ -33,6 +33,7 @@ from .formats import FORMATS, diagnosis, truncated
 from .jpeg import decode_whole
 from .levels import bring_key_to_8_bits, stored_bits, to_rgb
 from .locks import fork_safe_lock
+from .tiff import are_strips_even
 
 __all__ = ["Decoded", "Limits", "decode"]
 
@@ -144,6 +145,8 @@ def decode(
             bring_key_to_8_bits(image)
         if _is_jpeg(image, data):
             notes += [] if decode_whole(image, data, name) else ["uneven"]
+        elif _is_tiff(image, data):
+            notes += [] if are_strips_even(image, data, name) else ["uneven"]
         _load(image)
         if image.format == "PNG" and data and lacks_rows(image, data):
             raise truncated(name)
@@ -324,6 +327,12 @@ def _is_jpeg(image: Image.Image, data: bytes) -> TypeGuard[ImageFile.ImageFile]:
     """Return whether a picture is a JPEG that is still to be decoded from these bytes."""
     is_pending = isinstance(image, ImageFile.ImageFile) and len(image.tile) == 1 and image.tile[0].codec_name == "jpeg"
     return is_pending and image.format in ("JPEG", "MPO") and bool(data)
+
+
+def _is_tiff(image: Image.Image, data: bytes) -> TypeGuard[ImageFile.ImageFile]:
+    """Return whether a picture is a TIFF that is still to be decoded from these bytes."""
+    is_pending = isinstance(image, ImageFile.ImageFile) and bool(image.tile)
+    return is_pending and image.format == "TIFF" and bool(data)
 
 
 def _load(image: Image.Image) -> None:

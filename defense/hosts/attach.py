@@ -9,6 +9,7 @@ object that the caller had.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -71,6 +72,13 @@ _changes: ContextVar[tuple[_Change, ...]] = ContextVar("defense modes", default=
 """Of this caller, in the order in which its contexts were entered."""
 
 
+_counting = threading.Lock()
+_CANNOT_LOOK = (
+    "bypassed, adjusted or recording of this defense last, which one graph cannot look at: compile without "
+    "fullgraph=True, or use set_strength(0) for stock CLIP"
+)
+
+
 class EditedBlock(nn.Module):
     """The suppressors of one block and the hook that runs them."""
 
@@ -81,6 +89,12 @@ class EditedBlock(nn.Module):
         self.n_prefix = tower.n_prefix
         self.batch_first = tower.batch_first
         self._handle: RemovableHandle | None = None
+        self._n_changes = 0
+        self._is_changed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles take over: no context is about them."""
+        return {**self.__dict__, "_n_changes": 0, "_is_changed": False}
 
     def hook_into(self, tower: VisionTower) -> None:
         """Put the hook on the block."""
@@ -90,8 +104,10 @@ class EditedBlock(nn.Module):
 
     def mode(self) -> _Mode:
         """Return how the caller, a thread or an asyncio task, wants the block to act now."""
-        if torch.compiler.is_dynamo_compiling():  # compiled code cannot look into a context: strength switches it
-            return _AS_ATTACHED
+        if torch.compiler.is_dynamo_compiling():  # compiled code cannot look into a context
+            if not self._is_changed:  # a guard: where it has changed, this is compiled anew
+                return _AS_ATTACHED
+            torch._dynamo.graph_break(msg=_CANNOT_LOOK)  # what follows is not compiled
         mode = _AS_ATTACHED
         for change in _changes.get():
             if id(self) in change.blocks and not change.is_over:
@@ -111,6 +127,12 @@ class EditedBlock(nn.Module):
             mode.record[self.hook_point] = suppress_and_tell(resid, active, self.n_prefix)
             edited = mode.record[self.hook_point].edited
         return edited if self.batch_first else edited.transpose(0, 1)
+
+    def count_changes(self, n: int) -> None:
+        """Note that so many more contexts, of any caller, are about this block."""
+        with _counting:
+            self._n_changes += n
+            self._is_changed = self._n_changes > 0
 
     def parts(self) -> list[Suppressor]:
         """Return the suppressors, typed."""
@@ -166,7 +188,11 @@ class AttachedDefense(nn.Module):
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Let the block pass unedited, at no cost. Not for compiled models: use `set_strength(0)` there."""
+        """Let the block pass unedited, at no cost.
+
+        Where torch.compile was applied to what calls the model, its graph is broken at each block for as long as any
+        caller's context lasts; with `fullgraph=True` it raises. `set_strength(0)` costs a compiled model nothing.
+        """
         with self._acting(is_bypassed=True):
             yield
 
@@ -193,13 +219,18 @@ class AttachedDefense(nn.Module):
 
         Contexts nest, and those of several callers may overlap as they like: none undoes what another set.
         """
-        change = _Change(frozenset(map(id, self.edited_blocks())), changes)
+        blocks = self.edited_blocks()
+        change = _Change(frozenset(map(id, blocks)), changes)
+        for block in blocks:
+            block.count_changes(1)
         _changes.set((*_lasting(), change))
         try:
             yield
         finally:
             change.is_over = True
             _changes.set(_lasting())
+            for block in blocks:
+                block.count_changes(-1)
 
 
 def _lasting() -> tuple[_Change, ...]:
@@ -381,7 +412,7 @@ def detach(model: Model) -> Model:
 
 
 def check_switchable(model: nn.Module) -> None:
-    """Refuse a context on a compiled model: the code does not look into it, and would answer as if there were none.
+    """Refuse a context on a compiled model: its graph would be broken for it, or could not be.
 
     Raises:
         ConfigError: torch.compile was applied to the model or a part of it.

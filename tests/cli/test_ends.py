@@ -38,31 +38,18 @@ def picture(tmp_path):
 
 # --- stdout -----------------------------------------------------------------------------------------------------------
 
-TALKING = """
+TALKS = """
 import sys
-from defense.cli import main
-from defense.cli import doctor
-doctor.version = lambda _: "x" * 5000
-sys.argv = ["defense", "doctor"]
-main()
-"""
-PRINTING = """
-import sys
-from defense.cli import main
-from defense.cli import doctor
-doctor.put = print
+from defense.cli import common, doctor, main
+doctor._problems = list  # to look for some imports torch
 doctor.version = lambda _: "x" * 50000
+{}
 sys.argv = ["defense", "doctor"]
 main()
 """
-JSON = """
-import sys
-from defense.cli import main
-from defense.cli import common, doctor
-doctor.put = lambda text: common.print_json({"x": text * 500})
-sys.argv = ["defense", "doctor"]
-main()
-"""
+TALKING = TALKS.format("")
+PRINTING = TALKS.format("doctor.put = print")
+JSON = TALKS.format('doctor.put = lambda text: common.print_json({"x": text})')
 
 
 @posix_only
@@ -149,16 +136,25 @@ def test_fault_123_what_the_package_logs_commands_no_terminal(capsys):
     "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "cp1252"))]
 )
 def test_fault_a_console_without_a_character_gets_an_escape(defense_folder, picture, encoding):
-    def classified(*options):
-        command = [*COMMAND, "classify", picture, "--labels", "\u65e5\u672c,\u00e4pfel", "--defense", defense_folder]
-        done = subprocess.run(
-            [*command, *options], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=240
-        )
-        assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
-        return done.stdout.decode(encoding)
-
-    assert "\\u65e5\\u672c" in classified()
-    (line,) = classified("--json").splitlines()
+    code = """
+import sys
+from defense.cli import main
+for options in ([], ["--json"]):
+    sys.argv = ["defense", "classify", *ARGUMENTS, *options]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code
+        print("--")
+"""
+    arguments = [str(picture), "--labels", "\u65e5\u672c,\u00e4pfel", "--defense", str(defense_folder)]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code.replace("*ARGUMENTS", f"*{arguments!a}")],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=240
+    )  # fmt: skip
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
+    table, line, _ = done.stdout.decode(encoding).split("--\n")
+    assert "\\u65e5\\u672c" in table
     assert {row["label"] for row in json.loads(line)["plain"]} == {"\u65e5\u672c", "\u00e4pfel"}
 
 

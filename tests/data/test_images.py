@@ -1,4 +1,4 @@
-"""Properties of `decode` and `Preprocess`; damaged files and wrong arrays are in test_fault_images.py."""
+"""Properties of `decode` and `Preprocess`; damaged files and wrong arrays are in the modules test_fault_*.py."""
 
 import io
 import json
@@ -22,6 +22,8 @@ from defense.data.images import Decoded, decode
 from defense.data.preprocess import Preprocess
 from defense.errors import ConfigError, InvalidImageError
 
+from .pictures import encoded
+
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("CLIP_DEFENSE_DATA", ROOT.parent / "shared" / "data"))
 
@@ -38,12 +40,6 @@ quick = settings(max_examples=60, deadline=None, database=None, derandomize=True
 
 def noise(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def encoded(image, format="PNG", **options):
-    stream = io.BytesIO()
-    image.save(stream, format, **options)
-    return stream.getvalue()
 
 
 # decode

@@ -134,6 +134,28 @@ def test_fault_92_a_body_up_to_the_bound_is_read_and_one_beyond_is_refused(path,
         assert answer.text == str(n_bytes) if status == 200 else str(limits.MAX_FILE_BYTES) in answer.text
 
 
+@pytest.mark.parametrize(("path", "most"), SIZES)
+def test_fault_92_neither_the_application_nor_the_guard_reads_on_beyond_the_bound(path, most) -> None:
+    sent = received = 0
+
+    async def body():
+        nonlocal sent
+        async for piece in pieces(3 * most):
+            sent += len(piece)
+            yield piece
+
+    async def counting(scope, receive, send) -> None:
+        nonlocal received
+        while (message := await receive())["type"] == "http.request":
+            received += len(message["body"])
+            if not message["more_body"]:
+                break
+
+    assert ask(guard.BoundedBodies(counting), "POST", path, content=body()).status_code == 413
+    assert most - 100_000 < received <= most
+    assert sent <= most + 100_000
+
+
 @pytest.mark.parametrize("length", ["-1", "1e9", "99999999999999999999", "abc"])
 def test_fault_92_a_length_that_is_none_is_refused(length: str) -> None:
     answer = ask(guard.BoundedBodies(echo), "POST", "/x", headers={"content-length": length}, content=pieces(10))

@@ -191,11 +191,12 @@ def test_an_upload_is_read_once(address):
     assert "event: error" in call(address, "classify", data)
 
 
-def test_the_folder_of_uploads_goes_with_the_server(tiny_bundle):
-    with served(tiny_bundle) as other:
+def test_the_folder_of_uploads_goes_with_the_server(tiny_bundle, tmp_path):
+    with served(tiny_bundle, {"TMPDIR": str(tmp_path)}) as other:
         folder = Path(uploaded(other)).parents[1]
         assert folder.is_dir()
-    assert not folder.exists()
+        assert tmp_path in folder.parents
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fault_78_the_33rd_in_the_queue_is_told_that_the_demo_is_busy(stuck):

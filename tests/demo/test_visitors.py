@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -64,14 +65,26 @@ def test_fault_91_the_server_knows_its_names_and_sends_nosniff(address):
     assert answer.status_code == 421
 
 
-def test_fault_90_a_folder_of_somebody_else_under_gradios_name_is_not_touched(tmp_path, tiny_bundle):
-    (tmp_path / "gradio").write_text("somebody's")  # whose folder it is, root could not tell
-    with served(tiny_bundle, {"TMPDIR": str(tmp_path)}) as address:
-        path = uploaded(address)
-        assert "event: complete" in call(address, "classify", [{"path": path, **META}, "", "", 5])
-        assert [folder for folder in tmp_path.glob("defense-demo-*") if folder in Path(path).parents]
-    assert not list(tmp_path.glob("defense-demo-*"))
-    assert (tmp_path / "gradio").read_text() == "somebody's"
+@pytest.fixture(scope="module")
+def surrounded(tiny_bundle, tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """A demo whose surroundings hold what is meant for others: its address, and the folder for temporary files."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "gradio").write_text("somebody's")  # whose folder it is, root could not tell
+    with served(tiny_bundle, {"TMPDIR": str(folder), "GRADIO_ROOT_PATH": "/elsewhere"}) as address:
+        yield address, folder
+
+
+def test_fault_90_a_folder_of_somebody_else_under_gradios_name_is_not_touched(surrounded):
+    address, folder = surrounded
+    path = uploaded(address)
+    assert "event: complete" in call(address, "classify", [{"path": path, **META}, "", "", 5])
+    assert [private for private in folder.glob("defense-demo-*") if private in Path(path).parents]
+    assert (folder / "gradio").read_text() == "somebody's"
+
+
+def test_fault_93_a_root_path_of_the_surroundings_is_not_taken_over(surrounded):
+    address, _ = surrounded
+    assert httpx.get(f"{address}config").json()["root"] == address.rstrip("/")
 
 
 def test_fault_93_behind_a_proxy_the_page_asks_under_its_path(tiny_bundle):
@@ -82,11 +95,6 @@ def test_fault_93_behind_a_proxy_the_page_asks_under_its_path(tiny_bundle):
         assert httpx.get(f"{address}config", headers={"host": "evil.example"}).status_code == 421
         path = uploaded(address)
         assert "event: complete" in call(address, "classify", [{"path": path, **META}, "", "", 5])
-
-
-def test_fault_93_a_root_path_of_the_surroundings_is_not_taken_over(tiny_bundle):
-    with served(tiny_bundle, {"GRADIO_ROOT_PATH": "/elsewhere"}) as address:
-        assert httpx.get(f"{address}config").json()["root"] == address.rstrip("/")
 
 
 @pytest.mark.parametrize(("host", "is_warned"), [("0.0.0.0", True), ("127.0.0.1", False)])

@@ -9,27 +9,19 @@ import sys
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 pytest.importorskip("open_clip")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from defense.cli import app
 from defense.core.latents import LatentSet
 from defense.export import bundle, exporter
 from defense.export.verify import ParityError
 from defense.hosts.attach import attached
 from defense.store import defenses
 
+from ..command import run
 from ..conftest import random_defense, random_sae
-
-
-def run(*arguments) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture

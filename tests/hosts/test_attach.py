@@ -278,6 +278,37 @@ def test_compiled_and_eager_agree(tiny_clip):
     torch.testing.assert_close(compiled, eager, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("is_one_graph", [False, True])
+def test_fault_133_code_compiled_around_the_model_heeds_contexts_or_raises(tiny_clip, is_one_graph):
+    """Nothing of the model says that somebody has compiled what calls it."""
+    torch._dynamo.reset()
+    batch = pictures(tiny_clip)
+    stock = tiny_clip.encode_image(batch)
+    wrap(tiny_clip, random_defense(tiny_clip, (0, random_sae(1), a_set()), (1, random_sae(), a_set())))
+    defense, want = attached(tiny_clip), tiny_clip.encode_image(batch)
+    compiled = torch.compile(lambda x: tiny_clip.encode_image(x), backend="eager", fullgraph=is_one_graph)
+    torch.testing.assert_close(compiled(batch), want, atol=1e-6, rtol=0)
+    for make in (defense.bypassed, lambda: defense.adjusted({})):
+        with make():
+            if is_one_graph:
+                with pytest.raises(torch._dynamo.exc.Unsupported, match=r"set_strength\(0\)"):
+                    compiled(batch)
+                continue
+            torch.testing.assert_close(compiled(batch), stock, atol=1e-6, rtol=0)
+            seen = []
+            other = threading.Thread(target=lambda seen=seen: seen.append(compiled(batch)))
+            other.start()
+            other.join()
+            torch.testing.assert_close(seen[0], want, atol=1e-6, rtol=0)  # who is outside is defended
+            inside = copy.deepcopy(tiny_clip)
+    torch.testing.assert_close(compiled(batch), want, atol=1e-6, rtol=0)
+    if not is_one_graph:
+        with defense.recording() as told:
+            torch.testing.assert_close(compiled(batch), want, atol=1e-6, rtol=0)
+        assert len(told) == 2
+        assert not [block for block in attached(inside).edited_blocks() if block._is_changed], "a copy is in no context"
+
+
 RULES = {
     "relu": {"act": "relu"},
     "jumprelu": {"act": "jumprelu"},

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from defense.errors import DefenseError, IntegrityError
 from defense.hosts.defense import Defense
 from defense.store.defenses import MANIFEST, load, save
-from defense.store.folders import sha256_of
+from defense.store.folders import replacing, sha256_of, write_tensors
 
 from .defense_folders import (
     FILES,
@@ -287,14 +287,41 @@ def test_a_snapshot_in_the_cache_of_the_hub_may_not_lead_out_of_it(folder: Path,
 # --- full disks -------------------------------------------------------------------------------------------------------
 
 
+WRITERS = {"save_file", "save_model", "serialize_file"}
+"""Of safetensors: each raises, for a full disk, an error of a kind of its own."""
+
+
+def _writes_by_itself(node: ast.AST) -> bool:
+    """Whether this calls a writer of safetensors, or imports one under another name."""
+    if isinstance(node, ast.ImportFrom):
+        return any(each.name in WRITERS and each.asname not in (None, each.name) for each in node.names)
+    return isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in WRITERS
+
+
 def test_fault_131_no_module_writes_safetensors_by_itself() -> None:
-    """Its error for a full disk is of a kind of its own; `write_tensors` makes an OSError of it."""
+    """`write_tensors` makes an OSError of what safetensors raises."""
     root = Path(__file__).parents[2]
     found = [
         f"{path.relative_to(root)}:{node.lineno}"
         for room in ("defense", "export", "demo", "benchmarks")
         for path in (root / room).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "save_file"
+        if _writes_by_itself(node)
     ]
     assert [each.partition(":")[0] for each in found] == ["defense/store/atomic.py"], found
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_fault_131_what_safetensors_says_of_a_full_disk_is_an_error_of_the_system(library, tmp_path) -> None:
+    resource = pytest.importorskip("resource", reason="bounds on files; runs on Linux and macOS")
+    writer = pytest.importorskip(f"safetensors.{library}")
+    made = {"x": np.zeros(9 << 20, np.uint8)} if library == "numpy" else {"x": writer.torch.zeros(9 << 18)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught, replacing(tmp_path / "x") as partial:
+            write_tensors(made, partial, writer.save_file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
