@@ -20,6 +20,8 @@ from defense.export.layouts import Layout
 from defense.export.runtime import OnnxClassifier
 
 from ...conftest import restated
+from .installed import environment_of, wheel_of_checkout
+from .servers import triton_home
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +54,21 @@ def arranged(ready, tmp_path_factory):
         return restated(folder, **fields)
 
     return arrange
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """This checkout as a wheel."""
+    return wheel_of_checkout(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def python(arranged, wheel, tmp_path_factory) -> Path:
+    """The environment of Triton's Python backend that a bundle asks for."""
+    triton_home()
+    return environment_of(
+        arranged("triton-python") / layouts.REQUIREMENTS, wheel, tmp_path_factory.mktemp("python") / "environment"
+    )
 
 
 def png(picture: np.ndarray) -> bytes:

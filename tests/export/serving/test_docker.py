@@ -16,10 +16,10 @@ import pytest
 
 from defense.export import layouts
 
-ROOT = Path(__file__).parents[3]
+from .installed import pip
+
 NOBODY = 65534
 IMAGES = {"bundle": layouts._COMMAND, "kserve": layouts._PREDICTOR}
-NOT_BUILT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "tests", "results")
 
 
 def steps(text: str) -> dict[str, str]:
@@ -55,32 +55,16 @@ def image() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def wheels(folder: Path, extra: str) -> None:
-    """Make the wheels of a copy of this checkout and of all it needs; skip where no index has them."""
-    checkout = shutil.copytree(ROOT, folder / "checkout", ignore=NOT_BUILT)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-build-isolation",
-        "-w",
-        folder / "bundle" / "wheels",
-    ]
-    done = subprocess.run([*map(str, command), f"{checkout}[{extra}]"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no package index that has what the image needs: {done.stderr.strip()[-300:]}")
-
-
 @pytest.mark.server
-def test_the_steps_of_the_command_s_image_work_in_a_clean_environment_and_without_a_network(ready, image, golden):
+def test_the_steps_of_the_command_s_image_work_in_a_clean_environment_and_without_a_network(
+    ready, image, golden, wheel
+):
     bundle = Path(shutil.copytree(ready, image / "bundle"))
     (bundle / "Dockerfile").write_text(layouts._dockerfile(layouts._COMMAND), encoding="utf-8")
     from ...conftest import restated
 
     restated(bundle)
-    wheels(image, "onnx")
+    pip("wheel", "--quiet", "-w", bundle / "wheels", f"{wheel}[onnx]")
     subprocess.run([sys.executable, "-m", "venv", str(image / "venv")], check=True)
     said = steps((bundle / "Dockerfile").read_text(encoding="utf-8"))
     (image / "tmp").mkdir()

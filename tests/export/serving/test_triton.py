@@ -27,8 +27,9 @@ from defense.export import readme
 from defense.export.repository import PICTURE_REPOSITORY, PICTURES_NAME, RAW_NAME, REPOSITORY, VISION_NAME
 
 from ...conftest import restated
-from .asking import ATOL, infer, named, pictures, texts
+from .asking import ATOL, check_graph, infer, named, pictures, texts
 from .conftest import jpeg
+from .installed import pip
 from .page import block
 from .servers import HOST, Triton, running, status
 
@@ -36,9 +37,9 @@ pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")
-def triton(arranged, tmp_path_factory):
+def triton(arranged, python, tmp_path_factory):
     bundle = arranged("triton-python")
-    server = Triton([bundle / REPOSITORY, bundle / PICTURE_REPOSITORY], tmp_path_factory.mktemp("triton"))
+    server = Triton([bundle / REPOSITORY, bundle / PICTURE_REPOSITORY], tmp_path_factory.mktemp("triton"), python)
     with running(server):
         yield server
 
@@ -48,10 +49,7 @@ def triton(arranged, tmp_path_factory):
 
 @pytest.mark.parametrize("by", ["http", "grpc"])
 def test_the_graph_answers_as_torch_did(triton, golden, clf, by):
-    _, pixel_values, embeds = golden
-    got = infer(triton, VISION_NAME, {"pixel_values": pixel_values}, by)
-    np.testing.assert_allclose(got["image_embeds"], embeds, atol=ATOL)
-    np.testing.assert_allclose(got["logits_per_image"], clf.logit_scale * embeds @ clf.text_embeds().T, atol=1e-3)
+    check_graph(triton, golden, clf, by)
 
 
 @pytest.mark.parametrize("by", ["http", "grpc"])
@@ -284,12 +282,13 @@ def test_metrics_count_pictures_errors_and_what_the_defense_does(triton, golden)
 
 
 @pytest.fixture
-def fixed_labels(arranged, tmp_path):
+def fixed_labels(arranged, python, tmp_path):
     """A server of a bundle without a text tower, whose models are loaded when that is asked for."""
     bundle = arranged("triton-python", text=False)
     server = Triton(
         [bundle / REPOSITORY, bundle / PICTURE_REPOSITORY],
         tmp_path / "triton",
+        python,
         "--model-control-mode=explicit",
         "--load-model=*",
     )
@@ -335,12 +334,12 @@ def _repository(bundle: Path, name: str) -> str:
     return REPOSITORY if (bundle / REPOSITORY / name).is_dir() else PICTURE_REPOSITORY
 
 
-def test_a_graph_that_does_not_compute_what_was_exported_is_not_served(arranged, tmp_path):
+def test_a_graph_that_does_not_compute_what_was_exported_is_not_served(arranged, python, tmp_path):
     bundle = arranged("triton-python", text=False)
     values = load_file(bundle / "golden.safetensors")
     values["image_embeds"] = np.ascontiguousarray(values["image_embeds"][::-1])
     save_file(values, bundle / "golden.safetensors")
-    server = Triton([restated(bundle) / REPOSITORY], tmp_path / "triton", "--exit-on-error=false")
+    server = Triton([restated(bundle) / REPOSITORY], tmp_path / "triton", python, "--exit-on-error=false")
     try:
         server.start(waits=False)
         server.wait_for(lambda: "golden embeddings differ by" in server.log.read_text(errors="replace"))
@@ -351,9 +350,9 @@ def test_a_graph_that_does_not_compute_what_was_exported_is_not_served(arranged,
         server.kill()
 
 
-def test_a_repository_away_from_its_bundle_says_where_it_belongs(arranged, tmp_path):
+def test_a_repository_away_from_its_bundle_says_where_it_belongs(arranged, python, tmp_path):
     away = shutil.copytree(arranged("triton-python", text=False) / REPOSITORY, tmp_path / "away" / REPOSITORY)
-    server = Triton([away], tmp_path / "triton", "--exit-on-error=false")
+    server = Triton([away], tmp_path / "triton", python, "--exit-on-error=false")
     try:
         server.start(waits=False)
         server.wait_for(
@@ -361,3 +360,38 @@ def test_a_repository_away_from_its_bundle_says_where_it_belongs(arranged, tmp_p
         )
     finally:
         server.kill()
+
+
+def test_a_numpy_that_the_backend_reads_wrongly_is_said_by_every_model_before_it_answers(arranged, python, tmp_path):
+    pip(
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-compile",
+        "--only-binary",
+        ":all:",
+        "--target",
+        tmp_path / "new",
+        "numpy>=2",
+    )
+    bundle = arranged("triton-python")
+    server = Triton(
+        [bundle / REPOSITORY, bundle / PICTURE_REPOSITORY],
+        tmp_path / "triton",
+        python,
+        "--exit-on-error=false",
+        packages=tmp_path / "new",
+    )
+    try:
+        server.start(waits=False)
+        server.wait_for(lambda: status(f"http://{HOST}:{server.http}/v2/health/live") == 200)
+        with http.InferenceServerClient(f"{HOST}:{server.http}") as client:
+            said = {model["name"]: model.get("reason", "") for model in client.get_model_repository_index()}
+            assert not any(client.is_model_ready(name) for name in said)
+    finally:
+        server.kill()
+    in_python = {name for name in said if list(bundle.glob(f"*/{name}/1/model.py"))}
+    assert len(in_python) == 4
+    for name in in_python:
+        assert "cannot read arrays of numpy 2" in said[name]
+        assert 'install "numpy<2" there' in said[name]
