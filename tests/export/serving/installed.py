@@ -1,0 +1,40 @@
+"""Environments that servers run in, made as the page and the Dockerfiles say, whatever runs the tests."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+_NOT_BUILT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "tests", "results")
+
+
+def pip(*arguments: object) -> None:
+    """Run pip; the test is skipped where no package index has what it is asked for."""
+    command = [sys.executable, "-m", "pip", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no package index that has what a server needs: {done.stderr.strip()[-300:]}")
+
+
+def wheel_of_checkout(folder: Path) -> Path:
+    """Make the wheel of a copy of this checkout, which stays as it is."""
+    checkout = shutil.copytree(ROOT, folder / "checkout", ignore=_NOT_BUILT)
+    pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder / "wheels", checkout)
+    (wheel,) = (folder / "wheels").iterdir()
+    return wheel
+
+
+def environment_of(requirements: Path, wheel: Path, folder: Path) -> Path:
+    """Make a virtual environment of the Python that runs this, with nothing but what a bundle's file names."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    # Compiled are the modules that a server imports, when it does: compiling all takes longer than the tests.
+    pip(
+        "--python", folder / "bin" / "python", "install", "--quiet", "--no-compile", "--only-binary", ":all:",
+        "--find-links", wheel.parent, "-r", requirements,
+    )  # fmt: skip
+    return folder
