@@ -48,7 +48,10 @@ def status(url: str) -> int:
 
 
 class Server:
-    """A process that serves, what it prints being kept in a file."""
+    """A process that serves, what it prints being kept in a file, in whose folder it runs.
+
+    Not in the checkout: there the folder `defense` would be the package, without what is installed beside it.
+    """
 
     def __init__(self, command: Sequence[object], log: Path, ready: str, environment: dict[str, str]) -> None:
         self.command, self.log, self.ready = list(map(str, command)), log, ready
@@ -58,7 +61,12 @@ class Server:
     def start(self, *, waits: bool = True) -> None:
         with self.log.open("ab") as stream:
             self.process = subprocess.Popen(
-                self.command, stdout=stream, stderr=stream, env=self.environment, start_new_session=True
+                self.command,
+                cwd=self.log.parent,
+                stdout=stream,
+                stderr=stream,
+                env=self.environment,
+                start_new_session=True,
             )
         if waits:
             self.wait_for(lambda: status(self.ready) == 200)
