@@ -262,7 +262,7 @@ def _check_numpy() -> None:
     if not np.array_equal(back, sent):
         raise BackendError(
             f"this Triton's Python backend cannot read arrays of numpy {np.__version__} in {sys.prefix}: {sent} came "
-            f'back as {back}; install "numpy<2" there, as the bundle\'s requirements.txt has it, or serve by Triton 2.52 '
+            f"back as {back}; install numpy<2 there, as the bundle's requirements.txt has it, or serve by Triton 2.52 "
             "(24.11) or newer"
         )
 

@@ -20,7 +20,7 @@ from defense.export.layouts import Layout
 from defense.export.runtime import OnnxClassifier
 
 from ...conftest import restated
-from .installed import environment_of, wheel_of_checkout
+from .installed import environment, wheel_of_checkout
 from .servers import triton_home
 
 
@@ -66,9 +66,8 @@ def wheel(tmp_path_factory) -> Path:
 def python(arranged, wheel, tmp_path_factory) -> Path:
     """The environment of Triton's Python backend that a bundle asks for."""
     triton_home()
-    return environment_of(
-        arranged("triton-python") / layouts.REQUIREMENTS, wheel, tmp_path_factory.mktemp("python") / "environment"
-    )
+    requirements = arranged("triton-python") / layouts.REQUIREMENTS
+    return environment(tmp_path_factory.mktemp("python") / "env", "--find-links", wheel.parent, "-r", requirements)
 
 
 def png(picture: np.ndarray) -> bytes:

@@ -29,12 +29,16 @@ def wheel_of_checkout(folder: Path) -> Path:
     return wheel
 
 
-def environment_of(requirements: Path, wheel: Path, folder: Path) -> Path:
-    """Make a virtual environment of the Python that runs this, with nothing but what a bundle's file names."""
+def environment(folder: Path, *asked: object) -> Path:
+    """Make a virtual environment of the Python that runs this, and install into it what pip is asked for."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    # Compiled are the modules that a server imports, when it does: compiling all takes longer than the tests.
-    pip(
-        "--python", folder / "bin" / "python", "install", "--quiet", "--no-compile", "--only-binary", ":all:",
-        "--find-links", wheel.parent, "-r", requirements,
-    )  # fmt: skip
+    # Compiled are the modules that a server imports, when it does: to compile all takes longer than the tests.
+    python = folder / "bin" / "python"
+    pip("--python", python, "install", "--quiet", "--no-compile", "--only-binary", ":all:", *asked)
     return folder
+
+
+def site_packages(folder: Path) -> Path:
+    """The folder of the packages of an environment."""
+    (found,) = folder.glob("lib/python*/site-packages")
+    return found

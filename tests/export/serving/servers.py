@@ -129,14 +129,11 @@ class Triton(Server):
     Args:
         repositories: What it serves.
         folder: For its log and its backend.
-        python: The environment of its Python backend, of `installed.environment_of`, and no other one.
+        python: The virtual environment of its Python backend.
         more: Options.
-        packages: A folder of packages that hide those of the environment.
     """
 
-    def __init__(
-        self, repositories: Sequence[Path], folder: Path, python: Path, *more: str, packages: Path | None = None
-    ) -> None:
+    def __init__(self, repositories: Sequence[Path], folder: Path, python: Path, *more: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.http, self.grpc, self.metrics = free_ports(3)
         here = backends(folder / "backends")
@@ -155,11 +152,9 @@ class Triton(Server):
             folder / "log",
             f"http://{HOST}:{self.http}/v2/health/ready",
             {
-                # The stub embeds the Python whose python3 is first in PATH; what runs these tests has no part in it.
+                # The stub embeds the Python whose python3 is first in PATH, with that environment's packages; neither
+                # PYTHONPATH nor PYTHONHOME means anything to it.
                 "PATH": os.pathsep.join([str(python / "bin"), os.environ["PATH"]]),
-                "PYTHONPATH": "" if packages is None else str(packages),
-                "PYTHONHOME": "",
-                "PYTHONNOUSERSITE": "1",
                 "LD_LIBRARY_PATH": _libraries(),
             },
         )

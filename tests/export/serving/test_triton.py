@@ -29,7 +29,7 @@ from defense.export.repository import PICTURE_REPOSITORY, PICTURES_NAME, RAW_NAM
 from ...conftest import restated
 from .asking import ATOL, check_graph, infer, named, pictures, texts
 from .conftest import jpeg
-from .installed import pip
+from .installed import environment, site_packages
 from .page import block
 from .servers import HOST, Triton, running, status
 
@@ -363,25 +363,11 @@ def test_a_repository_away_from_its_bundle_says_where_it_belongs(arranged, pytho
 
 
 def test_a_numpy_that_the_backend_reads_wrongly_is_said_by_every_model_before_it_answers(arranged, python, tmp_path):
-    pip(
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-compile",
-        "--only-binary",
-        ":all:",
-        "--target",
-        tmp_path / "new",
-        "numpy>=2",
-    )
+    new = environment(tmp_path / "env", "--no-deps", "numpy>=2")
+    (site_packages(new) / "others.pth").write_text(f"{site_packages(python)}\n", encoding="utf-8")
     bundle = arranged("triton-python")
-    server = Triton(
-        [bundle / REPOSITORY, bundle / PICTURE_REPOSITORY],
-        tmp_path / "triton",
-        python,
-        "--exit-on-error=false",
-        packages=tmp_path / "new",
-    )
+    repositories = [bundle / REPOSITORY, bundle / PICTURE_REPOSITORY]
+    server = Triton(repositories, tmp_path / "triton", new, "--exit-on-error=false")
     try:
         server.start(waits=False)
         server.wait_for(lambda: status(f"http://{HOST}:{server.http}/v2/health/live") == 200)
@@ -394,4 +380,4 @@ def test_a_numpy_that_the_backend_reads_wrongly_is_said_by_every_model_before_it
     assert len(in_python) == 4
     for name in in_python:
         assert "cannot read arrays of numpy 2" in said[name]
-        assert 'install "numpy<2" there' in said[name]
+        assert "install numpy<2 there" in said[name]
