@@ -20,7 +20,7 @@ from defense.export.layouts import Layout
 from defense.export.runtime import OnnxClassifier
 
 from ...conftest import restated
-from .installed import environment, wheel_of_checkout
+from .installed import environment, wheels_of
 from .servers import triton_home
 
 
@@ -57,17 +57,18 @@ def arranged(ready, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory) -> Path:
-    """This checkout as a wheel."""
-    return wheel_of_checkout(tmp_path_factory.mktemp("wheel"))
+def wheels(arranged, tmp_path_factory) -> Path:
+    """Wheels of this checkout and of what it needs to serve a bundle."""
+    return wheels_of(arranged("triton-python", text=False) / layouts.REQUIREMENTS, tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="session")
-def python(arranged, wheel, tmp_path_factory) -> Path:
+def python(arranged, wheels, tmp_path_factory) -> Path:
     """The environment of Triton's Python backend that a bundle asks for."""
     triton_home()
-    requirements = arranged("triton-python") / layouts.REQUIREMENTS
-    return environment(tmp_path_factory.mktemp("python") / "env", "--find-links", wheel.parent, "-r", requirements)
+    requirements = arranged("triton-python", text=False) / layouts.REQUIREMENTS
+    folder = tmp_path_factory.mktemp("python") / "env"
+    return environment(folder, "--no-index", "--find-links", wheels, "-r", requirements)
 
 
 def png(picture: np.ndarray) -> bytes:

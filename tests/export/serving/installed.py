@@ -21,12 +21,13 @@ def pip(*arguments: object) -> None:
         pytest.skip(f"no package index that has what a server needs: {done.stderr.strip()[-300:]}")
 
 
-def wheel_of_checkout(folder: Path) -> Path:
-    """Make the wheel of a copy of this checkout, which stays as it is."""
+def wheels_of(requirements: Path, folder: Path) -> Path:
+    """Make a folder of wheels: of a copy of this checkout, which stays as it is, and of all that a bundle asks for."""
     checkout = shutil.copytree(ROOT, folder / "checkout", ignore=_NOT_BUILT)
-    pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder / "wheels", checkout)
-    (wheel,) = (folder / "wheels").iterdir()
-    return wheel
+    wheels = folder / "wheels"
+    pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", wheels, checkout)
+    pip("wheel", "--quiet", "--only-binary", ":all:", "--find-links", wheels, "-w", wheels, "-r", requirements)
+    return wheels
 
 
 def environment(folder: Path, *asked: object) -> Path:

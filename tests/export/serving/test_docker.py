@@ -16,8 +16,6 @@ import pytest
 
 from defense.export import layouts
 
-from .installed import pip
-
 NOBODY = 65534
 IMAGES = {"bundle": layouts._COMMAND, "kserve": layouts._PREDICTOR}
 
@@ -57,14 +55,14 @@ def image() -> Iterator[Path]:
 
 @pytest.mark.server
 def test_the_steps_of_the_command_s_image_work_in_a_clean_environment_and_without_a_network(
-    ready, image, golden, wheel
+    ready, image, golden, wheels
 ):
     bundle = Path(shutil.copytree(ready, image / "bundle"))
     (bundle / "Dockerfile").write_text(layouts._dockerfile(layouts._COMMAND), encoding="utf-8")
     from ...conftest import restated
 
     restated(bundle)
-    pip("wheel", "--quiet", "-w", bundle / "wheels", f"{wheel}[onnx]")
+    shutil.copytree(wheels, bundle / "wheels")
     subprocess.run([sys.executable, "-m", "venv", str(image / "venv")], check=True)
     said = steps((bundle / "Dockerfile").read_text(encoding="utf-8"))
     (image / "tmp").mkdir()
