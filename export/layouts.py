@@ -45,12 +45,13 @@ def arrange(folder: Path, layout: Layout, fields: Mapping[str, Any]) -> dict[str
         (folder / "Dockerfile").write_text(_dockerfile(_COMMAND), encoding="utf-8")
         return {}
     n_bytes = sum(path.stat().st_size for path in folder.glob("*.onnx*"))
-    moved = repository.place_graphs(folder, fields, in_python=layout == "triton-python")
+    in_python = layout == "triton-python"
+    moved = repository.place_graphs(folder, fields, in_python=in_python)
     if layout == "kserve":
         (folder / "inference-service.yaml").write_text(_inference_service(fields["dtype"], n_bytes), encoding="utf-8")
         (folder / "Dockerfile").write_text(_dockerfile(_PREDICTOR), encoding="utf-8")
         return moved
-    repository.write_picture_models(folder, fields)
+    repository.write_picture_models(folder, fields, in_python=in_python)
     (folder / REQUIREMENTS).write_text(_requirements(), encoding="utf-8")
     return moved
 

@@ -32,6 +32,7 @@ from .conftest import jpeg
 from .installed import environment, site_packages
 from .page import block
 from .servers import HOST, Triton, running, status
+from .stand_in import run_in_python
 
 pytestmark = pytest.mark.server
 
@@ -125,6 +126,66 @@ def test_the_curl_of_the_page_gets_an_answer(triton, golden, clf, tmp_path):
     code = block("sh", "clip_defense_raw").replace("localhost:8000", f"{HOST}:{triton.http}")
     done = subprocess.run(["sh", "-c", code], cwd=tmp_path, capture_output=True, check=True)
     assert str(clf.predict([golden[0][0]])[0]).encode() in done.stdout
+
+
+# --- Triton's own backend for graphs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_onnx(arranged, python, tmp_path_factory):
+    """A server of the layout whose graphs are Triton's to run."""
+    bundle = arranged("triton")
+    assert len(run_in_python(bundle / REPOSITORY)) == 3
+    folder = tmp_path_factory.mktemp("onnx")
+    with running(Triton([bundle / REPOSITORY, bundle / PICTURE_REPOSITORY], folder, python)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("by", ["http", "grpc"])
+def test_a_graph_that_triton_runs_needs_no_strength_and_takes_one(of_onnx, golden, clf, by):
+    check_graph(of_onnx, golden, clf, by)
+    files, pixel_values, _ = golden
+    strength = np.linspace(0, 1, len(files), dtype=np.float32)[:, None]
+    want, _ = clf.outputs(pixel_values, strength[:, 0])
+    for model, inputs in ((VISION_NAME, {"pixel_values": pixel_values}), (PICTURES_NAME, pictures(files))):
+        got = infer(of_onnx, model, {**inputs, "strength": strength}, by)
+        np.testing.assert_allclose(got["image_embeds"], want, atol=ATOL)
+
+
+def test_a_strength_for_fewer_pictures_and_33_pictures_are_refused_before_a_graph_runs(of_onnx, golden):
+    pixel_values = golden[1]
+    for wrong in (
+        {"pixel_values": pixel_values[:3], "strength": np.ones((2, 1), np.float32)},
+        {"pixel_values": np.repeat(pixel_values[:1], 33, axis=0)},
+    ):
+        with pytest.raises(InferenceServerException, match="batch"):
+            infer(of_onnx, VISION_NAME, wrong)
+
+
+def test_requests_without_a_strength_and_with_one_are_answered_each_with_its_own(of_onnx, golden, clf):
+    _, pixel_values, embeds = golden
+    plain, _ = clf.outputs(pixel_values, np.zeros(len(pixel_values), np.float32))
+
+    def ask(number: int) -> np.ndarray:
+        strength = {"strength": np.zeros((1, 1), np.float32)} if number % 2 else {}
+        row = number % len(embeds)
+        return infer(of_onnx, VISION_NAME, {"pixel_values": pixel_values[row : row + 1], **strength})["image_embeds"][0]
+
+    numbers = range(24)
+    want = [(plain if number % 2 else embeds)[number % len(embeds)] for number in numbers]
+    with ThreadPoolExecutor(8) as pool:
+        np.testing.assert_allclose(list(pool.map(ask, numbers)), want, atol=ATOL)
+
+
+def test_classes_are_named_by_the_labels_of_the_graph(of_onnx, triton, golden, clf):
+    want = clf.predict([golden[0][0]])[0]
+    pixels = http.InferInput("pixel_values", [1, *golden[1].shape[1:]], "FP32")
+    pixels.set_data_from_numpy(golden[1][:1])
+    best = http.InferRequestedOutput("logits_per_image", class_count=1)
+    for server in (of_onnx, triton):
+        with http.InferenceServerClient(f"{HOST}:{server.http}") as client:
+            answer = client.infer(VISION_NAME, [pixels], outputs=[best])
+        assert answer.as_numpy("logits_per_image")[0, 0].decode().split(":")[2] == want
 
 
 # --- labels of a request ----------------------------------------------------------------------------------------------
