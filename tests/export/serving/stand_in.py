@@ -1,4 +1,4 @@
-"""What stands in for Triton's ONNX Runtime backend, which no package carries: the same files, run by its Python backend."""
+"""What stands in for Triton's ONNX Runtime backend, which no package carries: the same files in its Python backend."""
 
 from __future__ import annotations
 
