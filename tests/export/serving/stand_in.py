@@ -39,9 +39,7 @@ class TritonPythonModel:
         for each in self.inputs:
             tensor = pb_utils.get_input_tensor_by_name(request, each["name"])
             if tensor is not None:
-                array = tensor.as_numpy()
-                is_scalar = "reshape" in each and not each["reshape"].get("shape")
-                feed[each["name"]] = array[:, 0] if is_scalar else array
+                feed[each["name"]] = tensor.as_numpy()
         arrays = self.session.run(self.outputs, feed)
         tensors = [pb_utils.Tensor(name, array) for name, array in zip(self.outputs, arrays)]
         return pb_utils.InferenceResponse(tensors)
