@@ -58,9 +58,9 @@ def arrange(folder: Path, layout: Layout, fields: Mapping[str, Any]) -> dict[str
 
 def _requirements() -> str:
     """Return what the Python environment of Triton's Python backend has to hold."""
-    return f"""# For the Python that Triton's Python backend runs: pip install -r requirements.txt
+    return f"""# For the Python of Triton's Python backend, the first python3 in PATH: pip install -r requirements.txt
 clip-defense[onnx]=={package_version()}
-numpy<2  # the backend of Triton up to 2.51 (24.10) cannot hand out arrays of numpy 2
+numpy<2  # the backend of Triton up to 2.51 (24.10) reads arrays of numpy 2 wrongly, which the models refuse
 """
 
 
