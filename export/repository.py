@@ -199,7 +199,7 @@ def _save_default_strength(path: Path, dims: Sequence[int]) -> None:
         helper.make_node("Concat", ["n", "one"], ["shape"], axis=0),
         helper.make_node("Expand", [STRENGTH, "shape"], [_USED]),
     ]
-    constants = {STRENGTH: np.ones((1, 1), np.float32), "one": np.ones(1, np.int64)}
+    constants: dict[str, np.ndarray] = {STRENGTH: np.ones((1, 1), np.float32), "one": np.ones(1, np.int64)}
     graph = helper.make_graph(
         nodes,
         STRENGTH_NAME,
