@@ -3,8 +3,8 @@
     python -m defense.benchmarks.serving BUNDLE --server triton=127.0.0.1:8001 --server kserve=127.0.0.1:8081
 
 Servers are asked by gRPC; docs/serve.md says how they are started. For a row without dynamic batching serve a bundle
-from whose model_repository/clip_defense/config.pbtxt the line `dynamic_batching` was taken. It is bounded: a row takes
-`--seconds`, and there are two for each target and number of clients.
+from whose model_repository the line `dynamic_batching` was taken, in the config.pbtxt of its graph. It is bounded: a
+row takes `--seconds`, and there are two for each target and number of clients.
 """
 
 from __future__ import annotations

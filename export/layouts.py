@@ -45,21 +45,22 @@ def arrange(folder: Path, layout: Layout, fields: Mapping[str, Any]) -> dict[str
         (folder / "Dockerfile").write_text(_dockerfile(_COMMAND), encoding="utf-8")
         return {}
     n_bytes = sum(path.stat().st_size for path in folder.glob("*.onnx*"))
-    moved = repository.place_graphs(folder, fields, in_python=layout == "triton-python")
+    in_python = layout == "triton-python"
+    moved = repository.place_graphs(folder, fields, in_python=in_python)
     if layout == "kserve":
         (folder / "inference-service.yaml").write_text(_inference_service(fields["dtype"], n_bytes), encoding="utf-8")
         (folder / "Dockerfile").write_text(_dockerfile(_PREDICTOR), encoding="utf-8")
         return moved
-    repository.write_picture_models(folder, fields)
+    repository.write_picture_models(folder, fields, in_python=in_python)
     (folder / REQUIREMENTS).write_text(_requirements(), encoding="utf-8")
     return moved
 
 
 def _requirements() -> str:
     """Return what the Python environment of Triton's Python backend has to hold."""
-    return f"""# For the Python that Triton's Python backend runs: pip install -r requirements.txt
+    return f"""# For the Python of Triton's Python backend, the first python3 in PATH: pip install -r requirements.txt
 clip-defense[onnx]=={package_version()}
-numpy<2  # the backend of Triton up to 2.51 (24.10) cannot hand out arrays of numpy 2
+numpy<2  # the backend of Triton up to 2.51 (24.10) reads arrays of numpy 2 wrongly, which the models refuse
 """
 
 

@@ -123,7 +123,8 @@ On KServe: put `model_repository` where `storageUri` in `inference-service.yaml`
 _PICTURES = """
 `--model-repository=picture_repository` besides serves `clip_defense_pictures`, which takes pictures as files in the
 input `picture` [n, 1], and answers `label`, `score`, `scores` and `error`, row by row. Its models run in Triton's
-Python backend, whose Python needs `pip install -r requirements.txt`; they find this folder around them.
+Python backend, whose Python, the first `python3` in PATH, needs `pip install -r requirements.txt`; they find this
+folder around them.
 """
 
 
@@ -131,14 +132,15 @@ def _triton(fields: Mapping[str, Any], layout: Layout) -> str:
     """Return the section on Triton, with a client for pixel_values."""
     height, width = fields["preprocess"]["size"]
     needs = (
-        " It runs in Triton's Python backend, whose Python needs `pip install -r requirements.txt`."
+        " It runs in Triton's Python backend, whose Python, the first `python3` in PATH, needs "
+        "`pip install -r requirements.txt`."
         if layout == "triton-python"
         else ""
     )
     strength = ""
     if fields["defense"]:
         strength = """
-strength = http.InferInput("strength", [1, 1], "FP32")  # 0 is plain CLIP
+strength = http.InferInput("strength", [1, 1], "FP32")  # 0 is plain CLIP; 1 where it is left out
 strength.set_data_from_numpy(np.ones((1, 1), np.float32))"""
     inputs = "[request, strength]" if strength else "[request]"
     return f"""

@@ -2,6 +2,8 @@
 
     model_repository/clip_defense             pixel_values, strength -> image_embeds, logits_per_image
     model_repository/clip_defense_text        input_ids -> text_embeds, where the bundle has a text tower
+    model_repository/clip_defense_graph       what clip_defense runs where a graph is Triton's own to run, and
+    model_repository/clip_defense_strength    its step before: strength, 1 where a request has none
     picture_repository/clip_defense_decode    picture -> pixel_values, strength, error          (Python)
     picture_repository/clip_defense_answer    image_embeds, ... -> label, score, ...             (Python)
     picture_repository/clip_defense_pictures  the ensemble of decode, clip_defense and answer
@@ -18,11 +20,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 REPOSITORY, PICTURE_REPOSITORY = "model_repository", "picture_repository"
 VISION_NAME, TEXT_NAME = "clip_defense", "clip_defense_text"
+GRAPH_NAME, STRENGTH_NAME = "clip_defense_graph", "clip_defense_strength"
 DECODE_NAME, ANSWER_NAME = "clip_defense_decode", "clip_defense_answer"
 PICTURES_NAME, RAW_NAME = "clip_defense_pictures", "clip_defense_raw"
 STRENGTH = "strength"
+_USED = f"{STRENGTH}_used"
 MAX_BATCH = 32
 WATCHED_SHARE = 0.05
 """Of the pictures, how many are asked about a second time without the defense, to see what it changes."""
@@ -64,13 +70,15 @@ def place_graphs(folder: Path, fields: Mapping[str, Any], *, in_python: bool) ->
         fields: What its manifest says.
         in_python: Serve them by this package's runtime on a CPU, and not by Triton's ONNX Runtime backend.
     """
-    vision = _vision_tensors(fields, is_optional=in_python)
+    name = _graph_name(fields, in_python=in_python)
+    inputs, outputs = _vision_tensors(fields, is_optional=in_python)
     kind = "KIND_CPU" if in_python else _INSTANCE_KIND[fields["dtype"]]
-    moved = {"model": _place(folder, fields["model"], VISION_NAME)}
-    _write_config(folder / REPOSITORY / VISION_NAME, _graph_config(VISION_NAME, *vision, kind, in_python=in_python))
-    (folder / REPOSITORY / VISION_NAME / "labels.txt").write_text(_lines(fields["labels"]), encoding="utf-8")
-    if fields["defense"] is not None and not in_python:
+    moved = {"model": _place(folder, fields["model"], name)}
+    _write_config(folder / REPOSITORY / name, _graph_config(name, inputs, outputs, kind, in_python=in_python))
+    (folder / REPOSITORY / name / "labels.txt").write_text(_lines(fields["labels"]), encoding="utf-8")
+    if name == GRAPH_NAME:
         _require_strength(folder / moved["model"])
+        _write_default_strength(folder / REPOSITORY, fields, outputs)
     if fields["text_model"] is not None:
         moved["text_model"] = _place(folder, fields["text_model"], TEXT_NAME)
         text = (
@@ -86,8 +94,8 @@ def place_graphs(folder: Path, fields: Mapping[str, Any], *, in_python: bool) ->
     return moved
 
 
-def write_picture_models(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Write the repository with the models around the graph: from pictures as files to labels."""
+def write_picture_models(folder: Path, fields: Mapping[str, Any], *, in_python: bool) -> None:
+    """Write the repository with the models around the graph, from pictures as files to labels; see `place_graphs`."""
     root = folder / PICTURE_REPOSITORY
     pixels = _pixels(fields)
     strength = [_Tensor(STRENGTH, "TYPE_FP32", [1])] if fields["defense"] is not None else []
@@ -115,12 +123,15 @@ def write_picture_models(folder: Path, fields: Mapping[str, Any]) -> None:
     _write_config(
         root / ANSWER_NAME, _python_config(ANSWER_NAME, [pixels, *strength, embeds, error, *labels], answers, watched)
     )
+    graph = _graph_name(fields, in_python=in_python)
     for name, takes_of_it, labels_of_it in ((PICTURES_NAME, takes, labels), (RAW_NAME, [picture], [])):
-        ensemble = _ensemble_config(name, takes_of_it, labels_of_it, [embeds, *answers], strength)
-        _write_config(root / name, ensemble)
-        version = root / name / "1"
-        version.mkdir()
-        (version / "README.md").write_text("An ensemble is its config.pbtxt; Triton wants this folder all the same.\n")
+        steps = _picture_steps(graph, takes_of_it, labels_of_it, [embeds, *answers], strength)
+        _write_ensemble(root, name, [*takes_of_it, *labels_of_it], [embeds, *answers], steps)
+
+
+def _graph_name(fields: Mapping[str, Any], *, in_python: bool) -> str:
+    """Return which model runs the vision graph: one behind another where that has to give it a strength."""
+    return VISION_NAME if fields["defense"] is None or in_python else GRAPH_NAME
 
 
 def _pixels(fields: Mapping[str, Any]) -> _Tensor:
@@ -150,6 +161,55 @@ def _require_strength(graph: Path) -> None:
     default = next(value for value in model.graph.initializer if value.name == STRENGTH)
     model.graph.initializer.remove(default)
     onnx.save(model, graph)
+
+
+def _write_default_strength(root: Path, fields: Mapping[str, Any], outputs: Sequence[_Tensor]) -> None:
+    """Write the ensemble that clients ask, and its step before the graph, which makes no batches and so has a default.
+
+    Args:
+        root: The model repository.
+        fields: What the bundle's manifest says.
+        outputs: Of the graph.
+    """
+    pixels = _pixels(fields)
+    given, used = _Tensor(STRENGTH, "TYPE_FP32", [1], is_optional=True), _Tensor(_USED, "TYPE_FP32", [1])
+    inputs, made = [[each._replace(dims=[-1, *each.dims]) for each in side] for side in ([pixels, given], [used])]
+    config = _head(STRENGTH_NAME, 'backend: "onnxruntime"', inputs, made, max_batch=0)
+    _write_config(root / STRENGTH_NAME, f"{config}instance_group [ {{ kind: KIND_CPU }} ]\n")
+    (root / STRENGTH_NAME / "1").mkdir()
+    _save_default_strength(root / STRENGTH_NAME / "1" / "model.onnx", pixels.dims)
+    steps = [
+        _Step(STRENGTH_NAME, {each.name: each.name for each in (pixels, given)}, {_USED: _USED}),
+        _Step(GRAPH_NAME, {pixels.name: pixels.name, STRENGTH: _USED}, {each.name: each.name for each in outputs}),
+    ]
+    # An ensemble takes labels from the model that has them.
+    _write_ensemble(root, VISION_NAME, [pixels, given], [each._replace(labels="") for each in outputs], steps)
+
+
+def _save_default_strength(path: Path, dims: Sequence[int]) -> None:
+    """Write the graph pixel_values [n, *dims], strength [n, 1] -> strength_used [n, 1], ones where none is fed."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    def value(name: str, shape: Sequence[int | str]) -> Any:
+        return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+    nodes = [
+        helper.make_node("Shape", ["pixel_values"], ["n"], end=1),
+        helper.make_node("Concat", ["n", "one"], ["shape"], axis=0),
+        helper.make_node("Expand", [STRENGTH, "shape"], [_USED]),
+    ]
+    constants: dict[str, np.ndarray] = {STRENGTH: np.ones((1, 1), np.float32), "one": np.ones(1, np.int64)}
+    graph = helper.make_graph(
+        nodes,
+        STRENGTH_NAME,
+        [value("pixel_values", ["n", *dims]), value(STRENGTH, ["n_strengths", 1])],
+        [value(_USED, ["n", 1])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
 
 
 def _place(folder: Path, graph: str, name: str) -> str:
@@ -210,59 +270,75 @@ instance_group [ {{ kind: KIND_CPU, count: {n_instances} }} ]
 {_parameters(settings)}"""
 
 
-def _ensemble_config(
-    name: str,
+class _Step(NamedTuple):
+    """A model that an ensemble runs, with its tensors' names in it and in the ensemble."""
+
+    model: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+    def config(self) -> str:
+        maps = [
+            f'      {kind}_map {{ key: "{key}" value: "{value}" }}\n'
+            for kind, names in (("input", self.inputs), ("output", self.outputs))
+            for key, value in names.items()
+        ]
+        return f'    {{\n      model_name: "{self.model}"\n      model_version: -1\n{"".join(maps)}    }}'
+
+
+def _picture_steps(
+    graph: str,
     inputs: Sequence[_Tensor],
     labels: Sequence[_Tensor],
     outputs: Sequence[_Tensor],
     strength: Sequence[_Tensor],
-) -> str:
-    """Return the configuration of an ensemble: decode, clip_defense, answer.
+) -> list[_Step]:
+    """Return what an ensemble of pictures runs: decode, the graph, answer.
 
     Args:
-        name: Of the ensemble.
+        graph: The model that runs it.
         inputs: What goes to the first step.
         labels: What goes to the last one besides.
         outputs: Of the second step the first, and of the last one the others.
         strength: The graph's strength, where it has one.
     """
     # What passes from step to step has a name of its own, for an ensemble has its inputs among the same names.
-    used = {each.name: f"{each.name}_used" for each in strength}
+    used = {each.name: _USED for each in strength}
     embeds, *answers = outputs
-    steps = [
-        (DECODE_NAME, {i.name: i.name for i in inputs}, {"pixel_values": "pixel_values", "error": "unreadable"} | used),
-        (VISION_NAME, {"pixel_values": "pixel_values"} | used, {embeds.name: embeds.name}),
-        (
-            ANSWER_NAME,
-            {"pixel_values": "pixel_values", embeds.name: embeds.name, "error": "unreadable"}
-            | used
-            | {each.name: each.name for each in labels},
-            {each.name: each.name for each in answers},
-        ),
+    between = {"pixel_values": "pixel_values", "error": "unreadable"} | used
+    named = {each.name: each.name for each in labels}
+    return [
+        _Step(DECODE_NAME, {each.name: each.name for each in inputs}, between),
+        _Step(graph, {"pixel_values": "pixel_values"} | used, {embeds.name: embeds.name}),
+        _Step(ANSWER_NAME, {**between, embeds.name: embeds.name, **named}, {each.name: each.name for each in answers}),
     ]
-    return f"""{_head(name, 'platform: "ensemble"', [*inputs, *labels], outputs)}\
+
+
+def _write_ensemble(
+    root: Path, name: str, inputs: Sequence[_Tensor], outputs: Sequence[_Tensor], steps: Sequence[_Step]
+) -> None:
+    """Write an ensemble into a repository."""
+    config = f"""{_head(name, 'platform: "ensemble"', inputs, outputs)}\
 ensemble_scheduling {{
   step [
-{",".join(_step(*step) for step in steps)}
+{",".join(step.config() for step in steps)}
   ]
 }}
 """
+    _write_config(root / name, config)
+    (root / name / "1").mkdir()
+    (root / name / "1" / "README.md").write_text(
+        "An ensemble is its config.pbtxt; Triton wants this folder all the same.\n", encoding="utf-8"
+    )
 
 
-def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> str:
-    maps = [
-        f'      {kind}_map {{ key: "{key}" value: "{value}" }}\n'
-        for kind, names in (("input", inputs), ("output", outputs))
-        for key, value in names.items()
-    ]
-    return f'    {{\n      model_name: "{model}"\n      model_version: -1\n{"".join(maps)}    }}'
-
-
-def _head(name: str, kind: str, inputs: Sequence[_Tensor], outputs: Sequence[_Tensor]) -> str:
+def _head(
+    name: str, kind: str, inputs: Sequence[_Tensor], outputs: Sequence[_Tensor], *, max_batch: int = MAX_BATCH
+) -> str:
     """Return what every configuration begins with."""
     return f"""name: "{name}"
 {kind}
-max_batch_size: {MAX_BATCH}
+max_batch_size: {max_batch}
 version_policy: {{ latest: {{ num_versions: 1 }} }}
 input [
 {_listed(inputs)}

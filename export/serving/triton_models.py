@@ -6,6 +6,7 @@ Only that backend can import this module: `triton_python_backend_utils` is its o
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,21 @@ from defense.store.folders import Verify
 
 
 class Model:
-    """What all of them share: an answer of its own to each request, whatever becomes of the others."""
+    """What all of them share: tensors that arrive whole, and to each request an answer, whatever becomes of others."""
+
+    def initialize(self, args: Mapping[str, Any]) -> None:
+        """Load what Triton's arguments name.
+
+        Raises:
+            BackendError: This numpy's arrays are not understood by the backend.
+            CheckpointError, IntegrityError: The bundle cannot be used, or does not compute here what was exported.
+        """
+        _check_numpy()
+        self.load(args)
+
+    def load(self, args: Mapping[str, Any]) -> None:
+        """Load the bundle that Triton's arguments name."""
+        raise NotImplementedError
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Return a response to each request."""
@@ -41,12 +56,8 @@ class VisionModel(Model):
     It is ready when the golden embeddings were reproduced.
     """
 
-    def initialize(self, args: Mapping[str, Any]) -> None:
-        """Load the bundle.
-
-        Raises:
-            CheckpointError, IntegrityError: It cannot be used, or does not compute here what was exported.
-        """
+    def load(self, args: Mapping[str, Any]) -> None:
+        """Load the bundle, and reproduce its golden embeddings."""
         self.clf = _Local(*_bundle_of(args, "sha256"))
         self.clf.check_golden()
 
@@ -86,7 +97,7 @@ class VisionModel(Model):
 class TextModel(Model):
     """`clip_defense_text` on a CPU: input_ids -> text_embeds, not normalized."""
 
-    def initialize(self, args: Mapping[str, Any]) -> None:
+    def load(self, args: Mapping[str, Any]) -> None:
         """Load the bundle."""
         self.clf = _Local(*_bundle_of(args, "size"))
 
@@ -98,7 +109,7 @@ class TextModel(Model):
 class DecodeModel(Model):
     """`clip_defense_decode`: encoded pictures -> pixel_values, and an error for each that cannot be read."""
 
-    def initialize(self, args: Mapping[str, Any]) -> None:
+    def load(self, args: Mapping[str, Any]) -> None:
         """Load the bundle."""
         self.clf = _Remote(*_bundle_of(args, "size"))
 
@@ -114,7 +125,7 @@ class DecodeModel(Model):
 class AnswerModel(Model):
     """`clip_defense_answer`: image_embeds -> labels and scores, for the labels of the bundle or of the request."""
 
-    def initialize(self, args: Mapping[str, Any]) -> None:
+    def load(self, args: Mapping[str, Any]) -> None:
         """Load the bundle, and begin to count."""
         self.clf = _Remote(*_bundle_of(args, "size"))
         self.watch = Watch(self.clf, _Metrics(), float(_setting(args, "watched_share", "0")))
@@ -237,6 +248,23 @@ class _Metrics:
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _check_numpy() -> None:
+    """Raise `BackendError` where the backend takes arrays of this numpy for others than they are.
+
+    The backend of Triton up to 2.51 was built for numpy 1. Of numpy 2 it takes the size of an element for 0: each pixel
+    of a request is then its first one, and outputs are empty. The way there and back shows that without a request.
+    """
+    sent = np.arange(1, 4, dtype=np.float32)
+    there = pb_utils.Tensor("sent", sent).to_dlpack()
+    back = pb_utils.Tensor.from_dlpack("back", there).as_numpy()
+    if not np.array_equal(back, sent):
+        raise BackendError(
+            f"this Triton's Python backend cannot read arrays of numpy {np.__version__} in {sys.prefix}: {sent} came "
+            f"back as {back}; install numpy<2 there, as the bundle's requirements.txt has it, or serve by Triton 2.52 "
+            "(24.11) or newer"
+        )
 
 
 def _response(outputs: Callable[[], Mapping[str, np.ndarray]]) -> Any:

@@ -22,10 +22,12 @@ from defense.export import bundle, exporter, verify
 from defense.export.exporter import export_onnx
 from defense.export.layouts import memory_mib
 from defense.export.repository import (
+    GRAPH_NAME,
     PICTURE_REPOSITORY,
     PICTURES_NAME,
     RAW_NAME,
     REPOSITORY,
+    STRENGTH_NAME,
     TEXT_NAME,
     VISION_NAME,
 )
@@ -63,6 +65,11 @@ def config_of(folder, name, repository=REPOSITORY):
     return text_format.Parse(text, model_config_pb2.ModelConfig())
 
 
+def full(config, tensor) -> tuple[list[int], int]:
+    """The dims of a tensor with those of its batch, and its type."""
+    return [*([-1] if config.max_batch_size else []), *tensor.dims], tensor.data_type
+
+
 def shape_of(tensor) -> list[int]:
     """What a graph gets, less the batch."""
     return list(tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims)
@@ -71,7 +78,7 @@ def shape_of(tensor) -> list[int]:
 TYPES = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
 
 
-@pytest.mark.parametrize("name", [VISION_NAME, TEXT_NAME])
+@pytest.mark.parametrize("name", [GRAPH_NAME, TEXT_NAME])
 def test_fault_80_the_configuration_is_that_of_the_graph(kserve, name):
     config = config_of(kserve, name)
     clf = OnnxClassifier(kserve)
@@ -89,7 +96,7 @@ def test_fault_80_the_configuration_is_that_of_the_graph(kserve, name):
     assert (config.name, config.backend) == (name, "onnxruntime")
 
 
-@pytest.mark.parametrize("name", [VISION_NAME, TEXT_NAME])
+@pytest.mark.parametrize("name", [GRAPH_NAME, TEXT_NAME])
 def test_fault_80_batches_are_bounded_and_the_first_request_is_not_the_slow_one(kserve, name):
     config = config_of(kserve, name)
     assert config.max_batch_size == 32
@@ -104,49 +111,71 @@ def test_fault_80_batches_are_bounded_and_the_first_request_is_not_the_slow_one(
 
 
 def test_fault_80_labels_stand_in_the_order_of_the_logits(kserve):
-    config = config_of(kserve, VISION_NAME)
+    config = config_of(kserve, GRAPH_NAME)
     labeled = [output for output in config.output if output.label_filename]
     assert [output.name for output in labeled] == ["logits_per_image"]
-    lines = (kserve / REPOSITORY / VISION_NAME / labeled[0].label_filename).read_text(encoding="utf-8").splitlines()
+    lines = (kserve / REPOSITORY / GRAPH_NAME / labeled[0].label_filename).read_text(encoding="utf-8").splitlines()
     assert tuple(lines) == bundle.load(kserve).prompts.labels
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("fp32", "KIND_AUTO"), ("int8", "KIND_CPU")])
 def test_instances_run_where_the_graph_can(export_as, dtype, kind):
-    config = config_of(export_as("triton", dtype=dtype), VISION_NAME)
+    config = config_of(export_as("triton", dtype=dtype), GRAPH_NAME)
     kinds = config.instance_group[0].DESCRIPTOR.fields_by_name["kind"].enum_type.values_by_number
     assert [kinds[group.kind].name for group in config.instance_group] == [kind]
 
 
-def test_strength_is_an_input_of_both_kinds_of_server_and_one_of_no_defense_has_none(export_as, kserve):
-    in_python = config_of(export_as("triton-python"), VISION_NAME)
-    for config, is_optional in ((config_of(kserve, VISION_NAME), False), (in_python, True)):
-        (strength,) = [tensor for tensor in config.input if tensor.name == "strength"]
-        assert (list(strength.dims), shape_of(strength), strength.optional) == ([1], [], is_optional)
-    assert in_python.backend == "python"
+@pytest.mark.parametrize("layout", ["triton", "triton-python", "kserve"])
+def test_clients_ask_one_model_of_the_same_inputs_in_every_layout_and_need_not_send_a_strength(export_as, layout):
+    folder = export_as(layout)
+    config = config_of(folder, VISION_NAME)
+    assert [(i.name, list(i.dims), i.optional) for i in config.input] == [
+        ("pixel_values", [3, *bundle.load(folder).preprocess.size], False),
+        ("strength", [1], True),
+    ]
+    assert [output.name for output in config.output] == ["image_embeds", "logits_per_image"]
+    assert config.max_batch_size == 32
+    assert (config.backend, config.platform) == (("python", "") if layout == "triton-python" else ("", "ensemble"))
+
+
+def test_the_graph_that_gives_a_strength_has_its_default_where_there_are_no_batches(kserve):
+    config = config_of(kserve, STRENGTH_NAME)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    graph = kserve / REPOSITORY / STRENGTH_NAME / "1" / "model.onnx"
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    (needed,), (optional,) = session.get_inputs(), session.get_overridable_initializers()
+    assert [(i.name, i.optional, list(i.dims)[1:]) for i in config.input] == [
+        (needed.name, False, needed.shape[1:]),
+        (optional.name, True, optional.shape[1:]),
+    ]
+    assert (config.max_batch_size, config.backend) == (0, "onnxruntime")
+    pixel_values = np.zeros((3, *needed.shape[1:]), np.float32)
+    given = np.array([[0], [0.5], [1]], np.float32)
+    for feed, want in (({}, np.ones((3, 1))), ({optional.name: given}, given)):
+        (got,) = session.run(None, {needed.name: pixel_values, **feed})
+        np.testing.assert_array_equal(got, want)
 
 
 def test_the_picture_models_fit_each_other_and_the_graph(export_as):
     folder = export_as("triton", text=True)
-    by_name = {name: config_of(folder, name) for name in (VISION_NAME, TEXT_NAME)}
-    by_name |= {
-        path.parent.name: config_of(folder, path.parent.name, PICTURE_REPOSITORY)
-        for path in (folder / PICTURE_REPOSITORY).glob("*/config.pbtxt")
+    by_name = {
+        path.parent.name: config_of(folder, path.parent.name, repository)
+        for repository in (REPOSITORY, PICTURE_REPOSITORY)
+        for path in (folder / repository).glob("*/config.pbtxt")
     }
-    assert {name for name, config in by_name.items() if config.platform == "ensemble"} == {PICTURES_NAME, RAW_NAME}
-    for name in (PICTURES_NAME, RAW_NAME):
-        ensemble = by_name[name]
-        known = {tensor.name: tensor for tensor in ensemble.input}
+    ensembles = {name: config for name, config in by_name.items() if config.platform == "ensemble"}
+    assert set(ensembles) == {VISION_NAME, PICTURES_NAME, RAW_NAME}
+    for ensemble in ensembles.values():
+        known = {tensor.name: full(ensemble, tensor) for tensor in ensemble.input}
         for step in ensemble.ensemble_scheduling.step:
             model = by_name[step.model_name]
             assert {tensor.name for tensor in model.input if not tensor.optional} <= set(step.input_map)
             for tensor in model.input:
                 if tensor.name in step.input_map:
-                    given = known[step.input_map[tensor.name]]
-                    assert (list(given.dims), given.data_type) == (list(tensor.dims), tensor.data_type)
-            known |= {step.output_map[tensor.name]: tensor for tensor in model.output if tensor.name in step.output_map}
+                    assert known[step.input_map[tensor.name]] == full(model, tensor)
+            known |= {step.output_map[t.name]: full(model, t) for t in model.output if t.name in step.output_map}
         for tensor in ensemble.output:
-            assert list(known[tensor.name].dims) == list(tensor.dims)
+            assert known[tensor.name] == full(ensemble, tensor)
     assert len(by_name[RAW_NAME].input) == 1  # as a raw request wants it
 
 

@@ -14,6 +14,9 @@ pytest.importorskip("tritonclient.http")
 import tritonclient.grpc as grpc
 import tritonclient.http as http
 
+from defense.export.repository import VISION_NAME
+from defense.export.runtime import OnnxClassifier
+
 from .servers import HOST
 
 ATOL = 1e-5
@@ -32,6 +35,14 @@ def infer(server: Any, model: str, inputs: dict[str, np.ndarray], by: str = "htt
         answer = client.infer(model, given)
         names = OUTPUTS if "picture" in inputs else ("image_embeds", "logits_per_image")
         return {name: answer.as_numpy(name) for name in names}
+
+
+def check_graph(server: Any, golden: tuple[Any, np.ndarray, np.ndarray], clf: OnnxClassifier, by: str) -> None:
+    """The graph behind a server answers the golden pictures as torch did when the bundle was made."""
+    _, pixel_values, embeds = golden
+    got = infer(server, VISION_NAME, {"pixel_values": pixel_values}, by)
+    np.testing.assert_allclose(got["image_embeds"], embeds, atol=ATOL)
+    np.testing.assert_allclose(got["logits_per_image"], clf.logit_scale * embeds @ clf.text_embeds().T, atol=1e-3)
 
 
 def pictures(files: list[bytes]) -> dict[str, np.ndarray]:

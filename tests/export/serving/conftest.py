@@ -20,6 +20,8 @@ from defense.export.layouts import Layout
 from defense.export.runtime import OnnxClassifier
 
 from ...conftest import restated
+from .installed import environment, wheels_of
+from .servers import triton_home
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +54,21 @@ def arranged(ready, tmp_path_factory):
         return restated(folder, **fields)
 
     return arrange
+
+
+@pytest.fixture(scope="session")
+def wheels(arranged, tmp_path_factory) -> Path:
+    """Wheels of this checkout and of what it needs to serve a bundle."""
+    return wheels_of(arranged("triton-python", text=False) / layouts.REQUIREMENTS, tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="session")
+def python(arranged, wheels, tmp_path_factory) -> Path:
+    """The environment of Triton's Python backend that a bundle asks for."""
+    triton_home()
+    requirements = arranged("triton-python", text=False) / layouts.REQUIREMENTS
+    folder = tmp_path_factory.mktemp("python") / "env"
+    return environment(folder, "--no-index", "--find-links", wheels, "-r", requirements)
 
 
 def png(picture: np.ndarray) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.util
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 _START_S = 90
@@ -47,7 +48,10 @@ def status(url: str) -> int:
 
 
 class Server:
-    """A process that serves, what it prints being kept in a file."""
+    """A process that serves, what it prints being kept in a file, in whose folder it runs.
+
+    Not in the checkout: there the folder `defense` would be the package, without what is installed beside it.
+    """
 
     def __init__(self, command: Sequence[object], log: Path, ready: str, environment: dict[str, str]) -> None:
         self.command, self.log, self.ready = list(map(str, command)), log, ready
@@ -57,7 +61,12 @@ class Server:
     def start(self, *, waits: bool = True) -> None:
         with self.log.open("ab") as stream:
             self.process = subprocess.Popen(
-                self.command, stdout=stream, stderr=stream, env=self.environment, start_new_session=True
+                self.command,
+                cwd=self.log.parent,
+                stdout=stream,
+                stderr=stream,
+                env=self.environment,
+                start_new_session=True,
             )
         if waits:
             self.wait_for(lambda: status(self.ready) == 200)
@@ -86,8 +95,6 @@ def triton_home() -> Path:
     found = importlib.util.find_spec("pytriton")
     if found is None or found.origin is None:
         pytest.skip('needs the real Triton, of nvidia-pytriton: pip install "clip-defense[server]"')
-    if int(np.__version__.split(".")[0]) >= 2:
-        pytest.skip("the Python backend of nvidia-pytriton needs numpy below 2; run this where that is installed")
     return Path(found.origin).parent / "tritonserver"
 
 
@@ -106,10 +113,27 @@ def backends(folder: Path) -> Path:
     return folder
 
 
-class Triton(Server):
-    """The real Triton with some repositories, and nothing that it could talk to."""
+def _libraries() -> str:
+    """Where the stub finds its libraries: those of the wheel, and Python's own where that is not in the system."""
+    folders = [str(triton_home().parents[1] / "nvidia_pytriton.libs")]
+    if sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        folders.append(sysconfig.get_config_var("LIBDIR"))
+    elif ctypes.util.find_library(name := f"python{sys.version_info.major}.{sys.version_info.minor}") is None:
+        pytest.skip(f"the stub of Triton's Python backend needs the library of this Python: apt install lib{name}")
+    return os.pathsep.join(folders)
 
-    def __init__(self, repositories: Sequence[Path], folder: Path, *more: str) -> None:
+
+class Triton(Server):
+    """The real Triton with some repositories, and nothing that it could talk to.
+
+    Args:
+        repositories: What it serves.
+        folder: For its log and its backend.
+        python: The virtual environment of its Python backend.
+        more: Options.
+    """
+
+    def __init__(self, repositories: Sequence[Path], folder: Path, python: Path, *more: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.http, self.grpc, self.metrics = free_ports(3)
         here = backends(folder / "backends")
@@ -128,10 +152,10 @@ class Triton(Server):
             folder / "log",
             f"http://{HOST}:{self.http}/v2/health/ready",
             {
-                # The stub embeds Python and asks the environment where its packages are; and it was moved.
-                "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
-                "PYTHONHOME": sys.base_prefix,
-                "LD_LIBRARY_PATH": str(triton_home().parents[1] / "nvidia_pytriton.libs"),
+                # The stub embeds the Python whose python3 is first in PATH, with that environment's packages; neither
+                # PYTHONPATH nor PYTHONHOME means anything to it.
+                "PATH": os.pathsep.join([str(python / "bin"), os.environ["PATH"]]),
+                "LD_LIBRARY_PATH": _libraries(),
             },
         )
 

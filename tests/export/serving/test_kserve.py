@@ -27,7 +27,7 @@ from tritonclient.utils import InferenceServerException
 from defense.export.repository import PICTURES_NAME, VISION_NAME
 
 from ...conftest import restated
-from .asking import ATOL, infer, named, pictures, texts
+from .asking import ATOL, check_graph, infer, named, pictures, texts
 from .conftest import jpeg
 from .page import block
 from .servers import HOST, Server, free_ports, running, status
@@ -86,10 +86,7 @@ def tensor(name: str, array: np.ndarray, datatype: str = "FP32") -> dict[str, An
 
 @pytest.mark.parametrize("by", ["http", "grpc"])
 def test_the_graph_answers_as_torch_did(served, golden, clf, by):
-    _, pixel_values, embeds = golden
-    got = infer(served, VISION_NAME, {"pixel_values": pixel_values}, by)
-    np.testing.assert_allclose(got["image_embeds"], embeds, atol=ATOL)
-    np.testing.assert_allclose(got["logits_per_image"], clf.logit_scale * embeds @ clf.text_embeds().T, atol=1e-3)
+    check_graph(served, golden, clf, by)
 
 
 def urls(files: list[bytes]) -> list[bytes]:

@@ -27,18 +27,20 @@ from defense.export import readme
 from defense.export.repository import PICTURE_REPOSITORY, PICTURES_NAME, RAW_NAME, REPOSITORY, VISION_NAME
 
 from ...conftest import restated
-from .asking import ATOL, infer, named, pictures, texts
+from .asking import ATOL, check_graph, infer, named, pictures, texts
 from .conftest import jpeg
+from .installed import environment, site_packages
 from .page import block
 from .servers import HOST, Triton, running, status
+from .stand_in import run_in_python
 
 pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")
-def triton(arranged, tmp_path_factory):
+def triton(arranged, python, tmp_path_factory):
     bundle = arranged("triton-python")
-    server = Triton([bundle / REPOSITORY, bundle / PICTURE_REPOSITORY], tmp_path_factory.mktemp("triton"))
+    server = Triton([bundle / REPOSITORY, bundle / PICTURE_REPOSITORY], tmp_path_factory.mktemp("triton"), python)
     with running(server):
         yield server
 
@@ -48,10 +50,7 @@ def triton(arranged, tmp_path_factory):
 
 @pytest.mark.parametrize("by", ["http", "grpc"])
 def test_the_graph_answers_as_torch_did(triton, golden, clf, by):
-    _, pixel_values, embeds = golden
-    got = infer(triton, VISION_NAME, {"pixel_values": pixel_values}, by)
-    np.testing.assert_allclose(got["image_embeds"], embeds, atol=ATOL)
-    np.testing.assert_allclose(got["logits_per_image"], clf.logit_scale * embeds @ clf.text_embeds().T, atol=1e-3)
+    check_graph(triton, golden, clf, by)
 
 
 @pytest.mark.parametrize("by", ["http", "grpc"])
@@ -127,6 +126,66 @@ def test_the_curl_of_the_page_gets_an_answer(triton, golden, clf, tmp_path):
     code = block("sh", "clip_defense_raw").replace("localhost:8000", f"{HOST}:{triton.http}")
     done = subprocess.run(["sh", "-c", code], cwd=tmp_path, capture_output=True, check=True)
     assert str(clf.predict([golden[0][0]])[0]).encode() in done.stdout
+
+
+# --- Triton's own backend for graphs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_onnx(arranged, python, tmp_path_factory):
+    """A server of the layout whose graphs are Triton's to run."""
+    bundle = arranged("triton")
+    assert len(run_in_python(bundle / REPOSITORY)) == 3
+    folder = tmp_path_factory.mktemp("onnx")
+    with running(Triton([bundle / REPOSITORY, bundle / PICTURE_REPOSITORY], folder, python)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("by", ["http", "grpc"])
+def test_a_graph_that_triton_runs_needs_no_strength_and_takes_one(of_onnx, golden, clf, by):
+    check_graph(of_onnx, golden, clf, by)
+    files, pixel_values, _ = golden
+    strength = np.linspace(0, 1, len(files), dtype=np.float32)[:, None]
+    want, _ = clf.outputs(pixel_values, strength[:, 0])
+    for model, inputs in ((VISION_NAME, {"pixel_values": pixel_values}), (PICTURES_NAME, pictures(files))):
+        got = infer(of_onnx, model, {**inputs, "strength": strength}, by)
+        np.testing.assert_allclose(got["image_embeds"], want, atol=ATOL)
+
+
+def test_a_strength_for_fewer_pictures_and_33_pictures_are_refused_before_a_graph_runs(of_onnx, golden):
+    pixel_values = golden[1]
+    for wrong in (
+        {"pixel_values": pixel_values[:3], "strength": np.ones((2, 1), np.float32)},
+        {"pixel_values": np.repeat(pixel_values[:1], 33, axis=0)},
+    ):
+        with pytest.raises(InferenceServerException, match="batch"):
+            infer(of_onnx, VISION_NAME, wrong)
+
+
+def test_requests_without_a_strength_and_with_one_are_answered_each_with_its_own(of_onnx, golden, clf):
+    _, pixel_values, embeds = golden
+    plain, _ = clf.outputs(pixel_values, np.zeros(len(pixel_values), np.float32))
+
+    def ask(number: int) -> np.ndarray:
+        strength = {"strength": np.zeros((1, 1), np.float32)} if number % 2 else {}
+        row = number % len(embeds)
+        return infer(of_onnx, VISION_NAME, {"pixel_values": pixel_values[row : row + 1], **strength})["image_embeds"][0]
+
+    numbers = range(24)
+    want = [(plain if number % 2 else embeds)[number % len(embeds)] for number in numbers]
+    with ThreadPoolExecutor(8) as pool:
+        np.testing.assert_allclose(list(pool.map(ask, numbers)), want, atol=ATOL)
+
+
+def test_classes_are_named_by_the_labels_of_the_graph(of_onnx, triton, golden, clf):
+    want = clf.predict([golden[0][0]])[0]
+    pixels = http.InferInput("pixel_values", [1, *golden[1].shape[1:]], "FP32")
+    pixels.set_data_from_numpy(golden[1][:1])
+    best = http.InferRequestedOutput("logits_per_image", class_count=1)
+    for server in (of_onnx, triton):
+        with http.InferenceServerClient(f"{HOST}:{server.http}") as client:
+            answer = client.infer(VISION_NAME, [pixels], outputs=[best])
+        assert answer.as_numpy("logits_per_image")[0, 0].decode().split(":")[2] == want
 
 
 # --- labels of a request ----------------------------------------------------------------------------------------------
@@ -284,12 +343,13 @@ def test_metrics_count_pictures_errors_and_what_the_defense_does(triton, golden)
 
 
 @pytest.fixture
-def fixed_labels(arranged, tmp_path):
+def fixed_labels(arranged, python, tmp_path):
     """A server of a bundle without a text tower, whose models are loaded when that is asked for."""
     bundle = arranged("triton-python", text=False)
     server = Triton(
         [bundle / REPOSITORY, bundle / PICTURE_REPOSITORY],
         tmp_path / "triton",
+        python,
         "--model-control-mode=explicit",
         "--load-model=*",
     )
@@ -335,12 +395,12 @@ def _repository(bundle: Path, name: str) -> str:
     return REPOSITORY if (bundle / REPOSITORY / name).is_dir() else PICTURE_REPOSITORY
 
 
-def test_a_graph_that_does_not_compute_what_was_exported_is_not_served(arranged, tmp_path):
+def test_a_graph_that_does_not_compute_what_was_exported_is_not_served(arranged, python, tmp_path):
     bundle = arranged("triton-python", text=False)
     values = load_file(bundle / "golden.safetensors")
     values["image_embeds"] = np.ascontiguousarray(values["image_embeds"][::-1])
     save_file(values, bundle / "golden.safetensors")
-    server = Triton([restated(bundle) / REPOSITORY], tmp_path / "triton", "--exit-on-error=false")
+    server = Triton([restated(bundle) / REPOSITORY], tmp_path / "triton", python, "--exit-on-error=false")
     try:
         server.start(waits=False)
         server.wait_for(lambda: "golden embeddings differ by" in server.log.read_text(errors="replace"))
@@ -351,9 +411,9 @@ def test_a_graph_that_does_not_compute_what_was_exported_is_not_served(arranged,
         server.kill()
 
 
-def test_a_repository_away_from_its_bundle_says_where_it_belongs(arranged, tmp_path):
+def test_a_repository_away_from_its_bundle_says_where_it_belongs(arranged, python, tmp_path):
     away = shutil.copytree(arranged("triton-python", text=False) / REPOSITORY, tmp_path / "away" / REPOSITORY)
-    server = Triton([away], tmp_path / "triton", "--exit-on-error=false")
+    server = Triton([away], tmp_path / "triton", python, "--exit-on-error=false")
     try:
         server.start(waits=False)
         server.wait_for(
@@ -361,3 +421,24 @@ def test_a_repository_away_from_its_bundle_says_where_it_belongs(arranged, tmp_p
         )
     finally:
         server.kill()
+
+
+def test_a_numpy_that_the_backend_reads_wrongly_is_said_by_every_model_before_it_answers(arranged, python, tmp_path):
+    new = environment(tmp_path / "env", "--no-deps", "numpy>=2")
+    (site_packages(new) / "others.pth").write_text(f"{site_packages(python)}\n", encoding="utf-8")
+    bundle = arranged("triton-python")
+    repositories = [bundle / REPOSITORY, bundle / PICTURE_REPOSITORY]
+    server = Triton(repositories, tmp_path / "triton", new, "--exit-on-error=false")
+    try:
+        server.start(waits=False)
+        server.wait_for(lambda: status(f"http://{HOST}:{server.http}/v2/health/live") == 200)
+        with http.InferenceServerClient(f"{HOST}:{server.http}") as client:
+            said = {model["name"]: model.get("reason", "") for model in client.get_model_repository_index()}
+            assert not any(client.is_model_ready(name) for name in said)
+    finally:
+        server.kill()
+    in_python = {name for name in said if list(bundle.glob(f"*/{name}/1/model.py"))}
+    assert len(in_python) == 4
+    for name in in_python:
+        assert "cannot read arrays of numpy 2" in said[name]
+        assert "install numpy<2 there" in said[name]
