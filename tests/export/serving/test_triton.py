@@ -423,9 +423,7 @@ def test_a_repository_away_from_its_bundle_says_where_it_belongs(arranged, pytho
         server.kill()
 
 
-def test_fault_136_a_numpy_that_the_backend_reads_wrongly_is_said_by_every_model_before_it_answers(
-    arranged, python, tmp_path
-):
+def test_fault_136_every_model_says_of_a_numpy_that_the_backend_reads_it_wrongly(arranged, python, tmp_path):
     new = environment(tmp_path / "env", "--no-deps", "numpy>=2")
     (site_packages(new) / "others.pth").write_text(f"{site_packages(python)}\n", encoding="utf-8")
     bundle = arranged("triton-python")
