@@ -61,7 +61,7 @@ def short_table(results: Sequence[Result]) -> str:
         raise ConfigError("plain CLIP and the defense were not measured on photographs; run: defense bench photo")
     rows = [BASELINE, OURS, *filter(None, [table.strongest_rival()]), *({_RANDOM} & set(table.methods))]
     has_real = (_REAL, OURS) in table.by_place
-    headings = ["", "clean", "answers that stay", "empty plate", "attacked", "attack success"]
+    headings = ["model", "clean", "answers that stay", "empty plate", "attacked", "attack success"]
     lines = [headings + ["real notes"] * has_real]
     for method in rows:
         cells = [table.figure(_CLEAN, method, "accuracy"), table.same(method), table.figure(_PLATE, method, "accuracy")]

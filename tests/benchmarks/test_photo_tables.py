@@ -54,7 +54,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
 def test_the_short_table_has_ours_the_strongest_method_of_others_and_the_control(results):
     text = photo_tables.short_table(results)
     rows = rows_of(text)
-    assert list(rows) == ["", "---", "plain", "defended", "defense-prefix", "random latents"]
+    assert list(rows) == ["model", "---", "plain", "defended", "defense-prefix", "random latents"]
     assert rows["plain"] == ["60.0", "100.0", "50.0", "20.0", "80.0"]
     assert rows["defended"] == ["60.0", "90.0", "50.0", "40.0", "60.0"]
     assert "mean over 2 ways to write a word (print, turned), 400 pictures each" in text
