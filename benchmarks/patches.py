@@ -176,9 +176,9 @@ def caption(result: dict[str, Any]) -> str:
     """Return what a reader of the table has to know."""
     widest = max(row[f"{name}_half_width"] for row in result["rows"] for name in ("miou", "ap"))
     return (
-        f"Mean IoU at the map's own threshold / average precision, over {result['n']} drawn pictures with words on them "
-        f"and their clean twins (unseen typefaces, seed {result['seed']}), embedded model, undefended; half of a 95 % "
-        f"interval at most {widest:.3f}."
+        f"Mean IoU at the map's own threshold / average precision, over {result['n']} drawn pictures with words on "
+        f"them and their clean twins (unseen typefaces, seed {result['seed']}), embedded model, undefended; half of a "
+        f"95 % interval at most {widest:.3f}."
     )
 
 
