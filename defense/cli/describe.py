@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,6 +42,12 @@ def describe(
     n_steered: Annotated[
         int, typer.Option(min=2, help="Pictures to steer each latent on; takes most of the time.")
     ] = 4,
+    n_sampled: Annotated[
+        int, typer.Option(min=1, help="Latents, neurons, channels and random directions to steer at each strength.")
+    ] = 64,
+    embeds: Annotated[
+        Path | None, typer.Option(help="The pictures' embeddings by another encoder (.npz), for monosemanticity.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the pictures drawn for names and steering.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
@@ -53,13 +59,15 @@ def describe(
         from defense.data.labels import read_labels
         from defense.data.sources import open_pictures
         from defense.explain import catalogue, describe
+        from defense.explain.other_encoder import read_embeds
         from defense.hosts.clip import load_clip
         from defense.store import checkpoint
 
         check_pretrained(model, pretrained)
-        check_there(*sae, words)
+        check_there(*sae, words, embeds)
         catalogue.check_target(out)
         names, source = read_labels(words), open_pictures(pictures, limits=Limits(max_pixels=max_pixels))
+        encoder = None if embeds is None else read_embeds(embeds)
         found = [checkpoint.load(folder) for folder in sae]
         clip = load_clip(model, pretrained, device=device)
         for each in found:
@@ -74,14 +82,38 @@ def describe(
                 catalogues.append(
                     describe.describe(
                         clip, each.hook_point, each.sae, stream, names, n_top=n_top, n_names=n_names,
-                        n_steered=n_steered, n_probed=max(16, n_steered), seed=seed, provenance=made_from,
+                        n_steered=n_steered, n_probed=max(16, n_steered), n_sampled=n_sampled, encoder=encoder,
+                        seed=seed, provenance=made_from,
                     )
                 )  # fmt: skip
         catalogue.save(catalogues, out)
         for table in catalogues:
             n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
             put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
+            _print_baselines(table.provenance["baselines"])
         say_passed_over(source)
         if unreadable:
             say(f"{len(unreadable)} pictures could not be read and were left out")
             raise typer.Exit(EXIT_INPUTS)
+
+
+def _print_baselines(baselines: dict[str, Any]) -> None:
+    """Print what latents come to beside neurons, channels and random directions."""
+    swept, likeness = baselines["steerability"], baselines["monosemanticity"]
+    put(f"  % steerable (S > {swept['threshold']:g}) [95 %]; words reached of {swept['n_words']}; by strength")
+    put("  " + " " * 10 + "".join(f"{strength:>20g}" for strength in swept["strengths"]))
+    for kind, figures in swept["kinds"].items():
+        columns = zip(*(figures[name] for name in ("share", "low", "high", "n_words_reached")), strict=True)
+        cells = (f"{100 * x:.0f} [{100 * low:.0f}-{100 * high:.0f}]; {n}" for x, low, high, n in columns)
+        put(f"  {kind:10}" + "".join(f"{cell:>20}" for cell in cells))
+    verdict = "" if swept["separates"] else ", where latents are not ahead of random directions beyond chance"
+    put(f"  the column steerability is at strength {swept['strength']:g}{verdict}")
+    medians = (
+        f"{kind} {found['median']:.3f} [{found['low']:.3f}-{found['high']:.3f}]"
+        for kind, found in likeness["kinds"].items()
+        if found["n"]
+    )
+    put(f"  monosemanticity, median [95 %]: {', '.join(medians)}; all pairs {likeness['all_pairs']:.3f}")
+    put(f"  by embeddings of {likeness['encoder']}")
+    if baselines["no_neurons"]:
+        say(f"no neurons: {baselines['no_neurons']}")

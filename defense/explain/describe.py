@@ -4,6 +4,7 @@
                                                                  -> when and on what a latent fires, its top pictures
     some of them, drawn at random                                -> Jacobian of the rest of the network -> names
                                                                  -> each latent steered              -> steerability
+                                                                 -> and some neurons, channels, random directions
 
 Everything is measured on the undefended network.
 """
@@ -28,8 +29,11 @@ from defense.data.sources import Picture, Pictures, prepared
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 
+from .baselines import Others, Sweep, latent_units, median_of, sweep
 from .catalogue import Catalogue
-from .naming import STEER, directions_of, names_of, steerability
+from .naming import directions_of, names_of
+from .other_encoder import OtherEncoder
+from .steering import Steering, steerability
 from .sums import Example, Reservoir, Sums
 
 
@@ -69,6 +73,8 @@ def describe(
     n_names: int = 3,
     n_probed: int = 16,
     n_steered: int = 8,
+    n_sampled: int = 64,
+    encoder: OtherEncoder | None = None,
     batch: int = 50,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
@@ -93,6 +99,10 @@ def describe(
     what all words share, is a sparse sum of words (`sparse_words`). The second-order lens (arXiv:2406.04341) reads
     neurons in this way; it follows later attention alone and this all that follows.
 
+    `provenance["baselines"]` has what neurons, channels and random directions come to (see `baselines.Sweep`), and
+    `provenance["steer"]` the strength of the column steerability: that at which a sample of latents is ahead of random
+    directions by most.
+
     Args:
         clip: The CLIP. A defense attached to it is bypassed.
         hook_point: Where the SAE reads.
@@ -105,6 +115,8 @@ def describe(
         n_names: Words to keep per latent, at most.
         n_probed: Pictures, drawn at random, for the Jacobian.
         n_steered: As many of these to steer on: a pass through the rest of the network for each latent that fires.
+        n_sampled: Units of each kind, latents too, that the sweep of strengths steers.
+        encoder: Whose embeddings of the pictures monosemanticity takes; the CLIP's own where None.
         batch: Pictures at once.
         seed: Of that drawing.
         provenance: Where pictures and words came from, as JSON values.
@@ -115,20 +127,25 @@ def describe(
         ShapeError: The SAE is made for another width.
         HookPointError: There is no such block.
     """
-    if min(n_top, n_names, batch) < 1 or min(n_probed, n_steered, len(words)) < 2:
+    if min(n_top, n_names, n_sampled, batch) < 1 or min(n_probed, n_steered, len(words)) < 2:
         raise ConfigError(
-            f"n_top={n_top}, n_names={n_names}, batch={batch} must be at least 1, n_probed={n_probed}, "
-            f"n_steered={n_steered} and the number of words, {len(words)}, at least 2"
+            f"n_top={n_top}, n_names={n_names}, n_sampled={n_sampled}, batch={batch} must be at least 1, "
+            f"n_probed={n_probed}, n_steered={n_steered} and the number of words, {len(words)}, at least 2"
         )
     clip.tower.check_width(sae.config.d_model, "this SAE")
     sae = sae.to(clip.device)
     prompts = Prompts(labels.check_labels(words), labels.resolve_templates(templates))
     text_embeds = torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)
+    others = Others(clip.tower, hook_point, seed)
     with clip.undefended():
-        sums, resid = _pass(clip, hook_point, sae, source, n_top=n_top, n_probed=n_probed, batch=batch, seed=seed)
+        sums, resid, hidden = _pass(
+            clip, hook_point, sae, source, others, encoder, n_top=n_top, n_probed=n_probed, batch=batch, seed=seed
+        )
         shared = functional.normalize(text_embeds.mean(0), dim=0)
         directions = directions_of(clip.tower, hook_point, resid, sae, sums, shared)
-        steered = steerability(clip, hook_point, resid[:n_steered], sae, text_embeds, sums.fires)
+        steering = Steering(clip, hook_point, resid[:n_steered], text_embeds, sae.config.norm)
+        swept = _swept(steering, sae, sums, others, hidden, n_sampled, seed)
+        steered = steerability(clip, hook_point, steering.resid, sae, text_embeds, sums.fires, swept.strength)
     table = {**sums.columns(), "steerability": steered, **(columns or {})}
     used, top = np.unique(sums.top.cpu().numpy(), return_inverse=True)
     has_blank = int(used[0] == -1)
@@ -147,7 +164,8 @@ def describe(
             "templates": list(labels.resolve_templates(templates)),
             "n_probed": len(resid),
             "n_steered": min(n_steered, len(resid)),
-            "steer": STEER,
+            "steer": swept.strength,
+            "baselines": _baselines(sums, others, swept, encoder),
             "seed": seed,
             "host": clip.tower.fingerprint(),
             "sae": fingerprint(sae.parameters_numpy()),
@@ -156,30 +174,62 @@ def describe(
     )
 
 
+def _swept(
+    steering: Steering, sae: SparseAutoencoder, sums: Sums, others: Others, hidden: Tensor | None, n: int, seed: int
+) -> Sweep:
+    """Return what a sample of each kind of unit comes to when it is steered."""
+    at_tokens = None if hidden is None else hidden[: len(steering.resid), steering.tokens]
+    units = {"latents": latent_units(sae, steering, sums.fires), **others.units(steering, at_tokens)}
+    return sweep(steering, units, n, seed)
+
+
+def _baselines(sums: Sums, others: Others, swept: Sweep, encoder: OtherEncoder | None) -> dict[str, Any]:
+    """Return what other units than latents come to, as JSON values."""
+    kinds = {"latents": sums.likeness, **others.likeness}
+    likeness = {kind: median_of(each.scores().cpu().numpy()) for kind, each in kinds.items()}
+    return {
+        "steerability": swept.to_dict(),
+        "monosemanticity": {
+            "encoder": "the CLIP itself" if encoder is None else encoder.name,
+            "all_pairs": round(sums.likeness.all_pairs(), 4),
+            "kinds": likeness,
+        },
+        "no_neurons": others.why_no_neurons,
+    }
+
+
 def _pass(
     clip: Clip,
     hook_point: str,
     sae: SparseAutoencoder,
     source: Iterable[Example],
+    others: Others,
+    encoder: OtherEncoder | None,
     *,
     n_top: int,
     n_probed: int,
     batch: int,
     seed: int,
-) -> tuple[Sums, Tensor]:
-    """Return what one pass over the pictures adds up, and the residuals of some, [n_probed, pos, d_model]."""
+) -> tuple[Sums, Tensor, Tensor | None]:
+    """Return what one pass over the pictures adds up, and of some residuals and neurons, [n_probed, pos, ...]."""
     scope = clip.tower.effective_scope(hook_point, sae.config.tokens)
     n_cls = {"all": clip.tower.n_prefix, "cls": 1, "patch": 0}[scope]  # of the tokens that are read
+    tokens = token_slice(scope, clip.tower.n_prefix)
     sums = Sums(sae.config.d_sae, n_top, clip.device)
     probed = Reservoir(n_probed, seed)
     stream = iter(source)
-    while chunk := list(islice(stream, batch)):
-        pixel_values = np.stack([example.pixel_values for example in chunk])
-        with torch.inference_mode():
+    with torch.inference_mode(), others.watched() as seen:
+        while chunk := list(islice(stream, batch)):
+            pixel_values = np.stack([example.pixel_values for example in chunk])
             resid, embeds = clip.tower.resid_and_embeds(pixel_values, hook_point)
-            acts = sae.encode(resid[:, token_slice(scope, clip.tower.n_prefix)]).clamp(min=0)
-            sums.add(acts, embeds, chunk, n_cls=n_cls)
-            probed.add(resid)
+            hidden = seen.pop() if seen else None
+            if encoder is not None:
+                embeds = torch.from_numpy(encoder.of([example.key for example in chunk])).to(clip.device)
+            sums.add(sae.encode(resid[:, tokens]).clamp(min=0), embeds, chunk, n_cls=n_cls)
+            others.add(resid, hidden, embeds, tokens)
+            probed.add(resid if hidden is None else torch.cat([resid, hidden], -1))
     if len(sums.keys) < 2:
         raise ConfigError(f"{len(sums.keys)} pictures can be read; it takes at least two to describe latents by")
-    return sums, torch.stack(probed.kept).clone()  # a clone takes part in gradients, which inference tensors cannot
+    kept = torch.stack(probed.kept).clone()  # a clone takes part in gradients, which inference tensors cannot
+    d_model = clip.tower.d_model
+    return sums, kept[..., :d_model], kept[..., d_model:] if others.neurons is not None else None

@@ -11,7 +11,8 @@ import torch
 from defense.core.latents import LatentSet
 from defense.errors import ConfigError
 from defense.explain.catalogue import BIN_EDGES
-from defense.explain.naming import mean_jacobians, sparse_words, steerability
+from defense.explain.naming import mean_jacobians, sparse_words
+from defense.explain.steering import steerability
 from defense.hosts.attach import wrap
 from defense.hosts.clip import Clip
 from defense.hosts.families import tower_of
