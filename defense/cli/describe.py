@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from defense.cli.common import (
     app,
     check_pretrained,
     check_there,
+    coding_lines,
     exit_codes,
     log_warnings,
     put,
@@ -26,7 +27,11 @@ from defense.cli.common import (
 from defense.cli.progress import stages
 from defense.hosts.shipped import DEFAULT
 
+if TYPE_CHECKING:
+    from defense.explain.catalogue import Catalogue
 
+
+# Longer than functions here are: the options of a command are its parameters, one line each.
 @app.command()
 def describe(
     sae: Annotated[list[Path], typer.Argument(help="SAEs that `defense train` or `import` wrote, one per block.")],
@@ -88,13 +93,20 @@ def describe(
                 )  # fmt: skip
         catalogue.save(catalogues, out)
         for table in catalogues:
-            n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
-            put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
-            _print_baselines(table.provenance["baselines"])
+            _print_catalogue(table)
         say_passed_over(source)
         if unreadable:
             say(f"{len(unreadable)} pictures could not be read and were left out")
             raise typer.Exit(EXIT_INPUTS)
+
+
+def _print_catalogue(table: Catalogue) -> None:
+    """Print what a catalogue says of its SAE as a whole."""
+    n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
+    put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
+    for line in coding_lines(table.provenance["tokens"]):
+        put(f"  {line}")
+    _print_baselines(table.provenance["baselines"])
 
 
 def _print_baselines(baselines: dict[str, Any]) -> None:

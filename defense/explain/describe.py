@@ -12,14 +12,16 @@ Everything is measured on the undefended network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from defense.core.coding import CodingByKind
 from defense.core.config import fingerprint
 from defense.core.latents import token_slice
 from defense.core.sae import SparseAutoencoder
@@ -101,7 +103,7 @@ def describe(
 
     `provenance["baselines"]` has what neurons, channels and random directions come to (see `baselines.Sweep`), and
     `provenance["steer"]` the strength of the column steerability: that at which a sample of latents is ahead of random
-    directions by most.
+    directions by most. `provenance["tokens"]` says how well the SAE codes each kind of token (`core.coding.Coding`).
 
     Args:
         clip: The CLIP. A defense attached to it is bypassed.
@@ -138,34 +140,29 @@ def describe(
     text_embeds = torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)
     others = Others(clip.tower, hook_point, seed)
     with clip.undefended():
-        sums, resid, hidden = _pass(
+        seen = _pass(
             clip, hook_point, sae, source, others, encoder, n_top=n_top, n_probed=n_probed, batch=batch, seed=seed
         )
         shared = functional.normalize(text_embeds.mean(0), dim=0)
-        directions = directions_of(clip.tower, hook_point, resid, sae, sums, shared)
-        steering = Steering(clip, hook_point, resid[:n_steered], text_embeds, sae.config.norm)
-        swept = _swept(steering, sae, sums, others, hidden, n_sampled, seed)
-        steered = steerability(clip, hook_point, steering.resid, sae, text_embeds, sums.fires, swept.strength)
-    table = {**sums.columns(), "steerability": steered, **(columns or {})}
-    used, top = np.unique(sums.top.cpu().numpy(), return_inverse=True)
-    has_blank = int(used[0] == -1)
-    return Catalogue(
+        directions = directions_of(clip.tower, hook_point, seen.resid, sae, seen.sums, shared)
+        steering = Steering(clip, hook_point, seen.resid[:n_steered], text_embeds, sae.config.norm)
+        swept = _swept(steering, sae, seen, others, n_sampled, seed)
+        steered = steerability(clip, hook_point, steering.resid, sae, text_embeds, seen.sums.fires, swept.strength)
+    return _catalogue(
         hook_point,
-        {name: np.asarray(column, np.float32) for name, column in table.items()},
+        seen.sums,
+        {**seen.sums.columns(), "steerability": steered, **(columns or {})},
         names_of(directions, text_embeds, words, n_names),
-        directions.astype(np.float16),
-        (top - has_blank).reshape(sums.top.shape).astype(np.int32),
-        sums.top_activation.float().cpu().numpy(),
-        sums.histogram.cpu().numpy().astype(np.int32),
-        tuple(sums.keys[index] for index in used[has_blank:]),
+        directions,
         {
-            "n_pictures": len(sums.keys),
+            "n_pictures": len(seen.sums.keys),
             "n_words": len(words),
             "templates": list(labels.resolve_templates(templates)),
-            "n_probed": len(resid),
-            "n_steered": min(n_steered, len(resid)),
+            "n_probed": len(seen.resid),
+            "n_steered": len(steering.resid),
             "steer": swept.strength,
-            "baselines": _baselines(sums, others, swept, encoder),
+            "baselines": _baselines(seen.sums, others, swept, encoder),
+            "tokens": {kind: asdict(found) for kind, found in seen.coding.results().items()},
             "seed": seed,
             "host": clip.tower.fingerprint(),
             "sae": fingerprint(sae.parameters_numpy()),
@@ -174,12 +171,50 @@ def describe(
     )
 
 
-def _swept(
-    steering: Steering, sae: SparseAutoencoder, sums: Sums, others: Others, hidden: Tensor | None, n: int, seed: int
-) -> Sweep:
+def _catalogue(
+    hook_point: str,
+    sums: Sums,
+    columns: Mapping[str, np.ndarray],
+    names: tuple[tuple[tuple[str, float], ...], ...],
+    directions: np.ndarray,
+    provenance: Mapping[str, Any],
+) -> Catalogue:
+    """Return the catalogue that holds these; of the pictures, the ones that are some latent's best."""
+    used, top = np.unique(sums.top.cpu().numpy(), return_inverse=True)
+    has_blank = int(used[0] == -1)
+    return Catalogue(
+        hook_point,
+        {name: np.asarray(column, np.float32) for name, column in columns.items()},
+        names,
+        directions.astype(np.float16),
+        (top - has_blank).reshape(sums.top.shape).astype(np.int32),
+        sums.top_activation.float().cpu().numpy(),
+        sums.histogram.cpu().numpy().astype(np.int32),
+        tuple(sums.keys[index] for index in used[has_blank:]),
+        provenance,
+    )
+
+
+class _Seen(NamedTuple):
+    """What one pass over the pictures gives.
+
+    Attributes:
+        sums: Of the latents.
+        coding: How well the SAE codes each kind of token.
+        resid: Of some pictures, drawn at random, [n_probed, pos, d_model].
+        hidden: The neurons there, [n_probed, pos, n_neurons]; None without neurons.
+    """
+
+    sums: Sums
+    coding: CodingByKind
+    resid: Tensor
+    hidden: Tensor | None
+
+
+def _swept(steering: Steering, sae: SparseAutoencoder, seen: _Seen, others: Others, n: int, seed: int) -> Sweep:
     """Return what a sample of each kind of unit comes to when it is steered."""
-    at_tokens = None if hidden is None else hidden[: len(steering.resid), steering.tokens]
-    units = {"latents": latent_units(sae, steering, sums.fires), **others.units(steering, at_tokens)}
+    at_tokens = None if seen.hidden is None else seen.hidden[: len(steering.resid), steering.tokens]
+    units = {"latents": latent_units(sae, steering, seen.sums.fires), **others.units(steering, at_tokens)}
     return sweep(steering, units, n, seed)
 
 
@@ -210,26 +245,29 @@ def _pass(
     n_probed: int,
     batch: int,
     seed: int,
-) -> tuple[Sums, Tensor, Tensor | None]:
-    """Return what one pass over the pictures adds up, and of some residuals and neurons, [n_probed, pos, ...]."""
+) -> _Seen:
+    """Return what one pass over the pictures gives."""
     scope = clip.tower.effective_scope(hook_point, sae.config.tokens)
     n_cls = {"all": clip.tower.n_prefix, "cls": 1, "patch": 0}[scope]  # of the tokens that are read
     tokens = token_slice(scope, clip.tower.n_prefix)
     sums = Sums(sae.config.d_sae, n_top, clip.device)
     probed = Reservoir(n_probed, seed)
+    coding = CodingByKind(sae, clip.tower.kinds(hook_point, sae.config.tokens), clip.device)
     stream = iter(source)
-    with torch.inference_mode(), others.watched() as seen:
+    with torch.inference_mode(), others.watched() as passed:
         while chunk := list(islice(stream, batch)):
             pixel_values = np.stack([example.pixel_values for example in chunk])
             resid, embeds = clip.tower.resid_and_embeds(pixel_values, hook_point)
-            hidden = seen.pop() if seen else None
+            hidden = passed.pop() if passed else None
             if encoder is not None:
                 embeds = torch.from_numpy(encoder.of([example.key for example in chunk])).to(clip.device)
-            sums.add(sae.encode(resid[:, tokens]).clamp(min=0), embeds, chunk, n_cls=n_cls)
+            acts = sae.encode(resid[:, tokens])
+            coding.add(resid[:, tokens], acts)
+            sums.add(acts.clamp(min=0), embeds, chunk, n_cls=n_cls)
             others.add(resid, hidden, embeds, tokens)
             probed.add(resid if hidden is None else torch.cat([resid, hidden], -1))
     if len(sums.keys) < 2:
         raise ConfigError(f"{len(sums.keys)} pictures can be read; it takes at least two to describe latents by")
     kept = torch.stack(probed.kept).clone()  # a clone takes part in gradients, which inference tensors cannot
     d_model = clip.tower.d_model
-    return sums, kept[..., :d_model], kept[..., d_model:] if others.neurons is not None else None
+    return _Seen(sums, coding, kept[..., :d_model], kept[..., d_model:] if others.neurons is not None else None)

@@ -250,6 +250,15 @@ class VisionTower:
         """Return the positions of the tokens that a scope touches at a hook point; see `effective_scope`."""
         return token_slice(self.effective_scope(hook_point, scope), self.n_prefix)
 
+    def kinds(self, hook_point: str, scope: Tokens = "all") -> dict[str, slice]:
+        """Return the kinds of the tokens at `positions`, each with its place among them: "CLS", "register", "patch"."""
+        scope = self.effective_scope(hook_point, scope)
+        n_cls = int(self.has_cls)
+        found = {"CLS": slice(0, n_cls), "register": slice(n_cls, self.n_prefix), "patch": slice(self.n_prefix, None)}
+        if scope != "all":
+            return {"CLS": slice(None)} if scope == "cls" else {"patch": slice(None)}
+        return {kind: tokens for kind, tokens in found.items() if tokens.stop is None or tokens.start < tokens.stop}
+
     def n_tokens(self, hook_point: str, scope: Tokens = "all") -> int:
         """Return how many tokens a picture has at `positions`."""
         rows, columns = self.grid_size
