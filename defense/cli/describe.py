@@ -53,6 +53,10 @@ def describe(
     embeds: Annotated[
         Path | None, typer.Option(help="The pictures' embeddings by another encoder (.npz), for monosemanticity.")
     ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Classes of the pictures, one a line: the latents of each, and what masking them does."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the pictures drawn for names and steering.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
@@ -69,9 +73,12 @@ def describe(
         from defense.store import checkpoint
 
         check_pretrained(model, pretrained)
-        check_there(*sae, words, embeds)
+        check_there(*sae, words, embeds, classes)
         catalogue.check_target(out)
         names, source = read_labels(words), open_pictures(pictures, limits=Limits(max_pixels=max_pixels))
+        class_names = () if classes is None else read_labels(classes)
+        for picture in source if class_names else ():
+            source.class_of(picture, class_names)
         encoder = None if embeds is None else read_embeds(embeds)
         found = [checkpoint.load(folder) for folder in sae]
         clip = load_clip(model, pretrained, device=device)
@@ -83,12 +90,12 @@ def describe(
         with stages() as progress:
             for each in found:
                 progress.start(each.hook_point)
-                stream = describe.examples(clip, source, unreadable.add)
+                stream = describe.examples(clip, source, unreadable.add, class_names)
                 catalogues.append(
                     describe.describe(
                         clip, each.hook_point, each.sae, stream, names, n_top=n_top, n_names=n_names,
                         n_steered=n_steered, n_probed=max(16, n_steered), n_sampled=n_sampled, encoder=encoder,
-                        seed=seed, provenance=made_from,
+                        classes=class_names, seed=seed, provenance=made_from,
                     )
                 )  # fmt: skip
         catalogue.save(catalogues, out)
@@ -102,11 +109,16 @@ def describe(
 
 def _print_catalogue(table: Catalogue) -> None:
     """Print what a catalogue says of its SAE as a whole."""
+    from defense.explain.by_class import lines_of
+
     n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
     put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
     for line in coding_lines(table.provenance["tokens"]):
         put(f"  {line}")
     _print_baselines(table.provenance["baselines"])
+    if "classes" in table.provenance:
+        for line in lines_of(table.provenance["classes"]):
+            put(f"  {line}")
 
 
 def _print_baselines(baselines: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 
 from .baselines import Others, Sweep, latent_units, median_of, sweep
+from .by_class import ClassSums, found_of, masking_curve
 from .catalogue import Catalogue
 from .naming import directions_of, names_of
 from .other_encoder import OtherEncoder
@@ -39,14 +40,30 @@ from .steering import Steering, steerability
 from .sums import Example, Reservoir, Sums
 
 
-def examples(clip: Clip, pictures: Pictures, unreadable: Callable[[str], None] = lambda _: None) -> Iterator[Example]:
+def examples(
+    clip: Clip,
+    pictures: Pictures,
+    unreadable: Callable[[str], None] = lambda _: None,
+    classes: Sequence[str] = (),
+) -> Iterator[Example]:
     """Yield the pictures of a source that can be read, as a CLIP takes them.
 
     Args:
         clip: Whose preprocessing.
         pictures: The source.
         unreadable: Called with the name of each picture that cannot be read.
+        classes: What `Pictures.class_of` names labels by; by default a label is what the source says.
+
+    Raises:
+        ConfigError: A picture's label is none of `classes`.
     """
+
+    def label_of(picture: Picture) -> str | None:
+        if not classes:
+            return _label(picture)
+        number = pictures.class_of(picture, classes)
+        return None if number is None else classes[number]
+
     stream = iter(pictures)
     while chunk := list(islice(stream, 256)):
         for batch in prepared(clip.preprocess, chunk):
@@ -54,7 +71,7 @@ def examples(clip: Clip, pictures: Pictures, unreadable: Callable[[str], None] =
                 if pixel_values is None:
                     unreadable(picture.name)
                 else:
-                    yield Example(picture.name, pixel_values, _label(picture))
+                    yield Example(picture.name, pixel_values, label_of(picture))
 
 
 def _label(picture: Picture) -> str | None:
@@ -77,6 +94,7 @@ def describe(
     n_steered: int = 8,
     n_sampled: int = 64,
     encoder: OtherEncoder | None = None,
+    classes: Sequence[str] = (),
     batch: int = 50,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
@@ -119,6 +137,8 @@ def describe(
         n_steered: As many of these to steer on: a pass through the rest of the network for each latent that fires.
         n_sampled: Units of each kind, latents too, that the sweep of strengths steers.
         encoder: Whose embeddings of the pictures monosemanticity takes; the CLIP's own where None.
+        classes: Of the pictures' labels; `provenance["classes"]` then has the latents of each, and what masking them
+            does (see `by_class`).
         batch: Pictures at once.
         seed: Of that drawing.
         provenance: Where pictures and words came from, as JSON values.
@@ -139,14 +159,19 @@ def describe(
     prompts = Prompts(labels.check_labels(words), labels.resolve_templates(templates))
     text_embeds = torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)
     others = Others(clip.tower, hook_point, seed)
+    by_class = ClassSums(labels.check_labels(classes), sae.config.d_sae, clip.device, seed) if classes else None
     with clip.undefended():
         seen = _pass(
-            clip, hook_point, sae, source, others, encoder, n_top=n_top, n_probed=n_probed, batch=batch, seed=seed
-        )
+            clip, hook_point, sae, source, others, encoder, by_class, n_top=n_top, n_probed=n_probed, batch=batch,
+            seed=seed,
+        )  # fmt: skip
         shared = functional.normalize(text_embeds.mean(0), dim=0)
         directions = directions_of(clip.tower, hook_point, seen.resid, sae, seen.sums, shared)
         steering = Steering(clip, hook_point, seen.resid[:n_steered], text_embeds, sae.config.norm)
         swept = _swept(steering, sae, seen, others, n_sampled, seed)
+        of_classes = (
+            {} if by_class is None else {"classes": _of_classes(clip, hook_point, sae, by_class, prompts, seed)}
+        )
         steered = steerability(clip, hook_point, steering.resid, sae, text_embeds, seen.sums.fires, swept.strength)
     return _catalogue(
         hook_point,
@@ -163,6 +188,7 @@ def describe(
             "steer": swept.strength,
             "baselines": _baselines(seen.sums, others, swept, encoder),
             "tokens": {kind: asdict(found) for kind, found in seen.coding.results().items()},
+            **of_classes,
             "seed": seed,
             "host": clip.tower.fingerprint(),
             "sae": fingerprint(sae.parameters_numpy()),
@@ -218,6 +244,14 @@ def _swept(steering: Steering, sae: SparseAutoencoder, seen: _Seen, others: Othe
     return sweep(steering, units, n, seed)
 
 
+def _of_classes(
+    clip: Clip, hook_point: str, sae: SparseAutoencoder, sums: ClassSums, prompts: Prompts, seed: int
+) -> dict[str, Any]:
+    """Return the latents of each class, and what masking them does, as JSON values."""
+    text_embeds = torch.from_numpy(clip.text_embeds(Prompts(sums.names, prompts.templates))).to(clip.device)
+    return found_of(masking_curve(clip, hook_point, sae, sums, text_embeds, seed), sums)
+
+
 def _baselines(sums: Sums, others: Others, swept: Sweep, encoder: OtherEncoder | None) -> dict[str, Any]:
     """Return what other units than latents come to, as JSON values."""
     kinds = {"latents": sums.likeness, **others.likeness}
@@ -240,6 +274,7 @@ def _pass(
     source: Iterable[Example],
     others: Others,
     encoder: OtherEncoder | None,
+    by_class: ClassSums | None,
     *,
     n_top: int,
     n_probed: int,
@@ -264,6 +299,8 @@ def _pass(
             acts = sae.encode(resid[:, tokens])
             coding.add(resid[:, tokens], acts)
             sums.add(acts.clamp(min=0), embeds, chunk, n_cls=n_cls)
+            if by_class is not None:
+                by_class.add(chunk, acts.clamp(min=0).amax(1), resid)
             others.add(resid, hidden, embeds, tokens)
             probed.add(resid if hidden is None else torch.cat([resid, hidden], -1))
     if len(sums.keys) < 2:
