@@ -144,6 +144,13 @@ def _patches_section(path: Path) -> str:
     return f"{patches.table(result)}\n\n{patches.caption(result)}\n{machine_words(result['environment'])}"
 
 
+def _units_section(path: Path) -> str:
+    from defense.benchmarks import units
+
+    result = _json(path)
+    return f"{units.table(result)}\n\n{units.caption(result)}\n{machine_words(result['environment'])}"
+
+
 def _kernel_section(path: Path) -> str:
     from defense.benchmarks import kernel_rows
 
@@ -195,6 +202,12 @@ SECTIONS = (
         "patches.json",
         "python -m defense.benchmarks.patches",
         _patches_section,
+    ),
+    Section(
+        "Latents beside neurons, channels and random directions",
+        "units.json",
+        "python -m defense.benchmarks.units",
+        _units_section,
     ),
     Section(
         "The Triton kernels, GPU",

@@ -197,6 +197,35 @@ def describe(
     )
 
 
+def measure_baselines(
+    clip: Clip,
+    hook_point: str,
+    sae: SparseAutoencoder,
+    source: Iterable[Example],
+    words: Sequence[str],
+    *,
+    n_sampled: int = 64,
+    n_steered: int = 4,
+    batch: int = 50,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return what `describe` has in `provenance["baselines"]`, without a column for each latent, which takes longer.
+
+    Args and errors: see `describe`.
+    """
+    sae = sae.to(clip.device)
+    prompts = Prompts(labels.check_labels(words), labels.resolve_templates("simple"))
+    text_embeds = torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)
+    others = Others(clip.tower, hook_point, seed)
+    with clip.undefended():
+        seen = _pass(
+            clip, hook_point, sae, source, others, None, None, n_top=1, n_probed=n_steered, batch=batch, seed=seed
+        )
+        steering = Steering(clip, hook_point, seen.resid, text_embeds, sae.config.norm)
+        swept = _swept(steering, sae, seen, others, n_sampled, seed)
+    return _baselines(seen.sums, others, swept, None)
+
+
 def _catalogue(
     hook_point: str,
     sums: Sums,
