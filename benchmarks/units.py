@@ -83,9 +83,9 @@ def caption(result: dict[str, Any]) -> str:
     words = result["blocks"][0]["steerability"]["n_words"]
     return (
         "Percent of a sample of units with S > 0.1 when set to so many times the mean norm of the stream on every "
-        f"token (95 % interval), and how many of {words} words some unit of the sample reaches; monosemanticity: median over "
-        f"all units of a kind (95 % interval), by the CLIP's own embeddings. {result['n']} drawn pictures, each unit "
-        f"steered on {result['n_steered']}."
+        f"token (95 % interval), and how many of {words} words some unit of the sample reaches; monosemanticity: "
+        "median over all units of a kind (95 % interval), by the CLIP's own embeddings. "
+        f"{result['n']} drawn pictures, each unit steered on {result['n_steered']}."
     )
 
 

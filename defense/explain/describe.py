@@ -149,11 +149,10 @@ def describe(
         ShapeError: The SAE is made for another width.
         HookPointError: There is no such block.
     """
-    if min(n_top, n_names, n_sampled, batch) < 1 or min(n_probed, n_steered, len(words)) < 2:
-        raise ConfigError(
-            f"n_top={n_top}, n_names={n_names}, n_sampled={n_sampled}, batch={batch} must be at least 1, "
-            f"n_probed={n_probed}, n_steered={n_steered} and the number of words, {len(words)}, at least 2"
-        )
+    _check_numbers(
+        {"n_top": n_top, "n_names": n_names, "n_sampled": n_sampled, "batch": batch},
+        {"n_probed": n_probed, "n_steered": n_steered, "the number of words": len(words)},
+    )
     clip.tower.check_width(sae.config.d_model, "this SAE")
     sae = sae.to(clip.device)
     prompts = Prompts(labels.check_labels(words), labels.resolve_templates(templates))
@@ -197,6 +196,14 @@ def describe(
     )
 
 
+def _check_numbers(ones: Mapping[str, int], twos: Mapping[str, int]) -> None:
+    """Refuse numbers that mean nothing: some must be at least 1, some at least 2."""
+    for least, numbers in ((1, ones), (2, twos)):
+        if min(numbers.values()) < least:
+            listed = ", ".join(f"{name}={number}" for name, number in numbers.items())
+            raise ConfigError(f"{listed}: each of these must be at least {least}")
+
+
 def measure_baselines(
     clip: Clip,
     hook_point: str,
@@ -213,6 +220,10 @@ def measure_baselines(
 
     Args and errors: see `describe`.
     """
+    _check_numbers(
+        {"n_sampled": n_sampled, "batch": batch}, {"n_steered": n_steered, "the number of words": len(words)}
+    )
+    clip.tower.check_width(sae.config.d_model, "this SAE")
     sae = sae.to(clip.device)
     prompts = Prompts(labels.check_labels(words), labels.resolve_templates("simple"))
     text_embeds = torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)

@@ -37,6 +37,7 @@ from .gates import GATES, Gates, explained_variance
 from .material import Material
 from .saves import Saves, digest
 from .sites import FittedSite, SitePlan, fit_sites
+from .stability import bootstrap
 from .validation import CrossValidation, answers_of, cross_validate, n_fooled, on_fitted
 
 SCOPES: tuple[Scope, ...] = ("cls", "patch", "all")
@@ -168,6 +169,7 @@ def fit_defense(
     folds: int = 3,
     seed: int = 0,
     is_swept: bool = False,
+    n_bootstraps: int = 0,
     license: str = "not stated",
     provenance: Mapping[str, Any] = MappingProxyType({}),
     gates: Gates = GATES,
@@ -188,6 +190,8 @@ def fit_defense(
             measured on the pictures that it was fitted on.
         seed: Decides the folds.
         is_swept: Try each block alone and all together with every scope, and take what does best on held-out pictures.
+        n_bootstraps: Choose S as many times more on pictures drawn anew, and give each latent the share of these runs
+            that chose it, as the score "stability" (see `stability.bootstrap`); 2 or more, 0 for none.
         license: Of the defense.
         provenance: What else its `provenance` shall hold, as JSON values.
         gates: What it has to show.
@@ -204,6 +208,8 @@ def fit_defense(
     """
     if folds == 0 and is_swept:
         raise ConfigError("a sweep compares on held-out pictures, and folds=0 holds none out; give two or more")
+    if n_bootstraps == 1:
+        raise ConfigError("n_bootstraps=1; it takes two or more runs to see what they agree on, or 0 for none")
     if folds:
         material.folds(folds, seed)  # raises where there are too few pictures for them
     encoded = Encoded(clip, material.data, None if cache is None else cache / "residuals", progress)
@@ -222,21 +228,21 @@ def fit_defense(
     if validation is not None:
         gates.check_validation(validation, budget)
     fitted = fit_sites(encoded, plans, text_embeds, name=name, saves=saves, label="all pictures, ")
-    sites = _helping(fitted)
+    _helping(fitted)
     if validation is None:
         validation = on_fitted(encoded, fitted, text_embeds, "all pictures, ")
         gates.check_validation(validation, budget)
+    stability: dict[str, Any] = {}
+    if n_bootstraps:
+        runs = bootstrap(encoded, plans, material, text_embeds, n=n_bootstraps, seed=seed, saves=saves)
+        fitted, stability = [runs.scored(each) for each in fitted], {"stability": runs.to_dict()}
     encoded.kept.trim()
     record = {
-        **provenance,
-        "pictures": dict(material.provenance),
-        "seed": seed,
-        "gates": {**asdict(gates), **shown},
-        "cross_validation": validation.to_dict(),
-        "sweep": [option.to_dict() for option in options],
+        **provenance, "pictures": dict(material.provenance), "seed": seed, "gates": {**asdict(gates), **shown},
+        "cross_validation": validation.to_dict(), "sweep": [option.to_dict() for option in options], **stability,
         "versions": versions(),
-    }
-    defense = Defense(spec, clip.preprocess, sites, None, license, record)
+    }  # fmt: skip
+    defense = Defense(spec, clip.preprocess, _helping(fitted), None, license, record)
     return Fitted(defense, tuple(fitted), validation, tuple(options), saves.clear)
 
 
