@@ -179,21 +179,14 @@ def describe(
         names_of(directions, text_embeds, words, n_names),
         directions,
         {
-            "n_pictures": len(seen.sums.keys),
-            "n_words": len(words),
-            "templates": list(labels.resolve_templates(templates)),
-            "n_probed": len(seen.resid),
-            "n_steered": len(steering.resid),
-            "steer": swept.strength,
+            "n_pictures": len(seen.sums.keys), "n_words": len(words), "templates": list(prompts.templates),
+            "n_probed": len(seen.resid), "n_steered": len(steering.resid), "steer": swept.strength,
             "baselines": _baselines(seen.sums, others, swept, encoder),
             "tokens": {kind: asdict(found) for kind, found in seen.coding.results().items()},
-            **of_classes,
-            "seed": seed,
-            "host": clip.tower.fingerprint(),
-            "sae": fingerprint(sae.parameters_numpy()),
+            **of_classes, "seed": seed, "host": clip.tower.fingerprint(), "sae": fingerprint(sae.parameters_numpy()),
             **(provenance or {}),
         },
-    )
+    )  # fmt: skip
 
 
 def _check_numbers(ones: Mapping[str, int], twos: Mapping[str, int]) -> None:
