@@ -109,12 +109,15 @@ def describe(
 
 def _print_catalogue(table: Catalogue) -> None:
     """Print what a catalogue says of its SAE as a whole."""
+    from defense.core.norms import HighNorm
     from defense.explain.by_class import lines_of
 
     n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
     put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
     for line in coding_lines(table.provenance["tokens"]):
         put(f"  {line}")
+    if table.provenance["high_norm"] is not None:
+        put(f"  high norm: {HighNorm(**table.provenance['high_norm']).words()}")
     _print_baselines(table.provenance["baselines"])
     if "classes" in table.provenance:
         for line in lines_of(table.provenance["classes"]):

@@ -24,6 +24,7 @@ from torch.nn import functional
 from defense.core.coding import CodingByKind
 from defense.core.config import fingerprint
 from defense.core.latents import token_slice
+from defense.core.norms import HighNormSums
 from defense.core.sae import SparseAutoencoder
 from defense.data import labels
 from defense.data.labels import Prompts
@@ -121,7 +122,8 @@ def describe(
 
     `provenance["baselines"]` has what neurons, channels and random directions come to (see `baselines.Sweep`), and
     `provenance["steer"]` the strength of the column steerability: that at which a sample of latents is ahead of random
-    directions by most. `provenance["tokens"]` says how well the SAE codes each kind of token (`core.coding.Coding`).
+    directions by most. `provenance["tokens"]` says how well the SAE codes each kind of token (`core.coding.Coding`),
+    and `provenance["high_norm"]` which patches stand out by their norm (`core.norms.HighNorm`).
 
     Args:
         clip: The CLIP. A defense attached to it is bypassed.
@@ -183,6 +185,7 @@ def describe(
             "n_probed": len(seen.resid), "n_steered": len(steering.resid), "steer": swept.strength,
             "baselines": _baselines(seen.sums, others, swept, encoder),
             "tokens": {kind: asdict(found) for kind, found in seen.coding.results().items()},
+            "high_norm": None if (high := seen.high.result()) is None else asdict(high),
             **of_classes, "seed": seed, "host": clip.tower.fingerprint(), "sae": fingerprint(sae.parameters_numpy()),
             **(provenance or {}),
         },
@@ -260,12 +263,14 @@ class _Seen(NamedTuple):
     Attributes:
         sums: Of the latents.
         coding: How well the SAE codes each kind of token.
+        high: Patches of high norm.
         resid: Of some pictures, drawn at random, [n_probed, pos, d_model].
         hidden: The neurons there, [n_probed, pos, n_neurons]; None without neurons.
     """
 
     sums: Sums
     coding: CodingByKind
+    high: HighNormSums
     resid: Tensor
     hidden: Tensor | None
 
@@ -321,7 +326,7 @@ def _pass(
     sums = Sums(sae.config.d_sae, n_top, clip.device)
     probed = Reservoir(n_probed, seed)
     coding = CodingByKind(sae, clip.tower.kinds(hook_point, sae.config.tokens), clip.device)
-    stream = iter(source)
+    high, stream = HighNormSums(), iter(source)
     with torch.inference_mode(), others.watched() as passed:
         while chunk := list(islice(stream, batch)):
             pixel_values = np.stack([example.pixel_values for example in chunk])
@@ -331,6 +336,7 @@ def _pass(
                 embeds = torch.from_numpy(encoder.of([example.key for example in chunk])).to(clip.device)
             acts = sae.encode(resid[:, tokens])
             coding.add(resid[:, tokens], acts)
+            high.add(resid[:, clip.tower.n_prefix :])
             sums.add(acts.clamp(min=0), embeds, chunk, n_cls=n_cls)
             if by_class is not None:
                 by_class.add(chunk, acts.clamp(min=0).amax(1), resid)
@@ -340,4 +346,4 @@ def _pass(
         raise ConfigError(f"{len(sums.keys)} pictures can be read; it takes at least two to describe latents by")
     kept = torch.stack(probed.kept).clone()  # a clone takes part in gradients, which inference tensors cannot
     d_model = clip.tower.d_model
-    return _Seen(sums, coding, kept[..., :d_model], kept[..., d_model:] if others.neurons is not None else None)
+    return _Seen(sums, coding, high, kept[..., :d_model], kept[..., d_model:] if others.neurons is not None else None)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from defense.core.latents import Scope
+from defense.core.norms import HighNormSums
 from defense.data.progress import SILENT, Progress
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
@@ -215,7 +216,7 @@ def fit_defense(
     encoded = Encoded(clip, material.data, None if cache is None else cache / "residuals", progress)
     saves = _saves_of(clip, material, text_embeds, cache)
     budget = sum(plan.config.clean_budget for plan in plans)
-    shown = _opened(encoded, plans, text_embeds, gates, explained)
+    shown, high_norm = _opened(encoded, plans, text_embeds, gates, explained)
     options: list[Option] = []
     validation: CrossValidation | None = None
     if is_swept:
@@ -238,7 +239,7 @@ def fit_defense(
         fitted, stability = [runs.scored(each) for each in fitted], {"stability": runs.to_dict()}
     encoded.kept.trim()
     record = {
-        **provenance, "pictures": dict(material.provenance), "seed": seed, "gates": {**asdict(gates), **shown},
+        **provenance, "pictures": dict(material.provenance), "seed": seed, "gates": {**asdict(gates), **shown}, "high_norm": high_norm,
         "cross_validation": validation.to_dict(), "sweep": [option.to_dict() for option in options], **stability,
         "versions": versions(),
     }  # fmt: skip
@@ -266,17 +267,28 @@ def _saves_of(clip: Clip, material: Material, text_embeds: Tensor, cache: Path |
 
 def _opened(
     encoded: Encoded, plans: Sequence[SitePlan], text_embeds: Tensor, gates: Gates, explained: Mapping[str, float]
-) -> dict[str, Any]:
-    """Hold SAEs and pictures against the gates before anything long starts; return what they show, as JSON values."""
-    tower, shown = encoded.clip.tower, {}
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Hold SAEs and pictures against the gates before anything long starts.
+
+    Returns:
+        What they show, and by hook point which patches stand out by their norm, as JSON values.
+    """
+    tower = encoded.clip.tower
+    shown: dict[str, float] = {}
+    high_norm: dict[str, Any] = {}
     first = min((plan.hook_point for plan in plans), key=block_of)
     resid = next(iter(encoded.resid(first).values()))
     sample = resid[torch.linspace(0, len(resid) - 1, min(_LOOKED_AT, len(resid))).long()]
     for plan in plans:
+        there = sample if plan.hook_point == first else tower.resid_from(sample, first, plan.hook_point)
+        sums = HighNormSums()
+        sums.add(there[:, tower.n_prefix :])
+        if (high := sums.result()) is not None:
+            high_norm[plan.hook_point] = asdict(high)
+            encoded.progress.line(f"{plan.hook_point}: {high.words()}")
         if plan.hook_point in explained:
             share = explained[plan.hook_point]
         else:
-            there = sample if plan.hook_point == first else tower.resid_from(sample, first, plan.hook_point)
             tokens = there[:, tower.positions(plan.hook_point, plan.sae.config.tokens)].flatten(0, 1)
             share = explained_variance(plan.sae.to(encoded.clip.device), tokens)
         gates.check_explained(plan.hook_point, share)
@@ -285,7 +297,7 @@ def _opened(
     fooled = n_fooled(encoded.data, answers_of(encoded.image_embeds(first), text_embeds))
     gates.check_fooled(fooled, encoded.data.n)
     encoded.progress.line(f"plain CLIP is wrong on {fooled} of {encoded.data.n} pictures with the cue")
-    return {"explained_variance": shown, "n_fooled": fooled}
+    return {"explained_variance": shown, "n_fooled": fooled}, high_norm
 
 
 def _helping(fitted: Sequence[FittedSite]) -> tuple[Site, ...]:

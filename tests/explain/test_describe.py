@@ -107,6 +107,20 @@ def test_tokens_are_coded_as_the_sae_does_by_kind(clip, pictures) -> None:
         assert found[kind]["alive"] == pytest.approx(want.alive)
 
 
+def test_a_tower_that_makes_one_patch_long_is_found_out(clip, pictures) -> None:
+    def with_a_store(resid: torch.Tensor) -> torch.Tensor:
+        resid = resid.clone()
+        resid[:, 4] *= 20
+        return resid
+
+    assert described(clip, pictures).provenance["high_norm"]["share"] == 0
+    with clip.tower.changed(POINT, with_a_store):
+        found = described(clip, pictures).provenance["high_norm"]
+    assert found["share"] == pytest.approx(1 / 16)
+    assert found["share_of_pictures"] == 1
+    assert 10 < found["largest"] < 40
+
+
 def test_a_defense_on_the_host_is_bypassed(clip, pictures) -> None:
     plain = described(clip, pictures)
     wrap(clip.model, random_defense(clip.model, (0, random_sae(), LatentSet("a", tuple(range(60))))))

@@ -124,6 +124,16 @@ def test_a_defense_has_the_share_of_each_of_its_latents_on_disk(clip, material, 
     assert "stability" not in without.defense.provenance
 
 
+def test_a_fit_says_which_patches_are_long(clip, material, tiny_folder, open_gates):
+    def with_a_store(resid: torch.Tensor) -> torch.Tensor:
+        return torch.cat([resid[:, :4], 20 * resid[:, 4:5], resid[:, 5:]], 1)
+
+    spec = clip.id_as(f"local-dir:{tiny_folder}")
+    with clip.tower.changed(POINT.format(1), with_a_store):
+        made = fit_defense(clip, spec, [plan(1)], material, TEXT_EMBEDS, name="text", folds=0)
+    assert made.defense.provenance["high_norm"][POINT.format(1)]["share"] == pytest.approx(1 / 16)
+
+
 def test_one_run_is_refused_before_the_work(clip, material, tiny_folder):
     spec = clip.id_as(f"local-dir:{tiny_folder}")
     with pytest.raises(ConfigError, match="two or more"):
