@@ -2,9 +2,10 @@
 
     python -m defense.benchmarks.patches --out benchmarks/results/patches.json
 
-Ways to make a heat map of a phrase, on the embedded model without a defense:
+Ways to make a heat map of a phrase, on the embedded model, without a defense where none is named:
 
 - behind block L: from there on the CLS token sees one patch alone (`defense.explain.patches`)
+- defended: the same at the default block, with the text defense at work
 - logit lens: the patches of the last block, each through the final norm and the projection in the CLS token's place
 - attention: what the CLS token attends to in the last block, mean over heads; it knows no phrase
 - everything: the whole picture as the region, the floor
@@ -34,6 +35,7 @@ from defense.data import labels
 from defense.data.labels import Prompts
 from defense.explain.patches import middle_of, patch_embeds, threshold_of
 from defense.hosts.clip import EMBEDDED, Clip, load_clip
+from defense.store.defenses import find_defense
 from defense.world import draws, scenes
 from defense.world.masks import letters_mask, subject_mask
 
@@ -96,8 +98,13 @@ def maps_of(clip: Clip, case: Case, text_embeds: Tensor) -> Iterator[tuple[str, 
         return found
 
     points = [f"blocks.{block}.hook_resid_post" for block in range(tower.n_read)]
-    for block, point in enumerate(points[:-1]):
-        yield f"behind block {block}", heat(patch_embeds(tower, tower.resid(case.pixel_values, point), point))
+    for point in points[:-1]:
+        yield _way(point), heat(patch_embeds(tower, tower.resid(case.pixel_values, point), point))
+    middle = middle_of(tower)
+    with clip.defended(find_defense(EMBEDDED)):
+        resid = tower.resid(case.pixel_values, middle, edited=False)
+        defended = patch_embeds(tower, resid, middle)
+    yield f"{_way(middle)}, defended", heat(defended)
     patches = tower.resid(case.pixel_values, points[-1])[:, tower.n_prefix :]
     yield "logit lens", heat(tower.embeds_from(patches.flatten(0, 1)[:, None], points[-1]).view(n, -1, target.shape[1]))
     seen: list[Tensor] = []
@@ -105,6 +112,10 @@ def maps_of(clip: Clip, case: Case, text_embeds: Tensor) -> Iterator[tuple[str, 
         tower.encode(tower.batch(case.pixel_values))
     yield "attention", seen[0].view(n, *grid).numpy()
     yield "everything", np.zeros((n, *grid), np.float32)
+
+
+def _way(hook_point: str) -> str:
+    return hook_point.removesuffix(".hook_resid_post").replace("blocks.", "behind block ")
 
 
 def _keep(seen: list[Tensor], tower: Any, block: int, x: Tensor) -> None:
@@ -177,7 +188,7 @@ def caption(result: dict[str, Any]) -> str:
     widest = max(row[f"{name}_half_width"] for row in result["rows"] for name in ("miou", "ap"))
     return (
         f"Mean IoU at the map's own threshold / average precision, over {result['n']} drawn pictures with words on "
-        f"them and their clean twins (unseen typefaces, seed {result['seed']}), embedded model, undefended; half of a "
+        f"them and their clean twins (unseen typefaces, seed {result['seed']}), embedded model; half of a "
         f"95 % interval at most {widest:.3f}."
     )
 
@@ -197,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "environment": asdict(environment),
         "n": options.n,
         "seed": _SEED,
-        "default": middle_of(clip.tower).removesuffix(".hook_resid_post").replace("blocks.", "behind block "),
+        "default": _way(middle_of(clip.tower)),
         "rows": measure(clip, options.n, _SEED),
     }
     write_json(options.out, result)

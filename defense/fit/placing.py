@@ -239,9 +239,9 @@ def fit_defense(
         fitted, stability = [runs.scored(each) for each in fitted], {"stability": runs.to_dict()}
     encoded.kept.trim()
     record = {
-        **provenance, "pictures": dict(material.provenance), "seed": seed, "gates": {**asdict(gates), **shown}, "high_norm": high_norm,
-        "cross_validation": validation.to_dict(), "sweep": [option.to_dict() for option in options], **stability,
-        "versions": versions(),
+        **provenance, "pictures": dict(material.provenance), "seed": seed, "gates": {**asdict(gates), **shown},
+        "high_norm": high_norm, "cross_validation": validation.to_dict(),
+        "sweep": [option.to_dict() for option in options], **stability, "versions": versions(),
     }  # fmt: skip
     defense = Defense(spec, clip.preprocess, _helping(fitted), None, license, record)
     return Fitted(defense, tuple(fitted), validation, tuple(options), saves.clear)

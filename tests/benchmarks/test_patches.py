@@ -36,7 +36,16 @@ def test_ties_count_as_mixed_whatever_their_order():
 def test_every_way_is_measured_on_every_question_and_shown(tmp_path, capsys):
     assert patches.main(["--out", str(tmp_path / "p.json"), "--n", "6"]) == 0
     shown = capsys.readouterr().out
-    for expected in ("behind block 2 (default)", "logit lens", "attention", "everything", *patches.QUESTIONS):
+    for expected in (
+        "behind block 2 (default)",
+        "behind block 2, defended",
+        "logit lens",
+        "attention",
+        "everything",
+        *patches.QUESTIONS,
+    ):
         assert expected in shown
+    plain, defended = (line.split("|")[2:] for line in shown.splitlines() if line.startswith("| behind block 2"))
+    assert plain != defended
     (row,) = [line for line in shown.splitlines() if line.startswith("| everything")]
     assert float(row.split("|")[2].split("/")[0]) < 0.2
