@@ -69,6 +69,7 @@ tbody th { font-weight: 600; min-width: 6.5em; max-width: 24em; overflow-wrap: a
 .up { color: var(--up); } .down { color: var(--down); }
 .swatch { display: inline-block; min-width: 1.6em; margin-right: 8px; border-radius: 3px; text-align: center;
   color: #141414; font-size: 13px; }
+.pictures + .scroll { margin-top: 16px; }
 td img { display: block; width: 80px; height: auto; border-radius: 3px; }
 tbody th .quiet { font-weight: 400; font-size: 13px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 0; font-size: 13px; }

@@ -156,6 +156,30 @@ def test_the_strength_is_the_one_at_which_latents_are_ahead_by_most():
     assert alike.strength == 0.5, "of equal leads the least"
 
 
+def test_a_word_that_is_only_made_unlikely_is_not_reached():
+    resid = 0.01 * torch.randn(3, 4, 40, generator=torch.Generator().manual_seed(0))
+    resid[..., 0] += 20  # the first word is certain; without it the four others share what it had
+    steering = Steering(PlantedClip(), POINT, resid, torch.eye(5), "none")
+    away = -torch.eye(40)[:1]
+    units = {"latents": (away, -resid[..., :1]), "random": (torch.eye(40)[20:21], resid[..., 20:21])}
+    found = sweep(steering, units, 5, 0, (1.0,))
+    assert found.n_steerable == {"latents": (1,), "random": (0,)}
+    assert found.n_reached == {"latents": (0,), "random": (0,)}
+
+
+@pytest.mark.parametrize("norm", ["none", "constant_norm_rescale"])
+def test_neurons_ready_to_steer_write_what_they_write(tiny_clip, norm):
+    clip = clip_of(tiny_clip)
+    others = Others(clip.tower, POINT, 0)
+    resid = torch.randn(2, 17, D_MODEL, generator=torch.Generator().manual_seed(0))
+    hidden = torch.rand(2, 17, 4 * D_MODEL, generator=torch.Generator().manual_seed(1))
+    steering = Steering(clip, POINT, resid, torch.eye(32)[:5], norm)
+    rows, values = others.units(steering, hidden)["neurons"]
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(4 * D_MODEL))
+    written = values @ rows if steering.scale is None else steering.scale * (values @ rows)
+    torch.testing.assert_close(written, hidden @ others.neurons.rows, atol=1e-4, rtol=1e-4)
+
+
 def test_latents_that_fire_are_the_ones_that_are_steered(clip, pictures):
     steering = Steering(clip, POINT, clip.tower.resid(pixels_of(pictures[:2]), POINT), torch.eye(32)[:5], "none")
     fires = torch.zeros(D_SAE, dtype=torch.bool)
