@@ -85,6 +85,16 @@ def test_one_latent_carries_the_decision_and_the_controls_do_not():
         assert share[way][-1] < 1, "with all of them gone nothing is left to decide by"
 
 
+def test_what_the_sae_does_not_code_stays_whatever_is_masked():
+    """Without latents of the channels that decide, these are the SAE's error."""
+    blind = sae()
+    for tensor in (blind.W_enc, blind.W_dec):
+        tensor[:5] = 0
+        tensor[:, :5] = 0
+    curve = masking_curve(PlantedClip(), POINT, blind, planted()[0], torch.eye(5), 0)
+    assert {figures[0] for way in WAYS for figures in curve["ways"][way]} == {1}
+
+
 def test_pictures_that_are_masked_are_not_the_ones_that_ranked():
     sums, label = planted(40, n_masked=100)
     assert int(sums.n.sum()) == 30

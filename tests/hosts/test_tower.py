@@ -260,7 +260,7 @@ def test_another_hook_point_is_refused(precise):
 
 
 def test_tokens_have_their_kinds_in_every_layout(precise):
-    """CLS, two registers and four patches; no CLS; the last block of a tower that pools CLS."""
+    """CLS, two registers and four patches; no CLS, with registers and without; the last block of one that pools CLS."""
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 0}
     full = tower_of(timm.models.VisionTransformer(**sizes, reg_tokens=2, global_pool="avg"))
     bare = tower_of(timm.models.VisionTransformer(**sizes, class_token=False, global_pool="avg"))
@@ -273,6 +273,10 @@ def test_tokens_have_their_kinds_in_every_layout(precise):
     assert found(full, "patch") == {"patch": [0, 1, 2, 3]}
     assert found(full, "cls") == {"CLS": [0]}
     assert found(bare) == {"patch": [0, 1, 2, 3]}
+    just_registers = tower_of(
+        timm.models.VisionTransformer(**sizes, class_token=False, reg_tokens=2, global_pool="avg")
+    )
+    assert found(just_registers) == {"register": [0, 1], "patch": [2, 3, 4, 5]}
     assert found(precise.tower, point="blocks.2.hook_resid_post") == {"CLS": [0]}
 
 
