@@ -151,6 +151,20 @@ def _firing_section(path: Path) -> str:
     return f"{firing.table(result)}\n\n{firing.caption(result)}\n{machine_words(result['environment'])}"
 
 
+def _patches_section(path: Path) -> str:
+    from defense.benchmarks import patches
+
+    result = _json(path)
+    return f"{patches.table(result)}\n\n{patches.caption(result)}\n{machine_words(result['environment'])}"
+
+
+def _units_section(path: Path) -> str:
+    from defense.benchmarks import units
+
+    result = _json(path)
+    return f"{units.table(result)}\n\n{units.caption(result)}\n{machine_words(result['environment'])}"
+
+
 def _kernel_section(path: Path) -> str:
     from defense.benchmarks import kernel_rows
 
@@ -209,6 +223,18 @@ SECTIONS = (
         "firing.json",
         "python -m defense.benchmarks.firing",
         _firing_section,
+    ),
+    Section(
+        "Where a phrase is, by patches",
+        "patches.json",
+        "python -m defense.benchmarks.patches",
+        _patches_section,
+    ),
+    Section(
+        "Latents beside neurons, channels and random directions",
+        "units.json",
+        "python -m defense.benchmarks.units",
+        _units_section,
     ),
     Section(
         "The Triton kernels, GPU",

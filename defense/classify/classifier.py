@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,9 +98,7 @@ class RobustClassifier(ZeroShotClassifier):
         self._pid = os.getpid()
         self._saes: dict[int, SparseAutoencoder] = {}
         if defense is not None:
-            wrap(
-                clip.model, defense, processor=clip.preprocess, allow_mismatch=allow_mismatch, backend=backend
-            )  # fmt: skip
+            wrap(clip.model, defense, processor=clip.preprocess, allow_mismatch=allow_mismatch, backend=backend)
 
     def __getstate__(self) -> dict[str, Any]:
         # The SAEs are kept by the `id` of their sites, which a copy does not have; they are made anew when needed.
@@ -408,13 +406,14 @@ class Probe:
 
     Attributes:
         labels: What the picture is classified into, in the order of the scores.
+        text_embeds: Of the labels, float32 [n_labels, d_embed], normalized.
     """
 
     def __init__(
         self, clf: RobustClassifier, labels: tuple[str, ...], text_embeds: np.ndarray, pixel_values: np.ndarray
     ) -> None:
-        self.labels = labels
-        self._clf, self._text_embeds, self._pixel_values = clf, text_embeds, pixel_values
+        self.labels, self.text_embeds = labels, text_embeds
+        self._clf, self._pixel_values = clf, pixel_values
 
     def scores(self, controls: Controls) -> np.ndarray:
         """Return scores, float32 [n_labels], with the defense as `controls` say.
@@ -423,7 +422,7 @@ class Probe:
             ConfigError: There is no defense, or see `Controls.applied_to`.
         """
         image_embeds = self._clf._encode_image(self._pixel_values, controls=controls)
-        scores: np.ndarray = self._clf.scores(image_embeds, self._text_embeds)[0]
+        scores: np.ndarray = self._clf.scores(image_embeds, self.text_embeds)[0]
         return scores
 
     def suppressions(self, controls: Controls) -> dict[str, Suppression]:
@@ -435,3 +434,17 @@ class Probe:
         with self._clf._lock, self._clf._applied(controls) as attachment, attachment.recording() as told:
             self._clf._encode_image(self._pixel_values)
         return told
+
+    @contextmanager
+    def inside(self, controls: Controls | None) -> Iterator[tuple[Clip, np.ndarray]]:
+        """Yield the CLIP and pixel_values [1, 3, height, width], to look inside; no other thread uses it meanwhile.
+
+        Args:
+            controls: What of the defense is active; nothing where None.
+
+        Raises:
+            ConfigError: See `scores`.
+        """
+        self._clf._own_process()
+        with self._clf._lock, self._clf.clip.undefended() if controls is None else self._clf._applied(controls):
+            yield self._clf.clip, self._pixel_values

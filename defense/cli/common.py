@@ -8,7 +8,7 @@ import logging
 import os
 import select
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -314,3 +314,18 @@ def print_json(fields: dict[str, Any]) -> None:
     is_unicode = (getattr(file, "encoding", None) or "").replace("-", "").lower().startswith("utf")
     file.write(json.dumps(fields, ensure_ascii=not is_unicode) + "\n")
     file.flush()
+
+
+def coding_lines(by_kind: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return lines on how well an SAE codes each kind of token; none where that was not measured.
+
+    Args:
+        by_kind: As `Quality.by_kind` and catalogues hold it on disk: kind -> the fields of `core.coding.Coding`.
+    """
+    if not by_kind:
+        return []
+    lines = ["tokens            explained variance   latents per token   latents that fire"]
+    for kind, found in by_kind.items():
+        explained = "-" if found["explained_variance"] is None else f"{found['explained_variance']:.4f}"
+        lines.append(f"  {kind:16}{explained:>18}{found['l0']:>20.1f}{100 * found['alive']:>18.1f} %")
+    return lines

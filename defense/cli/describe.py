@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from defense.cli.common import (
     app,
     check_pretrained,
     check_there,
+    coding_lines,
     exit_codes,
     log_warnings,
     put,
@@ -26,7 +27,11 @@ from defense.cli.common import (
 from defense.cli.progress import stages
 from defense.hosts.shipped import DEFAULT
 
+if TYPE_CHECKING:
+    from defense.explain.catalogue import Catalogue
 
+
+# Longer than functions here are: the options of a command are its parameters, one line each.
 @app.command()
 def describe(
     sae: Annotated[list[Path], typer.Argument(help="SAEs that `defense train` or `import` wrote, one per block.")],
@@ -42,6 +47,16 @@ def describe(
     n_steered: Annotated[
         int, typer.Option(min=2, help="Pictures to steer each latent on; takes most of the time.")
     ] = 4,
+    n_sampled: Annotated[
+        int, typer.Option(min=1, help="Latents, neurons, channels and random directions to steer at each strength.")
+    ] = 64,
+    embeds: Annotated[
+        Path | None, typer.Option(help="The pictures' embeddings by another encoder (.npz), for monosemanticity.")
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Classes of the pictures, one a line: the latents of each, and what masking them does."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the pictures drawn for names and steering.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
@@ -53,13 +68,18 @@ def describe(
         from defense.data.labels import read_labels
         from defense.data.sources import open_pictures
         from defense.explain import catalogue, describe
+        from defense.explain.other_encoder import read_embeds
         from defense.hosts.clip import load_clip
         from defense.store import checkpoint
 
         check_pretrained(model, pretrained)
-        check_there(*sae, words)
+        check_there(*sae, words, embeds, classes)
         catalogue.check_target(out)
         names, source = read_labels(words), open_pictures(pictures, limits=Limits(max_pixels=max_pixels))
+        class_names = () if classes is None else read_labels(classes)
+        for picture in source if class_names else ():
+            source.class_of(picture, class_names)
+        encoder = None if embeds is None else read_embeds(embeds)
         found = [checkpoint.load(folder) for folder in sae]
         clip = load_clip(model, pretrained, device=device)
         for each in found:
@@ -70,18 +90,57 @@ def describe(
         with stages() as progress:
             for each in found:
                 progress.start(each.hook_point)
-                stream = describe.examples(clip, source, unreadable.add)
+                stream = describe.examples(clip, source, unreadable.add, class_names)
                 catalogues.append(
                     describe.describe(
                         clip, each.hook_point, each.sae, stream, names, n_top=n_top, n_names=n_names,
-                        n_steered=n_steered, n_probed=max(16, n_steered), seed=seed, provenance=made_from,
+                        n_steered=n_steered, n_probed=max(16, n_steered), n_sampled=n_sampled, encoder=encoder,
+                        classes=class_names, seed=seed, provenance=made_from,
                     )
                 )  # fmt: skip
         catalogue.save(catalogues, out)
         for table in catalogues:
-            n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
-            put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
+            _print_catalogue(table)
         say_passed_over(source)
         if unreadable:
             say(f"{len(unreadable)} pictures could not be read and were left out")
             raise typer.Exit(EXIT_INPUTS)
+
+
+def _print_catalogue(table: Catalogue) -> None:
+    """Print what a catalogue says of its SAE as a whole."""
+    from defense.core.norms import HighNorm
+    from defense.explain.by_class import lines_of
+
+    n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
+    put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
+    for line in coding_lines(table.provenance["tokens"]):
+        put(f"  {line}")
+    if table.provenance["high_norm"] is not None:
+        put(f"  high norm: {HighNorm(**table.provenance['high_norm']).words()}")
+    _print_baselines(table.provenance["baselines"])
+    if "classes" in table.provenance:
+        for line in lines_of(table.provenance["classes"]):
+            put(f"  {line}")
+
+
+def _print_baselines(baselines: dict[str, Any]) -> None:
+    """Print what latents come to beside neurons, channels and random directions."""
+    swept, likeness = baselines["steerability"], baselines["monosemanticity"]
+    put(f"  % steerable (S > {swept['threshold']:g}) [95 %]; words reached of {swept['n_words']}; by strength")
+    put("  " + " " * 10 + "".join(f"{strength:>20g}" for strength in swept["strengths"]))
+    for kind, figures in swept["kinds"].items():
+        columns = zip(*(figures[name] for name in ("share", "low", "high", "n_words_reached")), strict=True)
+        cells = (f"{100 * x:.0f} [{100 * low:.0f}-{100 * high:.0f}]; {n}" for x, low, high, n in columns)
+        put(f"  {kind:10}" + "".join(f"{cell:>20}" for cell in cells))
+    verdict = "" if swept["separates"] else ", where latents are not ahead of random directions beyond chance"
+    put(f"  the column steerability is at strength {swept['strength']:g}{verdict}")
+    medians = (
+        f"{kind} {found['median']:.3f} [{found['low']:.3f}-{found['high']:.3f}]"
+        for kind, found in likeness["kinds"].items()
+        if found["n"]
+    )
+    put(f"  monosemanticity, median [95 %]: {', '.join(medians)}; all pairs {likeness['all_pairs']:.3f}")
+    put(f"  by embeddings of {likeness['encoder']}")
+    if baselines["no_neurons"]:
+        say(f"no neurons: {baselines['no_neurons']}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image
@@ -33,21 +34,27 @@ from defense.cli.common import (
     stderr,
 )
 from defense.core.latents import Removal
+from defense.errors import HookPointError
 from defense.hosts.shipped import DEFAULT
 from defense.store.folders import led_to, replacing
 
 if TYPE_CHECKING:
     from defense.classify.classifier import RobustClassifier
+    from defense.classify.explanation import Explanation
     from defense.explain.catalogue import Catalogue
+    from defense.explain.patches import PatchLabels
+    from defense.hosts.controls import Controls
 
-_SUFFIXES = (".html", ".png")
+_SUFFIXES = (".html", ".png", ".json")
 _TOP_K = 3
 
 
 @app.command()
 def explain(
     picture: Annotated[Path, typer.Argument(help="The file.")],
-    out: Annotated[Path, typer.Option(help="What to write: a .html or a .png file. One that is there is replaced.")],
+    out: Annotated[
+        Path, typer.Option(help="What to write: a .html, .png or .json file. One that is there is replaced.")
+    ],
     labels: Labels = None,
     labels_file: LabelsFile = None,
     template: Template = "simple",
@@ -56,22 +63,24 @@ def explain(
     pretrained: Pretrained = None,
     strength: Annotated[float, typer.Option(min=0, max=1, help="Factor on what is removed; 0 is stock CLIP.")] = 1.0,
     edit: Annotated[Removal | None, typer.Option(help="In place of each latent set's own.")] = None,
+    phrase: Annotated[str | None, typer.Option(help="Show where this is in the picture.")] = None,
+    less: Annotated[str | None, typer.Option(help="Tell the phrase from this one instead of from the rest.")] = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:
-    """Write what the defense removed from a picture, and where, to one HTML file or PNG that needs nothing else."""
+    """Write what the defense removed from a picture, where, and what each patch says, to one HTML, PNG or JSON file."""
     log_warnings()
     with exit_codes():
         from defense.classify.classifier import RobustClassifier
         from defense.data import images
         from defense.explain.counterfactual import counterfactual
-        from defense.explain.report_html import report_html
-        from defense.explain.report_png import report_png
         from defense.export import bundle
         from defense.hosts.controls import Controls
 
         check_pretrained(model, pretrained, defense)
         _check_target(out, picture)
+        if less is not None and phrase is None:
+            raise typer.BadParameter(f"--less {less!r}: say what is to be told from it, with --phrase")
         if bundle.is_bundle(defense):
             raise typer.BadParameter("a bundle cannot explain itself; give the defense that it was exported from")
         chosen = chosen_labels(labels, labels_file, shipped_model(defense, model), defense)
@@ -81,30 +90,60 @@ def explain(
             defense, model=model, pretrained=pretrained, device=device, limits=limits
         )
         clf.set_labels(chosen, template)
-        catalogues = _catalogues_of(clf, defense)
         controls = Controls(strength=strength, edit=edit)
         with stderr.status("looking for what mattered") if stderr.is_terminal else nullcontext():
             explanation = replace(clf.explain(decoded.image, controls=controls), warnings=decoded.warnings)
             enough = counterfactual(clf, decoded.image, controls=controls) if explanation.changed else None
-        draw = report_png if out.suffix.lower() == ".png" else report_html
-        page = draw(
-            decoded.image,
-            explanation,
-            name=shown(Path(picture.name)),
-            defense=clf.defense,
-            catalogues=catalogues,
-            counterfactual=enough,
-        )
-        _write(out, page)
+            patches = _patches_of(clf, decoded.image, phrase, less, controls)
+        parts = {"counterfactual": enough, "patches": patches}
+        _write(out, _page(out, decoded.image, explanation, shown(Path(picture.name)), clf, defense, parts))
         short = replace(explanation, plain=explanation.plain[:_TOP_K], robust=explanation.robust[:_TOP_K])
         print_explanation(picture, short)
         say(f"wrote {shown(out)}")
 
 
+def _patches_of(
+    clf: RobustClassifier, image: Image.Image, phrase: str | None, less: str | None, controls: Controls
+) -> PatchLabels | None:
+    """Return what each patch says; nothing where this tower cannot be read so and no phrase was asked for."""
+    from defense.explain.patches import patch_labels
+
+    try:
+        return patch_labels(clf, image, phrase=phrase, less=less, controls=controls)
+    except HookPointError as error:
+        if phrase is not None:
+            raise
+        say(f"no map of labels: {error}")
+        return None
+
+
+def _page(
+    out: Path,
+    image: Image.Image,
+    explanation: Explanation,
+    name: str,
+    clf: RobustClassifier,
+    source: str,
+    parts: dict[str, Any],
+) -> str | Image.Image:
+    """Return what is to be written, in the form that the name of the file asks for."""
+    from defense.explain.report_html import report_html
+    from defense.explain.report_png import report_png
+
+    suffix = out.suffix.lower()
+    if suffix == ".json":
+        values = {key: None if part is None else part.to_dict() for key, part in parts.items()}
+        return json.dumps({"picture": name, **explanation.to_dict(), **values}, indent=1) + "\n"
+    draw = report_png if suffix == ".png" else report_html
+    return draw(image, explanation, name=name, defense=clf.defense, catalogues=_catalogues_of(clf, source), **parts)
+
+
 def _check_target(out: Path, picture: Path) -> None:
     """Refuse what could not be written, before anything is computed."""
     if out.suffix.lower() not in _SUFFIXES:
-        raise typer.BadParameter(f"--out {shown(out)}: the name must end in {' or '.join(_SUFFIXES)}")
+        raise typer.BadParameter(
+            f"--out {shown(out)}: the name must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
+        )
     if not out.parent.is_dir():
         raise typer.BadParameter(f"--out {shown(out)}: there is no folder {shown(out.parent)}; make it first")
     if out.exists() and not out.is_file():

@@ -119,6 +119,9 @@ def fit(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try each block alone, and each scope; take the best.")
     ] = False,
+    bootstraps: Annotated[
+        int, typer.Option(min=0, help="Choose S so often anew, to see how stable it is; each takes about as long.")
+    ] = 0,
     calibrate: Annotated[
         bool | None,
         typer.Option(
@@ -170,7 +173,7 @@ def fit(
             material = _material(clf, source, opened, n=n_pictures, seed=seed, progress=progress)
             fitted = fit_defense(
                 clip, clip.id_as(model, pretrained), plans, material, torch.from_numpy(clf.text_embeds()),
-                name=name or task, folds=folds, seed=seed, is_swept=sweep, license=license,
+                name=name or task, folds=folds, seed=seed, is_swept=sweep, n_bootstraps=bootstraps, license=license,
                 provenance=_record(task, answers, template, checkpoints), cache=cache_folder(), progress=progress,
             )  # fmt: skip
             shipped = _write(clf, fitted, material, out, report, calibrate=calibrate, progress=progress)
@@ -363,12 +366,16 @@ def _write(
 
 def _print_fit(fitted: Fitted) -> None:
     """Print S and what it does to pictures that it was not fitted on."""
+    from defense.fit.stability import words_on
+
     for site in fitted.defense.sites:
         (latent_set,) = site.sets
         put(
             f"site        {site.hook_point}: {len(latent_set.latents)} latents, edit {latent_set.edit}, tokens "
             f"{latent_set.scope}"
         )
+        if runs := fitted.defense.provenance.get("stability"):
+            put(f"stability   {words_on(runs, site.hook_point, latent_set.latents)}")
     kept = {site.hook_point for site in fitted.defense.sites}
     for each in fitted.sites:
         if each.site.hook_point not in kept:

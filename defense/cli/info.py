@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from defense.cli.common import app, check_pretrained, exit_codes, put, say, shown
+from defense.cli.common import app, check_pretrained, coding_lines, exit_codes, put, say, shown
 from defense.errors import CheckpointError, MissingDependencyError, cannot_import
 from defense.hosts.defense import Defense
 from defense.hosts.shipped import DEFAULT
@@ -90,8 +90,13 @@ def _print_sae(folder: Path, expect: str | None) -> None:
     put(f"hook point  {found.hook_point}")
     for key, value in found.sae.config.to_dict().items():
         put(f"{key:11} {value}")
+    quality = found.provenance.get("quality")
+    by_kind = quality.get("by_kind") if isinstance(quality, dict) else None  # of an import it may be anything
     for key, value in found.provenance.items():
-        put(f"{key:11} {value}")
+        has_kinds = key == "quality" and by_kind is not None
+        put(f"{key:11} { ({n: v for n, v in value.items() if n != 'by_kind'} if has_kinds else value) }")
+    for line in coding_lines(by_kind or {}):
+        put(line)
     put("golden      acts and reconstructions reproduced")
     say(f"Fit a defense with it: defense fit OUT PICTURES --sae {shown(folder)}")
 

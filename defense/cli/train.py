@@ -17,6 +17,7 @@ from defense.cli.common import (
     Pretrained,
     app,
     check_pretrained,
+    coding_lines,
     exit_codes,
     log_warnings,
     put,
@@ -132,6 +133,8 @@ def _print_training(provenance: Mapping[str, Any]) -> None:
     put(f"explained variance  {quality['explained_variance']:.4f}")
     put(f"latents per token   {quality['l0']:.1f}")
     put(f"latents that fire   {100 * quality['alive']:.1f} %")
+    for line in coding_lines(quality["by_kind"]):
+        put(line)
     if zero_shot is not None:
         put(
             f"zero-shot           {100 * zero_shot['spliced']:.1f} % with the reconstruction, "

@@ -1,4 +1,4 @@
-"""What a latent does to the embedding, said in words: directions, sparse words, steerability."""
+"""What a latent does to the embedding, said in words: directions and sparse words."""
 
 from __future__ import annotations
 
@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from defense.core.sae import SparseAutoencoder, normalize
-from defense.hosts.clip import Clip
-from defense.hosts.tower import BATCH, VisionTower
+from defense.core.sae import SparseAutoencoder
+from defense.hosts.tower import VisionTower
 
 from .sums import NUMBERS_AT_ONCE, Sums
-
-STEER = 2.0
-"""Steered activation, as a multiple of the mean norm of what the encoder sees. On the embedded model steerability is
-three quarters of what it is at twice that, from where on it hardly grows."""
-
 
 # --- what a latent does -----------------------------------------------------------------------------------------------
 
@@ -68,60 +62,6 @@ def mean_jacobians(tower: VisionTower, hook_point: str, resid: Tensor, batch: in
 
 def _kinds(n_prefix: int) -> tuple[slice, slice]:
     return slice(0, n_prefix), slice(n_prefix, None)
-
-
-@torch.inference_mode()
-def steerability(
-    clip: Clip,
-    hook_point: str,
-    resid: Tensor,
-    sae: SparseAutoencoder,
-    text_embeds: Tensor,
-    which: Tensor,
-    steer: float = STEER,
-) -> np.ndarray:
-    """Return how far the answer moves when a latent is set to a high value on every token, float64 [d_sae].
-
-        S = sum over words c of (mean over pictures of (p_steered,c - p_default,c))^2
-
-    The published notebooks take 192 pictures and steer to fixed values that suit one model. Here the value is a
-    multiple of the norm of what the encoder sees, and S is estimated without bias from few pictures: the products of a
-    picture's change with itself, which are large wherever steering just destroys the picture, are left out.
-
-    Args:
-        clip: The CLIP.
-        hook_point: Where the SAE reads.
-        resid: Pictures to steer on, at least two, [n, pos, d_model].
-        sae: The SAE.
-        text_embeds: Of the words, [n_words, d_embed], normalized.
-        which: Latents to steer, bool [d_sae]; the others get NaN.
-        steer: That multiple.
-
-    Source: Joseph et al. 2025, arXiv:2504.08729, as its notebooks compute it.
-    """
-    tokens = clip.tower.positions(hook_point, "all")
-    read = resid[:, tokens]
-    z, scale, _ = normalize(read, sae.config.norm)
-    target = steer * float(z.norm(dim=-1).mean())
-    acts = sae.encode(read)
-
-    def answers(edited: Tensor) -> Tensor:
-        return (clip.logit_scale * clip.tower.embeds_from(edited, hook_point) @ text_embeds.T).softmax(-1)
-
-    default = answers(resid)
-    found = torch.full((sae.config.d_sae,), torch.nan, dtype=torch.float64)
-    latents = which.nonzero()[:, 0].tolist()
-    at_once = max(1, BATCH // len(resid))
-    for first in range(0, len(latents), at_once):
-        some = latents[first : first + at_once]
-        edited = resid.repeat(len(some), 1, 1, 1)  # [latent, n, pos, d_model]
-        for row, latent in enumerate(some):
-            push = (target - acts[..., latent, None]) * sae.W_dec[latent]
-            edited[row, :, tokens] += push if scale is None else push * scale
-        moved = answers(edited.flatten(0, 1)).unflatten(0, (len(some), -1)) - default  # [latent, n, n_words]
-        products = moved.sum(1).square().sum(-1) - moved.square().sum((1, 2))
-        found[some] = (products / (len(resid) * (len(resid) - 1))).double().cpu()
-    return found.numpy()
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

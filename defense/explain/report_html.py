@@ -19,6 +19,7 @@ from defense.data.preprocess import Box
 
 from . import report_words as words
 from .heat import overlay, scale_bar
+from .patch_pictures import COLORS, colored, label_map, region_picture
 
 if TYPE_CHECKING:
     from defense.classify.explanation import Explanation, Removed
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from .catalogue import Catalogue
     from .counterfactual import Counterfactual
+    from .patches import PatchLabels
 
 
 _SIDES = 360, 640
@@ -65,6 +67,9 @@ tbody th { font-weight: 600; min-width: 6.5em; max-width: 24em; overflow-wrap: a
 .bar i { display: block; height: 100%; border-radius: 2px; background: var(--plain); }
 .bar .robust { background: var(--robust); }
 .up { color: var(--up); } .down { color: var(--down); }
+.swatch { display: inline-block; min-width: 1.6em; margin-right: 8px; border-radius: 3px; text-align: center;
+  color: #141414; font-size: 13px; }
+.pictures + .scroll { margin-top: 16px; }
 td img { display: block; width: 80px; height: auto; border-radius: 3px; }
 tbody th .quiet { font-weight: 400; font-size: 13px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 0; font-size: 13px; }
@@ -82,6 +87,7 @@ def report_html(
     defense: Defense | None = None,
     catalogues: Mapping[str, Catalogue] | None = None,
     counterfactual: Counterfactual | None = None,
+    patches: PatchLabels | None = None,
 ) -> str:
     """Return an explanation as one HTML file, which needs no other file, script or network.
 
@@ -92,6 +98,7 @@ def report_html(
         defense: Says which defense it was, by its hashes.
         catalogues: Names of latents, by hook point; a latent without one is called by its number.
         counterfactual: Of the same picture.
+        patches: Of the same picture, with a defense.
     """
     small, box = words.sized(picture, explanation.box, *_SIDES)
     catalogues = catalogues or {}
@@ -107,6 +114,7 @@ def report_html(
         _html_answers(explanation),
         "<h2>The least that changes the answer</h2>" if counterfactual is not None else "",
         f"<p>{escape(words.minimum(counterfactual, catalogues))}</p>" if counterfactual is not None else "",
+        _html_patches(small, box, patches) if patches is not None else "",
         _html_latents(small, box, explanation, catalogues) if explanation.removed else "",
         "<h2>How to read this</h2>",
         *(f"<p>{escape(paragraph)}</p>" for paragraph in words.READING),
@@ -160,6 +168,44 @@ def _html_bar(share: float | None, kind: str) -> str:
         f"<div class='bar'><b>{words.percent(share)}</b>"
         f"<span aria-hidden='true'><i class='{kind}' style='width:{filled:.1f}%'></i></span></div>"
     )
+
+
+def _html_patches(picture: Image.Image, box: Box, patches: PatchLabels) -> str:
+    sides = (("plain CLIP", False), ("defended", True))
+    maps = "".join(
+        _figure(label_map(picture, box, patches, robust=robust), f"What each patch says, {side}.")
+        for side, robust in sides
+    )
+    rows = "".join(
+        f"<tr><th scope='row'><span class='swatch' style='background:rgb{COLORS[number]}'>{number + 1}</span>"
+        f"{escape(label)}</th><td>{_html_bar(plain, 'plain')}</td><td>{_html_bar(robust, 'robust')}</td></tr>"
+        for number, (label, plain, robust) in enumerate(colored(patches))
+    )
+    region = patches.region
+    found = (
+        ""
+        if region is None
+        else "".join(
+            _figure(region_picture(picture, box, region, robust=robust), f"Where {region.name} is, {side}.")
+            for side, robust in sides
+        )
+    )
+    note = words.PATCHES.format(block=words.block_words(patches.hook_point))
+    return (
+        f"<h2>What each patch says</h2><p>{escape(note)}</p><div class='pictures'>{maps}</div>"
+        "<div class='scroll' tabindex='0' role='region' aria-label='Labels of patches'><table><caption>Share of the "
+        "patches that say a label; those of other labels stay gray.</caption><thead><tr><th scope='col'>label</th>"
+        f"<th scope='col'>plain CLIP</th><th scope='col'>defended</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        + (
+            f"<h2>Where {escape(region.name)} is</h2><p>{escape(words.REGION)}</p><div class='pictures'>{found}</div>"
+            if region is not None
+            else ""
+        )
+    )
+
+
+def _figure(picture: Image.Image, caption: str) -> str:
+    return f"<figure>{_img(picture, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _html_latents(picture: Image.Image, box: Box, explanation: Explanation, catalogues: Mapping[str, Catalogue]) -> str:

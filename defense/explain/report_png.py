@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import report_words as words
 from .heat import overlay
+from .patch_pictures import COLORS, colored, label_map, region_picture
 
 if TYPE_CHECKING:
     from defense.classify.explanation import Explanation
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from .catalogue import Catalogue
     from .counterfactual import Counterfactual
+    from .patches import PatchLabels
 
 
 # --- PNG --------------------------------------------------------------------------------------------------------------
@@ -55,6 +57,7 @@ def report_png(
     defense: Defense | None = None,
     catalogues: Mapping[str, Catalogue] | None = None,
     counterfactual: Counterfactual | None = None,
+    patches: PatchLabels | None = None,
 ) -> Image.Image:
     """Return an explanation as one picture, 1200 pixels wide, mode RGB. It holds less than the HTML.
 
@@ -67,6 +70,7 @@ def report_png(
         defense: Says which defense it was, by its hashes.
         catalogues: Names of latents, by hook point; a latent without one is called by its number.
         counterfactual: Of the same picture.
+        patches: Of the same picture, with a defense.
     """
     sheet, catalogues = _Sheet(), catalogues or {}
     if name:
@@ -77,6 +81,8 @@ def report_png(
         sheet.text(words.minimum(counterfactual, catalogues), 16, ink=_QUIET)
     sheet.y += _GAP
     _draw_pictures(sheet, picture, explanation)
+    if patches is not None:
+        _draw_patches(sheet, picture, explanation, patches)
     if explanation.removed:
         _draw_latents(sheet, picture, explanation, catalogues)
     facts = "; ".join(f"{key}: {value}" for key, value in words.facts(explanation, defense))
@@ -99,6 +105,32 @@ def _draw_pictures(sheet: _Sheet, picture: Image.Image, explanation: Explanation
             _draw_bar(sheet, right, share, color)
             sheet.y += 16
     sheet.y = max(sheet.y, top + small.height) + _GAP
+
+
+def _draw_patches(sheet: _Sheet, picture: Image.Image, explanation: Explanation, patches: PatchLabels) -> None:
+    """Draw what each patch says on either side with a legend, and below it the region of a phrase."""
+    small, box = words.sized(picture, explanation.box, _COLUMN, _COLUMN)
+    sheet.text("What each patch says: plain CLIP, and defended", 16)
+    sheet.y += 6
+    top, right = sheet.y, _MARGIN + 2 * (_COLUMN + _GAP)
+    for column, robust in enumerate((False, True)):
+        drawn = label_map(small, box, patches, robust=robust)
+        sheet.image.paste(drawn, (_MARGIN + column * (_COLUMN + _GAP), top))
+    for number, (label, plain, with_defense) in enumerate(colored(patches)):
+        sheet.draw.rectangle((right, sheet.y, right + 22, sheet.y + 22), COLORS[number])
+        sheet.draw.text((right + 11, sheet.y + 11), str(number + 1), _INK, _font(14), anchor="mm")
+        shares = f"{words.percent(plain)}, {words.percent(with_defense)}"
+        sheet.draw.text((right + 32, sheet.y), _fitted(f"{label}: {shares}", _font(16), _COLUMN - 32), _INK, _font(16))
+        sheet.y += 32
+    sheet.y = max(sheet.y, top + small.height) + _GAP
+    if patches.region is None:
+        return
+    sheet.text(f"Where {patches.region.name} is: plain CLIP, and defended", 16)
+    sheet.y += 6
+    for column, robust in enumerate((False, True)):
+        drawn = region_picture(small, box, patches.region, robust=robust)
+        sheet.image.paste(drawn, (_MARGIN + column * (_COLUMN + _GAP), sheet.y))
+    sheet.y += small.height + _GAP
 
 
 def _draw_bar(sheet: _Sheet, x: int, share: float | None, color: str) -> None:

@@ -38,6 +38,14 @@ READING = (
     "subtracted in all. The edit project subtracts more than they wrote: all that lies in the span of those that "
     "fire.",
 )
+PATCHES = (
+    "Behind {block} the network sees one patch at a time, and each says the label that it would be answered with. "
+    "A patch also holds what earlier blocks brought to it from elsewhere."
+)
+REGION = (
+    "Brighter is nearer to the phrase, on one scale for both sides; outlined are the patches above the threshold that "
+    "tells those of this picture apart best. It always finds a region, also for what is not there."
+)
 
 
 class Bar(NamedTuple):
@@ -114,6 +122,11 @@ def minimum(counterfactual: Counterfactual, catalogues: Mapping[str, Catalogue])
         f"Removing just {which} turns {counterfactual.plain[0]['label']} into {flipped['label']} "
         f"({percent(flipped['score'])}): {'; '.join(listed)}."
     )
+
+
+def block_words(hook_point: str) -> str:
+    """Return a hook point in words."""
+    return hook_point.removesuffix(".hook_resid_post").replace("blocks.", "block ")
 
 
 def names_of(catalogues: Mapping[str, Catalogue], hook_point: str, latent: int) -> str:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .catalogue import BIN_EDGES
+from .likeness import Likeness
 
 NUMBERS_AT_ONCE = 2**25
-_CANCELED = 1e-9
 
 
 class Example(NamedTuple):
@@ -54,6 +54,7 @@ class Sums:
         top: Indices of the pictures with the largest activations, int64 [d_sae, n_top]; -1 for none.
         top_activation: Those activations, [d_sae, n_top].
         histogram: int64 [d_sae, n_bins].
+        likeness: For monosemanticity.
         written: Activations summed over CLS-like tokens and over patches, float64 [d_sae, 2], per token.
     """
 
@@ -65,9 +66,7 @@ class Sums:
         self.keys: list[str] = []
         self.n_tokens = 0
         self.n_fired, self.total, self.written = zeros(d_sae), zeros(d_sae), zeros(d_sae, 2)
-        self.picture_sum, self.picture_square = zeros(d_sae), zeros(d_sae)
-        self.least = torch.full((d_sae,), torch.inf, dtype=torch.float64, device=device)
-        self.embed_sum, self.act_embed_sum = zeros(0), zeros(0)
+        self.likeness = Likeness(d_sae, device)
         self.n_bins = len(BIN_EDGES) - 1
         self.histogram = torch.zeros(d_sae, self.n_bins, dtype=torch.int64, device=device)
         self.top = torch.full((d_sae, n_top), -1, dtype=torch.int64, device=device)
@@ -75,7 +74,7 @@ class Sums:
         self.by_class: dict[str, Tensor] = {}
 
     def add(self, acts: Tensor, embeds: Tensor, chunk: Sequence[Example], *, n_cls: int) -> None:
-        """Take in pictures: acts [batch, pos, d_sae], image_embeds [batch, d_embed], normalized."""
+        """Take in pictures: acts [batch, pos, d_sae], and embeddings [batch, d_embed], normalized, by any encoder."""
         first = len(self.keys)
         self.keys += [example.key for example in chunk]
         self.n_tokens += acts.shape[0] * acts.shape[1]
@@ -85,14 +84,7 @@ class Sums:
         for place, tokens in enumerate((acts[:, :n_cls], acts[:, n_cls:])):
             self.written[:, place] += tokens.sum((0, 1), dtype=torch.float64)
         largest = acts.amax(1).double()  # [batch, d_sae]
-        self.least = torch.minimum(self.least, largest.amin(0))
-        self.picture_sum += largest.sum(0)
-        self.picture_square += largest.square().sum(0)
-        if not len(self.embed_sum):
-            self.embed_sum = largest.new_zeros(embeds.shape[1])
-            self.act_embed_sum = largest.new_zeros(self.d_sae, embeds.shape[1])
-        self.embed_sum += embeds.double().sum(0)
-        self.act_embed_sum += largest.T @ embeds.double()
+        self.likeness.add(largest, embeds)
         numbers = torch.arange(first, len(self.keys), device=acts.device).expand(self.d_sae, -1)
         self._keep_top(largest.T.float(), numbers)
         for row, example in enumerate(chunk):
@@ -129,7 +121,7 @@ class Sums:
             "frequency": self.n_fired / self.n_tokens,
             "mean_activation": self.total / self.n_fired,
             "largest_activation": self.top_activation[:, 0],
-            "monosemanticity": self.monosemanticity(),
+            "monosemanticity": self.likeness.scores(),
         }
         if self.by_class:
             by_class = torch.stack(list(self.by_class.values()))
@@ -137,23 +129,3 @@ class Sums:
             found["class_entropy"] = torch.special.entr(share).sum(0)
             found["n_classes"] = (by_class > 0).sum(0)
         return {name: column.double().cpu().numpy() for name, column in found.items()}
-
-    def monosemanticity(self) -> Tensor:
-        """Return the mean cosine of pairs of pictures, weighted by how strongly both make a latent fire, [d_sae].
-
-        In closed form from sums over pictures, the activation a less its minimum, e the normalized embeddings:
-
-            (|| sum a e ||^2 - sum a^2) / ((sum a)^2 - sum a^2)
-
-        The score's definition divides a by its range too, which cancels here, and takes e from an independent encoder,
-        where these are the CLIP's own. NaN where one picture alone makes the latent fire.
-
-        Source: Pach et al. 2025, arXiv:2504.02821; the closed form is ours.
-        """
-        n, least = len(self.keys), self.least
-        total = self.picture_sum - n * least
-        square = self.picture_square - 2 * least * self.picture_sum + n * least.square()
-        moment = self.act_embed_sum - least[:, None] * self.embed_sum
-        pairs = total.square() - square
-        score = (moment.square().sum(1) - square) / pairs
-        return torch.where(pairs > _CANCELED * total.square(), score, torch.nan)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from defense.core.latents import Scope
+from defense.core.norms import HighNormSums
 from defense.data.progress import SILENT, Progress
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
@@ -37,6 +38,7 @@ from .gates import GATES, Gates, explained_variance
 from .material import Material
 from .saves import Saves, digest
 from .sites import FittedSite, SitePlan, fit_sites
+from .stability import bootstrap
 from .validation import CrossValidation, answers_of, cross_validate, n_fooled, on_fitted
 
 SCOPES: tuple[Scope, ...] = ("cls", "patch", "all")
@@ -168,6 +170,7 @@ def fit_defense(
     folds: int = 3,
     seed: int = 0,
     is_swept: bool = False,
+    n_bootstraps: int = 0,
     license: str = "not stated",
     provenance: Mapping[str, Any] = MappingProxyType({}),
     gates: Gates = GATES,
@@ -188,6 +191,8 @@ def fit_defense(
             measured on the pictures that it was fitted on.
         seed: Decides the folds.
         is_swept: Try each block alone and all together with every scope, and take what does best on held-out pictures.
+        n_bootstraps: Choose S as many times more on pictures drawn anew, and give each latent the share of these runs
+            that chose it, as the score "stability" (see `stability.bootstrap`); 2 or more, 0 for none.
         license: Of the defense.
         provenance: What else its `provenance` shall hold, as JSON values.
         gates: What it has to show.
@@ -204,12 +209,14 @@ def fit_defense(
     """
     if folds == 0 and is_swept:
         raise ConfigError("a sweep compares on held-out pictures, and folds=0 holds none out; give two or more")
+    if n_bootstraps == 1:
+        raise ConfigError("n_bootstraps=1; it takes two or more runs to see what they agree on, or 0 for none")
     if folds:
         material.folds(folds, seed)  # raises where there are too few pictures for them
     encoded = Encoded(clip, material.data, None if cache is None else cache / "residuals", progress)
     saves = _saves_of(clip, material, text_embeds, cache)
     budget = sum(plan.config.clean_budget for plan in plans)
-    shown = _opened(encoded, plans, text_embeds, gates, explained)
+    shown, high_norm = _opened(encoded, plans, text_embeds, gates, explained)
     options: list[Option] = []
     validation: CrossValidation | None = None
     if is_swept:
@@ -222,21 +229,21 @@ def fit_defense(
     if validation is not None:
         gates.check_validation(validation, budget)
     fitted = fit_sites(encoded, plans, text_embeds, name=name, saves=saves, label="all pictures, ")
-    sites = _helping(fitted)
+    _helping(fitted)
     if validation is None:
         validation = on_fitted(encoded, fitted, text_embeds, "all pictures, ")
         gates.check_validation(validation, budget)
+    stability: dict[str, Any] = {}
+    if n_bootstraps:
+        runs = bootstrap(encoded, plans, material, text_embeds, n=n_bootstraps, seed=seed, saves=saves)
+        fitted, stability = [runs.scored(each) for each in fitted], {"stability": runs.to_dict()}
     encoded.kept.trim()
     record = {
-        **provenance,
-        "pictures": dict(material.provenance),
-        "seed": seed,
-        "gates": {**asdict(gates), **shown},
-        "cross_validation": validation.to_dict(),
-        "sweep": [option.to_dict() for option in options],
-        "versions": versions(),
-    }
-    defense = Defense(spec, clip.preprocess, sites, None, license, record)
+        **provenance, "pictures": dict(material.provenance), "seed": seed, "gates": {**asdict(gates), **shown},
+        "high_norm": high_norm, "cross_validation": validation.to_dict(),
+        "sweep": [option.to_dict() for option in options], **stability, "versions": versions(),
+    }  # fmt: skip
+    defense = Defense(spec, clip.preprocess, _helping(fitted), None, license, record)
     return Fitted(defense, tuple(fitted), validation, tuple(options), saves.clear)
 
 
@@ -260,17 +267,28 @@ def _saves_of(clip: Clip, material: Material, text_embeds: Tensor, cache: Path |
 
 def _opened(
     encoded: Encoded, plans: Sequence[SitePlan], text_embeds: Tensor, gates: Gates, explained: Mapping[str, float]
-) -> dict[str, Any]:
-    """Hold SAEs and pictures against the gates before anything long starts; return what they show, as JSON values."""
-    tower, shown = encoded.clip.tower, {}
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Hold SAEs and pictures against the gates before anything long starts.
+
+    Returns:
+        What they show, and by hook point which patches stand out by their norm, as JSON values.
+    """
+    tower = encoded.clip.tower
+    shown: dict[str, float] = {}
+    high_norm: dict[str, Any] = {}
     first = min((plan.hook_point for plan in plans), key=block_of)
     resid = next(iter(encoded.resid(first).values()))
     sample = resid[torch.linspace(0, len(resid) - 1, min(_LOOKED_AT, len(resid))).long()]
     for plan in plans:
+        there = sample if plan.hook_point == first else tower.resid_from(sample, first, plan.hook_point)
+        sums = HighNormSums()
+        sums.add(there[:, tower.n_prefix :])
+        if (high := sums.result()) is not None:
+            high_norm[plan.hook_point] = asdict(high)
+            encoded.progress.line(f"{plan.hook_point}: {high.words()}")
         if plan.hook_point in explained:
             share = explained[plan.hook_point]
         else:
-            there = sample if plan.hook_point == first else tower.resid_from(sample, first, plan.hook_point)
             tokens = there[:, tower.positions(plan.hook_point, plan.sae.config.tokens)].flatten(0, 1)
             share = explained_variance(plan.sae.to(encoded.clip.device), tokens)
         gates.check_explained(plan.hook_point, share)
@@ -279,7 +297,7 @@ def _opened(
     fooled = n_fooled(encoded.data, answers_of(encoded.image_embeds(first), text_embeds))
     gates.check_fooled(fooled, encoded.data.n)
     encoded.progress.line(f"plain CLIP is wrong on {fooled} of {encoded.data.n} pictures with the cue")
-    return {"explained_variance": shown, "n_fooled": fooled}
+    return {"explained_variance": shown, "n_fooled": fooled}, high_norm
 
 
 def _helping(fitted: Sequence[FittedSite]) -> tuple[Site, ...]:

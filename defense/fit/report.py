@@ -19,6 +19,7 @@ from defense.errors import CheckpointError, cannot_import
 from defense.hosts.tower import block_of
 from defense.store import folders
 
+from . import stability
 from .placing import Fitted, Option
 from .sites import FittedSite
 
@@ -123,6 +124,8 @@ def markdown(fitted: Fitted) -> str:
         lines += ["The place was chosen by these figures, so those of the chosen one flatter it a little.", ""]
     for each in fitted.sites:
         lines += _site_lines(each)
+        if runs := fitted.defense.provenance.get("stability"):
+            lines += [f"{stability.words_on(runs, each.site.hook_point, each.selection.latents)}.", ""]
     return "\n".join(lines)
 
 
@@ -143,6 +146,7 @@ def _site_lines(fitted: FittedSite) -> list[str]:
     (latent_set,) = fitted.site.sets
     block = block_of(fitted.site.hook_point)
     before, after = fitted.selection.before, fitted.selection.after
+    columns = [column for column in (*_COLUMNS, stability.COLUMN) if column in latent_set.scores]
     lines = [
         f"## {fitted.site.hook_point}",
         "",
@@ -154,11 +158,11 @@ def _site_lines(fitted: FittedSite) -> list[str]:
         f"![contrast and effect](contrast-{block}.png)",
         f"![loss and accuracy](budget-{block}.png)",
         "",
-        f"| latent | gain | {' | '.join(_COLUMNS)} |",
-        f"|---|---|{'---|' * len(_COLUMNS)}",
+        f"| latent | gain | {' | '.join(columns)} |",
+        f"|---|---|{'---|' * len(columns)}",
     ]
     for row, latent in enumerate(latent_set.latents):
-        cells = [f"{latent_set.scores[column][row]:.4g}" for column in _COLUMNS]
+        cells = [f"{latent_set.scores[column][row]:.4g}" for column in columns]
         lines.append(f"| {latent} | {latent_set.gains[row]:.2f} | {' | '.join(cells)} |")
     return [*lines, ""]
 

@@ -89,4 +89,11 @@ def _tower(
         grid_size=trunk.patch_embed.grid_size,
         image_size=image_size,
         embed=trunk.patch_embed,
+        places_in_blocks=_places_in_blocks(trunk),
     )
+
+
+def _places_in_blocks(trunk: Any) -> bool:
+    """Return whether attention adds what it knows of places: rotary embeddings (EVA02, PE) or a table (BEiT)."""
+    names = ("rope", "rel_pos", "rel_pos_bias", "relative_position_bias_table")
+    return any(getattr(module, name, None) is not None for module in (trunk, *trunk.blocks.modules()) for name in names)

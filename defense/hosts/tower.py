@@ -110,6 +110,8 @@ class VisionTower:
         grid_size: Patches down and across.
         image_size: Height and width of pixel_values.
         embed: What first makes tokens of pictures; None where it is no module of its own.
+        places_in_blocks: Whether blocks tell by themselves where a token lies (rotary or relative positions), so that
+            they take no other number of tokens than a whole picture's.
     """
 
     parts: tuple[nn.Module, ...]
@@ -128,6 +130,7 @@ class VisionTower:
     grid_size: tuple[int, int]
     image_size: tuple[int, int]
     embed: nn.Module | None = None
+    places_in_blocks: bool = False
 
     # --- what it is ---
 
@@ -247,6 +250,15 @@ class VisionTower:
         """Return the positions of the tokens that a scope touches at a hook point; see `effective_scope`."""
         return token_slice(self.effective_scope(hook_point, scope), self.n_prefix)
 
+    def kinds(self, hook_point: str, scope: Tokens = "all") -> dict[str, slice]:
+        """Return the kinds of the tokens at `positions`, each with its place among them: "CLS", "register", "patch"."""
+        scope = self.effective_scope(hook_point, scope)
+        n_cls = int(self.has_cls)
+        found = {"CLS": slice(0, n_cls), "register": slice(n_cls, self.n_prefix), "patch": slice(self.n_prefix, None)}
+        if scope != "all":
+            return {"CLS": slice(None)} if scope == "cls" else {"patch": slice(None)}
+        return {kind: tokens for kind, tokens in found.items() if tokens.stop is None or tokens.start < tokens.stop}
+
     def n_tokens(self, hook_point: str, scope: Tokens = "all") -> int:
         """Return how many tokens a picture has at `positions`."""
         rows, columns = self.grid_size
@@ -282,7 +294,9 @@ class VisionTower:
         return tensor.to(self.device, self.dtype)
 
     @torch.no_grad()
-    def resid(self, pixel_values: np.ndarray | Tensor, hook_point: str, scope: Tokens | None = None) -> Tensor:
+    def resid(
+        self, pixel_values: np.ndarray | Tensor, hook_point: str, scope: Tokens | None = None, *, edited: bool = True
+    ) -> Tensor:
         """Return residuals, float32 [batch, n_tokens, d_model]; the blocks behind the hook point are not run.
 
         What is attached to the blocks, the one of the hook point included, is at work.
@@ -291,6 +305,8 @@ class VisionTower:
             pixel_values: float [batch, 3, height, width].
             hook_point: Where they are taken out.
             scope: Only the tokens that this scope touches there (see `effective_scope`); every token by default.
+            edited: False takes them out before what is attached to this very block edits them, as `resid_from` and
+                `embeds_from` take them in.
 
         Raises:
             HookPointError: No such block, or tokens that mean nothing there.
@@ -298,7 +314,10 @@ class VisionTower:
         positions = slice(None) if scope is None else self.positions(hook_point, scope)
         tensor = torch.as_tensor(pixel_values)
         return torch.cat(
-            [self._until(hook_point, self.batch(part))[:, positions].float() for part in tensor.split(BATCH)]
+            [
+                self._until(hook_point, self.batch(part), edited=edited)[:, positions].float()
+                for part in tensor.split(BATCH)
+            ]
         )
 
     @torch.no_grad()
@@ -350,19 +369,19 @@ class VisionTower:
             handle.remove()
 
     @contextmanager
-    def _watched(self, hook_point: str, see: Callable[[Tensor], None]) -> Iterator[None]:
-        """Show the residuals behind a block, [batch, pos, d_model], to a function."""
+    def _watched(self, hook_point: str, see: Callable[[Tensor], None], *, edited: bool = True) -> Iterator[None]:
+        """Show the residuals behind a block, [batch, pos, d_model], to a function: edited there, or before that."""
 
         def hook(_block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
             see(self.to_batch_first(output))
 
-        handle = self.block(hook_point).register_forward_hook(hook)
+        handle = self.block(hook_point).register_forward_hook(hook, prepend=not edited)
         try:
             yield
         finally:
             handle.remove()
 
-    def _until(self, hook_point: str, pixel_values: Tensor) -> Tensor:
+    def _until(self, hook_point: str, pixel_values: Tensor, *, edited: bool = True) -> Tensor:
         """Return the residuals behind a block and run no further."""
         kept: list[Tensor] = []
 
@@ -370,7 +389,7 @@ class VisionTower:
             kept.append(resid)
             raise _Reached
 
-        with self._watched(hook_point, see):
+        with self._watched(hook_point, see, edited=edited):
             try:
                 self.encode(pixel_values)
             except _Reached:

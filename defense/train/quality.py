@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from defense.core.coding import Coding, CodingByKind, CodingSums
 from defense.core.sae import SparseAutoencoder
 from defense.data.labels import Prompts, check_distinct, check_labels, resolve_templates
 from defense.data.sources import Pictures, prepared
@@ -22,14 +24,17 @@ class Quality:
     """How good an SAE is on held-out tokens.
 
     Attributes:
-        explained_variance: 1 - squared error / variance of the residuals around their mean.
+        explained_variance: 1 - squared error / variance of the residuals around their mean; NaN where nothing varies.
         l0: Latents that fire per token, on average.
         alive: Fraction of latents that fire at least once.
+        by_kind: The same for each kind of token ("CLS", "register", "patch"), each around its own mean; empty where
+            the kinds are not known.
     """
 
     explained_variance: float
     l0: float
     alive: float
+    by_kind: Mapping[str, Coding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,15 @@ class ZeroShot:
 @torch.inference_mode()
 def measure(sae: SparseAutoencoder, resid: Tensor, *, chunk: int = 4096) -> Quality:
     """Return an SAE's quality on residuals [n, d_model]."""
-    mean = resid.float().mean(0)
-    error = variance = fired = 0.0
-    alive = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=resid.device)
+    sums = CodingSums(sae.config.d_model, sae.config.d_sae, resid.device)
     for rows in resid.split(chunk):
-        rows = rows.float()
-        acts = sae.encode(rows)
-        error += float((rows - sae.decode(acts, rows)).square().sum())
-        variance += float((rows - mean).square().sum())
-        fired += float((acts != 0).sum())
-        alive |= (acts != 0).any(0)
-    return Quality(1 - error / variance, fired / len(resid), float(alive.float().mean()))
+        sums.add(sae, rows.float(), sae.encode(rows.float()))
+    return _quality(sums.result())
+
+
+def _quality(found: Coding, by_kind: Mapping[str, Coding] | None = None) -> Quality:
+    explained = math.nan if found.explained_variance is None else found.explained_variance
+    return Quality(explained, found.l0, found.alive, by_kind or {})
 
 
 @contextmanager
@@ -123,14 +126,14 @@ def evaluate(
     """
     sae = sae.to(clip.device)
     text_embeds = class_embeds(clip, names) if text_embeds is None else text_embeds
-    resids: list[Tensor] = []
+    coding = CodingByKind(sae, clip.tower.kinds(hook_point, sae.config.tokens), clip.device)
     answers: list[tuple[int, int, int]] = []
     for batch in prepared(clip.preprocess, list(pictures.held_out(n))):
         readable = [(picture, pixels) for picture, pixels in batch if pixels is not None]
         if not readable:
             continue
         pixel_values = np.stack([pixels for _, pixels in readable])
-        resids.append(clip.tower.resid(pixel_values, hook_point, sae.config.tokens).flatten(0, 1))
+        coding.encode_and_add(clip.tower.resid(pixel_values, hook_point, sae.config.tokens))
         if text_embeds is None:
             continue
         labels = [pictures.class_of(picture, names) for picture, _ in readable]
@@ -138,9 +141,10 @@ def evaluate(
         with spliced(clip, hook_point, sae):
             edited = (clip.image_embeds(pixel_values) @ text_embeds.T).argmax(1).tolist()
         answers += [(label, a, b) for label, a, b in zip(labels, plain, edited, strict=True) if label is not None]
-    if not resids:
+    found = coding.result()
+    if not found.n_tokens:
         raise ConfigError("none of the pictures that were kept from training can be read; there is nothing to measure")
-    quality = measure(sae, torch.cat(resids))
+    quality = _quality(found, coding.results())
     if not answers:
         return quality, None
     label, first, second = np.array(answers).T

@@ -11,13 +11,15 @@ import torch
 from defense.core.latents import LatentSet
 from defense.errors import ConfigError
 from defense.explain.catalogue import BIN_EDGES
-from defense.explain.naming import mean_jacobians, sparse_words, steerability
+from defense.explain.naming import mean_jacobians, sparse_words
+from defense.explain.steering import steerability
 from defense.hosts.attach import wrap
 from defense.hosts.clip import Clip
 from defense.hosts.families import tower_of
+from defense.train.quality import measure
 
 from ..conftest import D_SAE, clip_of, random_defense, random_sae
-from .described import POINT, N, acts_and_embeds, described
+from .described import POINT, N, acts_and_embeds, described, sparse_sae
 
 
 @pytest.fixture
@@ -90,6 +92,33 @@ def test_batches_give_what_the_whole_gives(clip, pictures) -> None:
     np.testing.assert_array_equal(cut.top, whole.top)
     np.testing.assert_array_equal(cut.histogram, whole.histogram)
     np.testing.assert_allclose(cut.directions, whole.directions, atol=2e-3)
+
+
+def test_tokens_are_coded_as_the_sae_does_by_kind(clip, pictures) -> None:
+    pixels = torch.from_numpy(np.stack([picture.pixel_values for picture in pictures]))
+    with torch.inference_mode():
+        resid = clip.tower.resid(pixels, POINT)
+    found = described(clip, pictures, batch=5).provenance["tokens"]
+    assert list(found) == ["CLS", "patch"]
+    for kind, tokens in (("CLS", slice(0, 1)), ("patch", slice(1, None))):
+        want = measure(sparse_sae(), resid[:, tokens].flatten(0, 1))
+        assert found[kind]["explained_variance"] == pytest.approx(want.explained_variance, abs=1e-5)
+        assert found[kind]["l0"] == pytest.approx(want.l0)
+        assert found[kind]["alive"] == pytest.approx(want.alive)
+
+
+def test_a_tower_that_makes_one_patch_long_is_found_out(clip, pictures) -> None:
+    def with_a_store(resid: torch.Tensor) -> torch.Tensor:
+        resid = resid.clone()
+        resid[:, 4] *= 20
+        return resid
+
+    assert described(clip, pictures).provenance["high_norm"]["share"] == 0
+    with clip.tower.changed(POINT, with_a_store):
+        found = described(clip, pictures).provenance["high_norm"]
+    assert found["share"] == pytest.approx(1 / 16)
+    assert found["share_of_pictures"] == 1
+    assert 10 < found["largest"] < 40
 
 
 def test_a_defense_on_the_host_is_bypassed(clip, pictures) -> None:

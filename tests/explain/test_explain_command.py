@@ -38,6 +38,49 @@ def test_a_report_is_written_and_the_short_answer_is_that_of_classify(defense_fo
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing else is left"
 
 
+def test_a_json_file_has_the_explanation_and_what_patches_say_on_both_sides(defense_folder, apple, tmp_path):
+    chosen = ("--labels", "dog,cat,red fish", "--defense", defense_folder)
+    code, _, err = run("explain", apple, "--out", tmp_path / "r.json", *chosen, "--phrase", "a tree", "--less", "cat")
+    assert code == 0, err
+    found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert found["picture"] == apple.name
+    assert found["patches"]["labels"] == ["dog", "cat", "red fish"]
+    for side in ("plain", "robust"):
+        assert np.shape(found["patches"][side]) == (4, 4, 3)
+        assert np.shape(found["patches"]["region"][f"{side}_region"]) == (4, 4)
+        assert len(found[side]) == 3
+    assert found["patches"]["plain"] != found["patches"]["robust"]
+
+
+def test_a_phrase_is_in_the_report_and_a_contrast_without_one_is_refused(defense_folder, apple, tmp_path):
+    arguments = ("explain", apple, "--labels", "dog,cat", "--defense", defense_folder, "--out", tmp_path / "r.html")
+    assert run(*arguments, "--phrase", "tree", "--less", "<i>")[0] == 0
+    assert "Where tree less <i> is" in Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
+    code, _, err = run(*arguments, "--less", "cat")
+    assert code == 2
+    assert "--phrase" in err
+
+
+def test_a_tower_that_cannot_be_read_by_patches_has_no_map_and_refuses_a_phrase(
+    defense_folder, apple, tmp_path, monkeypatch
+):
+    from defense.errors import HookPointError
+    from defense.explain import patches
+
+    def refuse(*_args: object) -> None:
+        raise HookPointError("rotary")
+
+    monkeypatch.setattr(patches, "patch_embeds", refuse)
+    arguments = ("explain", apple, "--labels", "dog,cat", "--defense", defense_folder, "--out", tmp_path / "r.html")
+    code, _, err = run(*arguments)
+    assert code == 0
+    assert "no map of labels: rotary" in err
+    assert "What each patch says" not in (tmp_path / "r.html").read_text(encoding="utf-8")
+    (tmp_path / "r.html").unlink()
+    assert run(*arguments, "--phrase", "dog")[0] != 0
+    assert not (tmp_path / "r.html").exists()
+
+
 def test_strength_and_edit_reach_the_report(defense_folder, apple, tmp_path):
     arguments = ("explain", apple, "--labels", "dog,cat", "--defense", defense_folder, "--out", tmp_path / "r.html")
     code, out, _ = run(*arguments, "--strength", 0)

@@ -14,6 +14,8 @@ from PIL import Image
 
 from defense.classify.explanation import Explanation, Removed
 from defense.explain.counterfactual import Counterfactual
+from defense.explain.patch_pictures import COLORS, colored, label_map, region_picture
+from defense.explain.patches import PatchLabels, Region
 from defense.explain.report_html import report_html
 from defense.explain.report_png import report_png
 from defense.hosts.controls import Controls
@@ -259,3 +261,58 @@ def test_long_labels_and_names_stay_within_the_picture():
 def test_the_picture_of_a_report_shows_what_the_explanation_says():
     pages = [report_png(picture(), each).tobytes() for each in (explanation(), explanation(n=2), unchanged())]
     assert len(set(pages)) == 3
+
+
+# --- patches ----------------------------------------------------------------------------------------------------------
+
+
+def said(labels: tuple[str, ...] = ("apple", EVIL)) -> PatchLabels:
+    """The left half says the first label, plain; all say the second, defended. A phrase is in the upper left corner."""
+    plain, robust = np.zeros((4, 4, len(labels)), np.float32), np.zeros((4, 4, len(labels)), np.float32)
+    plain[:, :2, 0] = plain[:, 2:, 1] = robust[..., 1] = 1
+    heat = np.zeros((4, 4), np.float32)
+    heat[0, 0] = 2
+    return PatchLabels("blocks.1.hook_resid_post", labels, plain, robust, Region("tree", None, heat, heat / 2))
+
+
+def test_both_reports_show_what_patches_say_and_nothing_of_it_without():
+    page = Page(report_html(picture(), explanation(), patches=said()))
+    for expected in ("What each patch says", "Behind block 1", EVIL, "50.0 %", "100.0 %", "Where tree is"):
+        assert expected in page.text
+    assert not page.all("script")
+    assert len(page.all("figure")) == 2 + 4
+    without = Page(report_html(picture(), explanation()))
+    assert "patch says" not in without.text
+    sheets = [
+        report_png(picture(), explanation(), patches=each) for each in (None, said(), replace(said(), region=None))
+    ]
+    heights = [sheet.height for sheet in sheets]
+    assert heights[0] < heights[2] < heights[1]
+
+
+def test_labels_are_colored_where_they_are_said_and_no_more_than_have_a_color():
+    patches = said()
+    assert colored(patches) == [(EVIL, 0.5, 1.0), ("apple", 0.5, 0.0)]
+    drawn = np.asarray(label_map(Image.new("RGB", (80, 80), "white"), (0, 0, 80, 80), patches, robust=False), np.int16)
+    for x, number in ((2, 1), (78, 0)):
+        nearest = np.abs(0.55 * np.array(COLORS) + 0.45 * 255 - drawn[2, x]).sum(1).argmin()
+        assert nearest == number
+    names = tuple(f"label {i}" for i in range(16))
+    many = PatchLabels("blocks.0.hook_resid_post", names, np.eye(16, dtype=np.float32).reshape(4, 4, 16), None)
+    assert len(colored(many)) == len(COLORS)
+    assert colored(many)[0] == ("label 0", 1 / 16, None)
+    gray = np.asarray(label_map(Image.new("RGB", (80, 80), "white"), (0, 0, 80, 80), many, robust=False))
+    assert (gray[75, 75] == 255).all(), "a label without a color leaves its patch as it was"
+
+
+def test_a_region_is_outlined_where_it_is_on_the_part_that_the_model_saw():
+    drawn = region_picture(Image.new("RGB", (100, 80), "gray"), (20, 0, 100, 80), said().region, robust=False)
+    white = np.argwhere((np.asarray(drawn) == 255).all(-1))
+    assert white.min(0).tolist() == pytest.approx([0, 20], abs=2)
+    assert white.max(0).tolist() == pytest.approx([20, 40], abs=2)
+
+
+def test_a_padded_picture_and_tiny_patches_are_drawn_too():
+    small = Image.new("RGB", (8, 4), "white")
+    assert label_map(small, (0, -2, 8, 6), said(), robust=True).size == (8, 4)
+    assert region_picture(small, (0, -2, 8, 6), said().region, robust=True).size == (8, 4)

@@ -82,6 +82,28 @@ def test_a_folder_of_pictures_becomes_a_defense_that_can_be_used(run, pictures, 
     assert again == text
 
 
+def test_how_stable_the_latents_are_is_printed_reported_and_kept(run, pictures, sae_folder, tmp_path):
+    out, told = tmp_path / "defense", tmp_path / "report"
+    arguments = (out, pictures, "--sae", sae_folder, *LABELS, "--no-calibrate")
+    code, text, talk = run(*arguments, "--bootstraps", "2", "--report", told)
+    assert code == 0, talk
+    (line,) = [line for line in text.splitlines() if line.startswith("stability")]
+    assert "of 2 runs on pictures drawn anew" in line
+    (latent_set,) = defenses.load(out).sites[0].sets
+    page = (told / "report.md").read_text(encoding="utf-8")
+    assert "| latent | gain | contrast | effect | stability |" in page
+    assert line.removeprefix("stability").strip() in page
+    assert set(latent_set.scores["stability"]) <= {0, 0.5, 1}
+    n_stable = sum(share >= 0.8 for share in latent_set.scores["stability"])
+    assert f" {n_stable} of {len(latent_set.latents)} latents" in line
+    code, text, _ = run(*arguments)
+    assert code == 0
+    assert "stability" not in text
+    code, _, err = run(*arguments, "--bootstraps", "1")
+    assert code == 2
+    assert "two or more" in err
+
+
 def test_groups_come_from_a_csv_file(run, pictures, sae_folder, tmp_path):
     rows = [f"{i:02d}.png,{'ab'[i % 2]},{i // 2 % 2}" for i in range(14)]
     (tmp_path / "rows.csv").write_text("path,label,place\n" + "\n".join(rows))

@@ -257,3 +257,33 @@ def test_another_hook_point_is_refused(precise):
             precise.tower.resid(pixels(), hook_point)
     with pytest.raises(HookPointError, match="blocks 0 to 2"):
         precise.tower.resid(pixels(), "blocks.3.hook_resid_post")
+
+
+def test_tokens_have_their_kinds_in_every_layout(precise):
+    """CLS, two registers and four patches; no CLS, with registers and without; the last block of one that pools CLS."""
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 0}
+    full = tower_of(timm.models.VisionTransformer(**sizes, reg_tokens=2, global_pool="avg"))
+    bare = tower_of(timm.models.VisionTransformer(**sizes, class_token=False, global_pool="avg"))
+
+    def found(tower, scope="all", point=POINT):
+        n_tokens = tower.n_tokens(point, scope)
+        return {kind: list(range(n_tokens))[where] for kind, where in tower.kinds(point, scope).items()}
+
+    assert found(full) == {"CLS": [0], "register": [1, 2], "patch": [3, 4, 5, 6]}
+    assert found(full, "patch") == {"patch": [0, 1, 2, 3]}
+    assert found(full, "cls") == {"CLS": [0]}
+    assert found(bare) == {"patch": [0, 1, 2, 3]}
+    just_registers = tower_of(
+        timm.models.VisionTransformer(**sizes, class_token=False, reg_tokens=2, global_pool="avg")
+    )
+    assert found(just_registers) == {"register": [0, 1], "patch": [2, 3, 4, 5]}
+    assert found(precise.tower, point="blocks.2.hook_resid_post") == {"CLS": [0]}
+
+
+def test_a_residual_is_taken_out_before_or_after_what_is_attached_there(precise):
+    point, before = POINT, precise.tower.resid(pixels(), POINT)
+    with precise.defended(a_defense(precise), allow_mismatch=True):
+        edited = precise.tower.resid(pixels(), point)
+        unedited = precise.tower.resid(pixels(), point, edited=False)
+    assert torch.equal(unedited, before)
+    assert not torch.equal(edited, before)

@@ -29,7 +29,17 @@ def test_the_command_writes_an_sae(folder, tmp_path, options):
     assert result.exit_code == 0, result.output
     assert "explained variance" in result.stdout
     assert "zero-shot" in result.stdout
-    sae = checkpoint.load(tmp_path / "sae").sae
+    lines = [line.split() for line in result.stdout.splitlines()]
+    by_kind = {line[0]: line[1:] for line in lines if line and line[0] in ("CLS", "patch")}
+    made = checkpoint.load(tmp_path / "sae")
+    for kind, found in made.provenance["quality"]["by_kind"].items():
+        figures = f"{found['explained_variance']:.4f} {found['l0']:.1f} {100 * found['alive']:.1f} %"
+        assert by_kind[kind] == figures.split()
+    assert by_kind["CLS"] != by_kind["patch"]
+    told = CliRunner().invoke(app, ["info", str(tmp_path / "sae")]).stdout
+    assert [line.split() for line in told.splitlines() if line.split()[0] == "CLS"] == [["CLS", *by_kind["CLS"]]]
+    assert "by_kind" not in told
+    sae = made.sae
     assert (sae.config.act, sae.config.d_sae) == ("batchtopk", 96)
     assert {path.name for path in tmp_path.iterdir()} == {"names.txt", "sae"}
 
