@@ -70,8 +70,8 @@ def table(result: dict[str, Any]) -> str:
         overlap = "do not overlap" if swept["separates"] else "overlap"
         lines += [
             "",
-            f"At {swept['strength']:g} latents are furthest ahead of random directions, and the two intervals {overlap}. "
-            f"Monosemanticity of all pairs of pictures: {likeness['all_pairs']:.3f}.",
+            f"At {swept['strength']:g} latents are furthest ahead of random directions, and the two intervals "
+            f"{overlap}. Monosemanticity of all pairs of pictures: {likeness['all_pairs']:.3f}.",
         ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
