@@ -67,9 +67,12 @@ def table(result: dict[str, Any]) -> str:
             cells = [f"{100 * x:.0f} ({100 * low:.0f}-{100 * high:.0f}), {words}" for x, low, high, words in columns]
             median = likeness["kinds"][kind]
             lines.append(f"| {_KINDS[kind]} | {found['n']} | {' | '.join(cells)} | {_median(median)} |")
-        ahead = "ahead of random directions" if swept["separates"] else "not ahead of random directions beyond chance"
-        lines += ["", f"At {swept['strength']:g} latents are furthest ahead, and {ahead}. All pairs of pictures: "
-                  f"{likeness['all_pairs']:.3f}."]  # fmt: skip
+        overlap = "do not overlap" if swept["separates"] else "overlap"
+        lines += [
+            "",
+            f"At {swept['strength']:g} latents are furthest ahead of random directions, and the two intervals "
+            f"{overlap}. Monosemanticity of all pairs of pictures: {likeness['all_pairs']:.3f}.",
+        ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

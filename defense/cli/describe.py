@@ -133,7 +133,7 @@ def _print_baselines(baselines: dict[str, Any]) -> None:
         columns = zip(*(figures[name] for name in ("share", "low", "high", "n_words_reached")), strict=True)
         cells = (f"{100 * x:.0f} [{100 * low:.0f}-{100 * high:.0f}]; {n}" for x, low, high, n in columns)
         put(f"  {kind:10}" + "".join(f"{cell:>20}" for cell in cells))
-    verdict = "" if swept["separates"] else ", where latents are not ahead of random directions beyond chance"
+    verdict = "" if swept["separates"] else ", where the intervals of latents and random directions overlap"
     put(f"  the column steerability is at strength {swept['strength']:g}{verdict}")
     medians = (
         f"{kind} {found['median']:.3f} [{found['low']:.3f}-{found['high']:.3f}]"

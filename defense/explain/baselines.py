@@ -153,7 +153,7 @@ class Sweep:
 
     @property
     def separates(self) -> bool:
-        """Whether latents are ahead there beyond both intervals."""
+        """Whether the interval of latents lies above that of random directions there."""
         return self.share("latents", self.place)[1] > self.share("random", self.place)[2]
 
     def to_dict(self) -> dict[str, Any]:

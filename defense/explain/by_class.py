@@ -10,6 +10,7 @@ class; what fires in every class alike, as backgrounds do, then comes first, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ N_TOP = 10
 """Latents of a class that a catalogue names."""
 _KS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _MASKED_EVERY = 4
+_N_SHOWN = 20
+"""Classes whose latents are printed."""
 
 
 class ClassSums:
@@ -181,8 +184,10 @@ def lines_of(found: dict[str, Any], n_top: int = 3) -> list[str]:
     """
     lines = [
         f"{name}: {', '.join(f'{latent} (+{lead:.2f})' for latent, lead in top[:n_top]) or 'no latent is ahead'}"
-        for name, top in found["top"].items()
+        for name, top in islice(found["top"].items(), _N_SHOWN)
     ]
+    if (n_more := len(found["top"]) - _N_SHOWN) > 0:
+        lines.append(f"and {n_more} more classes, in the catalogue")
     curve = found["masking"]
     share, low, high = (100 * each for each in curve["plain"])
     lines.append(

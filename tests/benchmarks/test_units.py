@@ -29,7 +29,7 @@ def test_what_does_not_separate_is_said():
     swept = {"strengths": [1.0], "kinds": {"latents": kind}, "strength": 1.0, "n_words": 9}
     likeness = {"all_pairs": 0.1, "kinds": {"latents": {"n": 0}}}
     block = {"hook_point": "blocks.2.hook_resid_post", "d_sae": 10, "monosemanticity": likeness}
-    for separates, said in ((True, "and ahead of random"), (False, "not ahead of random directions beyond chance")):
+    for separates, said in ((True, "intervals do not overlap"), (False, "intervals overlap")):
         text = units.table({"blocks": [{**block, "steerability": {**swept, "separates": separates}}]})
         assert said in text
         assert "50 (20-80), 3" in text

@@ -135,6 +135,9 @@ def test_masking_nothing_that_fires_changes_nothing_and_everything_is_the_sae_wi
     lines = lines_of(of_classes)
     assert lines[0].startswith("a: ")
     assert any(line.startswith("remove random ones") for line in lines)
+    many = lines_of({**of_classes, "top": {str(number): [] for number in range(33)}})
+    assert "and 13 more classes, in the catalogue" in many
+    assert len(many) == len(lines) - 2 + 20 + 1
 
 
 def test_the_command_takes_classes_by_name_and_refuses_others_before_the_work(tiny_folder, tmp_path, monkeypatch):
