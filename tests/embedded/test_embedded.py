@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,8 @@ import pytest
 
 pytest.importorskip("open_clip")
 import torch
-from typer.testing import CliRunner
 
 from defense.classify.classifier import RobustClassifier
-from defense.cli import app
 from defense.embedded import build
 from defense.errors import CheckpointError
 from defense.fit.control import activity_of, random_control
@@ -158,18 +155,6 @@ def test_what_is_removed_lies_where_the_word_is(clf):
         text = scenes.letters_at(case.scene, grid) > 0
         inside, total = inside + heat[text].sum() / heat.sum(), total + text.mean()
     assert inside > 2 * total, "per patch, twice as much must be removed on the word as elsewhere"
-
-
-def test_classify_without_arguments_shows_the_examples():
-    result = CliRunner().invoke(app, ["classify"])
-    assert result.exit_code == 0
-    for path in EXAMPLES:
-        assert path.name in result.stdout
-    assert "defended" in result.stdout
-    assert "removed: text" in result.stdout
-    assert "--labels" in result.stderr
-    rows = [json.loads(line) for line in CliRunner().invoke(app, ["classify", "--json"]).stdout.splitlines()]
-    assert [row["file"] for row in rows] == [str(path) for path in EXAMPLES]
 
 
 def test_the_shipped_report_is_the_one_of_the_shipped_weights():
