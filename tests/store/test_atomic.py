@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -135,17 +136,19 @@ def test_fault_what_a_killed_writer_of_a_file_left_is_removed_by_the_next(tmp_pa
 # --- no space left ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 64 KiB, as if the disk were full."""
+    """No file may grow beyond 64 KiB, as if the disk were full. No fixture: the log of the tests is a file, too."""
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def made_defense(seed: int, d_sae: int = 2) -> Defense:
@@ -157,16 +160,16 @@ def made_defense(seed: int, d_sae: int = 2) -> Defense:
     return Defense(ClipId("x", None, "0" * 64, False, 2, 1), preprocess, (site,))
 
 
-def test_fault_75_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path, small_files: None) -> None:
+def test_fault_75_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path) -> None:
     folder = defenses.save(made_defense(1), tmp_path / "defense")
-    with pytest.raises(OSError, match="unchanged") as caught:
+    with small_files(), pytest.raises(OSError, match="unchanged") as caught:
         defenses.save(made_defense(2, d_sae=20_000), folder)
     assert caught.value.errno == errno.EFBIG
     assert caught.value.filename == str(folder)
     assert list(tmp_path.iterdir()) == [folder]
     assert defenses.load(folder).sets == ("set 1",)
     path = tmp_path / "state.bin"
-    with pytest.raises(OSError, match="unchanged"), folders.replacing(path) as partial:
+    with small_files(), pytest.raises(OSError, match="unchanged"), folders.replacing(path) as partial:
         partial.write_bytes(bytes(2**17))
     assert list(tmp_path.iterdir()) == [folder]
 
