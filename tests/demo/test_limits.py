@@ -8,7 +8,9 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason='needs the extra "demo"')
 
-from defense.demo import draw, limits
+import gradio
+
+from defense.demo import draw, limits, uploads
 from defense.errors import ConfigError, InvalidImageError
 
 from .files import BAD_FILES, file_of
@@ -115,3 +117,20 @@ def test_no_word_leaves_the_picture_as_it_is():
 def test_what_cannot_be_written_is_refused(fields):
     with pytest.raises(ConfigError):
         draw.Note(**fields)
+
+
+def test_fault_79_a_file_outside_of_the_private_folder_is_neither_read_nor_deleted(tmp_path, monkeypatch):
+    private, secret = tmp_path / "private", tmp_path / "secret.txt"
+    private.mkdir()
+    secret.write_text("a secret")
+    (private / "link").symlink_to(secret)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(private))
+    for path in (secret, private / ".." / "secret.txt", private / "link"):
+        with pytest.raises(gradio.Error, match="not_found"):
+            uploads.take(path)
+    assert secret.read_text() == "a secret"
+    own = private / "request" / "content" / "picture.png"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"bytes")
+    assert uploads.take(own) == b"bytes"
+    assert not own.exists()
