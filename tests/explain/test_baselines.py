@@ -21,6 +21,7 @@ from defense.hosts.neurons import Neurons
 
 from ..conftest import D_MODEL, D_SAE, clip_of, random_sae
 from .described import POINT, WORDS, described, sparse_sae
+from .planted import PlantedClip
 
 
 @pytest.fixture
@@ -82,22 +83,6 @@ class _Back(torch.nn.Module):
 
 
 # --- steering ---------------------------------------------------------------------------------------------------------
-
-
-class PlantedClip:
-    """Five channels of the residual are the five words' logits; no other channel says anything."""
-
-    logit_scale = 1.0
-
-    @property
-    def tower(self) -> PlantedClip:
-        return self
-
-    def positions(self, *_: str) -> slice:
-        return slice(None)
-
-    def embeds_from(self, resid: torch.Tensor, _hook_point: str) -> torch.Tensor:
-        return resid[..., :5].mean(1)
 
 
 def planted(norm: str = "none") -> Steering:

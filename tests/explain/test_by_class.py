@@ -21,24 +21,11 @@ from defense.store.checkpoint import Checkpoint
 from ..command import run
 from ..conftest import clip_of
 from .described import POINT, WORDS, described, sparse_sae
+from .planted import PlantedClip
 
 CLASSES = ("ant", "bee", "cow", "dog", "eel")
 WIDTH, ALWAYS, NEVER = 12, 9, 11
 CPU = torch.device("cpu")
-
-
-class PlantedClip:
-    """Channels 0 to 4 of the residual are the five classes' logits; the others say nothing."""
-
-    @property
-    def tower(self) -> PlantedClip:
-        return self
-
-    def positions(self, *_: str) -> slice:
-        return slice(None)
-
-    def embeds_from(self, resid: torch.Tensor, _hook_point: str) -> torch.Tensor:
-        return resid[..., :5].mean(1)
 
 
 def sae() -> SparseAutoencoder:
