@@ -7,6 +7,7 @@ are written on them, the folds and the order. All are measured on the same photo
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from defense.benchmarks.environment import environment_of, machine_words, write_
 from defense.benchmarks.methods import make_methods
 from defense.benchmarks.named_clip import load_named_clip
 from defense.benchmarks.photo_tables import Table
-from defense.benchmarks.tables import BASELINE, OURS
+from defense.benchmarks.tables import BASELINE, OURS, laid_out
 from defense.hosts.defense import Defense
 from defense.hosts.shipped import PHOTO
 from defense.store.defenses import find_defense
@@ -57,14 +58,12 @@ def table(result: Mapping[str, Any]) -> str:
     """Return the Markdown of a result: a row per seed, then mean and range."""
     rows = result["rows"]
     columns = ("clean", "stay", "attacked", "success")
-    lines = ["| seed | latents | clean | answers that stay | attacked | attack success |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        lines.append(f"| {row['seed']} | {row['latents']} | {' | '.join(f'{row[name]:.1f}' for name in columns)} |")
-    means = (sum(row[name] for row in rows) / len(rows) for name in columns)
-    lines.append(f"| mean | | {' | '.join(f'{mean:.1f}' for mean in means)} |")
+    headings = ["seed", "latents", "clean", "answers that stay", "attacked", "attack success"]
+    lines = [[str(row["seed"]), str(row["latents"]), *(f"{row[name]:.1f}" for name in columns)] for row in rows]
+    lines.append(["mean", "", *(f"{sum(row[name] for row in rows) / len(rows):.1f}" for name in columns)])
     spans = (f"{min(row[name] for row in rows):.1f} to {max(row[name] for row in rows):.1f}" for name in columns)
-    lines.append(f"| range | | {' | '.join(spans)} |")
-    return "\n".join(lines) + "\n\nPercent, on photo-100; attacked: mean over six ways to write a word."
+    lines.append(["range", "", *spans])
+    return laid_out(headings, lines) + "\n\nPercent, on photo-100; attacked: mean over six ways to write a word."
 
 
 def section(result: Mapping[str, Any]) -> str:
@@ -79,7 +78,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="the folder that holds photos100")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/photo-seeds.json"))
     arguments = parser.parse_args()
-    command = " ".join(["python -m defense.benchmarks.photo_seeds", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "defense.benchmarks.photo_seeds", *sys.argv[1:]])
     write_json(arguments.out, measure(arguments.defenses, arguments.data, command))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from defense.benchmarks.environment import machine_words
-from defense.benchmarks.tables import BASELINE, OURS
+from defense.benchmarks.tables import BASELINE, OURS, laid_out
 from defense.errors import ConfigError
 
 Result = Mapping[str, Any]
@@ -62,7 +62,8 @@ def short_table(results: Sequence[Result]) -> str:
     rows = [BASELINE, OURS, *filter(None, [table.strongest_rival()]), *({_RANDOM} & set(table.methods))]
     has_real = (_REAL, OURS) in table.by_place
     headings = ["model", "clean", "answers that stay", "empty plate", "attacked", "attack success"]
-    lines = [headings + ["real notes"] * has_real]
+    headings += ["real notes"] * has_real
+    lines = []
     for method in rows:
         cells = [table.figure(_CLEAN, method, "accuracy"), table.same(method), table.figure(_PLATE, method, "accuracy")]
         cells += [table.mean(method, "accuracy"), table.mean(method, "attack_success")]
@@ -70,7 +71,7 @@ def short_table(results: Sequence[Result]) -> str:
         if has_real:
             is_there = (_REAL, method) in table.by_place
             lines[-1].append(f"{table.figure(_REAL, method, 'accuracy'):.1f}" if is_there else "-")
-    return _markdown(lines) + "\n\n" + _caption(table)
+    return laid_out(headings, lines) + "\n\n" + _caption(table)
 
 
 def _caption(table: Table) -> str:
@@ -97,7 +98,8 @@ def changed_table(results: Sequence[Result]) -> str:
     """Return how many answers differ from plain CLIP's where nothing attacks, and in which classes most do."""
     table = Table(results)
     datasets = [name for name in _UNATTACKED if (name, BASELINE) in table.by_place]
-    lines = [["method", *(name.removeprefix("photo-100-") for name in datasets), "most in"]]
+    headings = ["method", *(name.removeprefix("photo-100-") for name in datasets), "most in"]
+    lines = []
     for method in table.methods:
         if method == BASELINE:
             continue
@@ -111,9 +113,4 @@ def changed_table(results: Sequence[Result]) -> str:
                 by_class[name] = known[0] + round(n * share), known[1] + n
         worst = sorted(by_class.items(), key=lambda each: (-each[1][0], each[0]))[:_N_CLASSES]
         lines.append([method, *cells, ", ".join(f"{name} {k} of {n}" for name, (k, n) in worst) or "-"])
-    return _markdown(lines) + "\n\nPercent of answers, right or wrong, that are not plain CLIP's."
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    head, *rows = lines
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    return laid_out(headings, lines) + "\n\nPercent of answers, right or wrong, that are not plain CLIP's."

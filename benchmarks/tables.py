@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from defense.benchmarks.environment import machine_words
@@ -89,8 +89,12 @@ def _section(results: Sequence[Result]) -> str:
     headings += ["ms", "MiB"]
     for row, method in zip(rows, methods, strict=True):
         row += _cost([result for result in results if result["method"] == method])
-    lines = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
-    return f"### {results[0]['robust']['title']}\n\n" + "\n".join(lines) + "\n\n" + _caption(results)
+    return f"### {results[0]['robust']['title']}\n\n{laid_out(headings, rows)}\n\n{_caption(results)}"
+
+
+def laid_out(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows))
 
 
 def _columns(result: Result, others: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from defense.classify.answers import Chunk, OnError, Pixels
-from defense.classify.label_warnings import warn_of_reading, warn_of_unknown_words
+from defense.classify.label_warnings import some, warn_of_reading, warn_of_unknown_words
 from defense.classify.zeroshot import ZeroShotClassifier
 from defense.data import labels
 from defense.data.images import DEFAULT_LIMITS, Limits
@@ -293,9 +293,9 @@ class OnnxClassifier(ZeroShotClassifier):
     def _encode_prompts(self, prompts: Prompts) -> np.ndarray:
         if self.bundle.text_model is None or self.bundle.context_length is None:
             raise ConfigError(
-                f"this bundle has no text tower: it knows the labels {_some(self.bundle.prompts.labels)} in the "
-                f"template {_template(self.bundle.prompts.templates)}, and any choice of these. For others export it "
-                "with text=True (defense export --text), or hand embeddings to set_label_embeds"
+                f"this bundle has no text tower: it knows the labels {some(self.bundle.prompts.labels, _N_SHOWN)} "
+                f"in the template {_template(self.bundle.prompts.templates)}, and any choice of these. For others "
+                "export it with text=True (defense export --text), or hand embeddings to set_label_embeds"
             )
         tokenizer = ClipTokenizer(self.bundle.context_length)
         labels.check_distinct(prompts, tokenizer)
@@ -427,12 +427,8 @@ class OnnxClassifier(ZeroShotClassifier):
         return difference
 
 
-def _some(texts: Sequence[str]) -> str:
-    """Return the first few texts, quoted, and how many more there are."""
-    shown = ", ".join(map(repr, texts[:_N_SHOWN]))
-    return shown if len(texts) <= _N_SHOWN else f"{shown} and {len(texts) - _N_SHOWN} more"
-
-
 def _template(templates: tuple[str, ...]) -> str:
     """Return templates as `set_labels` takes them: the name of a set of them, or the texts."""
-    return next((repr(name) for name, texts in labels.TEMPLATES.items() if texts == templates), _some(templates))
+    return next(
+        (repr(name) for name, texts in labels.TEMPLATES.items() if texts == templates), some(templates, _N_SHOWN)
+    )

@@ -31,7 +31,7 @@ def warn_of_unknown_words(
         return
     unknown = [name for name in names if is_blank[np.asarray(tokenizer([name]))].any()]
     if unknown:
-        log.warning("this model never saw these labels, and guesses: %s", _shown(unknown))
+        log.warning("this model never saw these labels, and guesses: %s", some(unknown, _N_SHOWN))
 
 
 def warn_of_reading(names: Sequence[str], sets: Iterable[str]) -> None:
@@ -45,10 +45,11 @@ def warn_of_reading(names: Sequence[str], sets: Iterable[str]) -> None:
         log.warning(
             "these labels name text, and the defense removes what is read, so they will be missed: %s; classify them "
             "without it",
-            _shown(found),
+            some(found, _N_SHOWN),
         )
 
 
-def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _N_SHOWN} more" if len(names) > _N_SHOWN else ""
-    return ", ".join(map(repr, names[:_N_SHOWN])) + more
+def some(texts: Sequence[str], n: int) -> str:
+    """Return the first n texts, quoted, and how many more there are."""
+    more = f" and {len(texts) - n} more" if len(texts) > n else ""
+    return ", ".join(map(repr, texts[:n])) + more

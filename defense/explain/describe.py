@@ -173,7 +173,7 @@ def describe(
         of_classes = (
             {} if by_class is None else {"classes": _of_classes(clip, hook_point, sae, by_class, prompts, seed)}
         )
-        steered = steerability(clip, hook_point, steering.resid, sae, text_embeds, seen.sums.fires, swept.strength)
+        steered = steerability(steering, sae, seen.sums.fires, swept.strength)
     return _catalogue(
         hook_point,
         seen.sums,

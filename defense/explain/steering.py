@@ -13,9 +13,6 @@ from defense.core.sae import SparseAutoencoder, normalize
 from defense.hosts.clip import Clip
 from defense.hosts.tower import BATCH
 
-STEER = 2.0
-"""Steered activation where no other is chosen, as a multiple of the mean norm of what the encoder sees."""
-
 
 class Steering:
     """Pictures to steer on, and the words whose probabilities are watched.
@@ -75,29 +72,17 @@ class Steering:
             yield some, squares, moved.mean(1)
 
 
-def steerability(
-    clip: Clip,
-    hook_point: str,
-    resid: Tensor,
-    sae: SparseAutoencoder,
-    text_embeds: Tensor,
-    which: Tensor,
-    steer: float = STEER,
-) -> np.ndarray:
+def steerability(steering: Steering, sae: SparseAutoencoder, which: Tensor, steer: float) -> np.ndarray:
     """Return how far the answer moves when a latent is set to a high value on every token, S, float64 [d_sae].
 
     Args:
-        clip: The CLIP.
-        hook_point: Where the SAE reads.
-        resid: Pictures to steer on, at least two, [n, pos, d_model].
+        steering: On which pictures; of this SAE's hook point and norm.
         sae: The SAE.
-        text_embeds: Of the words, [n_words, d_embed], normalized.
         which: Latents to steer, bool [d_sae]; the others get NaN.
         steer: That value, as a multiple of the mean norm of what the encoder sees.
 
     Source: see `Steering`.
     """
-    steering = Steering(clip, hook_point, resid, text_embeds, sae.config.norm)
     found = torch.full((sae.config.d_sae,), torch.nan, dtype=torch.float64)
     latents = which.nonzero()[:, 0].cpu()
     acts = sae.encode(steering.read)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from defense.core.coding import CodingSums
 from defense.core.sae import SparseAutoencoder
 from defense.errors import GateError
 
@@ -83,8 +85,8 @@ def explained_variance(sae: SparseAutoencoder, resid: Tensor) -> float:
         resid: Residuals of the tokens that it was trained on, [n, d_model], n >= 2.
     """
     rows = resid[torch.linspace(0, len(resid) - 1, min(_TOKENS, len(resid))).long()].float()
-    variance = (rows - rows.mean(0)).square().sum()
-    error = 0.0
+    sums = CodingSums(sae.config.d_model, sae.config.d_sae, rows.device)
     for part in chunks(len(rows), 4 * COPIES * sae.config.d_sae):
-        error += float((rows[part] - sae.decode(sae.encode(rows[part]), rows[part])).square().sum())
-    return 1 - error / float(variance)
+        sums.add(sae, rows[part], sae.encode(rows[part]))
+    found = sums.result().explained_variance
+    return math.nan if found is None else found

@@ -12,7 +12,7 @@ from defense.core.latents import LatentSet
 from defense.errors import ConfigError
 from defense.explain.catalogue import BIN_EDGES
 from defense.explain.naming import mean_jacobians, sparse_words
-from defense.explain.steering import steerability
+from defense.explain.steering import Steering, steerability
 from defense.hosts.attach import wrap
 from defense.hosts.clip import Clip
 from defense.hosts.families import tower_of
@@ -185,7 +185,7 @@ def test_steerability_of_a_network_that_can_be_computed_by_hand() -> None:
     resid = torch.randn(3, 4, sae.config.d_model, generator=torch.Generator().manual_seed(1))
     text_embeds, which = torch.eye(5), torch.zeros(D_SAE, dtype=torch.bool)
     which[[3, 50]] = True
-    got = steerability(LinearClip(), POINT, resid, sae, text_embeds, which, steer=0.5)
+    got = steerability(Steering(LinearClip(), POINT, resid, text_embeds, sae.config.norm), sae, which, steer=0.5)
     target = 0.5 * resid.norm(dim=-1).mean()
     for latent in (3, 50):
         moved = []
@@ -205,9 +205,10 @@ def test_steering_that_does_the_same_to_all_pictures_has_the_published_value() -
     resid = torch.randn(1, 4, sae.config.d_model, generator=torch.Generator().manual_seed(1)).expand(4, -1, -1)
     which = torch.zeros(D_SAE, dtype=torch.bool)
     which[7] = True
-    one_pair = steerability(LinearClip(), POINT, resid[:2], sae, torch.eye(5), which)[7]
+    two, four = (Steering(LinearClip(), POINT, some, torch.eye(5), sae.config.norm) for some in (resid[:2], resid))
+    one_pair = steerability(two, sae, which, steer=2.0)[7]
     assert 0 < one_pair <= 2
-    assert steerability(LinearClip(), POINT, resid, sae, torch.eye(5), which)[7] == pytest.approx(one_pair, rel=1e-4)
+    assert steerability(four, sae, which, steer=2.0)[7] == pytest.approx(one_pair, rel=1e-4)
 
 
 def test_the_jacobians_are_the_slopes_of_the_embedding(tiny_clip) -> None:

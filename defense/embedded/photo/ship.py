@@ -89,9 +89,6 @@ def write_pictures(path: Path, photographs: Path, crops: np.ndarray, n: int, see
         n: Photographs to take, at most.
         seed: Which ones, and the order.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rng = np.random.default_rng(seed)
     names = load_words().names
     trained = read_photographs(photographs, "train").trained_on()
@@ -99,9 +96,7 @@ def write_pictures(path: Path, photographs: Path, crops: np.ndarray, n: int, see
     rows = [(_png(trained.pixels[row]), names[trained.labels[row]]) for row in chosen]
     rows += [(_png(crop), None) for crop in crops]
     order = rng.permutation(len(rows))
-    columns = {"image": [rows[i][0] for i in order], "label": [rows[i][1] for i in order]}
-    with replacing(path) as partial:
-        pq.write_table(pa.table(columns), partial, row_group_size=500, compression="none")
+    _write_table(path, [rows[i][0] for i in order], [rows[i][1] for i in order])
 
 
 def write_described(path: Path, photographs: Path, n: int, seed: int) -> None:
@@ -113,9 +108,6 @@ def write_described(path: Path, photographs: Path, n: int, seed: int) -> None:
         n: How many.
         seed: Which ones, and what is written where.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rng = np.random.default_rng([seed, n])
     words, fonts = load_words(), [font for kind in TRAIN.values() for font in kind]
     trained = read_photographs(photographs, "train").trained_on()
@@ -127,6 +119,13 @@ def write_described(path: Path, photographs: Path, n: int, seed: int) -> None:
             picture = write_all(picture, [sample_hand(rng, written, fonts)])[0]
         images.append(_png(np.asarray(picture)))
         labels.append(words.names[trained.labels[row]])
+    _write_table(path, images, labels)
+
+
+def _write_table(path: Path, images: Sequence[bytes], labels: Sequence[str | None]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     with replacing(path) as partial:
         pq.write_table(pa.table({"image": images, "label": labels}), partial, row_group_size=500, compression="none")
 
