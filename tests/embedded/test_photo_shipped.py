@@ -53,7 +53,7 @@ def test_the_examples_fool_plain_clip_and_not_the_defended_one(clf):
         assert robust in SEEN[thing] if thing in SEEN else robust != word
 
 
-@pytest.mark.parametrize("style", ["print", "display", "handwriting", "capitals"])
+@pytest.mark.parametrize("style", STYLES)
 def test_words_in_unseen_typefaces_win_on_photographs_until_they_are_defended(clf, style):
     words = load_words()
     fooled, got_through = [], []
@@ -67,7 +67,7 @@ def test_words_in_unseen_typefaces_win_on_photographs_until_they_are_defended(cl
             fooled.append(plain == word)
             got_through.append(robust == word)
     assert np.mean(fooled) >= 0.2
-    assert sum(got_through) <= sum(fooled) / 2  # on sharp photographs more get through than on those of the benchmark
+    assert sum(got_through) <= 1
 
 
 @pytest.mark.parametrize("name", ["cat", "espresso", "tripod", "rocket"])

@@ -57,7 +57,7 @@ class Recipe:
     """What the shipped defense was made with.
 
     Attributes:
-        blocks: Those with an SAE, counted from 0.
+        blocks: Those with an SAE, counted from 0: block 1, since from block 2 on the CLS token reads the patches.
         d_sae: Latents of each.
         n_tokens: That each SAE is trained on.
         text_rate: Share of its pictures with a word on them.
@@ -68,7 +68,7 @@ class Recipe:
         seed: Of everything.
     """
 
-    blocks: tuple[int, ...] = (2,)
+    blocks: tuple[int, ...] = (1,)
     d_sae: int = 2048
     n_tokens: int = 2_000_000
     text_rate: float = 0.6
