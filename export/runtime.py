@@ -361,14 +361,6 @@ class OnnxClassifier(ZeroShotClassifier):
     def _encode_image(self, pixel_values: np.ndarray) -> np.ndarray:
         self._own_process()
         session = self._session(self.bundle.model)
-        want = (3, *self.bundle.preprocess.size)
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != want:
-            raise ShapeError(
-                f"pixel_values is {list(pixel_values.shape)}, want [batch, {', '.join(map(str, want))}] as "
-                "bundle.preprocess makes it"
-            )
-        if len(pixel_values) == 0:
-            return np.empty((0, self.bundle.text_embeds.shape[1]), np.float32)
         strengths = np.full(len(pixel_values), self.strength, np.float32)
         (image_embeds,) = self._run(session, ["image_embeds"], pixel_values, strengths)
         return image_embeds

@@ -26,7 +26,7 @@ class Encoded:
 
     Args:
         clip: The CLIP. A defense that is attached to it stays out of what is kept.
-        data: The pictures.
+        data: The pictures; without pixels where `take` made this, which has those of all.
         folder: Where residuals are kept for other fits too; None to keep nothing.
         progress: Told of the pictures.
     """
@@ -47,8 +47,8 @@ class Encoded:
         return torch.arange(self.data.n) if self._rows is None else self._rows
 
     def take(self, rows: Tensor) -> Encoded:
-        """Return some of the pictures, by their index, int64 [m]; the two share what is computed."""
-        part = Encoded(self.clip, self.data.take(rows), None, self.progress)
+        """Return some of the pictures, by their index, int64 [m]; the two share pixels and what is computed."""
+        part = Encoded(self.clip, self.data.without_pixels(rows), None, self.progress)
         part.kept, part._whole, part._seen, part._all = self.kept, self._whole, self._seen, self._all
         part._rows = rows if self._rows is None else self._rows[rows]
         return part

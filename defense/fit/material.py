@@ -76,9 +76,10 @@ class Pairs:
         """How many pictures; each has two twins."""
         return len(self.label)
 
-    def take(self, rows: Tensor) -> Pairs:
-        """Return some of the pictures, by their index, int64 [m]."""
-        return Pairs(*(column[rows] for column in vars(self).values()))
+    def without_pixels(self, rows: Tensor) -> Pairs:
+        """Return some of the pictures, by their index, int64 [m], but not what they show: pixel_values [m, 0]."""
+        nothing = torch.empty(len(rows), 0)
+        return Pairs(nothing, nothing, nothing, self.label[rows], self.word[rows])
 
     def pictures(self) -> dict[str, Tensor]:
         """Return pixel_values [n, 3, height, width] by kind: "clean", "neutral" and "attacked"."""
@@ -113,9 +114,9 @@ class Groups:
         """How many pictures."""
         return len(self.y)
 
-    def take(self, rows: Tensor) -> Groups:
-        """Return some of the pictures, by their index, int64 [m]."""
-        return Groups(self.pixel_values[rows], self.y[rows], self.a[rows], self.shares)
+    def without_pixels(self, rows: Tensor) -> Groups:
+        """Return some of the pictures, by their index, int64 [m], but not what they show: pixel_values [m, 0]."""
+        return Groups(torch.empty(len(rows), 0), self.y[rows], self.a[rows], self.shares)
 
     def share(self, y: int, a: int) -> float:
         """Return the share of a group among all pictures, or among these where no other is known."""

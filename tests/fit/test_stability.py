@@ -79,9 +79,13 @@ def test_runs_are_fits_of_the_pictures_that_were_drawn(clip, material, monkeypat
         drawn_anew(material.strata, np.random.default_rng([5, index])).tolist() for index in range(3)
     ]
     for index, part in enumerate(seen):
-        pixels = material.data.attacked[part.rows]
-        assert torch.equal(part.data.attacked, pixels), "twins and labels are drawn together"
-        again = fit_sites(Encoded(clip, material.data.take(part.rows)), [plan(0)], TEXT_EMBEDS, name="again")
+        alone = Pairs(*(column[part.rows] for column in vars(material.data).values()))
+        assert torch.equal(part.data.label, alone.label), "twins and labels are drawn together"
+        assert torch.equal(
+            part.resid(POINT.format(0))["attacked"], Encoded(clip, alone).resid(POINT.format(0))["attacked"]
+        )
+        assert not part.data.attacked.numel(), "no run holds pixels of its own"
+        again = fit_sites(Encoded(clip, alone), [plan(0)], TEXT_EMBEDS, name="again")
         assert found.chosen[POINT.format(0)][index] == frozenset(again[0].selection.latents)
     assert len({each for each in found.chosen[POINT.format(0)]}) > 1, "noise is not stable"
 
