@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,7 @@ def test_fault_70_without_torch_the_error_names_the_extra(name: str) -> None:
         f"try:\n import defense; defense.{name}\n"
         "except ImportError as error: print(type(error).__name__, error)"
     )
-    assert message == 'MissingDependencyError torch is not installed; run: pip install "clip-defense[torch]"'
+    assert message == f'MissingDependencyError torch is not installed; run: pip install -e "{ROOT}[torch]"'
 
 
 def test_fault_70_without_torch_the_rest_of_the_package_works() -> None:
@@ -351,18 +352,20 @@ def _advised_extras(tree: ast.AST) -> set[str]:
     """Extras that a file's errors and texts tell the user to install; "?" for one that is no literal."""
     found: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "MissingDependencyError":
-            extra = node.args[1] if len(node.args) > 1 else None
+        called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+        if called in ("MissingDependencyError", "install_command"):
+            extra = node.args[-1] if node.args else None
             known = set(errors.EXTRAS.values()) if ast.unparse(extra or node).startswith("EXTRAS.get(") else {"?"}
             found |= {str(extra.value)} if isinstance(extra, ast.Constant) else known
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            for extras in re.findall(r"clip-defense\[([\w,-]+)\]", node.value):
+            for extras in re.findall(r"(?:clip-defense|CHECKOUT|pip install -e \"?\.)\[([\w,-]+)\]", node.value):
                 found |= set(extras.split(","))
     return found
 
 
 def test_every_extra_that_is_advised_exists() -> None:
-    sources = [path for path in _python_files() if path.relative_to(ROOT).parts[0] != "tests"]
+    own = ROOT / "defense" / "errors.py"  # where the advice is put together, of any extra
+    sources = [path for path in _python_files() if path.relative_to(ROOT).parts[0] != "tests" and path != own]
     advised = {
         (str(path.relative_to(ROOT)), extra)
         for path in sources
@@ -377,11 +380,66 @@ def test_every_extra_that_is_advised_exists() -> None:
     [
         ('raise MissingDependencyError("pyarrow", "train")', {"train"}),
         ('raise MissingDependencyError("pyarrow", extra)', {"?"}),
-        ("def f():\n    print('pip install \"clip-defense[torch,demo]\"')", {"torch", "demo"}),
+        ("print(f'run: {install_command(\"onnx\")}')", {"onnx"}),
+        ("def f():\n    print('pip install -e \".[torch,demo]\"')", {"torch", "demo"}),
     ],
 )
 def test_advised_extras_are_found(code: str, found: set[str]) -> None:
     assert _advised_extras(ast.parse(code)) == found
+
+
+def test_a_missing_extra_is_installed_from_the_checkout_or_the_wheel(monkeypatch, tmp_path) -> None:
+    assert errors.install_command("onnx") == f'pip install -e "{ROOT}[onnx]"'
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages" / "defense" / "errors.py"))
+    assert (
+        errors.install_command("onnx") == f'pip install "clip_defense-{version("clip-defense")}-py3-none-any.whl[onnx]"'
+    )
+
+
+# No package index has this package. Whoever claims its name there could run code wherever pip is asked for it.
+
+_ASKED_BY_NAME = re.compile(
+    r"pip3?[\"' ](?:[^\n`]*[\"' ])?(?:install|wheel|download)\b[^\n`#]*?(?<![\w/.-])clip[-_]defense(?![\w./-])"
+)
+_TEXTS = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".ipynb", ".txt", ".cff", ".js", ""}
+
+
+def _asks_an_index(text: str) -> list[str]:
+    """The commands of a text in which pip looks this package up by its name, anywhere but in a folder."""
+    lines = text.replace("\\\\\n", " ").replace("\\\n", " ").splitlines()
+    return [line for line in lines if _ASKED_BY_NAME.search(line) and "--no-index" not in line]
+
+
+def test_no_text_asks_a_package_index_for_this_package() -> None:
+    outside = re.compile(r"build|dist|results|__pycache__|\.(?!ci$|github$).*")
+    texts = [
+        path
+        for path in ROOT.rglob("*")
+        if path.is_file()
+        and path.suffix in _TEXTS
+        and path != Path(__file__)
+        and not any(outside.fullmatch(part) for part in path.relative_to(ROOT).parent.parts)
+    ]
+    assert {path.name for path in texts} >= {"README.md", "layouts.py", "serve.md", "run", "errors.py"}
+    found = {str(path.relative_to(ROOT)): _asks_an_index(path.read_text("utf-8", "replace")) for path in texts}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "n_found"),
+    [
+        ('pip install "clip-defense[onnx]"', 1),
+        ("python -m pip wheel -w wheels clip_defense==0.2.0", 1),
+        ('RUN pip install --no-cache-dir \\\n    "clip-defense[onnx]"', 1),
+        ('["pip", "install", "clip-defense"]', 1),
+        ('pip install --no-index "clip-defense[onnx]"', 0),
+        ('pip install -e "/home/me/clip-defense[onnx]"', 0),
+        ('pip install "clip_defense-0.2.0-py3-none-any.whl[onnx]"', 0),
+        ("pip install torch  # clip-defense is not asked for", 0),
+    ],
+)
+def test_what_asks_an_index_is_found(text: str, n_found: int) -> None:
+    assert len(_asks_an_index(text)) == n_found
 
 
 # --- its packages -----------------------------------------------------------------------------------------------------
