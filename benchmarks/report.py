@@ -361,7 +361,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "embedded": robustness,
     "speed": lambda results: speed_table(results / "speed-cpu.json"),
 }
-PAGES = {ROOT / "README.md": ("photo", "cost"), ROOT / "docs" / "results.md": ("embedded", "speed")}
+PAGES = {ROOT / "README.md": ("photo", "cost"), ROOT / "docs" / "results.md": ("photo", "embedded", "speed")}
 """Page -> the tables that it shows."""
 
 
