@@ -31,6 +31,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars, and what libraries say of them
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
