@@ -75,8 +75,19 @@ def put_in(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def plain(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Keep reStructuredText from reading meaning into a docstring: |S| is no substitution, and ** no emphasis."""
-    lines[:] = [re.sub(r"(?<!\\)[|*]", lambda found: "\\" + found[0], line) for line in lines]
+    """Show a docstring as it is written: |S| is no substitution, and drawings and tables stand as they were drawn."""
+    shown: list[str] = []
+    is_drawn = False
+    for before, line in zip(["", *lines], lines, strict=False):
+        starts = not before.strip() and bool(re.match(r" {4}\S|\|", line))
+        is_drawn = starts or (is_drawn and (not line.strip() or bool(re.match(r" {4}|\|", line))))
+        if starts:
+            shown += ["::", ""]
+        if is_drawn:
+            shown.append(line if line.startswith("    ") else f"    {line}".rstrip())
+        else:
+            shown.append(re.sub(r"(?<!\\)[|*]", lambda found: "\\" + found[0], line))
+    lines[:] = shown
 
 
 def setup(app: Sphinx) -> None:

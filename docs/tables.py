@@ -93,11 +93,13 @@ def extras() -> str:
     import tomllib
 
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    rows = [
-        [f"`{name}`", ", ".join(f"`{re.sub(r'[ ;].*', '', each)}`" for each in brought)]
-        for name, brought in project["optional-dependencies"].items()
-        if name not in ("dev", "docs", "server")
-    ]
+    rows = []
+    for name, brought in project["optional-dependencies"].items():
+        others = [extra for each in brought for extra in re.findall(r"clip-defense\[(.*)\]", each)]
+        packages = ", ".join(f"`{each}`" for each in brought if not each.startswith("clip-defense["))
+        included = f"with `{others[0].replace(',', '` and `')}`; " if others else ""
+        if name not in ("dev", "docs", "release", "server"):
+            rows.append([f"`{name}`", included + packages])
     return table(["extra", "brings"], rows)
 
 

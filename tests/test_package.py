@@ -442,6 +442,18 @@ def test_what_asks_an_index_is_found(text: str, n_found: int) -> None:
     assert len(_asks_an_index(text)) == n_found
 
 
+# --- its version ------------------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_the_same_wherever_it_stands() -> None:
+    stated = PYPROJECT["project"]["version"]
+    citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
+    changelog = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert citation is not None
+    assert citation[1] == stated
+    assert changelog[:2] == ["Unreleased", stated]
+
+
 # --- its packages -----------------------------------------------------------------------------------------------------
 
 

@@ -73,4 +73,5 @@ def inline_code(text: str) -> list[str]:
 def table_of_contents(text: str) -> list[str]:
     """The pages that a page's tables of contents name."""
     found = re.findall(r"^```\{toctree\}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return [line for block in found for line in block.splitlines() if line and not line.startswith(":")]
+    lines = [line for block in found for line in block.splitlines() if line and not line.startswith(":")]
+    return [re.sub(r".*<(.*)>", r"\1", line) for line in lines]
