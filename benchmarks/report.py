@@ -1,8 +1,9 @@
-"""Put what was measured into README.md and benchmarks/RESULTS.md: `python -m defense.benchmarks.report`.
+"""Put what was measured into the pages that show it: `python -m defense.benchmarks.report`.
 
-Every figure in both comes from the JSON in `benchmarks/results/`; nobody types them. In the README they stand between
-`<!-- begin NAME -->` and `<!-- end NAME -->`; RESULTS.md is written as a whole, with a section for each stored result
-and the command that made it. What has not been measured is said to be missing. Plots are drawn beside the JSON.
+Every figure there comes from the JSON in `benchmarks/results/`; nobody types them. In README.md and docs/results.md
+they stand between `<!-- begin NAME -->` and `<!-- end NAME -->`; benchmarks/RESULTS.md is written as a whole, with a
+section for each stored result and the command that made it. What has not been measured is said to be missing. Plots are
+drawn beside the JSON.
 
 A section imports the benchmark whose tables it shows, so that one of them needs no package that only another takes.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from defense.benchmarks import photo_tables, plots, speed_rows, tables
+from defense.benchmarks.blocks import filled
 from defense.benchmarks.environment import machine_words
 from defense.benchmarks.robust_results import read_results
 from defense.errors import ConfigError
@@ -287,7 +289,7 @@ def results_page(results: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# --- the tables of the README -----------------------------------------------------------------------------------------
+# --- the tables of README and docs ------------------------------------------------------------------------------------
 
 
 def main_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -330,12 +332,12 @@ def main_table(results: Sequence[Mapping[str, Any]]) -> str:
     return (
         "\n".join(lines) + f"\n\nPercent, half of a 95 % interval at most {100 * max(half_widths):.1f} points; "
         f'pictures: {counts}. "-": not applicable. Intervals, paired tests and each method\'s reasons, settings and '
-        "cost: [RESULTS.md](benchmarks/RESULTS.md).\n" + machine_words(results[0]["robust"]["run"]["environment"])
+        "cost: [all results](../benchmarks/RESULTS.md).\n" + machine_words(results[0]["robust"]["run"]["environment"])
     )
 
 
 def robustness(results: Path) -> str:
-    """Return the README's tables of robustness."""
+    """Return the tables of robustness of the embedded model."""
     mini = next(section for section in SECTIONS if section.file == MINI)
     path = results / mini.file
     if path.exists():
@@ -355,40 +357,36 @@ def photographs(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "photo": photographs,
+    "cost": lambda results: speed_rows.short_table(speed_rows.load_rows(results / "speed-cpu.json")),
     "embedded": robustness,
     "speed": lambda results: speed_table(results / "speed-cpu.json"),
 }
+PAGES = {ROOT / "README.md": ("photo", "cost"), ROOT / "docs" / "results.md": ("photo", "embedded", "speed")}
+"""Page -> the tables that it shows."""
 
 
-def filled(text: str, results: Path) -> str:
-    """Return a README with every table regenerated from the results.
-
-    Raises:
-        ValueError: The text lacks the markers of a table.
-    """
-    for name, render in TABLES.items():
-        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        head, found, rest = text.partition(begin)
-        _, closed, tail = rest.partition(end)
-        if not (found and closed):
-            raise ValueError(f"the README has no {begin.strip()} ... {end}")
-        text = head + begin + render(results) + "\n" + end + tail
-    return text
+def pages(results: Path) -> dict[Path, str]:
+    """Return every page that shows results, as it has to be."""
+    made = {
+        page: filled(page.read_text(encoding="utf-8"), {name: TABLES[name](results) for name in names})
+        for page, names in PAGES.items()
+    }
+    return {**made, ROOT / "benchmarks" / "RESULTS.md": results_page(results)}
 
 
 def main() -> None:
-    """Rewrite README and RESULTS.md in place, or say with --check whether they are up to date."""
+    """Rewrite the pages in place, or say with --check whether they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a figure is stale")
     arguments = parser.parse_args()
-    readme, page, results = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "results"
+    results = ROOT / "benchmarks" / "results"
     for measured in [] if arguments.check else [results / MINI, results / PHOTO]:
         if measured.exists():
             found = read_results(measured)
             # The real sets hold too few pictures for a plot.
             plots.draw([each for each in found if each["robust"]["n"] >= _LEAST_PLOTTED], results)
-    before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in (readme, page)}
-    after = {readme: filled(before[readme], results), page: results_page(results)}
+    after = pages(results)
+    before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in after}
     if arguments.check:
         raise SystemExit(int(before != after))
     for path, text in after.items():

@@ -164,3 +164,27 @@ def caption(rows: Sequence[Row]) -> str:
         f"The floor (at {row.matmul_gflops:.0f} GFLOP/s) stands against the time that an arm adds to plain CLIP.\n"
         f"Tokens firing (of these, with a latent of S that passes the activation rule), for our arms: {survivors}."
     )
+
+
+_SHORT = {
+    "thresholds, acting on every patch (what ships)": "ours, relu, scale, 100 % of tokens firing",
+    "a TopK rule, acting on 5 % of the patches": "ours, TopK, scale, 5 % of tokens firing",
+    "a TopK rule, acting on every patch": "ours, TopK, scale, 100 % of tokens firing",
+    "instead: the whole autoencoder inside the model": "naive splice",
+}
+"""What a row of the README's table says -> the variant that was measured."""
+
+
+def short_table(rows: Sequence[Row]) -> str:
+    """Return the README's table: times, where plain CLIP's is 1.
+
+    Raises:
+        ConfigError: One of its variants was not measured.
+    """
+    times = {row.arm: row.x_plain for row in rows}
+    if missing := [arm for arm in _SHORT.values() if arm not in times]:
+        raise ConfigError(f"{missing[0]!r} was not measured; run: python -m defense.benchmarks.speed")
+    lines = [f"| {words} | {times[arm]:.2f} |" for words, arm in _SHORT.items()]
+    case = rows[0].case
+    caption = f"{case.model}, an autoencoder of {case.d_sae:,} latents of which {case.n_set} are removed, on a CPU."
+    return "\n".join(["| defense with | time, plain CLIP = 1 |", "| --- | --- |", *lines, "", caption])

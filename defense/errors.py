@@ -19,7 +19,9 @@ Each is also the builtin in brackets, so plain `except ValueError` keeps working
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 
 class DefenseError(Exception):
@@ -135,11 +137,35 @@ class MissingDependencyError(DefenseError, ImportError):
     """
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f'{package} is not installed; run: pip install "clip-defense[{extra}]"')
+        super().__init__(f"{package} is not installed; run: {install_command(extra)}")
         self.package, self.extra = package, extra
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.package, self.extra)
+
+
+def install_command(extra: str) -> str:
+    """Return what installs an extra into the environment that runs this.
+
+    No package index has this package, so the command never names it: in a checkout it takes the sources, elsewhere the
+    wheel, which the caller has to know the place of.
+
+    Args:
+        extra: A key of pyproject.toml's optional dependencies.
+    """
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return f'pip install -e "{checkout}[{extra}]"'
+    return f'pip install "{wheel_name()}[{extra}]"'
+
+
+def wheel_name() -> str:
+    """Return the file name of this version's wheel."""
+    try:
+        own = version("clip-defense")
+    except PackageNotFoundError:
+        own = "0"  # a checkout that was never installed
+    return f"clip_defense-{own}-py3-none-any.whl"
 
 
 EXTRAS = {

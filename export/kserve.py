@@ -2,7 +2,7 @@
 
     python -m defense.export.kserve BUNDLE --http_port 8080 --grpc_port 8081
 
-Needs `pip install "clip-defense[kserve]"`. It serves the models that a repository for Triton has: `clip_defense` takes
+Needs the extra `kserve`. It serves the models that a repository for Triton has: `clip_defense` takes
 pixel_values, and `clip_defense_pictures` pictures as files, each with inputs and outputs of the same names; and
 Prometheus' text at /metrics. It begins to listen when the golden embeddings were reproduced.
 """

@@ -58,7 +58,12 @@ def arrange(folder: Path, layout: Layout, fields: Mapping[str, Any]) -> dict[str
 
 def _requirements() -> str:
     """Return what the Python environment of Triton's Python backend has to hold."""
-    return f"""# For the Python of Triton's Python backend, the first python3 in PATH: pip install -r requirements.txt
+    return f"""# For the Python of Triton's Python backend, the first python3 in PATH. With it, in this folder:
+#     python3 -m pip wheel -w ../wheels "CHECKOUT[onnx]" "numpy<2"
+#     python3 -m pip install -r requirements.txt
+# CHECKOUT is the folder of clip-defense's sources, or its wheel. Nothing but the folder wheels beside this is asked.
+--no-index
+--find-links ../wheels
 clip-defense[onnx]=={package_version()}
 numpy<2  # the backend of Triton up to 2.51 (24.10) reads arrays of numpy 2 wrongly, which the models refuse
 """
@@ -142,16 +147,17 @@ _PREDICTOR = _Image(
 
 
 def _dockerfile(image: _Image) -> str:
-    return f"""# An image without torch that {image.purpose}:
-#     pip wheel -w wheels "clip-defense[{image.extra}]=={package_version()}"
+    return f"""# An image without torch that {image.purpose}. In this folder:
+#     python3.12 -m pip wheel -w wheels "CHECKOUT[{image.extra}]"
 #     docker build --network none -t clip-defense .
 #     docker run --rm --read-only --tmpfs /tmp {image.run[0]} clip-defense {image.run[1]}
-# Without a folder wheels, made by the base image's Python, the build asks the package index, and needs the network.
+# CHECKOUT is the folder of clip-defense's sources, or its wheel; the wheels are made by the Python that the image has.
+# The build takes them, and asks no package index: none has clip-defense.
 FROM python:3.12-slim
 ENV ORT_DISABLE_TELEMETRY=1 HOME=/tmp PYTHONDONTWRITEBYTECODE=1
 COPY . /bundle
-RUN if [ -d /bundle/wheels ]; then from="--no-index --find-links=/bundle/wheels"; fi; \\
-    pip install --no-cache-dir ${{from:-}} "clip-defense[{image.extra}]=={package_version()}" && \\
+RUN pip install --no-cache-dir --no-index --find-links=/bundle/wheels \\
+    "clip-defense[{image.extra}]=={package_version()}" && \\
     rm -rf /bundle/wheels && defense info /bundle
 USER 65534:65534
 {image.ports}HEALTHCHECK --interval=1m --timeout=1m --start-period=2m CMD {image.health}

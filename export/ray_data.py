@@ -2,8 +2,8 @@
 
     python -m defense.export.ray_data IN OUT --bundle BUNDLE --workers 8
 
-Needs `pip install "clip-defense[ray]"`. IN is a folder of pictures, of Parquet files with a column of
-pictures, or of WebDataset tars. The work is cut into shards, named after all that decides a result: the bundle, labels
+Needs the extra `ray`. IN is a folder of pictures, of Parquet files with a column of pictures, or of
+WebDataset tars. The work is cut into shards, named after all that decides a result: the bundle, labels
 and columns, and the names, sizes and times of the files. Whoever works on a shard writes its result under a temporary
 name and then gives it its own: a killed worker leaves nothing half-done, Ray starts another one, and a run that was
 stopped goes on where it was. Results of other pictures, labels or bundles in OUT are moved to OUT/.superseded.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from defense.errors import wheel_name
 from defense.export.layouts import Layout
 from defense.hosts.shipped import find_model
 
@@ -38,7 +39,8 @@ same label {100 * parity["agreement"]:.1f} % |
 {_eight_bits(fields)}
 ## With clip-defense, without torch
 
-`pip install "clip-defense[onnx]"`, then:
+No package index has clip-defense: take its wheel, `pip install "{wheel_name()}[onnx]"`, or its sources,
+`pip install -e ".[onnx]"` in the checkout. Then:
 
 ```python
 from defense.export.runtime import OnnxClassifier
@@ -117,14 +119,14 @@ The Dockerfile says how to build an image without torch, and how to run it: as n
 
 _KSERVE = """
 On KServe: put `model_repository` where `storageUri` in `inference-service.yaml` points, then
-`kubectl apply -f inference-service.yaml`. Without Triton: `pip install "clip-defense[kserve]"`, then
-`python -m defense.export.kserve .`, or an image by the Dockerfile; it takes pictures as files, too.
+`kubectl apply -f inference-service.yaml`. Without Triton: install clip-defense with the extra `kserve` in place of
+`onnx`, then `python -m defense.export.kserve .`, or an image by the Dockerfile; it takes pictures as files, too.
 """
 _PICTURES = """
 `--model-repository=picture_repository` besides serves `clip_defense_pictures`, which takes pictures as files in the
 input `picture` [n, 1], and answers `label`, `score`, `scores` and `error`, row by row. Its models run in Triton's
-Python backend, whose Python, the first `python3` in PATH, needs `pip install -r requirements.txt`; they find this
-folder around them.
+Python backend, whose Python, the first `python3` in PATH, needs what `requirements.txt` says; they find this folder
+around them.
 """
 
 
@@ -132,8 +134,8 @@ def _triton(fields: Mapping[str, Any], layout: Layout) -> str:
     """Return the section on Triton, with a client for pixel_values."""
     height, width = fields["preprocess"]["size"]
     needs = (
-        " It runs in Triton's Python backend, whose Python, the first `python3` in PATH, needs "
-        "`pip install -r requirements.txt`."
+        " It runs in Triton's Python backend, whose Python, the first `python3` in PATH, needs what "
+        "`requirements.txt` says."
         if layout == "triton-python"
         else ""
     )

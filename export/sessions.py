@@ -14,7 +14,7 @@ from typing import Any
 
 from defense.data.listing import as_text
 from defense.data.threads import usable_cores
-from defense.errors import BackendError, CheckpointError, ConfigError, cannot_import
+from defense.errors import BackendError, CheckpointError, ConfigError, cannot_import, install_command
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def import_onnxruntime() -> Any:
     if len(installed_wheels()) > 1:
         raise BackendError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; run: pip uninstall -y "
-            'onnxruntime onnxruntime-gpu, then: pip install "clip-defense[onnx]" or "clip-defense[onnx-gpu]"'
+            f"onnxruntime onnxruntime-gpu, then: {install_command('onnx')}, or the same with onnx-gpu"
         )
     try:
         import onnxruntime
@@ -114,7 +114,7 @@ def open_session(path: Path, providers: Sequence[str] | None, fields: Mapping[st
     available = ort.get_available_providers()
     wanted = list(providers) if providers is not None else [name for name in (CUDA, CPU) if name in available]
     if missing := [name for name in wanted if name not in available]:
-        advice = ', or install "clip-defense[onnx-gpu]" in place of "clip-defense[onnx]"' if CUDA in missing else ""
+        advice = f", or in place of the extra onnx: {install_command('onnx-gpu')}" if CUDA in missing else ""
         raise BackendError(
             f"onnxruntime {ort.__version__} has no {', '.join(missing)}; it has {', '.join(available)}. Ask for one of "
             f"these{advice}"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,7 @@ def test_fault_70_without_torch_the_error_names_the_extra(name: str) -> None:
         f"try:\n import defense; defense.{name}\n"
         "except ImportError as error: print(type(error).__name__, error)"
     )
-    assert message == 'MissingDependencyError torch is not installed; run: pip install "clip-defense[torch]"'
+    assert message == f'MissingDependencyError torch is not installed; run: pip install -e "{ROOT}[torch]"'
 
 
 def test_fault_70_without_torch_the_rest_of_the_package_works() -> None:
@@ -351,18 +352,20 @@ def _advised_extras(tree: ast.AST) -> set[str]:
     """Extras that a file's errors and texts tell the user to install; "?" for one that is no literal."""
     found: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "MissingDependencyError":
-            extra = node.args[1] if len(node.args) > 1 else None
+        called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+        if called in ("MissingDependencyError", "install_command"):
+            extra = node.args[-1] if node.args else None
             known = set(errors.EXTRAS.values()) if ast.unparse(extra or node).startswith("EXTRAS.get(") else {"?"}
             found |= {str(extra.value)} if isinstance(extra, ast.Constant) else known
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            for extras in re.findall(r"clip-defense\[([\w,-]+)\]", node.value):
+            for extras in re.findall(r"(?:clip-defense|CHECKOUT|pip install -e \"?\.)\[([\w,-]+)\]", node.value):
                 found |= set(extras.split(","))
     return found
 
 
 def test_every_extra_that_is_advised_exists() -> None:
-    sources = [path for path in _python_files() if path.relative_to(ROOT).parts[0] != "tests"]
+    own = ROOT / "defense" / "errors.py"  # where the advice is put together, of any extra
+    sources = [path for path in _python_files() if path.relative_to(ROOT).parts[0] != "tests" and path != own]
     advised = {
         (str(path.relative_to(ROOT)), extra)
         for path in sources
@@ -377,11 +380,31 @@ def test_every_extra_that_is_advised_exists() -> None:
     [
         ('raise MissingDependencyError("pyarrow", "train")', {"train"}),
         ('raise MissingDependencyError("pyarrow", extra)', {"?"}),
-        ("def f():\n    print('pip install \"clip-defense[torch,demo]\"')", {"torch", "demo"}),
+        ("print(f'run: {install_command(\"onnx\")}')", {"onnx"}),
+        ("def f():\n    print('pip install -e \".[torch,demo]\"')", {"torch", "demo"}),
     ],
 )
 def test_advised_extras_are_found(code: str, found: set[str]) -> None:
     assert _advised_extras(ast.parse(code)) == found
+
+
+def test_a_missing_extra_is_installed_from_the_checkout_or_the_wheel(monkeypatch, tmp_path) -> None:
+    assert errors.install_command("onnx") == f'pip install -e "{ROOT}[onnx]"'
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages" / "defense" / "errors.py"))
+    assert errors.wheel_name() == f"clip_defense-{version('clip-defense')}-py3-none-any.whl"
+    assert errors.install_command("onnx") == f'pip install "{errors.wheel_name()}[onnx]"'
+
+
+# --- its version ------------------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_the_same_wherever_it_stands() -> None:
+    stated = PYPROJECT["project"]["version"]
+    citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
+    changelog = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert citation is not None
+    assert citation[1] == stated
+    assert changelog[:2] == ["Unreleased", stated]
 
 
 # --- its packages -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import typer
 
 from defense.cli.common import EXIT_MISSING, app, exit_codes, put, say
+from defense.errors import install_command
 
 
 @app.command()
@@ -50,14 +51,14 @@ def _problems() -> Iterator[str]:
     if len(installed_wheels()) > 1:
         yield (
             "onnxruntime and onnxruntime-gpu overwrite each other; run: pip uninstall -y onnxruntime onnxruntime-gpu, "
-            'then pip install "clip-defense[onnx]" or "clip-defense[onnx-gpu]"'
+            f"then {install_command('onnx')}, or the same with onnx-gpu"
         )
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError:
         return  # not installed, which the list says
     except (ImportError, OSError, RuntimeError) as error:  # OSError: a library that it links to is not there
-        yield f'torch cannot be imported ({error}); the torch backend needs: pip install "clip-defense[torch]"'
+        yield f"torch cannot be imported ({error}); the torch backend needs: {install_command('torch')}"
         return
     try:
         import torchvision  # noqa: F401

@@ -1,7 +1,8 @@
-"""Figures in the README are generated, and licenses of shipped artwork are stated."""
+"""Figures in README and docs are generated, and licenses of shipped artwork are stated."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 pytest.importorskip("open_clip")
 pytest.importorskip("scipy")
 
-from defense.benchmarks import plots, report, robust
+from defense.benchmarks import plots, report, robust, speed_rows
+from defense.benchmarks.blocks import filled
 from defense.benchmarks.named_clip import load_named_clip
 from defense.benchmarks.robust_results import collect, read_results
 from defense.errors import ConfigError
@@ -24,14 +26,32 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_the_readme_holds_exactly_the_measured_tables():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == report.filled(readme, RESULTS), "run: python -m defense.benchmarks.report"
+@pytest.mark.parametrize("page", [*report.PAGES, ROOT / "benchmarks" / "RESULTS.md"], ids=lambda page: page.name)
+def test_a_page_holds_exactly_the_measured_tables(page, made):
+    assert page.read_text(encoding="utf-8") == made[page], "run: python -m defense.benchmarks.report"
 
 
-def test_the_page_of_results_holds_exactly_the_measured_tables():
-    page = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
-    assert page == report.results_page(RESULTS), "run: python -m defense.benchmarks.report"
+@pytest.fixture(scope="module")
+def made():
+    return report.pages(RESULTS)
+
+
+def test_the_costs_of_the_readme_are_those_of_the_rows():
+    path = RESULTS / "speed-cpu.json"
+    rows = {row["arm"]: row["x_plain"] for row in json.loads(path.read_text(encoding="utf-8"))}
+    shown = [
+        line.split("|")[2].strip()
+        for line in speed_rows.short_table(speed_rows.load_rows(path)).splitlines()
+        if line.startswith("|")
+    ][2:]
+    assert shown == [f"{rows[arm]:.2f}" for arm in speed_rows._SHORT.values()]
+    assert len(set(shown)) == len(shown) == 4
+
+
+def test_a_cost_that_was_not_measured_is_refused():
+    rows = [row for row in speed_rows.load_rows(RESULTS / "speed-cpu.json") if row.arm != "naive splice"]
+    with pytest.raises(ConfigError, match="'naive splice' was not measured"):
+        speed_rows.short_table(rows)
 
 
 def test_every_stored_result_has_a_section():
@@ -114,9 +134,9 @@ def test_the_page_shows_tables_plots_and_commands(measured):
     assert "`python -m defense.benchmarks.embedded --out benchmarks/results/embedded.json`" in page
 
 
-def test_a_readme_without_markers_is_refused():
+def test_a_page_without_markers_is_refused():
     with pytest.raises(ValueError, match="begin photo"):
-        report.filled("no markers", RESULTS)
+        filled("no markers", {"photo": "|"})
 
 
 def test_every_shipped_font_is_in_the_notice():

@@ -130,7 +130,7 @@ def test_plots_that_mean_nothing_are_not_drawn(results):
 
 def test_without_matplotlib_the_error_names_the_extra(results, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingDependencyError, match=r"clip-defense\[bench\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install .*\[bench\]"):
         plots.draw(results, tmp_path)
 
 

@@ -18,6 +18,7 @@ pytest.importorskip("open_clip")
 from defense.cli import app
 from defense.data.labels import common_nouns
 from defense.embedded.photo.names import load_words
+from defense.errors import install_command
 from defense.hosts.shipped import DEFAULT, MODELS
 from defense.store import folders
 from defense.world.scenes import OBJECTS
@@ -338,7 +339,7 @@ def test_fault_70_without_torch_the_answer_is_the_command_that_installs_it(tmp_p
 
     result = without_torch("classify")
     assert result.returncode == 3
-    assert 'pip install "clip-defense[torch]"' in result.stderr.replace("\n", "")
+    assert install_command("torch") in result.stderr.replace("\n", "")
     assert "Traceback" not in result.stderr
     for command in (["--help"], ["info"], ["doctor"], ["--version"]):
         result = without_torch(*command)

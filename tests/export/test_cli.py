@@ -15,6 +15,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 from defense.core.latents import LatentSet
+from defense.errors import install_command
 from defense.export import bundle, exporter
 from defense.export.verify import ParityError
 from defense.hosts.attach import attached
@@ -183,7 +184,7 @@ def test_fault_70_without_the_exporter_the_answer_is_the_command_that_installs_i
     for missing in ["onnxscript"], ["torch", "open_clip"]:
         done = without(missing, "export", tmp_path / "bundle")
         assert done.returncode == 3
-        assert 'pip install "clip-defense[export]"' in done.stderr.replace("\n", "")
+        assert install_command("export") in done.stderr.replace("\n", "")
         assert "Traceback" not in done.stderr
 
 
@@ -194,10 +195,10 @@ def test_fault_70_info_checks_a_bundle_without_torch_and_says_so_without_a_runti
     done = without(["torch", "onnxruntime"], "info", tiny_bundle)
     assert done.returncode == 0, done.stderr
     assert "golden" not in done.stdout
-    assert 'pip install "clip-defense[onnx]"' in done.stderr.replace("\n", "")
+    assert install_command("onnx") in done.stderr.replace("\n", "")
     done = without(["torch", "onnxruntime"], "info", tiny_bundle, "--check")
     assert done.returncode == 3
-    assert 'pip install "clip-defense[onnx]"' in done.stderr.replace("\n", "")
+    assert install_command("onnx") in done.stderr.replace("\n", "")
 
 
 def test_info_check_of_a_bundle_is_its_golden_embeddings_and_needs_no_host(tiny_bundle):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("ray", reason='needs Ray: pip install "clip-defense[ray]"')
+pytest.importorskip("ray", reason='needs Ray: pip install -e ".[ray]"')
 pytest.importorskip("pyarrow.parquet")
 
 import pyarrow.parquet as pq

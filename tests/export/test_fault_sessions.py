@@ -129,7 +129,7 @@ def test_the_graphs_of_these_tests_are_graphs():
 
 
 def test_fault_68_a_provider_that_is_not_there_is_refused(tiny_bundle):
-    with pytest.raises(BackendError, match=r"has no CUDAExecutionProvider.*clip-defense\[onnx-gpu\]"):
+    with pytest.raises(BackendError, match=r"has no CUDAExecutionProvider.*pip install .*\[onnx-gpu\]"):
         OnnxClassifier(tiny_bundle, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(BackendError, match="has no cpu"):
         OnnxClassifier(tiny_bundle, providers=["cpu"])
@@ -182,7 +182,7 @@ def test_fault_69_both_wheels_are_one_error_with_the_way_out(monkeypatch):
 
 def test_fault_70_without_a_runtime_the_error_names_the_extra(tiny_bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "clip-defense\[onnx\]"'):
+    with pytest.raises(MissingDependencyError, match=r"pip install .*\[onnx\]"):
         OnnxClassifier(tiny_bundle)
 
 

@@ -253,7 +253,7 @@ def test_a_target_that_cannot_be_replaced_is_refused_before_anything_is_read(run
 
 def test_matplotlib_is_asked_for_only_with_a_report(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingDependencyError, match=r"clip-defense\[bench\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install .*\[bench\]"):
         report.check_target(tmp_path / "report")
 
 

@@ -210,7 +210,7 @@ def test_weights_that_are_no_safetensors_are_not_read(clips, processor, tmp_path
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingDependencyError, match=r"clip-defense\[transformers\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install .*\[transformers\]"):
         load_clip("transformers:nowhere")
 
 

@@ -57,9 +57,9 @@ def arranged(ready, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def wheels(arranged, tmp_path_factory) -> Path:
+def wheels(tmp_path_factory) -> Path:
     """Wheels of this checkout and of what it needs to serve a bundle."""
-    return wheels_of(arranged("triton-python", text=False) / layouts.REQUIREMENTS, tmp_path_factory.mktemp("made"))
+    return wheels_of(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="session")

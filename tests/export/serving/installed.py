@@ -21,12 +21,11 @@ def pip(*arguments: object) -> None:
         pytest.skip(f"no package index that has what a server needs: {done.stderr.strip()[-300:]}")
 
 
-def wheels_of(requirements: Path, folder: Path) -> Path:
-    """Make a folder of wheels: of a copy of this checkout, which stays as it is, and of all that a bundle asks for."""
+def wheels_of(folder: Path) -> Path:
+    """Make the folder of wheels that a bundle's files ask for, of a copy of this checkout, which stays as it is."""
     checkout = shutil.copytree(ROOT, folder / "checkout", ignore=_NOT_BUILT)
     wheels = folder / "wheels"
-    pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", wheels, checkout)
-    pip("wheel", "--quiet", "--only-binary", ":all:", "--find-links", wheels, "-w", wheels, "-r", requirements)
+    pip("wheel", "--quiet", "--no-build-isolation", "-w", wheels, f"{checkout}[onnx]", "numpy<2")
     return wheels
 
 

@@ -94,7 +94,7 @@ def triton_home() -> Path:
     """The folder of the real Triton in the package nvidia-pytriton; the test is skipped where it cannot run."""
     found = importlib.util.find_spec("pytriton")
     if found is None or found.origin is None:
-        pytest.skip('needs the real Triton, of nvidia-pytriton: pip install "clip-defense[server]"')
+        pytest.skip('needs the real Triton, of nvidia-pytriton: pip install -e ".[server]"')
     return Path(found.origin).parent / "tritonserver"
 
 

@@ -42,6 +42,7 @@ def test_an_image_runs_as_nobody_read_only_with_a_health_check_and_torch_is_not_
     (run,) = [line for line in text.splitlines() if "docker run" in line]
     assert "--read-only --tmpfs /tmp" in run
     assert "docker build --network none" in text
+    assert "pip install --no-cache-dir --no-index --find-links=/bundle/wheels " in said["RUN"]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import pytest
 if (
     importlib.util.find_spec("kserve") is None
 ):  # not imported: its protocol's messages and tritonclient's are of one name
-    pytest.skip('needs KServe\'s SDK: pip install "clip-defense[server]"', allow_module_level=True)
+    pytest.skip('needs KServe\'s SDK: pip install -e ".[server]"', allow_module_level=True)
 pytest.importorskip("tritonclient.grpc")
 
 from safetensors.numpy import load_file, save_file

@@ -40,7 +40,7 @@ def form(**fields: list[bytes]) -> tuple[bytes, str]:
 @pytest.mark.server
 def test_the_service_of_the_page_answers_refuses_and_counts(ready, tmp_path, golden, clf, seven_pictures):
     for package in ("fastapi", "uvicorn", "multipart", "prometheus_client"):
-        pytest.importorskip(package, reason='needs what KServe brings: pip install "clip-defense[server]"')
+        pytest.importorskip(package, reason='needs what KServe brings: pip install -e ".[server]"')
     (tmp_path / "service.py").write_text(block("python", "FastAPI()"), encoding="utf-8")
     (port,) = free_ports(1)
     server = Server(
