@@ -57,6 +57,13 @@ def describe(
         Path | None,
         typer.Option(help="Classes of the pictures, one a line: the latents of each, and what masking them does."),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Another CLIP, as --model names one: what training it on did to the latents of the first."),
+    ] = None,
+    against_pretrained: Annotated[
+        str | None, typer.Option(help="Its weights: a tag, or the path of a file. Alone: of --model.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the pictures drawn for names and steering.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
@@ -73,6 +80,9 @@ def describe(
         from defense.store import checkpoint
 
         check_pretrained(model, pretrained)
+        if against_pretrained is not None:
+            against = against or model
+            check_pretrained(against, against_pretrained)
         check_there(*sae, words, embeds, classes)
         catalogue.check_target(out)
         names, source = read_labels(words), open_pictures(pictures, limits=Limits(max_pixels=max_pixels))
@@ -84,8 +94,11 @@ def describe(
         clip = load_clip(model, pretrained, device=device)
         for each in found:
             each.check_clip(clip.tower)
+        other = None if against is None else load_clip(against, against_pretrained, device=device)
         unreadable: set[str] = set()
         made_from = {"pictures": source.fingerprint, "host_model": model, "pretrained": pretrained}
+        if against is not None:
+            made_from |= {"against_model": against, "against_pretrained": against_pretrained}
         catalogues = []
         with stages() as progress:
             for each in found:
@@ -95,7 +108,7 @@ def describe(
                     describe.describe(
                         clip, each.hook_point, each.sae, stream, names, n_top=n_top, n_names=n_names,
                         n_steered=n_steered, n_probed=max(16, n_steered), n_sampled=n_sampled, encoder=encoder,
-                        classes=class_names, seed=seed, provenance=made_from,
+                        classes=class_names, against=other, seed=seed, provenance=made_from,
                     )
                 )  # fmt: skip
         catalogue.save(catalogues, out)
@@ -110,7 +123,7 @@ def describe(
 def _print_catalogue(table: Catalogue) -> None:
     """Print what a catalogue says of its SAE as a whole."""
     from defense.core.norms import HighNorm
-    from defense.explain.by_class import lines_of
+    from defense.explain import against, by_class
 
     n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
     put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
@@ -120,8 +133,14 @@ def _print_catalogue(table: Catalogue) -> None:
         put(f"  high norm: {HighNorm(**table.provenance['high_norm']).words()}")
     _print_baselines(table.provenance["baselines"])
     if "classes" in table.provenance:
-        for line in lines_of(table.provenance["classes"]):
+        for line in by_class.lines_of(table.provenance["classes"]):
             put(f"  {line}")
+    if "against" in table.provenance:
+        for line in (
+            *coding_lines(table.provenance["against"]["tokens"]),
+            *against.lines_of(table.provenance["against"]),
+        ):
+            put(f"  against: {line}")
 
 
 def _print_baselines(baselines: dict[str, Any]) -> None:
