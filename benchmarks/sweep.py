@@ -172,12 +172,12 @@ def caption(result: dict[str, Any]) -> str:
     """Return what a reader of the table has to know."""
     settings = result["settings"]
     sizes = ", ".join(f"{n:,} at block {block}" for block, n in result["saes"].items())
+    limits = f"{settings['steps']} steps and {settings['n_candidates']} candidates"
     return (
         f"Percent of {settings['n_test']} drawn pictures (95 % interval), and the number of latents; each placement "
-        f"fitted alone on {settings['n_fit']}, at most {settings['steps']} steps and {settings['n_candidates']} "
-        f"candidates, clean budget {100 * settings['clean_budget']:g} %. {best_words(result)} The SAEs are the ones that ship "
-        f"({sizes} latents; that of the last one was trained on the pictures with backgrounds, too), so a block is not "
-        "compared with another alone."
+        f"fitted alone on {settings['n_fit']}, at most {limits}, clean budget {100 * settings['clean_budget']:g} %. "
+        f"{best_words(result)} The SAEs are the ones that ship ({sizes} latents; that of the last one was trained on "
+        "the pictures with backgrounds, too), so blocks differ by their SAEs as well."
     )
 
 
