@@ -64,6 +64,10 @@ def describe(
     against_pretrained: Annotated[
         str | None, typer.Option(help="Its weights: a tag, or the path of a file. Alone: of --model.")
     ] = None,
+    phrases: Annotated[
+        Path | None,
+        typer.Option(help='Templates for longer names, one a line, such as "a red {}": names by search.'),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the pictures drawn for names and steering.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
@@ -72,7 +76,7 @@ def describe(
     log_warnings()
     with exit_codes():
         from defense.data.images import Limits
-        from defense.data.labels import read_labels
+        from defense.data.labels import read_labels, resolve_templates
         from defense.data.sources import open_pictures
         from defense.explain import catalogue, describe
         from defense.explain.other_encoder import read_embeds
@@ -83,10 +87,11 @@ def describe(
         if against_pretrained is not None:
             against = against or model
             check_pretrained(against, against_pretrained)
-        check_there(*sae, words, embeds, classes)
+        check_there(*sae, words, embeds, classes, phrases)
         catalogue.check_target(out)
         names, source = read_labels(words), open_pictures(pictures, limits=Limits(max_pixels=max_pixels))
         class_names = () if classes is None else read_labels(classes)
+        templates = () if phrases is None else resolve_templates(read_labels(phrases))
         for picture in source if class_names else ():
             source.class_of(picture, class_names)
         encoder = None if embeds is None else read_embeds(embeds)
@@ -108,7 +113,7 @@ def describe(
                     describe.describe(
                         clip, each.hook_point, each.sae, stream, names, n_top=n_top, n_names=n_names,
                         n_steered=n_steered, n_probed=max(16, n_steered), n_sampled=n_sampled, encoder=encoder,
-                        classes=class_names, against=other, seed=seed, provenance=made_from,
+                        classes=class_names, against=other, phrases=templates, seed=seed, provenance=made_from,
                     )
                 )  # fmt: skip
         catalogue.save(catalogues, out)
@@ -123,7 +128,7 @@ def describe(
 def _print_catalogue(table: Catalogue) -> None:
     """Print what a catalogue says of its SAE as a whole."""
     from defense.core.norms import HighNorm
-    from defense.explain import against, by_class
+    from defense.explain import against, by_class, searching
 
     n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
     put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
@@ -135,11 +140,11 @@ def _print_catalogue(table: Catalogue) -> None:
     if "classes" in table.provenance:
         for line in by_class.lines_of(table.provenance["classes"]):
             put(f"  {line}")
-    if "against" in table.provenance:
-        for line in (
-            *coding_lines(table.provenance["against"]["tokens"]),
-            *against.lines_of(table.provenance["against"]),
-        ):
+    if "phrases" in table.provenance:
+        for line in searching.lines_of(table.provenance["phrases"]):
+            put(f"  {line}")
+    if (compared := table.provenance.get("against")) is not None:
+        for line in (*against.lines_of(compared), *coding_lines(compared["tokens"])):
             put(f"  against: {line}")
 
 

@@ -39,6 +39,7 @@ from .by_class import ClassSums, found_of, masking_curve
 from .catalogue import Catalogue
 from .naming import directions_of, names_of
 from .other_encoder import OtherEncoder
+from .searching import by_templates, search_beside_random
 from .steering import Steering, steerability
 from .sums import Example, Reservoir, Sums
 
@@ -100,6 +101,7 @@ def describe(
     encoder: OtherEncoder | None = None,
     classes: Sequence[str] = (),
     against: Clip | None = None,
+    phrases: Sequence[str] = (),
     batch: int = 50,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
@@ -148,6 +150,8 @@ def describe(
         against: Another CLIP with the same blocks, as one that was trained on from the first: columns and
             `provenance["against"]` then say which latents differ there (see `against.Against`), for one more pass over
             the pictures and one more steering of each latent.
+        phrases: Templates with a {} for a name; `provenance["phrases"]` then has longer names of each latent, found by
+            search from the words, and what random directions gain by such a search (see `searching`).
         batch: Pictures at once.
         seed: Of that drawing.
         provenance: Where pictures and words came from, as JSON values.
@@ -191,6 +195,8 @@ def describe(
         if compared is not None:
             found |= compared.columns(prompts, n_steered, seen.sums.fires, swept.strength)
             asked["against"] = compared.result(found)
+        if phrases:
+            asked["phrases"] = _searched(clip, directions, prompts, phrases, seed)
     return _catalogue(
         hook_point,
         seen.sums,
@@ -306,6 +312,22 @@ def _of_classes(
     """Return the latents of each class, and what masking them does, as JSON values."""
     text_embeds = torch.from_numpy(clip.text_embeds(Prompts(sums.names, prompts.templates))).to(clip.device)
     return found_of(masking_curve(clip, hook_point, sae, sums, text_embeds, seed), sums)
+
+
+def _searched(
+    clip: Clip, directions: np.ndarray, prompts: Prompts, phrases: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """Return longer names, found by search, as JSON values."""
+    words = torch.from_numpy(clip.text_embeds(prompts))
+    shared = functional.normalize(words.mean(0), dim=0)
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        embeds = torch.from_numpy(clip.text_embeds(replace(prompts, labels=labels.check_labels(texts))))
+        return functional.normalize(embeds - (embeds @ shared)[:, None] * shared, dim=1).numpy()
+
+    templates = labels.resolve_templates(phrases)
+    found = search_beside_random(directions, prompts.labels, embed, by_templates(templates), seed=seed)
+    return {"templates": list(templates), **found}
 
 
 def _baselines(sums: Sums, others: Others, swept: Sweep, encoder: OtherEncoder | None) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def test_a_defense_on_the_other_tower_is_bypassed(clip, other, pictures):
     assert not described(clip, pictures, against=other).columns["change"].any()
 
 
-def test_the_command_compares_and_keeps_it(tiny_clip, tiny_folder, tmp_path):
+def test_the_command_compares_searches_and_keeps_it(tiny_clip, tiny_folder, tmp_path):
     rng = np.random.default_rng(0)
     for index in range(8):
         folder = tmp_path / "pictures" / ("cat", "dog")[index % 2]
@@ -181,14 +181,20 @@ def test_the_command_compares_and_keeps_it(tiny_clip, tiny_folder, tmp_path):
     arguments = ["describe", tmp_path / "sae", "--pictures", tmp_path / "pictures", "--words", tmp_path / "words.txt"]
     arguments += ["--out", tmp_path / "out", "--model", f"local-dir:{tiny_folder}", "--n-steered", 2, "--n-sampled", 3]
     arguments += ["--classes", tmp_path / "classes.txt"]
-    code, out, err = run(*arguments, "--against", f"local-dir:{tuned}")
+    (tmp_path / "phrases.txt").write_text("a red {}\n{} on a tree\n")
+    code, out, err = run(*arguments, "--against", f"local-dir:{tuned}", "--phrases", tmp_path / "phrases.txt")
     assert code == 0, err
     assert "answers differ on" in out
     assert "latents account for" in out
+    assert "of random directions" in out
     found = catalogue.load(tmp_path / "out")[POINT]
     assert set(COLUMNS) <= set(found.columns)
     assert found.provenance["against_model"] == f"local-dir:{tuned}"
     assert found.provenance["against"]["accuracy"] is not None
+    (tmp_path / "phrases.txt").write_text("a red apple\n")
+    code, _, err = run(*arguments, "--phrases", tmp_path / "phrases.txt")
+    assert code == 2
+    assert "a red apple" in err
     code, _, err = run(*arguments, "--against", f"local-dir:{tmp_path / 'nowhere'}")
     assert code == 2
     assert "nowhere" in err

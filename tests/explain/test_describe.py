@@ -9,6 +9,7 @@ pytest.importorskip("open_clip")
 import torch
 
 from defense.core.latents import LatentSet
+from defense.data.labels import Prompts
 from defense.errors import ConfigError
 from defense.explain.catalogue import BIN_EDGES
 from defense.explain.naming import mean_jacobians, sparse_words
@@ -19,7 +20,7 @@ from defense.hosts.families import tower_of
 from defense.train.quality import measure
 
 from ..conftest import D_SAE, clip_of, random_defense, random_sae
-from .described import POINT, N, acts_and_embeds, described, sparse_sae
+from .described import POINT, WORDS, N, acts_and_embeds, described, sparse_sae
 
 
 @pytest.fixture
@@ -147,6 +148,25 @@ def test_further_columns_stand_beside_the_measured_ones(clip, pictures) -> None:
     np.testing.assert_array_equal(
         described(clip, pictures, columns={"contrast": contrast}).columns["contrast"], contrast
     )
+
+
+def test_longer_names_are_nearer_to_the_direction_that_is_kept(clip, pictures) -> None:
+    found = described(clip, pictures, phrases=("a red {}", "{} on a tree"))
+    searched = found.provenance["phrases"]
+    assert searched["templates"] == ["a red {}", "{} on a tree"]
+    fires = np.flatnonzero(found.columns["frequency"] > 0)
+    assert list(searched["names"]) == fires.tolist()
+    words = clip.text_embeds(Prompts(WORDS, ("a photo of a {}.",)))
+    shared = words.mean(0) / np.linalg.norm(words.mean(0))
+    for latent in fires[:5]:
+        name, cosine = searched["names"][latent][0]
+        embed = clip.text_embeds(Prompts((name,), ("a photo of a {}.",)))[0]
+        apart = embed - (embed @ shared) * shared
+        want = float(found.directions[latent].astype(np.float32) @ apart / np.linalg.norm(apart))
+        assert cosine == pytest.approx(want, abs=2e-3)
+    for kind in ("latents", "random"):
+        assert searched[kind]["phrase"] >= searched[kind]["word"]
+    assert "phrases" not in described(clip, pictures).provenance
 
 
 @pytest.mark.parametrize(("options", "said"), [({"n_steered": 1}, "n_steered=1"), ({"n_top": 0}, "n_top=0")])
