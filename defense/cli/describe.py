@@ -23,6 +23,7 @@ from defense.cli.common import (
     put,
     say,
     say_passed_over,
+    shown,
 )
 from defense.cli.progress import stages
 from defense.hosts.shipped import DEFAULT
@@ -68,6 +69,10 @@ def describe(
         Path | None,
         typer.Option(help='Templates for longer names, one a line, such as "a red {}": names by search.'),
     ] = None,
+    tree: Annotated[
+        Path | None,
+        typer.Option(help="Tree of --classes, a csv file with the columns class and parent: how general latents are."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the pictures drawn for names and steering.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
@@ -80,6 +85,7 @@ def describe(
         from defense.data.sources import open_pictures
         from defense.explain import catalogue, describe
         from defense.explain.other_encoder import read_embeds
+        from defense.explain.taxonomy import read_tree
         from defense.hosts.clip import load_clip
         from defense.store import checkpoint
 
@@ -87,11 +93,17 @@ def describe(
         if against_pretrained is not None:
             against = against or model
             check_pretrained(against, against_pretrained)
-        check_there(*sae, words, embeds, classes, phrases)
+        check_there(*sae, words, embeds, classes, phrases, tree)
+        if tree is not None and classes is None:
+            raise typer.BadParameter(f"--tree {shown(tree)} is of the pictures' classes; give these, with --classes")
         catalogue.check_target(out)
         names, source = read_labels(words), open_pictures(pictures, limits=Limits(max_pixels=max_pixels))
         class_names = () if classes is None else read_labels(classes)
         templates = () if phrases is None else resolve_templates(read_labels(phrases))
+        taxonomy = None if tree is None else read_tree(tree)
+        if taxonomy is not None:
+            for name in class_names:
+                taxonomy.path_of(name)
         for picture in source if class_names else ():
             source.class_of(picture, class_names)
         encoder = None if embeds is None else read_embeds(embeds)
@@ -113,7 +125,8 @@ def describe(
                     describe.describe(
                         clip, each.hook_point, each.sae, stream, names, n_top=n_top, n_names=n_names,
                         n_steered=n_steered, n_probed=max(16, n_steered), n_sampled=n_sampled, encoder=encoder,
-                        classes=class_names, against=other, phrases=templates, seed=seed, provenance=made_from,
+                        classes=class_names, against=other, phrases=templates, tree=taxonomy, seed=seed,
+                        provenance=made_from,
                     )
                 )  # fmt: skip
         catalogue.save(catalogues, out)
@@ -128,7 +141,7 @@ def describe(
 def _print_catalogue(table: Catalogue) -> None:
     """Print what a catalogue says of its SAE as a whole."""
     from defense.core.norms import HighNorm
-    from defense.explain import against, by_class, searching
+    from defense.explain import against, by_class, searching, taxonomy
 
     n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
     put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
@@ -140,6 +153,8 @@ def _print_catalogue(table: Catalogue) -> None:
     if "classes" in table.provenance:
         for line in by_class.lines_of(table.provenance["classes"]):
             put(f"  {line}")
+    if "tree" in table.provenance:
+        put(f"  {taxonomy.line_of(table.provenance['tree'])}")
     if "phrases" in table.provenance:
         for line in searching.lines_of(table.provenance["phrases"]):
             put(f"  {line}")

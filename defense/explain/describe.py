@@ -42,6 +42,7 @@ from .other_encoder import OtherEncoder
 from .searching import by_templates, search_beside_random
 from .steering import Steering, steerability
 from .sums import Example, Reservoir, Sums
+from .taxonomy import Tree, depths_of, summary_of
 
 
 def examples(
@@ -102,6 +103,7 @@ def describe(
     classes: Sequence[str] = (),
     against: Clip | None = None,
     phrases: Sequence[str] = (),
+    tree: Tree | None = None,
     batch: int = 50,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
@@ -152,13 +154,15 @@ def describe(
             the pictures and one more steering of each latent.
         phrases: Templates with a {} for a name; `provenance["phrases"]` then has longer names of each latent, found by
             search from the words, and what random directions gain by such a search (see `searching`).
+        tree: Of the pictures' classes; the column "tree_depth" is then the depth of the deepest node above all classes
+            of a latent's top pictures, and `provenance["tree"]` what random pictures have (see `taxonomy`).
         batch: Pictures at once.
         seed: Of that drawing.
         provenance: Where pictures and words came from, as JSON values.
 
     Raises:
         ConfigError: Fewer than two pictures (all, or to steer on), fewer than two words, a number below 1, a CLIP
-            without a text tower, or another CLIP that does not fit the first.
+            without a text tower, another CLIP that does not fit the first, or a class that the tree does not have.
         ShapeError: The SAE is made for another width.
         HookPointError: There is no such block.
     """
@@ -195,6 +199,10 @@ def describe(
         if compared is not None:
             found |= compared.columns(prompts, n_steered, seen.sums.fires, swept.strength)
             asked["against"] = compared.result(found)
+        if tree is not None:
+            top = seen.sums.top.cpu().numpy()
+            found["tree_depth"] = depths_of(top, seen.sums.labels, tree)
+            asked["tree"] = summary_of(found["tree_depth"], top, seen.sums.labels, tree, seed)
         if phrases:
             asked["phrases"] = _searched(clip, directions, prompts, phrases, seed)
     return _catalogue(

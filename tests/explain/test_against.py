@@ -182,19 +182,30 @@ def test_the_command_compares_searches_and_keeps_it(tiny_clip, tiny_folder, tmp_
     arguments += ["--out", tmp_path / "out", "--model", f"local-dir:{tiny_folder}", "--n-steered", 2, "--n-sampled", 3]
     arguments += ["--classes", tmp_path / "classes.txt"]
     (tmp_path / "phrases.txt").write_text("a red {}\n{} on a tree\n")
-    code, out, err = run(*arguments, "--against", f"local-dir:{tuned}", "--phrases", tmp_path / "phrases.txt")
+    (tmp_path / "tree.csv").write_text("class,parent\ncat,feline\ndog,canine\nfeline,animal\ncanine,animal\n")
+    more = ["--phrases", tmp_path / "phrases.txt", "--tree", tmp_path / "tree.csv"]
+    code, out, err = run(*arguments, "--against", f"local-dir:{tuned}", *more)
     assert code == 0, err
     assert "answers differ on" in out
     assert "latents account for" in out
     assert "of random directions" in out
+    assert "2 the deepest class" in out
     found = catalogue.load(tmp_path / "out")[POINT]
-    assert set(COLUMNS) <= set(found.columns)
+    assert {*COLUMNS, "tree_depth"} <= set(found.columns)
+    assert set(found.columns["tree_depth"][~np.isnan(found.columns["tree_depth"])]) <= {0, 2}
     assert found.provenance["against_model"] == f"local-dir:{tuned}"
     assert found.provenance["against"]["accuracy"] is not None
     (tmp_path / "phrases.txt").write_text("a red apple\n")
     code, _, err = run(*arguments, "--phrases", tmp_path / "phrases.txt")
     assert code == 2
     assert "a red apple" in err
+    (tmp_path / "tree.csv").write_text("class,parent\ncat,feline\n")
+    code, _, err = run(*arguments, "--tree", tmp_path / "tree.csv")
+    assert code == 2
+    assert "'dog' is not in the tree" in err
+    code, _, err = run(*arguments[:-2], "--tree", tmp_path / "tree.csv")
+    assert code == 2
+    assert "--classes" in err
     code, _, err = run(*arguments, "--against", f"local-dir:{tmp_path / 'nowhere'}")
     assert code == 2
     assert "nowhere" in err
