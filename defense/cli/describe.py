@@ -141,7 +141,7 @@ def describe(
 def _print_catalogue(table: Catalogue) -> None:
     """Print what a catalogue says of its SAE as a whole."""
     from defense.core.norms import HighNorm
-    from defense.explain import against, by_class, searching, taxonomy
+    from defense.explain import against, by_class, naming, searching, taxonomy
 
     n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
     put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
@@ -153,6 +153,7 @@ def _print_catalogue(table: Catalogue) -> None:
     if "classes" in table.provenance:
         for line in by_class.lines_of(table.provenance["classes"]):
             put(f"  {line}")
+    put(f"  {naming.wording_line(table.provenance['wording'])}")
     if "tree" in table.provenance:
         put(f"  {taxonomy.line_of(table.provenance['tree'])}")
     if "phrases" in table.provenance:

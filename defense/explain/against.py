@@ -11,6 +11,7 @@ stream its latents account for, stand beside it: where that is little, the laten
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -68,8 +69,8 @@ class Against:
         self.fired, self.total, self.smaller, self.larger = torch.zeros(4, d_sae, dtype=torch.float64, device=device)
         self.n_tokens = 0
         self._number = {name: number for number, name in enumerate(self.names)}
-        self.by_class = torch.zeros(len(self.names), d_sae, dtype=torch.float64, device=device)
-        self.n_of_class = torch.zeros(len(self.names), dtype=torch.int64)
+        self.by_class: dict[int, Tensor] = {}  # of the classes that occur; what both choose from may be many words
+        self.n_of_class: Counter[int] = Counter()
         self.n, self.n_differ, self.n_right = 0, 0, [0, 0]
         self.moved, self.unexplained, self.square = 0.0, 0.0, 0.0
 
@@ -101,7 +102,7 @@ class Against:
         more = (after.amax(1) - before.amax(1)).double()
         for row, number in enumerate(numbers):
             if number is not None:
-                self.by_class[number] += more[row]
+                self.by_class[number] = self.by_class.get(number, 0) + more[row]
                 self.n_of_class[number] += 1
         self._add_answers(numbers, embeds, other_embeds)
 
@@ -113,8 +114,8 @@ class Against:
         self.square += float(read.square().sum(dtype=torch.float64))
 
     def _add_answers(self, numbers: Sequence[int | None], embeds: Tensor, other_embeds: Tensor) -> None:
-        answers = [(each @ texts.T).argmax(1).tolist() for each, texts in zip(
-            (embeds, other_embeds), self.text_embeds, strict=True)]  # fmt: skip
+        both = zip((embeds, other_embeds), self.text_embeds, strict=True)
+        answers = [(each @ text_embeds.T).argmax(1).tolist() for each, text_embeds in both]
         self.n += len(numbers)
         self.n_differ += sum(one != two for one, two in zip(*answers, strict=True))
         for place, given in enumerate(answers):
@@ -165,7 +166,7 @@ class Against:
         """
         overlap = columns["overlap"][~np.isnan(columns["overlap"])]
         first = np.argsort(-columns["change"], kind="stable")[:N_TOP]
-        n_labeled = int(self.n_of_class.sum())
+        n_labeled = self.n_of_class.total()
         return {
             "host": self.other.tower.fingerprint(),
             "n": self.n,
@@ -181,8 +182,8 @@ class Against:
 
     def _row(self, latent: int, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Return what changed about a latent; pairs are of the SAE's own tower and of the other."""
-        mean = self.by_class[:, latent].cpu() / self.n_of_class.clamp(min=1)
-        classes = mean.abs().argsort(descending=True, stable=True)[:_N_CLASSES].tolist()
+        means = {number: float(total[latent]) / self.n_of_class[number] for number, total in self.by_class.items()}
+        moved = sorted((number for number in means if means[number]), key=lambda number: -abs(means[number]))
 
         def pair(name: str) -> list[float | None]:
             values = (float(columns[each][latent]) for each in (name, f"against_{name}"))
@@ -192,7 +193,7 @@ class Against:
             "latent": latent,
             **{name: round(float(columns[name][latent]), 5) for name in ("change", "overlap")},
             **{name: pair(name) for name in ("frequency", "mean_activation", "steerability")},
-            "classes": [[self.names[number], round(float(mean[number]), 4)] for number in classes if mean[number] != 0],
+            "classes": [[self.names[number], round(means[number], 4)] for number in moved[:_N_CLASSES]],
         }
 
 

@@ -37,7 +37,7 @@ from .against import Against
 from .baselines import Others, Sweep, latent_units, median_of, sweep
 from .by_class import ClassSums, found_of, masking_curve
 from .catalogue import Catalogue
-from .naming import directions_of, names_of
+from .naming import directions_of, names_of, wording_beside_random, words_apart
 from .other_encoder import OtherEncoder
 from .searching import by_templates, search_beside_random
 from .steering import Steering, steerability
@@ -121,6 +121,8 @@ def describe(
     | monosemanticity | mean cosine of the pictures on which it fires (see `Sums.monosemanticity`) | arXiv:2504.02821 |
     | class_entropy | of classes weighted by its activation, in nats; where pictures have classes | PatchSAE |
     | n_classes | classes on whose pictures it fires | PatchSAE |
+    | consistency | whether the words nearest to it are alike (see `naming.wording`) | arXiv:2409.06579 |
+    | n_same_word | other latents with the same nearest word | arXiv:2409.06579 |
     | steerability | how far steering it moves the answer (see `steerability`) | arXiv:2504.08729, from its notebooks |
 
     The names follow the latent's decoder row through the rest of the network, linearized: the mean Jacobian of the
@@ -193,7 +195,9 @@ def describe(
         swept = _swept(steering, sae, seen, others, n_sampled, seed)
         steered = steerability(steering, sae, seen.sums.fires, swept.strength)
         found = {**seen.sums.columns(), "steerability": steered}
-        asked: dict[str, Any] = {}
+        columns_of_words, in_words = wording_beside_random(directions, words_apart(text_embeds), seed)
+        found |= columns_of_words
+        asked: dict[str, Any] = {"wording": in_words}
         if by_class is not None:
             asked["classes"] = _of_classes(clip, hook_point, sae, by_class, prompts, seed)
         if compared is not None:

@@ -101,7 +101,7 @@ def test_a_latent_that_was_written_on_the_pictures_of_one_class_is_the_one_that_
         resid, embeds = clip.tower.resid_and_embeds(np.stack([each.pixel_values for each in pictures]), POINT)
         sums.add(pictures, resid, sae.encode(resid), embeds)
     assert int((sums.larger - sums.smaller).argmax()) == latent
-    by_class = dict(zip(CLASSES, sums.by_class[:, latent] / sums.n_of_class, strict=True))
+    by_class = {CLASSES[number]: total[latent] / sums.n_of_class[number] for number, total in sums.by_class.items()}
     assert by_class["a"] == 0
     assert by_class["b"] > 3
 
