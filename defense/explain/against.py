@@ -232,7 +232,7 @@ def lines_of(found: Mapping[str, Any], n_top: int = 10) -> list[str]:
         before, after = (f"{100 * x:.1f} % [{100 * low:.1f}-{100 * high:.1f}]" for x, low, high in found["accuracy"])
         lines[0] += f"; accuracy {before} -> {after}"
     part = found["explained_change"]
-    said = "nothing" if part is None else f"{100 * found['stream_change']:.2g} % of its norm"
+    said = "nothing" if part is None else f"{100 * found['stream_change']:.3g} % of its norm"
     lines.append(
         f"the stream changed by {said}" + ("" if part is None else f"; latents account for {100 * part:.0f} %")
     )
