@@ -4,8 +4,9 @@
 
 On the embedded model, at the first block that its defense edits, with that block's SAE. Rules rank latents and are
 compared twice: with as many latents as ours chose, and with as many as clean pictures bear ("own stop"). Ablations take
-one ingredient out of ours. Everything is chosen on pictures of one seed after the other, and measured on pictures and
-typefaces that nothing was chosen on, the same for all.
+one ingredient out of ours. And ours chooses from other candidates: from random latents, and from the latents of a
+dictionary of random directions. Everything is chosen on pictures of one seed after the other, and measured on pictures
+and typefaces that nothing was chosen on, the same for all.
 
 Each way of choosing is written as soon as it is done; the same command goes on where it was interrupted. In the stored
 result each is an "arm". `latents_choosing.py` has the ways of choosing, `latents_report.py` what they come to.
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from defense.benchmarks.environment import environment_of, write_json
 from defense.benchmarks.latents_choosing import Choice, Chooser, variants
 from defense.benchmarks.latents_report import TEST_KINDS, packed, summary, table
 from defense.core.latents import LatentSet
+from defense.core.sae import SparseAutoencoder
 from defense.core.suppress import Suppressor
 from defense.embedded import build
 from defense.errors import ConfigError
@@ -72,12 +75,14 @@ class Bench:
     """The pictures to measure on, and what is measured of a choice.
 
     Args:
-        fit_of: From a seed to the pictures to choose on, with the SAE.
+        fit_of: From a seed to the pictures to choose on, with an SAE; with None for that of the defense.
         pairs: Pictures to measure on, clean and attacked.
         text_embeds: Embeddings of the class names, [n_classes, d_embed].
     """
 
-    def __init__(self, fit_of: Callable[[int], TextFit], pairs: Pairs, text_embeds: Tensor) -> None:
+    def __init__(
+        self, fit_of: Callable[[int, SparseAutoencoder | None], TextFit], pairs: Pairs, text_embeds: Tensor
+    ) -> None:
         self.fit_of, self.text_embeds, self.label = fit_of, text_embeds, pairs.label
         self.pixel_values = {name: getattr(pairs, name) for name in TEST_KINDS}
         self._resid: dict[str, Tensor] = {}
@@ -88,7 +93,8 @@ class Bench:
         tower, hook_point = fit.tower, fit.hook_point
         if not self._resid:
             self._resid = {name: tower.resid(pixels, hook_point) for name, pixels in self.pixel_values.items()}
-        suppressor = Suppressor(fit.sae, LatentSet("variant", choice.latents, choice.gains))
+        sae = fit.sae if choice.sae is None else choice.sae
+        suppressor = Suppressor(sae, LatentSet("variant", choice.latents, choice.gains))
         found = {}
         for name, resid in self._resid.items():
             embeds = [tower.embeds_from(suppressor(part), hook_point) for part in resid.split(BATCH)]
@@ -112,8 +118,8 @@ def measure_choices(
     missing = {name: choose for name, choose in variants().items() if name not in done}
     if not missing:
         return
-    fit = bench.fit_of(seed)
-    chooser = Chooser(fit, config, steerability, seed)
+    fit = bench.fit_of(seed, None)
+    chooser = Chooser(fit, config, steerability, seed, lambda other: bench.fit_of(seed, other))
     for name, choose in missing.items():
         start = time.perf_counter()
         choice = choose(chooser)
@@ -182,9 +188,12 @@ def _embedded_bench(clip: Clip, defense: Defense, settings: Settings) -> Bench:
     sae = sae_of(site)
     text_embeds = build.text_embeds_of(clip, list(scenes.OBJECTS))
 
-    def fit_of(seed: int) -> TextFit:
-        pairs = build.attack_pairs(settings.n_fit, SEED_FIT + seed, scenes.TRAIN_FONTS, clip)
-        return TextFit(clip, site.hook_point, sae, pairs, text_embeds)
+    @lru_cache(maxsize=1)
+    def pairs_of(seed: int) -> Pairs:
+        return build.attack_pairs(settings.n_fit, SEED_FIT + seed, scenes.TRAIN_FONTS, clip)
+
+    def fit_of(seed: int, other: SparseAutoencoder | None) -> TextFit:
+        return TextFit(clip, site.hook_point, sae if other is None else other, pairs_of(seed), text_embeds)
 
     return Bench(fit_of, build.attack_pairs(settings.n_test, SEED_TEST, scenes.TEST_FONTS, clip), text_embeds)
 

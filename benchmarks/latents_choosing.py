@@ -1,14 +1,16 @@
-"""The ways of choosing S that the benchmark of latents compares: rules that rank latents, and ablations of ours."""
+"""The ways of choosing S that the benchmark of latents compares: rules, ablations of ours, and other candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
 
 from defense.core.latents import draw_alike
+from defense.core.sae import SparseAutoencoder
+from defense.errors import ConfigError
 from defense.fit.config import FitConfig
 from defense.fit.selecting import LEAST_REMOVAL, Ranking, TextFit, Trial, within_budget
 
@@ -19,6 +21,9 @@ ABLATIONS = (
     "most candidates", "most candidates and contrast", "most candidates and causal effect",
 )  # fmt: skip
 """What is taken out of ours. Stored results hold these words, so their spelling stays."""
+CANDIDATES = ("random latents", "a random dictionary")
+"""What ours chooses from in place of the latents that it ranks highest. Each goes through the joint step and the budget
+as ours does, so that a gain that they reach too is due to these steps and not to what the SAE has learned."""
 _FEW = 32
 """Candidates in the ablations "most candidates": with so few it matters which they are."""
 
@@ -30,10 +35,35 @@ class Choice:
     Attributes:
         latents: Its latents.
         gains: The part of each that is kept, 0 to 1, in the same order; empty where each is removed in full.
+        sae: Whose latents they are; None for those of the SAE that ours are of.
     """
 
     latents: tuple[int, ...]
     gains: tuple[float, ...] = ()
+    sae: SparseAutoencoder | None = field(default=None, compare=False)
+
+
+def random_dictionary(sae: SparseAutoencoder, seed: int) -> SparseAutoencoder:
+    """Return an SAE of the same size, center and k that has learned nothing.
+
+    Each latent reads and writes one direction, drawn at random; the k that lie nearest to a token fire.
+
+    Args:
+        sae: With a TopK rule.
+        seed: Of the directions.
+
+    Raises:
+        ConfigError: Another rule, whose thresholds would mean nothing for other directions.
+    """
+    if sae.config.act != "topk":
+        raise ConfigError(
+            f"a random dictionary fires by rank, and this SAE has act={sae.config.act!r}; give a TopK SAE"
+        )
+    rows = np.random.default_rng([seed, 2]).normal(size=sae.W_dec.shape).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    parameters = sae.parameters_numpy()
+    parameters |= {"W_enc": rows.T.copy(), "W_dec": rows, "b_enc": np.zeros_like(parameters["b_enc"])}
+    return SparseAutoencoder(sae.config, parameters)
 
 
 class Chooser:
@@ -44,11 +74,19 @@ class Chooser:
         config: How ours chooses.
         steerability: float [d_sae]; NaN where there is none.
         seed: Of what is random.
+        fit_with: From another SAE to the same pictures with it.
     """
 
-    def __init__(self, fit: TextFit, config: FitConfig, steerability: np.ndarray, seed: int) -> None:
+    def __init__(
+        self,
+        fit: TextFit,
+        config: FitConfig,
+        steerability: np.ndarray,
+        seed: int,
+        fit_with: Callable[[SparseAutoencoder], TextFit],
+    ) -> None:
         self.fit, self.config, self.steerability = fit, replace(config, seed=seed), steerability
-        self.seed = seed
+        self.seed, self.fit_with = seed, fit_with
         self._learned: dict[tuple[FitConfig, tuple[int, ...]], tuple[Trial, np.ndarray]] = {}
 
     @cached_property
@@ -92,6 +130,17 @@ class Chooser:
     def own_stop(self, rule: str) -> Choice:
         """Return as many of a rule's best latents as clean pictures bear, at most `n_candidates`, removed in full."""
         return self._in_full(self.order(rule))
+
+    # --- other candidates ---
+
+    def among(self, candidates: str) -> Choice:
+        """Return what ours chooses from other candidates, one of `CANDIDATES`."""
+        if candidates == "random latents":
+            fires = np.flatnonzero(self.fit._activity("attacked").cpu().numpy())
+            return self._chosen(np.random.default_rng([self.seed, 3]).permutation(fires), self.config)
+        dictionary = random_dictionary(self.fit.sae, self.seed)
+        other = Chooser(self.fit_with(dictionary), self.config, self.steerability, self.seed, self.fit_with)
+        return replace(other.ours, sae=dictionary)
 
     # --- ablations ---
 
@@ -156,6 +205,8 @@ def variants() -> dict[str, Callable[[Chooser], Choice]]:
     for rule in RULES[1:]:
         found[f"{rule}, as many"] = partial(Chooser.as_many, rule=rule)
         found[f"{rule}, own stop"] = partial(Chooser.own_stop, rule=rule)
+    for candidates in CANDIDATES:
+        found[f"ours, from {candidates}"] = partial(Chooser.among, candidates=candidates)
     for ingredient in ABLATIONS:
         found[f"without {ingredient}"] = partial(Chooser.without, ingredient=ingredient)
     return found

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from defense.benchmarks.latents_choosing import ABLATIONS, RULES
+from defense.benchmarks.latents_choosing import ABLATIONS, CANDIDATES, RULES
 from defense.benchmarks.metrics import mean_figure
 from defense.errors import ConfigError
 
@@ -89,6 +89,7 @@ def table(result: Mapping[str, Any]) -> str:
     for rule in RULES:
         two = [rows[rule]] * 2 if rule == "ours" else [rows[f"{rule}, as many"], rows[f"{rule}, own stop"]]
         lines.append(f"| {rule} | " + " | ".join(f"{_count(row)} | {_cells(row)}" for row in two) + " |")
+    lines += _candidate_lines(rows)
     lines += ["", "| ours without | n | clean | attacked | clean, less ours | attacked, less ours | earns its place |"]
     lines.append("|---" * 7 + "|")
     for ingredient in ABLATIONS:
@@ -105,6 +106,23 @@ def table(result: Mapping[str, Any]) -> str:
         f"`{result['environment']['command']}`",
     ]
     return "\n".join(lines)
+
+
+def _candidate_lines(rows: Mapping[str, Any]) -> list[str]:
+    """Return the table of what ours comes to from other candidates; of runs before there was one, that they lack it."""
+    found = {candidates: rows.get(f"ours, from {candidates}") for candidates in CANDIDATES}
+    lines = [
+        "",
+        "| ours, chosen from | n | clean | attacked | clean, less ours | attacked, less ours |",
+        "|---" * 6 + "|",
+    ]
+    for candidates, row in found.items():
+        if row is None:
+            lines.append(f"| {candidates} | not measured | | | | |")
+        else:
+            changes = " | ".join(_points(row["less_ours"][kind]) for kind in TEST_KINDS)
+            lines.append(f"| {candidates} | {_count(row)} | {_cells(row)} | {changes} |")
+    return lines
 
 
 def _count(row: Mapping[str, Any]) -> str:

@@ -167,6 +167,17 @@ def _units_section(path: Path) -> str:
     return f"{units.table(result)}\n\n{units.caption(result)}\n{machine_words(result['environment'])}"
 
 
+def _sweep_section(path: Path) -> str:
+    from defense.benchmarks import sweep
+
+    result = _json(path)
+    shown = path.with_suffix(".png")
+    picture = [f"![sweep]({path.parent.name}/{shown.name})"] if shown.exists() else []
+    return "\n\n".join(
+        [sweep.table(result), *picture, f"{sweep.caption(result)}\n{machine_words(result['environment'])}"]
+    )
+
+
 def _kernel_section(path: Path) -> str:
     from defense.benchmarks import kernel_rows
 
@@ -213,6 +224,12 @@ SECTIONS = (
         "latents.json",
         "defense bench latents --out benchmarks/results",
         _latents_section,
+    ),
+    Section(
+        "Where the defense is put: block and tokens",
+        "sweep.json",
+        "python -m defense.benchmarks.sweep --out benchmarks/results/sweep.json",
+        _sweep_section,
     ),
     Section(
         "What the defense costs, CPU",

@@ -187,7 +187,7 @@ def describe_defense(defense: Defense) -> dict[str, Any]:
                 "act": site.sae_config.act,
                 "d_sae": site.sae_config.d_sae,
                 "sets": [
-                    {"name": each.name, "latents": len(each.latents), "edit": each.edit, "scope": each.scope}
+                    {"name": each.name, "latents": len(each.latents), "edit": each.edit, "scope": each.tokens}
                     for each in site.sets
                 ],
             }

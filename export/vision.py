@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defense.core.latents import token_slice
+from defense.core.norms import FACTOR
 from defense.core.ops import reference
 from defense.core.sae import normalize
 from defense.core.suppress import Suppressor
@@ -132,18 +133,34 @@ class TracedBlock(nn.Module):
         parts = [part for part in block.parts() if len(part.latents)]
         self.edits = nn.ModuleList(TracedEdit(part, mode) for part in parts)
         self.slices = [token_slice(part.scope, block.n_prefix) for part in parts]
+        self.spares = [part.latent_set.spares_high_norm for part in parts]
+        self.n_prefix = block.n_prefix
         self.batch_first = block.batch_first
 
     def edited(self, strength: Tensor, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the edited output of the block; each edit sees the unedited one, and none counts at strength 0."""
         resid = (output if self.batch_first else output.transpose(0, 1)).float()
         edited = resid
-        for edit, tokens in zip(self.edits, self.slices, strict=True):
+        is_edited = 1 - _is_high(resid, self.n_prefix) if any(self.spares) else None
+        for edit, tokens, spares in zip(self.edits, self.slices, self.spares, strict=True):
             delta = edit(resid[:, tokens]) * strength[:, None, None]
+            if spares and is_edited is not None:
+                delta = delta * is_edited[:, tokens, None]
             before, after = tokens.start or 0, 0 if tokens.stop is None else resid.shape[1] - tokens.stop
             edited = edited - F.pad(delta, (0, 0, before, after))
         edited = edited.to(output.dtype)
         return edited if self.batch_first else edited.transpose(0, 1)
+
+
+def _is_high(resid: Tensor, n_prefix: int) -> Tensor:
+    """Return 1 where a token is a patch of high norm, else 0, [batch, pos]: `norms.is_high`, by counting.
+
+    A median would be TopK in ONNX. More than half of the patches are below norm / FACTOR just where the median is.
+    """
+    norms = resid[:, n_prefix:].norm(dim=-1)
+    n_below = (FACTOR * norms[:, None, :] < norms[:, :, None]).sum(-1)
+    high = (n_below > (norms.shape[1] - 1) // 2).to(resid.dtype)
+    return F.pad(high, (n_prefix, 0))
 
 
 class VisionGraph(nn.Module):

@@ -13,6 +13,7 @@ from defense.benchmarks.methods.defended import Defended
 from defense.benchmarks.methods.defense_prefix import DefensePrefix
 from defense.benchmarks.methods.dyslexify import Dyslexify
 from defense.benchmarks.methods.embedding_sae import EmbeddingSAE
+from defense.benchmarks.methods.erase import Erase
 from defense.benchmarks.methods.leace import Leace
 from defense.benchmarks.methods.mirror_clip import MirrorClip
 from defense.benchmarks.methods.naive_splice import NaiveSplice
@@ -47,6 +48,7 @@ FACTORIES: Mapping[str, Factory] = {
     "orth-cali": by_name(OrthCali),
     "roboshot": by_name(RoboShot),
     "leace": by_name(Leace),
+    "erase": by_name(Erase),
 }
 """Name -> from the name as typed, the defense that was given and the strength after "@" to the method."""
 

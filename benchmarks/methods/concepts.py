@@ -1,4 +1,4 @@
-"""Texts that name what should not count in the tasks with groups, for methods that know it from texts alone.
+"""Texts that name what should not count, for methods that know it from texts alone.
 
 Words are such that small models know them too. No test picture was looked at to choose them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,10 @@ from defense.hosts.clip import Clip
 
 Pairs = tuple[tuple[str, str], ...]
 """Pairs of texts."""
+_Texts = TypeVar("_Texts", bound=tuple[str, ...])
+
+WRITING = ("text", "some text", "a written word", "a photo of some text.", "a sign with a word on it.")
+"""Texts that say that something is written, whatever it is."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,14 @@ def concepts_of(task: Task, who: str) -> Concepts:
     return concepts
 
 
-def known(pairs: Pairs, clip: Clip) -> Pairs:
-    """Return the pairs of texts whose every word the CLIP has an embedding for: a small model lacks most words."""
+def known(texts: tuple[_Texts, ...], clip: Clip) -> tuple[_Texts, ...]:
+    """Return the pairs, or single texts, whose every word the CLIP has an embedding for: a small model lacks most."""
     table = getattr(clip.model, "token_embedding", None)
     if table is None:
-        return pairs
+        return texts
     is_blank = (table.weight == 0).all(1).cpu().numpy()
     is_blank[0] = False  # padding
-    return tuple(pair for pair in pairs if not is_blank[np.asarray(clip.tokenizer(list(pair)))].any())
+    return tuple(each for each in texts if not is_blank[np.asarray(clip.tokenizer(list(each)))].any())
 
 
 def listed(pairs: Pairs) -> list[list[str]]:

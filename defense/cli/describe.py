@@ -23,6 +23,7 @@ from defense.cli.common import (
     put,
     say,
     say_passed_over,
+    shown,
 )
 from defense.cli.progress import stages
 from defense.hosts.shipped import DEFAULT
@@ -57,6 +58,21 @@ def describe(
         Path | None,
         typer.Option(help="Classes of the pictures, one a line: the latents of each, and what masking them does."),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Another CLIP, as --model names one: what training it on did to the latents of the first."),
+    ] = None,
+    against_pretrained: Annotated[
+        str | None, typer.Option(help="Its weights: a tag, or the path of a file. Alone: of --model.")
+    ] = None,
+    phrases: Annotated[
+        Path | None,
+        typer.Option(help='Templates for longer names, one a line, such as "a red {}": names by search.'),
+    ] = None,
+    tree: Annotated[
+        Path | None,
+        typer.Option(help="Tree of --classes, a csv file with the columns class and parent: how general latents are."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the pictures drawn for names and steering.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
@@ -65,18 +81,29 @@ def describe(
     log_warnings()
     with exit_codes():
         from defense.data.images import Limits
-        from defense.data.labels import read_labels
+        from defense.data.labels import read_labels, resolve_templates
         from defense.data.sources import open_pictures
         from defense.explain import catalogue, describe
         from defense.explain.other_encoder import read_embeds
+        from defense.explain.taxonomy import read_tree
         from defense.hosts.clip import load_clip
         from defense.store import checkpoint
 
         check_pretrained(model, pretrained)
-        check_there(*sae, words, embeds, classes)
+        if against_pretrained is not None:
+            against = against or model
+            check_pretrained(against, against_pretrained)
+        check_there(*sae, words, embeds, classes, phrases, tree)
+        if tree is not None and classes is None:
+            raise typer.BadParameter(f"--tree {shown(tree)} is of the pictures' classes; give these, with --classes")
         catalogue.check_target(out)
         names, source = read_labels(words), open_pictures(pictures, limits=Limits(max_pixels=max_pixels))
         class_names = () if classes is None else read_labels(classes)
+        templates = () if phrases is None else resolve_templates(read_labels(phrases))
+        taxonomy = None if tree is None else read_tree(tree)
+        if taxonomy is not None:
+            for name in class_names:
+                taxonomy.path_of(name)
         for picture in source if class_names else ():
             source.class_of(picture, class_names)
         encoder = None if embeds is None else read_embeds(embeds)
@@ -84,8 +111,11 @@ def describe(
         clip = load_clip(model, pretrained, device=device)
         for each in found:
             each.check_clip(clip.tower)
+        other = None if against is None else load_clip(against, against_pretrained, device=device)
         unreadable: set[str] = set()
         made_from = {"pictures": source.fingerprint, "host_model": model, "pretrained": pretrained}
+        if against is not None:
+            made_from |= {"against_model": against, "against_pretrained": against_pretrained}
         catalogues = []
         with stages() as progress:
             for each in found:
@@ -95,7 +125,8 @@ def describe(
                     describe.describe(
                         clip, each.hook_point, each.sae, stream, names, n_top=n_top, n_names=n_names,
                         n_steered=n_steered, n_probed=max(16, n_steered), n_sampled=n_sampled, encoder=encoder,
-                        classes=class_names, seed=seed, provenance=made_from,
+                        classes=class_names, against=other, phrases=templates, tree=taxonomy, seed=seed,
+                        provenance=made_from,
                     )
                 )  # fmt: skip
         catalogue.save(catalogues, out)
@@ -110,7 +141,7 @@ def describe(
 def _print_catalogue(table: Catalogue) -> None:
     """Print what a catalogue says of its SAE as a whole."""
     from defense.core.norms import HighNorm
-    from defense.explain.by_class import lines_of
+    from defense.explain import against, by_class, naming, searching, taxonomy
 
     n_firing, n_pictures = int((table.columns["frequency"] > 0).sum()), table.provenance["n_pictures"]
     put(f"{table.hook_point}  {n_firing} of {table.d_sae} latents fire, on {n_pictures} pictures")
@@ -120,8 +151,17 @@ def _print_catalogue(table: Catalogue) -> None:
         put(f"  high norm: {HighNorm(**table.provenance['high_norm']).words()}")
     _print_baselines(table.provenance["baselines"])
     if "classes" in table.provenance:
-        for line in lines_of(table.provenance["classes"]):
+        for line in by_class.lines_of(table.provenance["classes"]):
             put(f"  {line}")
+    put(f"  {naming.wording_line(table.provenance['wording'])}")
+    if "tree" in table.provenance:
+        put(f"  {taxonomy.line_of(table.provenance['tree'])}")
+    if "phrases" in table.provenance:
+        for line in searching.lines_of(table.provenance["phrases"]):
+            put(f"  {line}")
+    if (compared := table.provenance.get("against")) is not None:
+        for line in (*against.lines_of(compared), *coding_lines(compared["tokens"])):
+            put(f"  against: {line}")
 
 
 def _print_baselines(baselines: dict[str, Any]) -> None:

@@ -65,6 +65,9 @@ def explain(
     edit: Annotated[Removal | None, typer.Option(help="In place of each latent set's own.")] = None,
     phrase: Annotated[str | None, typer.Option(help="Show where this is in the picture.")] = None,
     less: Annotated[str | None, typer.Option(help="Tell the phrase from this one instead of from the rest.")] = None,
+    strengths: Annotated[
+        bool, typer.Option("--strengths", help="Also the least parts of latents whose removal changes the answer.")
+    ] = False,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:
@@ -74,6 +77,7 @@ def explain(
         from defense.classify.classifier import RobustClassifier
         from defense.data import images
         from defense.explain.counterfactual import counterfactual
+        from defense.explain.strengths import least_strengths
         from defense.export import bundle
         from defense.hosts.controls import Controls
 
@@ -94,8 +98,10 @@ def explain(
         with stderr.status("looking for what mattered") if stderr.is_terminal else nullcontext():
             explanation = replace(clf.explain(decoded.image, controls=controls), warnings=decoded.warnings)
             enough = counterfactual(clf, decoded.image, controls=controls) if explanation.changed else None
+            wanted = strengths and explanation.changed
+            least = least_strengths(clf, decoded.image, controls=controls) if wanted else None
             patches = _patches_of(clf, decoded.image, phrase, less, controls)
-        parts = {"counterfactual": enough, "patches": patches}
+        parts = {"counterfactual": enough, "strengths": least, "patches": patches}
         _write(out, _page(out, decoded.image, explanation, shown(Path(picture.name)), clf, defense, parts))
         short = replace(explanation, plain=explanation.plain[:_TOP_K], robust=explanation.robust[:_TOP_K])
         print_explanation(picture, short)

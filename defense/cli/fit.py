@@ -108,6 +108,9 @@ def fit(
         Removal, typer.Option(help="Take away what latents write, or the span of those that fire.")
     ] = "scale",
     scope: Annotated[Scope | None, typer.Option(help="Which tokens; by default those the SAE was trained on.")] = None,
+    spare_high_norm: Annotated[
+        bool, typer.Option("--spare-high-norm", help="Leave patches alone whose norm is far above their picture's.")
+    ] = False,
     clean_budget: Annotated[
         float, typer.Option(min=0, max=1, help="Accuracy that may be lost where nothing is wrong, over all blocks.")
     ] = 0.01,
@@ -166,7 +169,13 @@ def fit(
         checkpoints = _read_saes(sae or [], calibrate=calibrate)
         opened = _opened(source, answers)
         clip = load_clip(model, pretrained, device=resolve_device(device))
-        config = FitConfig(clean_budget=clean_budget / len(checkpoints), edit=edit, seed=seed, steps=steps)
+        config = FitConfig(
+            clean_budget=clean_budget / len(checkpoints),
+            edit=edit,
+            spares_high_norm=spare_high_norm,
+            seed=seed,
+            steps=steps,
+        )
         plans = plan_sites(clip, checkpoints, config, scope)
         clf = RobustClassifier(clip).set_labels(answers, template)
         with stages() as progress:
@@ -372,7 +381,7 @@ def _print_fit(fitted: Fitted) -> None:
         (latent_set,) = site.sets
         put(
             f"site        {site.hook_point}: {len(latent_set.latents)} latents, edit {latent_set.edit}, tokens "
-            f"{latent_set.scope}"
+            f"{latent_set.tokens}"
         )
         if runs := fitted.defense.provenance.get("stability"):
             put(f"stability   {words_on(runs, site.hook_point, latent_set.latents)}")

@@ -57,7 +57,7 @@ def info(
             for latent_set in site.sets:
                 put(
                     f"  set       {latent_set.name}: {len(latent_set.latents)} latents, edit {latent_set.edit}, "
-                    f"tokens {latent_set.scope}"
+                    f"tokens {latent_set.tokens}"
                 )
         for key, value in defense.provenance.items():
             put(f"{key:11} {value}")

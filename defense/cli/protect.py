@@ -121,7 +121,7 @@ def _progress() -> Iterator[Callable[[trainer.Progress], None]]:
 def _print_defense(defense: Defense, name: str, pretrained: str | None, out: Path | None) -> None:
     for site in defense.sites:
         for each in site.sets:
-            put(f"site        {site.hook_point}: {len(each.latents)} latents, tokens {each.scope}")
+            put(f"site        {site.hook_point}: {len(each.latents)} latents, tokens {each.tokens}")
     if "weak" in defense.provenance:
         put(f"weak        {defense.provenance['weak']}")
     if out is not None:

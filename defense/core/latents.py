@@ -21,6 +21,8 @@ Removal = Literal["scale", "project"]
 Edit = Literal[Removal, "set"]
 Scope = Literal["cls", "patch", "all"]
 
+_OPTIONAL = "spares_high_norm"
+"""Key in files that older ones do not have, and that an older version refuses."""
 _N_NEAR = 20
 """How many latents of the nearest activity a control is drawn from."""
 
@@ -44,6 +46,8 @@ class LatentSet:
         values: Target activations for "set", one per latent; empty otherwise.
         scores: Column name -> one number per latent: why each was chosen.
         provenance: Where all this came from (data, seeds, version).
+        spares_high_norm: Whether patches whose norm stands far above that of their picture's others are left as they
+            are (see `norms.is_high`): what latents say there is not about the place.
 
     Numbers may come as any sequence, of numpy's kinds too; they are held as tuples of int and float.
 
@@ -60,13 +64,16 @@ class LatentSet:
     values: tuple[float, ...] = ()
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    spares_high_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.edit not in get_args(Edit):
             raise ConfigError(f"edit={self.edit!r}; it must be one of {', '.join(get_args(Edit))}")
         if self.scope not in get_args(Scope):
             raise HookPointError(f"scope={self.scope!r}; it must be one of {', '.join(get_args(Scope))}")
-        for name, kind in (("name", str), ("provenance", Mapping), ("scores", Mapping)):
+        for name, kind in (
+            ("name", str), ("provenance", Mapping), ("scores", Mapping), ("spares_high_norm", bool),
+        ):  # fmt: skip
             if not isinstance(value := getattr(self, name), kind):
                 raise ConfigError(f"a latent set's {name} is {value!r}; want {kind.__name__}")
         object.__setattr__(self, "latents", self._numbers("latents", self.latents, int))
@@ -80,6 +87,8 @@ class LatentSet:
         columns = {"gains": self.gains, **{f"scores[{key!r}]": column for key, column in self.scores.items()}}
         if self.edit == "set":
             columns["values"] = self.values
+            if self.spares_high_norm:
+                raise ConfigError("edit='set' steers every token of its scope; spares_high_norm goes with the others")
         elif self.values:
             raise ConfigError(f"values belong to edit='set'; this set has edit={self.edit!r}")
         for name, column in columns.items():
@@ -129,8 +138,13 @@ class LatentSet:
         """Return the set less the given latents."""
         return replace(self, **self._columns([i for i, latent in enumerate(self.latents) if latent not in latents]))
 
+    @property
+    def tokens(self) -> str:
+        """Which tokens are edited, in words."""
+        return f"{self.scope}, but for patches of high norm" if self.spares_high_norm else self.scope
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
+        """Return the fields as JSON values; without `spares_high_norm` where that is false, as before there was one."""
         return {
             "name": self.name,
             "latents": list(self.latents),
@@ -140,6 +154,7 @@ class LatentSet:
             "values": list(self.values),
             "scores": {key: list(column) for key, column in self.scores.items()},
             "provenance": dict(self.provenance),
+            **({_OPTIONAL: True} if self.spares_high_norm else {}),
         }
 
     @classmethod
@@ -150,8 +165,8 @@ class LatentSet:
             CheckpointError: A field is missing or unknown.
             ConfigError, HookPointError: See the class; or "unsafe" is not false.
         """
-        names = {each.name for each in dataclass_fields(cls)}
-        if not isinstance(fields, dict) or fields.keys() - {"unsafe"} != names:
+        names = {each.name for each in dataclass_fields(cls)} - {_OPTIONAL}
+        if not isinstance(fields, dict) or fields.keys() - {"unsafe", _OPTIONAL} != names:
             got = sorted(fields) if isinstance(fields, dict) else fields
             raise CheckpointError(f"a latent set has the keys {got!r}; this version has {sorted(names)}")
         if fields.get("unsafe", False) is not False:
@@ -159,7 +174,7 @@ class LatentSet:
                 f"a latent set has unsafe={fields['unsafe']!r}, which let gains lie outside [0, 1]; no set may have "
                 "such gains any more: bring them into [0, 1] and take the key out"
             )
-        return cls(**{name: fields[name] for name in names})
+        return cls(**{name: fields[name] for name in (*names, _OPTIONAL) if name in fields})
 
 
 def draw_alike(chosen: Sequence[int], activity: np.ndarray, rng: np.random.Generator) -> list[int]:

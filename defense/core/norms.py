@@ -42,6 +42,19 @@ class HighNorm:
         )
 
 
+def is_high(patches: Tensor) -> Tensor:
+    """Return which patches are high, bool [batch, n_patches]; of no patches, none.
+
+    Args:
+        patches: Of pictures, [batch, n_patches, d_model].
+    """
+    norms = patches.float().norm(dim=-1)
+    middle = max(0, norms.shape[1] - 1) // 2
+    median = norms.sort(1).values[:, middle : middle + 1]  # `median` has no deterministic kernel
+    high: Tensor = norms > FACTOR * median
+    return high
+
+
 class HighNormSums:
     """What a stream of pictures adds up to."""
 
@@ -54,7 +67,7 @@ class HighNormSums:
             return
         norms = patches.float().norm(dim=-1)
         ratio = norms / norms.median(1, keepdim=True).values.clamp(min=1e-30)
-        high = ratio > FACTOR
+        high = is_high(patches)
         self.n_pictures += len(patches)
         self.n_patches += high.numel()
         self.n_high += int(high.sum())

@@ -29,6 +29,7 @@ from defense.errors import ConfigError, ShapeError
 
 from . import ops
 from .latents import LatentSet, Scope, token_slice
+from .norms import is_high
 from .ops import Backend, reference
 from .ops.reference import Encoder
 from .sae import SparseAutoencoder, normalize
@@ -140,6 +141,19 @@ class Suppressor(nn.Module):
             unflattened: Tensor = acts.unflatten(0, resid.shape[:-1])
             return unflattened
 
+    def acts_in_scope(self, resid: Tensor, n_prefix: int) -> Tensor:
+        """Return `acts` of the scope's tokens, [batch, n_tokens, n]; 0 where the set spares a patch of high norm.
+
+        Args:
+            resid: Of whole pictures, [batch, pos, d_model].
+            n_prefix: Tokens before the patches.
+        """
+        tokens = token_slice(self.scope, n_prefix)
+        acts = self.acts(resid[:, tokens])
+        if not self.latent_set.spares_high_norm:
+            return acts
+        return acts.masked_fill(_spared(resid, n_prefix)[:, tokens, None], 0)
+
     def removed(self, resid: Tensor, acts: Tensor | None = None) -> Tensor:
         """Return what is subtracted from a residual [..., d_model] (every token, whatever the scope).
 
@@ -166,7 +180,7 @@ class Suppressor(nn.Module):
             edited: `resid` itself, which is left as it is, or what other suppressors left of it, which may change.
             resid: What the SAE reads.
             n_prefix: Tokens before the patches.
-            acts: `acts` of the scope's tokens, [batch, n_tokens, n], where they are known already.
+            acts: `acts_in_scope`, where they are known already.
         """
         tokens = token_slice(self.scope, n_prefix)
         encoder = self.encoder()
@@ -175,8 +189,10 @@ class Suppressor(nn.Module):
             removal = self.removal * self.strength
             parts = edited, resid, tokens, self.norm, encoder, self.W_dec_S, removal
             fused = ops.fused_suppress(*parts, backend=self.backend)
-            if fused is not None:
-                return fused
+            if fused is not None:  # the kernels know no patches, so those that are spared are put back
+                spares = self.latent_set.spares_high_norm
+                return torch.where(_spared(resid, n_prefix)[..., None], edited, fused) if spares else fused
+        acts = self.acts_in_scope(resid, n_prefix) if acts is None else acts
         edited = edited.to(torch.promote_types(edited.dtype, torch.float32), copy=edited is resid)
         edited[:, tokens] -= self.removed(resid[:, tokens], acts)
         return edited
@@ -208,6 +224,12 @@ class Suppressor(nn.Module):
             return self.subtract(resid, resid, n_prefix).to(resid.dtype)
 
 
+def _spared(resid: Tensor, n_prefix: int) -> Tensor:
+    """Return which tokens are patches of high norm, bool [batch, pos]."""
+    high = is_high(resid[:, n_prefix:])
+    return torch.cat([high.new_zeros(len(high), n_prefix), high], 1)
+
+
 def _encoder_tensors(sae: SparseAutoencoder, columns: Tensor) -> dict[str, Tensor | None]:
     """Return the tensors of `reference.Encoder` by name: columns of S, and the whole encoder where latents compete."""
     config, bias = sae.config, sae.folded_bias
@@ -232,7 +254,7 @@ class Suppression:
         resid: As it was, [batch, pos, d_model].
         edited: What they left of it, in the same dtype.
         suppressors: Those that name any latent.
-        acts: For each of them, f_i for i in S at the tokens of its scope, [batch, n_tokens, n].
+        acts: For each of them, `Suppressor.acts_in_scope`, [batch, n_tokens, n].
     """
 
     resid: Tensor
@@ -250,7 +272,7 @@ def suppress(resid: Tensor, suppressors: Sequence[Suppressor], n_prefix: int) ->
 def suppress_and_tell(resid: Tensor, suppressors: Sequence[Suppressor], n_prefix: int) -> Suppression:
     """Do what `suppress` does, and return the activations too; each encoder runs once."""
     active = [suppressor for suppressor in suppressors if len(suppressor.latents)]
-    acts = [suppressor.acts(resid[:, token_slice(suppressor.scope, n_prefix)]) for suppressor in active]
+    acts = [suppressor.acts_in_scope(resid, n_prefix) for suppressor in active]
     return Suppression(resid, _suppressed(resid, active, n_prefix, acts), tuple(active), tuple(acts))
 
 

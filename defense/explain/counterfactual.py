@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ def counterfactual(clf: RobustClassifier, image: Any, *, controls: Controls | No
     controls = controls or Controls()
     if controls.steer:
         raise ConfigError("a counterfactual only removes latents; leave `steer` empty")
-    search = _Search(clf, image, controls)
+    search = Search(clf, image, controls)
     found: list[LatentKey] = []
     rest = search.firing()
     while rest and not search.flips(found):
@@ -81,7 +81,7 @@ def counterfactual(clf: RobustClassifier, image: Any, *, controls: Controls | No
     return Counterfactual(search.prediction([]), tuple(found), search.prediction(found), search.n_tried)
 
 
-def _spare(search: _Search, found: list[LatentKey]) -> LatentKey | None:
+def _spare(search: Search, found: list[LatentKey]) -> LatentKey | None:
     """Return the last of some latents without which the answer stays changed, or None."""
     for key in reversed(found):
         if search.flips(each for each in found if each != key):
@@ -89,8 +89,17 @@ def _spare(search: _Search, found: list[LatentKey]) -> LatentKey | None:
     return None
 
 
-class _Search:
-    """Answers for one picture with only some latents of S removed, each computed once."""
+class Search:
+    """Answers for one picture with only some latents of S removed, in full or in part, each computed once.
+
+    Args:
+        clf: With a defense, and labels set.
+        image: See `images.decode`.
+        controls: What of the defense may be used, and how it edits.
+
+    Raises:
+        ConfigError: There is no defense, or fewer than two labels.
+    """
 
     def __init__(self, clf: RobustClassifier, image: Any, controls: Controls) -> None:
         if clf.defense is None:
@@ -106,26 +115,43 @@ class _Search:
         self.names = self.probe.labels
         if len(self.names) < 2:
             raise ConfigError(f"{self.names[0]!r} is the only label, so no other can be the answer; set at least two")
-        self._scores: dict[frozenset[LatentKey], np.ndarray] = {}
+        self._scores: dict[frozenset[tuple[LatentKey, float]], np.ndarray] = {}
         self.plain = int(self.scores([]).argmax())
 
     @property
     def n_tried(self) -> int:
-        """How many subsets were tried, the empty one not counted."""
+        """How many ways to remove some of them were tried; to remove none is not counted."""
         return len(self._scores) - 1
 
     def scores(self, removed: Iterable[LatentKey]) -> np.ndarray:
         """Return scores [n_labels] with just these latents removed."""
-        key = frozenset(removed)
+        return self.scores_at(dict.fromkeys(removed, 1.0))
+
+    def scores_at(self, strengths: Mapping[LatentKey, float]) -> np.ndarray:
+        """Return scores [n_labels] with so much of some latents removed, each 0 to 1, and nothing of the others."""
+        used = {latent: strength for latent, strength in strengths.items() if strength > 0}
+        key = frozenset(used.items())
         if key not in self._scores:
-            controls = replace(self.controls, off=self.controls.off | (self.latents - key))
-            self._scores[key] = self.probe.scores(controls)
+            self._scores[key] = self.probe.scores(self.controls_of(used))
         return self._scores[key]
+
+    def controls_of(self, strengths: Mapping[LatentKey, float]) -> Controls:
+        """Return the controls with which the defense does that."""
+        off = self.controls.off | (self.latents - strengths.keys())
+        parts = {key: part * self.controls.strengths.get(key, 1.0) for key, part in strengths.items()}
+        return replace(self.controls, off=off, strengths={key: part for key, part in parts.items() if part < 1})
 
     def margin(self, removed: Iterable[LatentKey]) -> float:
         """Return how many nats plain's label is ahead of the best other; below 0 where the answer changed."""
-        scores = np.log(self.scores(removed).clip(np.finfo(np.float32).tiny))
-        return float(scores[self.plain] - np.delete(scores, self.plain).max())
+        return self._margin(self.scores(removed))
+
+    def margin_at(self, strengths: Mapping[LatentKey, float]) -> float:
+        """Return the same of `scores_at`."""
+        return self._margin(self.scores_at(strengths))
+
+    def _margin(self, scores: np.ndarray) -> float:
+        logs = np.log(scores.clip(np.finfo(np.float32).tiny))
+        return float(logs[self.plain] - np.delete(logs, self.plain).max())
 
     def flips(self, removed: Iterable[LatentKey]) -> bool:
         """Return whether the answer is another than plain's."""
@@ -133,7 +159,11 @@ class _Search:
 
     def prediction(self, removed: Iterable[LatentKey]) -> Prediction:
         """Return the answer as a classifier gives it."""
-        scores = self.scores(removed)
+        return self.prediction_at(dict.fromkeys(removed, 1.0))
+
+    def prediction_at(self, strengths: Mapping[LatentKey, float]) -> Prediction:
+        """Return the same of `scores_at`."""
+        scores = self.scores_at(strengths)
         return [{"label": self.names[i], "score": float(scores[i])} for i in np.argsort(-scores, kind="stable")]
 
     def firing(self) -> list[LatentKey]:

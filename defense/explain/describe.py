@@ -12,7 +12,8 @@ Everything is measured on the undefended network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -32,13 +33,16 @@ from defense.data.sources import Picture, Pictures, prepared
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 
+from .against import Against
 from .baselines import Others, Sweep, latent_units, median_of, sweep
 from .by_class import ClassSums, found_of, masking_curve
 from .catalogue import Catalogue
-from .naming import directions_of, names_of
+from .naming import directions_of, names_of, wording_beside_random, words_apart
 from .other_encoder import OtherEncoder
+from .searching import by_templates, search_beside_random
 from .steering import Steering, steerability
 from .sums import Example, Reservoir, Sums
+from .taxonomy import Tree, depths_of, summary_of
 
 
 def examples(
@@ -80,6 +84,7 @@ def _label(picture: Picture) -> str | None:
     return None if label is None else str(label)
 
 
+# Longer than functions here are: what a catalogue may be asked for are its parameters, one line each.
 def describe(
     clip: Clip,
     hook_point: str,
@@ -96,6 +101,9 @@ def describe(
     n_sampled: int = 64,
     encoder: OtherEncoder | None = None,
     classes: Sequence[str] = (),
+    against: Clip | None = None,
+    phrases: Sequence[str] = (),
+    tree: Tree | None = None,
     batch: int = 50,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
@@ -113,6 +121,8 @@ def describe(
     | monosemanticity | mean cosine of the pictures on which it fires (see `Sums.monosemanticity`) | arXiv:2504.02821 |
     | class_entropy | of classes weighted by its activation, in nats; where pictures have classes | PatchSAE |
     | n_classes | classes on whose pictures it fires | PatchSAE |
+    | consistency | whether the words nearest to it are alike (see `naming.wording`) | arXiv:2409.06579 |
+    | n_same_word | other latents with the same nearest word | arXiv:2409.06579 |
     | steerability | how far steering it moves the answer (see `steerability`) | arXiv:2504.08729, from its notebooks |
 
     The names follow the latent's decoder row through the rest of the network, linearized: the mean Jacobian of the
@@ -141,13 +151,20 @@ def describe(
         encoder: Whose embeddings of the pictures monosemanticity takes; the CLIP's own where None.
         classes: Of the pictures' labels; `provenance["classes"]` then has the latents of each, and what masking them
             does (see `by_class`).
+        against: Another CLIP with the same blocks, as one that was trained on from the first: columns and
+            `provenance["against"]` then say which latents differ there (see `against.Against`), for one more pass over
+            the pictures and one more steering of each latent.
+        phrases: Templates with a {} for a name; `provenance["phrases"]` then has longer names of each latent, found by
+            search from the words, and what random directions gain by such a search (see `searching`).
+        tree: Of the pictures' classes; the column "tree_depth" is then the depth of the deepest node above all classes
+            of a latent's top pictures, and `provenance["tree"]` what random pictures have (see `taxonomy`).
         batch: Pictures at once.
         seed: Of that drawing.
         provenance: Where pictures and words came from, as JSON values.
 
     Raises:
-        ConfigError: Fewer than two pictures (all, or to steer on), fewer than two words, a number below 1, or a CLIP
-            without a text tower.
+        ConfigError: Fewer than two pictures (all, or to steer on), fewer than two words, a number below 1, a CLIP
+            without a text tower, another CLIP that does not fit the first, or a class that the tree does not have.
         ShapeError: The SAE is made for another width.
         HookPointError: There is no such block.
     """
@@ -160,33 +177,51 @@ def describe(
     prompts = Prompts(labels.check_labels(words), labels.resolve_templates(templates))
     text_embeds = torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)
     others = Others(clip.tower, hook_point, seed)
-    by_class = ClassSums(labels.check_labels(classes), sae.config.d_sae, clip.device, seed) if classes else None
-    with clip.undefended():
+    classes = labels.check_labels(classes) if classes else ()
+    by_class = ClassSums(classes, sae.config.d_sae, clip.device, seed) if classes else None
+    with clip.undefended(), nullcontext() if against is None else against.undefended():
+        compared = None
+        if against is not None:
+            compared = Against(
+                clip, against, hook_point, sae, replace(prompts, labels=classes or prompts.labels), n_probed, seed
+            )
         seen = _pass(
-            clip, hook_point, sae, source, others, encoder, by_class, n_top=n_top, n_probed=n_probed, batch=batch,
-            seed=seed,
+            clip, hook_point, sae, source, others, encoder, by_class, compared, n_top=n_top, n_probed=n_probed,
+            batch=batch, seed=seed,
         )  # fmt: skip
         shared = functional.normalize(text_embeds.mean(0), dim=0)
         directions = directions_of(clip.tower, hook_point, seen.resid, sae, seen.sums, shared)
         steering = Steering(clip, hook_point, seen.resid[:n_steered], text_embeds, sae.config.norm)
         swept = _swept(steering, sae, seen, others, n_sampled, seed)
-        of_classes = (
-            {} if by_class is None else {"classes": _of_classes(clip, hook_point, sae, by_class, prompts, seed)}
-        )
         steered = steerability(steering, sae, seen.sums.fires, swept.strength)
+        found = {**seen.sums.columns(), "steerability": steered}
+        columns_of_words, in_words = wording_beside_random(directions, words_apart(text_embeds), seed)
+        found |= columns_of_words
+        asked: dict[str, Any] = {"wording": in_words}
+        if by_class is not None:
+            asked["classes"] = _of_classes(clip, hook_point, sae, by_class, prompts, seed)
+        if compared is not None:
+            found |= compared.columns(prompts, n_steered, seen.sums.fires, swept.strength)
+            asked["against"] = compared.result(found)
+        if tree is not None:
+            top = seen.sums.top.cpu().numpy()
+            found["tree_depth"] = depths_of(top, seen.sums.labels, tree)
+            asked["tree"] = summary_of(found["tree_depth"], top, seen.sums.labels, tree, seed)
+        if phrases:
+            asked["phrases"] = _searched(clip, directions, prompts, phrases, seed)
     return _catalogue(
         hook_point,
         seen.sums,
-        {**seen.sums.columns(), "steerability": steered, **(columns or {})},
+        {**found, **(columns or {})},
         names_of(directions, text_embeds, words, n_names),
         directions,
         {
             "n_pictures": len(seen.sums.keys), "n_words": len(words), "templates": list(prompts.templates),
             "n_probed": len(seen.resid), "n_steered": len(steering.resid), "steer": swept.strength,
             "baselines": _baselines(seen.sums, others, swept, encoder),
-            "tokens": {kind: asdict(found) for kind, found in seen.coding.results().items()},
+            "tokens": {kind: asdict(coded) for kind, coded in seen.coding.results().items()},
             "high_norm": None if (high := seen.high.result()) is None else asdict(high),
-            **of_classes, "seed": seed, "host": clip.tower.fingerprint(), "sae": fingerprint(sae.parameters_numpy()),
+            **asked, "seed": seed, "host": clip.tower.fingerprint(), "sae": fingerprint(sae.parameters_numpy()),
             **(provenance or {}),
         },
     )  # fmt: skip
@@ -226,8 +261,9 @@ def measure_baselines(
     others = Others(clip.tower, hook_point, seed)
     with clip.undefended():
         seen = _pass(
-            clip, hook_point, sae, source, others, None, None, n_top=1, n_probed=n_steered, batch=batch, seed=seed
-        )
+            clip, hook_point, sae, source, others, None, None, None, n_top=1, n_probed=n_steered, batch=batch,
+            seed=seed,
+        )  # fmt: skip
         steering = Steering(clip, hook_point, seen.resid, text_embeds, sae.config.norm)
         swept = _swept(steering, sae, seen, others, n_sampled, seed)
     return _baselines(seen.sums, others, swept, None)
@@ -290,6 +326,22 @@ def _of_classes(
     return found_of(masking_curve(clip, hook_point, sae, sums, text_embeds, seed), sums)
 
 
+def _searched(
+    clip: Clip, directions: np.ndarray, prompts: Prompts, phrases: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """Return longer names, found by search, as JSON values."""
+    words = torch.from_numpy(clip.text_embeds(prompts))
+    shared = functional.normalize(words.mean(0), dim=0)
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        embeds = torch.from_numpy(clip.text_embeds(replace(prompts, labels=labels.check_labels(texts))))
+        return functional.normalize(embeds - (embeds @ shared)[:, None] * shared, dim=1).numpy()
+
+    templates = labels.resolve_templates(phrases)
+    found = search_beside_random(directions, prompts.labels, embed, by_templates(templates), seed=seed)
+    return {"templates": list(templates), **found}
+
+
 def _baselines(sums: Sums, others: Others, swept: Sweep, encoder: OtherEncoder | None) -> dict[str, Any]:
     """Return what other units than latents come to, as JSON values."""
     kinds = {"latents": sums.likeness, **others.likeness}
@@ -313,6 +365,7 @@ def _pass(
     others: Others,
     encoder: OtherEncoder | None,
     by_class: ClassSums | None,
+    against: Against | None,
     *,
     n_top: int,
     n_probed: int,
@@ -332,9 +385,11 @@ def _pass(
             pixel_values = np.stack([example.pixel_values for example in chunk])
             resid, embeds = clip.tower.resid_and_embeds(pixel_values, hook_point)
             hidden = passed.pop() if passed else None
+            acts = sae.encode(resid[:, tokens])
+            if against is not None:
+                against.add(chunk, resid[:, tokens], acts, embeds)
             if encoder is not None:
                 embeds = torch.from_numpy(encoder.of([example.key for example in chunk])).to(clip.device)
-            acts = sae.encode(resid[:, tokens])
             coding.add(resid[:, tokens], acts)
             high.add(resid[:, clip.tower.n_prefix :])
             sums.add(acts.clamp(min=0), embeds, chunk, n_cls=n_cls)

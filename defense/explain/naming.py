@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional
 from defense.core.sae import SparseAutoencoder
 from defense.hosts.tower import VisionTower
 
+from .baselines import median_of
 from .sums import NUMBERS_AT_ONCE, Sums
 
 # --- what a latent does -----------------------------------------------------------------------------------------------
@@ -71,12 +73,85 @@ def names_of(
     directions: np.ndarray, text_embeds: Tensor, words: Sequence[str], n_names: int
 ) -> tuple[tuple[tuple[str, float], ...], ...]:
     """Return each direction's words with their weights."""
-    shared = functional.normalize(text_embeds.mean(0), dim=0)
-    apart = functional.normalize(text_embeds - (text_embeds @ shared)[:, None] * shared, dim=1).cpu().numpy()
-    index, weight = sparse_words(directions, apart, n_names)
+    index, weight = sparse_words(directions, words_apart(text_embeds), n_names)
     return tuple(
         tuple((words[i], float(value)) for i, value in zip(row, values, strict=True) if i >= 0)
         for row, values in zip(index.tolist(), weight, strict=True)
+    )
+
+
+def words_apart(text_embeds: Tensor) -> np.ndarray:
+    """Return the embeddings of words without what all of them share, of length 1, float32 [n_words, d_embed]."""
+    shared = functional.normalize(text_embeds.mean(0), dim=0)
+    return functional.normalize(text_embeds - (text_embeds @ shared)[:, None] * shared, dim=1).cpu().numpy()
+
+
+N_NEAREST = 5
+"""Words nearest to a direction that have to be alike for it to be consistent."""
+
+
+def wording(directions: np.ndarray, words: np.ndarray, n: int = N_NEAREST) -> dict[str, np.ndarray]:
+    """Return whether the words near a direction are alike, and how many directions share a word, float64 [n] each.
+
+    "consistency" is the mean cosine of all pairs of the n words nearest to it; "n_same_word" counts the other
+    directions to which the same word is nearest. NaN for a direction of 0, as of a latent that never fires.
+
+    CLIP-InterpreT (arXiv:2409.06579) lets a language model say which property a unit's words share, and by how many
+    units it is shared; here words are alike as far as their embeddings are.
+
+    Args:
+        directions: Of length 1, or 0, float [n_directions, d_embed].
+        words: What `words_apart` returns, float [n_words, d_embed].
+        n: Words, at most as many as there are.
+    """
+    n = min(n, len(words))
+    is_known = np.linalg.norm(directions, axis=1) > 0
+    nearest = np.argsort(-(directions @ words.T), axis=1, kind="stable")[:, :n]
+    together = np.square(words[nearest].astype(np.float64).sum(1)).sum(1)  # n of themselves, and each pair twice
+    consistency = (together - n) / (n * (n - 1)) if n > 1 else np.full(len(directions), np.nan)
+    counts = np.bincount(nearest[is_known, 0], minlength=len(words))
+    found = {"consistency": consistency, "n_same_word": counts[nearest[:, 0]] - 1.0}
+    return {name: np.where(is_known, column, np.nan) for name, column in found.items()}
+
+
+def wording_beside_random(
+    directions: np.ndarray, words: np.ndarray, seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return `wording`, and what it comes to beside as many random directions, as JSON values.
+
+    Args:
+        directions: See `wording`.
+        words: See `wording`.
+        seed: Of the random directions, which lie where words do.
+    """
+    columns = wording(directions, words)
+    n = int((~np.isnan(columns["n_same_word"])).sum())
+    drawn = np.random.default_rng(seed).normal(size=(max(1, n), len(words))) @ words
+    control = wording(drawn / np.linalg.norm(drawn, axis=1, keepdims=True), words)
+    total = np.square(words.astype(np.float64).sum(0)).sum()
+    return columns, {
+        "n_nearest": min(N_NEAREST, len(words)),
+        "all_pairs": round(float((total - len(words)) / (len(words) * (len(words) - 1))), 4),
+        **{
+            kind: {
+                "consistency": median_of(each["consistency"]),
+                "share_alone": round(float((each["n_same_word"] == 0).sum() / max(1, n)), 4),
+            }
+            for kind, each in (("latents", columns), ("random", control))
+        },
+    }
+
+
+def wording_line(found: Mapping[str, Any]) -> str:
+    """Return a line on what `wording_beside_random` found."""
+    parts = [
+        f"{found[kind]['consistency'].get('median', float('nan')):.3f} for {name} "
+        f"({100 * found[kind]['share_alone']:.0f} % alone with their word)"
+        for kind, name in (("latents", "latents"), ("random", "random directions"))
+    ]
+    return (
+        f"cosine of the {found['n_nearest']} words nearest to a direction, median: {', '.join(parts)}; all pairs "
+        f"{found['all_pairs']:.3f}"
     )
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .catalogue import Catalogue
     from .counterfactual import Counterfactual
     from .patches import PatchLabels
+    from .strengths import LeastStrengths
 
 
 _SIDES = 360, 640
@@ -87,6 +88,7 @@ def report_html(
     defense: Defense | None = None,
     catalogues: Mapping[str, Catalogue] | None = None,
     counterfactual: Counterfactual | None = None,
+    strengths: LeastStrengths | None = None,
     patches: PatchLabels | None = None,
 ) -> str:
     """Return an explanation as one HTML file, which needs no other file, script or network.
@@ -98,6 +100,7 @@ def report_html(
         defense: Says which defense it was, by its hashes.
         catalogues: Names of latents, by hook point; a latent without one is called by its number.
         counterfactual: Of the same picture.
+        strengths: The least that change the answer, of the same picture.
         patches: Of the same picture, with a defense.
     """
     small, box = words.sized(picture, explanation.box, *_SIDES)
@@ -112,8 +115,9 @@ def report_html(
         ),
         _html_pictures(small, box, explanation),
         _html_answers(explanation),
-        "<h2>The least that changes the answer</h2>" if counterfactual is not None else "",
+        "<h2>The least that changes the answer</h2>" if (counterfactual or strengths) is not None else "",
         f"<p>{escape(words.minimum(counterfactual, catalogues))}</p>" if counterfactual is not None else "",
+        f"<p>{escape(words.least(strengths, catalogues))}</p>" if strengths is not None else "",
         _html_patches(small, box, patches) if patches is not None else "",
         _html_latents(small, box, explanation, catalogues) if explanation.removed else "",
         "<h2>How to read this</h2>",

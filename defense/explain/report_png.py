@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .catalogue import Catalogue
     from .counterfactual import Counterfactual
     from .patches import PatchLabels
+    from .strengths import LeastStrengths
 
 
 # --- PNG --------------------------------------------------------------------------------------------------------------
@@ -57,6 +58,7 @@ def report_png(
     defense: Defense | None = None,
     catalogues: Mapping[str, Catalogue] | None = None,
     counterfactual: Counterfactual | None = None,
+    strengths: LeastStrengths | None = None,
     patches: PatchLabels | None = None,
 ) -> Image.Image:
     """Return an explanation as one picture, 1200 pixels wide, mode RGB. It holds less than the HTML.
@@ -70,6 +72,7 @@ def report_png(
         defense: Says which defense it was, by its hashes.
         catalogues: Names of latents, by hook point; a latent without one is called by its number.
         counterfactual: Of the same picture.
+        strengths: The least that change the answer, of the same picture.
         patches: Of the same picture, with a defense.
     """
     sheet, catalogues = _Sheet(), catalogues or {}
@@ -79,6 +82,8 @@ def report_png(
     sheet.text(words.summary(explanation), 16, ink=_QUIET)
     if counterfactual is not None:
         sheet.text(words.minimum(counterfactual, catalogues), 16, ink=_QUIET)
+    if strengths is not None:
+        sheet.text(words.least(strengths, catalogues), 16, ink=_QUIET)
     sheet.y += _GAP
     _draw_pictures(sheet, picture, explanation)
     if patches is not None:

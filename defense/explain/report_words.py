@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
     from .catalogue import Catalogue
     from .counterfactual import Counterfactual
+    from .strengths import LeastStrengths
 
 LABELS = 6
 """Labels of either side that are drawn as bars."""
 HTML_LATENTS, PNG_LATENTS = 40, 7
 _WORDS = 3
 """Of a latent's names that are shown."""
+_PARTS = 5
+"""Latents of which a part is removed that are named."""
 
 READING = (
     "CLIP's vision transformer carries a picture as one vector per patch, the residual stream. A sparse autoencoder "
@@ -121,6 +124,23 @@ def minimum(counterfactual: Counterfactual, catalogues: Mapping[str, Catalogue])
     return (
         f"Removing just {which} turns {counterfactual.plain[0]['label']} into {flipped['label']} "
         f"({percent(flipped['score'])}): {'; '.join(listed)}."
+    )
+
+
+def least(strengths: LeastStrengths, catalogues: Mapping[str, Catalogue]) -> str:
+    """Return by how little of its latents an answer changes."""
+    if strengths.flipped is None:
+        return "No part of these latents was found whose removal changes the answer of plain CLIP."
+    listed = []
+    for (point, latent), part in list(strengths.strengths.items())[:_PARTS]:
+        names = names_of(catalogues, point, latent)
+        listed.append(f"{percent(part)} of {latent} at {point}" + (f" ({names})" if names else ""))
+    n_more = len(strengths.strengths) - len(listed)
+    more = f"; and less of {n_more} more" if n_more else ""
+    return (
+        f"Removed in part, {len(strengths.strengths)} latents turn {strengths.plain[0]['label']} into "
+        f"{strengths.flipped[0]['label']}: {'; '.join(listed)}{more}. The parts come to "
+        f"{sum(strengths.strengths.values()):.2g} latents in sum."
     )
 
 

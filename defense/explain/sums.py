@@ -51,6 +51,7 @@ class Sums:
 
     Attributes:
         keys: Of the pictures seen.
+        labels: Their classes, None for a picture without one.
         top: Indices of the pictures with the largest activations, int64 [d_sae, n_top]; -1 for none.
         top_activation: Those activations, [d_sae, n_top].
         histogram: int64 [d_sae, n_bins].
@@ -64,6 +65,7 @@ class Sums:
 
         self.d_sae = d_sae
         self.keys: list[str] = []
+        self.labels: list[str | None] = []
         self.n_tokens = 0
         self.n_fired, self.total, self.written = zeros(d_sae), zeros(d_sae), zeros(d_sae, 2)
         self.likeness = Likeness(d_sae, device)
@@ -77,6 +79,7 @@ class Sums:
         """Take in pictures: acts [batch, pos, d_sae], and embeddings [batch, d_embed], normalized, by any encoder."""
         first = len(self.keys)
         self.keys += [example.key for example in chunk]
+        self.labels += [example.label for example in chunk]
         self.n_tokens += acts.shape[0] * acts.shape[1]
         self._add_histogram(acts)
         self.n_fired += (acts > 0).sum((0, 1))

@@ -24,6 +24,7 @@ class FitConfig:
         edit: "scale", or "project", which takes out the span of the latents of S that fire at a token and leaves
             tokens alone where none does; the joint step always works with "scale".
         scope: Tokens that are edited.
+        spares_high_norm: Whether patches of high norm are left as they are; what latents do there then counts nowhere.
         seed: Of the order of pictures in the joint step.
     """
 
@@ -36,6 +37,7 @@ class FitConfig:
     clean_budget: float = 0.005
     edit: Edit = "scale"
     scope: Scope = "all"
+    spares_high_norm: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ class Encoded:
         self.clip, self.data, self.progress = clip, data, progress
         self.kept = KeptResiduals(clip.tower, folder)
         self._whole: dict[str, dict[str, Tensor]] = {}  # hook point -> kind of picture -> plain residuals of all
-        self._seen: dict[tuple[str, int], Seen] = {}  # hook point, SAE -> what its latents do on all
+        self._seen: dict[tuple[str, int, bool], Seen] = {}  # hook point, SAE, whether it spares -> on all pictures
         self._all = data
         self._rows: Tensor | None = None
 
@@ -69,7 +69,13 @@ class Encoded:
         }
 
     def seen(
-        self, hook_point: str, sae: SparseAutoencoder, text_embeds: Tensor, edited: Sequence[str] = ()
+        self,
+        hook_point: str,
+        sae: SparseAutoencoder,
+        text_embeds: Tensor,
+        edited: Sequence[str] = (),
+        *,
+        spares_high_norm: bool = False,
     ) -> tuple[Seen, Tensor]:
         """Return what the latents of an SAE do on pictures, and which of those pictures these are, int64 [n].
 
@@ -81,17 +87,19 @@ class Encoded:
             sae: The SAE.
             text_embeds: Of all answers, [n_labels, d_embed], normalized.
             edited: Hook points at which the CLIP is edited now.
+            spares_high_norm: See `Seen`.
         """
         if edited:
             resid = self.resid(hook_point, edited)
-            return Seen(self.clip, hook_point, sae, text_embeds, self.data, resid, self.progress), torch.arange(
-                self.data.n
-            )
-        key = hook_point, id(sae)
+            seen = Seen(self.clip, hook_point, sae, text_embeds, self.data, resid, self.progress, spares_high_norm)
+            return seen, torch.arange(self.data.n)
+        key = hook_point, id(sae), spares_high_norm
         if key not in self._seen:
             with self.clip.undefended():
                 resid = self._plain_of_all(hook_point)
-            self._seen[key] = Seen(self.clip, hook_point, sae, text_embeds, self._all, resid, self.progress)
+            self._seen[key] = Seen(
+                self.clip, hook_point, sae, text_embeds, self._all, resid, self.progress, spares_high_norm
+            )
         return self._seen[key], self.rows
 
     def image_embeds(self, hook_point: str) -> dict[str, Tensor]:

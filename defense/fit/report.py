@@ -151,7 +151,7 @@ def _site_lines(fitted: FittedSite) -> list[str]:
         f"## {fitted.site.hook_point}",
         "",
         f"{len(latent_set.latents)} of {len(fitted.ranking.contrast):,} latents, edit {latent_set.edit}, tokens "
-        f"{latent_set.scope}. On the pictures it was fitted on, the loss where they were fooled went from "
+        f"{latent_set.tokens}. On the pictures it was fitted on, the loss where they were fooled went from "
         f"{before.fooled_loss:.3f} to {after.fooled_loss:.3f} nats, the accuracy kept from "
         f"{100 * before.kept_accuracy:.1f} to {100 * after.kept_accuracy:.1f} %.",
         "",

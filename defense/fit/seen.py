@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from defense.core.latents import LatentSet
+from defense.core.norms import is_high
 from defense.core.ops import reference
 from defense.core.sae import SparseAutoencoder, normalize
 from defense.core.suppress import Suppressor
@@ -43,6 +44,7 @@ class Seen:
         data: The pictures, for what is right and what rivals it.
         resid: Their residuals by kind, float32 [n, pos, d_model].
         progress: Told of the pictures.
+        spares_high_norm: Whether patches of high norm count as ones on which nothing fires.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class Seen:
         data: Pairs | Groups,
         resid: Mapping[str, Tensor],
         progress: Progress = SILENT,
+        spares_high_norm: bool = False,
     ) -> None:
+        self.spares_high_norm = spares_high_norm
         self.tower, self.logit_scale, self.device = clip.tower, clip.logit_scale, clip.device
         self.hook_point, self.sae, self.resid, self.progress = hook_point, sae, resid, progress
         self.text_embeds = text_embeds.to(self.device)
@@ -117,8 +121,17 @@ class Seen:
         alone = Suppressor(self.sae, LatentSet("candidates", tuple(latents.tolist())), backend="reference")
         alone = alone.to(self.device)
         for part in chunks(len(rows), 4 * COPIES * n_tokens * len(latents)):
-            found[part] = alone.acts(self.resid[kind][rows[part]][:, positions])
+            resid = self.resid[kind][rows[part]]
+            found[part] = alone.acts(resid[:, positions]) * self._counts(resid, positions)
         return found
+
+    def _counts(self, resid: Tensor, positions: slice) -> Tensor | float:
+        """Return which of the tokens count, as what their activations [n, n_tokens, ...] are multiplied by."""
+        if not self.spares_high_norm:
+            return 1.0
+        n_prefix = self.tower.n_prefix
+        high = is_high(resid[:, n_prefix:])
+        return 1 - torch.nn.functional.pad(high.float(), (n_prefix, 0))[:, positions, None]
 
     @property
     def _is_sparse(self) -> bool:
@@ -143,10 +156,11 @@ class Seen:
                 tokens = resid[part][:, positions]
                 if self._is_sparse:
                     acts, indices = self._encode_sparse(tokens)
+                    acts = acts * self._counts(resid[part], positions)
                     activity[part].scatter_add_(1, indices.flatten(1), acts.flatten(1))
                     largest.append((acts, indices.int()))
                 else:
-                    activity[part] = self.sae.encode(tokens).sum(1)
+                    activity[part] = (self.sae.encode(tokens) * self._counts(resid[part], positions)).sum(1)
                 advance(part.stop - part.start)
         key = kind, positions.start, positions.stop
         self._activity[key] = activity
@@ -185,7 +199,8 @@ class Seen:
         if scale is not None:
             gradient = gradient * scale
         if not self._is_sparse:
-            found += (self.sae.encode(tokens) * (gradient @ self.sae.W_dec.T)).sum(1)
+            acts = self.sae.encode(tokens) * self._counts(self.resid[kind][part], positions)
+            found += (acts * (gradient @ self.sae.W_dec.T)).sum(1)
             return
         largest = self._kept_largest(kind, positions)
         acts, indices = largest.acts[part], largest.indices[part].long()

@@ -171,6 +171,7 @@ class _SiteFit:
                 "n_pictures": n_pictures, "fooled": list(self.fooled), "rule": RULE, "config": asdict(config),
                 "tried": [asdict(step) for step in selection.tried],
             },
+            spares_high_norm=config.spares_high_norm,
         )  # fmt: skip
 
 

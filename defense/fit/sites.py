@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -131,7 +132,10 @@ class _Turn:
     ) -> None:
         self.plan, self.saves = plan, saves
         data = encoded.data
-        seen = encoded.seen(plan.hook_point, plan.sae, text_embeds, [site.hook_point for site in before])
+        seen = encoded.seen(
+            plan.hook_point, plan.sae, text_embeds, [site.hook_point for site in before],
+            spares_high_norm=plan.config.spares_high_norm,
+        )  # fmt: skip
         progress = encoded.progress.within(label)
         self.fit: TextFit | GroupFit
         if isinstance(data, Pairs):
@@ -151,7 +155,9 @@ class _Turn:
     def ranking(self) -> Ranking:
         """Return the scores of all latents."""
         scope = self.plan.config.scope
-        key = {**self._basis, "stage": "ranking", "scope": scope}
+        key: dict[str, Any] = {**self._basis, "stage": "ranking", "scope": scope}
+        if self.plan.config.spares_high_norm:
+            key["spares_high_norm"] = True
         return Ranking(**self.saves.memo(key, lambda: vars(self.fit.rank(scope))))
 
     def selection(self, ranking: Ranking) -> Selection:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from defense.core.latents import Scope
 from defense.core.ops import reference
 from defense.core.sae import SparseAutoencoder, normalize
+from defense.errors import ConfigError
 from defense.hosts.tower import VisionTower
 
 from .chunks import bytes_behind, chunks
@@ -136,6 +137,11 @@ class Trial:
     """Measures edits. The candidates' activations are computed once; an edit then costs one pass from the block on."""
 
     def __init__(self, fit: SiteFit, latents: np.ndarray, config: FitConfig) -> None:
+        if config.spares_high_norm != fit.seen.spares_high_norm:
+            raise ConfigError(
+                f"spares_high_norm={config.spares_high_norm}, but the latents were looked at with "
+                f"{fit.seen.spares_high_norm}; give both the same"
+            )
         self.fit, self.edit, self.latents = fit, config.edit, np.asarray(latents, dtype=np.int64)
         self.positions = fit.positions(config.scope)
         self.acts = {

@@ -41,6 +41,8 @@ class Controls:
         steer: (hook_point, latent) -> activation that it is set to, on every token that the SAE was made for. Any
             latent of that site's SAE (of a slim site, any that it holds); one that is in a set too is steered, not
             removed.
+        strengths: (hook_point, latent) -> factor on what the defense removes of it, in [0, 1], on top of `strength`; 1
+            for those that are not named.
 
     Raises:
         ConfigError: A value that is not one of these.
@@ -51,6 +53,7 @@ class Controls:
     sets: tuple[str, ...] | None = None
     off: frozenset[LatentKey] = frozenset()
     steer: Mapping[LatentKey, float] = field(default_factory=dict)
+    strengths: Mapping[LatentKey, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.strength, Real) or not 0 <= self.strength <= 1:
@@ -62,7 +65,12 @@ class Controls:
                 raise ConfigError(f"sets={self.sets!r}; want a tuple of names: ({self.sets!r},)")
             object.__setattr__(self, "sets", tuple(self.sets))
         object.__setattr__(self, "off", frozenset(_latent_key(each) for each in self.off))
-        object.__setattr__(self, "steer", {_latent_key(each): value for each, value in self.steer.items()})
+        for name in ("steer", "strengths"):
+            object.__setattr__(self, name, {_latent_key(each): value for each, value in getattr(self, name).items()})
+        for key, value in self.strengths.items():
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+                raise ConfigError(f"strengths[{key}] is {value!r}; it must lie in [0, 1]: 0 leaves the latent alone")
+        object.__setattr__(self, "strengths", {key: float(value) for key, value in self.strengths.items()})
 
     def applied_to(self, defense: Defense) -> list[tuple[Site, tuple[LatentSet, ...]]]:
         """Return the sites of a defense, each with the sets that are active there: a steered one first.
@@ -74,7 +82,7 @@ class Controls:
             if name not in defense.sets:
                 raise ConfigError(f"this defense has no set {name!r}; it has {', '.join(defense.sets) or 'none'}")
         hook_points = [site.hook_point for site in defense.sites]
-        for hook_point, latent in (*self.off, *self.steer):
+        for hook_point, latent in (*self.off, *self.steer, *self.strengths):
             if hook_point not in hook_points:
                 raise ConfigError(
                     f"latent {latent} at {hook_point!r}: this defense edits {', '.join(dict.fromkeys(hook_points))}"
@@ -92,6 +100,10 @@ class Controls:
 
     def _changed(self, latent_set: LatentSet, hook_point: str) -> LatentSet:
         kept = latent_set.without(frozenset(latent for point, latent in self.off if point == hook_point))
+        if self.strengths:
+            factors = (self.strengths.get((hook_point, latent), 1.0) for latent in kept.latents)
+            gains = (1 - (1 - gain) * factor for gain, factor in zip(kept.gains, factors, strict=True))
+            kept = replace(kept, gains=tuple(gains))
         return kept if self.edit is None else replace(kept, edit=self.edit, values=())
 
     def _steered(self, site: Site) -> list[LatentSet]:
@@ -109,6 +121,7 @@ class Controls:
             "sets": None if self.sets is None else list(self.sets),
             "off": [list(key) for key in sorted(self.off)],
             "steer": [[*key, value] for key, value in self.steer.items()],
+            "strengths": [[*key, value] for key, value in self.strengths.items()],
         }
 
 

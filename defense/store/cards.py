@@ -92,7 +92,7 @@ def _what(defense: Defense) -> str:
         for each in site.sets:
             lines.append(
                 f"| {site.hook_point} | {sae.act}, {sae.d_sae} latents | {each.name}: {len(each.latents)} | "
-                f"{each.edit} | {each.scope} |"
+                f"{each.edit} | {each.tokens} |"
             )
     return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:])
 

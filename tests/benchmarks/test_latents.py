@@ -14,8 +14,17 @@ import torch
 
 from defense.benchmarks import latents
 from defense.benchmarks.latents import Bench, Settings
-from defense.benchmarks.latents_choosing import ABLATIONS, RULES, Choice, Chooser, variants
+from defense.benchmarks.latents_choosing import (
+    ABLATIONS,
+    CANDIDATES,
+    RULES,
+    Choice,
+    Chooser,
+    random_dictionary,
+    variants,
+)
 from defense.benchmarks.latents_report import packed, summary, table, unpacked, verdict
+from defense.core.sae import SparseAutoencoder
 from defense.errors import ConfigError
 from defense.fit.config import FitConfig
 from defense.fit.material import Pairs
@@ -45,16 +54,16 @@ def bench(tiny_clip) -> Bench:
         embeds = torch.nn.functional.normalize(tiny_clip.encode_image(pictures), dim=1)
     text_embeds = torch.nn.functional.normalize(embeds - embeds.mean(0), dim=1).clone()  # so that answers differ
 
-    def fit_of(seed: int) -> TextFit:
+    def fit_of(seed: int, other: SparseAutoencoder | None) -> TextFit:
         pairs = pairs_of(tiny_clip, text_embeds, 30, seed)
-        return TextFit(clip_of(tiny_clip), POINT, random_sae(act="topk", k=8), pairs, text_embeds)
+        return TextFit(clip_of(tiny_clip), POINT, other or random_sae(act="topk", k=8), pairs, text_embeds)
 
     return Bench(fit_of, pairs_of(tiny_clip, text_embeds, N_TEST, 99), text_embeds)
 
 
 @pytest.fixture
 def chooser(bench) -> Chooser:
-    return Chooser(bench.fit_of(0), CONFIG, STEERABILITY, 0)
+    return Chooser(bench.fit_of(0, None), CONFIG, STEERABILITY, 0, lambda other: bench.fit_of(0, other))
 
 
 def test_ours_is_what_fitting_chooses(chooser) -> None:
@@ -107,6 +116,47 @@ def test_a_rule_stops_where_clean_pictures_would_suffer(chooser, rule) -> None:
     before, after = (trial.measure(np.arange(n), all_of_each) for n in (0, len(choice.latents)))
     assert after.kept_accuracy >= before.kept_accuracy - CONFIG.clean_budget
     assert after.fooled_loss < before.fooled_loss or not choice.latents
+
+
+def test_a_random_dictionary_has_the_size_and_the_sparsity_of_the_sae_and_nothing_else_of_it(chooser) -> None:
+    sae = chooser.fit.sae
+    found, again, other = (random_dictionary(sae, seed) for seed in (0, 0, 1))
+    assert found.config == sae.config
+    assert torch.equal(found.W_dec, again.W_dec)
+    assert not torch.equal(found.W_dec, other.W_dec)
+    torch.testing.assert_close(found.W_dec.norm(dim=1), torch.ones(160))
+    assert torch.equal(found.W_enc.T, found.W_dec)
+    alike = torch.nn.functional.cosine_similarity(found.W_dec[:, None], sae.W_dec[None], dim=-1)
+    assert float(alike.abs().max()) < 0.7
+    resid = chooser.fit.groups["clean"].resid[:2]
+    assert ((found.encode(resid) > 0).sum(-1) <= 8).all()
+    with pytest.raises(ConfigError, match="TopK"):
+        random_dictionary(random_sae(), 0)
+
+
+def test_ours_from_a_random_dictionary_is_what_a_fit_with_it_chooses_and_is_measured_with_it(bench, chooser) -> None:
+    choice = chooser.among("a random dictionary")
+    assert choice.sae is not None
+    fit = bench.fit_of(0, choice.sae)
+    selection = fit.choose(fit.rank().order(), chooser.config)
+    assert selection.latents
+    assert (choice.latents, choice.gains) == (selection.latents, selection.gains)
+    own = Choice(tuple(range(160)), (0.0,) * 160)
+    by_own, by_other = (bench.is_correct(chooser.fit, replace(own, sae=sae)) for sae in (None, choice.sae))
+    assert (by_own["attacked"] != by_other["attacked"]).any() or (by_own["clean"] != by_other["clean"]).any()
+
+
+def test_random_candidates_go_through_the_joint_step_and_the_budget(chooser) -> None:
+    seen = {}
+    chooser._chosen = lambda order, config: seen.update(order=order, config=config) or Choice(())
+    chooser.among("random latents")
+    fires = np.flatnonzero(chooser.fit._activity("attacked").numpy())
+    assert sorted(seen["order"].tolist()) == fires.tolist()
+    assert seen["order"].tolist() != fires.tolist()
+    assert seen["config"] == chooser.config
+    first = seen["order"].copy()
+    chooser.among("random latents")
+    np.testing.assert_array_equal(seen["order"], first)
 
 
 def test_an_ablation_takes_out_its_ingredient_alone(chooser) -> None:
@@ -163,7 +213,7 @@ def test_without_a_budget_all_that_the_joint_step_removes_goes(chooser) -> None:
 
 
 def test_no_latents_are_the_plain_model(bench) -> None:
-    fit = bench.fit_of(0)
+    fit = bench.fit_of(0, None)
     found = bench.is_correct(fit, Choice(()))
     assert found["clean"].all()
     with torch.inference_mode():
@@ -174,7 +224,7 @@ def test_no_latents_are_the_plain_model(bench) -> None:
 
 
 def test_gains_are_in_force_when_measured(bench) -> None:
-    fit = bench.fit_of(0)
+    fit = bench.fit_of(0, None)
     all_of_them = tuple(range(160))
     kept = bench.is_correct(fit, Choice(all_of_them, (1.0,) * 160))
     assert kept["clean"].all()
@@ -266,7 +316,10 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_result(run_tiny, tmp_pat
     assert len(again) == len(variants()) - 6
     assert results_of(json.loads((tmp_path / "whole.json").read_text())) == results_of(whole)
     text = table(whole)
-    assert all(f"| {name} |" in text for name in (*RULES, *ABLATIONS))
+    assert all(f"| {name} |" in text for name in (*RULES, *ABLATIONS, *CANDIDATES))
+    assert "not measured" not in text
+    older = {name: row for name, row in whole["rows"].items() if not name.startswith("ours, from")}
+    assert table({**whole, "rows": older}).count("not measured") == len(CANDIDATES)
 
 
 def test_another_run_is_not_overwritten(run_tiny, tmp_path) -> None:

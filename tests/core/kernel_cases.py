@@ -24,6 +24,7 @@ from .kernel_setup import (
     kernels,
     norms,
     residuals,
+    rules,
     some_set,
     some_slow,
 )  # fmt: skip
@@ -134,6 +135,20 @@ def test_neighbors_in_a_tile_have_lists_of_one_length_the_longest_first(monkeypa
     assert len(firing.unique()) == n_firing == int((seen["n_slots_ptr"] > 0).sum())
     assert len(lengths.unique()) > 3
     assert (lengths.diff() <= 0).all()
+
+
+@rules
+def test_patches_of_high_norm_are_spared(rule):
+    sae, resid = random_sae(**rule), residuals(2, 20, 64)
+    resid[:, 7] *= 20
+    resid[:, 0] *= 20
+    fields = {"n": 40, "d_sae": 160, "spares_high_norm": True}
+    got = kernels(sae, some_set(**fields))(resid, 1)
+    assert fused.launches
+    want = Suppressor(sae, some_set(**fields), backend="reference").to(DEVICE)(resid, 1)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert torch.equal(got[:, 7], resid[:, 7])
+    assert not torch.equal(got[:, 0], resid[:, 0])
 
 
 def test_all_tokens_fire():

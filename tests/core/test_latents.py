@@ -32,6 +32,7 @@ def latent_sets(draw: st.DrawFn) -> LatentSet:
         provenance=draw(
             st.dictionaries(st.text(max_size=4), st.none() | st.integers() | st.text(max_size=4), max_size=3)
         ),
+        spares_high_norm=edit != "set" and draw(st.booleans()),
     )
 
 
@@ -51,7 +52,7 @@ def test_without_keeps_the_other_latents_with_their_numbers_in_order(
     assert rest.gains == tuple(latent_set.gains[row] for row in kept)
     assert rest.values == (tuple(latent_set.values[row] for row in kept) if latent_set.edit == "set" else ())
     assert rest.scores == {key: tuple(column[row] for row in kept) for key, column in latent_set.scores.items()}
-    for same in ("name", "edit", "scope", "provenance"):
+    for same in ("name", "edit", "scope", "provenance", "spares_high_norm"):
         assert getattr(rest, same) == getattr(latent_set, same)
 
 
@@ -193,6 +194,18 @@ def test_a_set_of_an_older_version_says_that_it_is_not_unsafe() -> None:
     for value in (True, None, 0, "no"):
         with pytest.raises(ConfigError, match=r"unsafe=.*bring them into \[0, 1\]"):
             LatentSet.from_dict({**fields, "unsafe": value})
+
+
+def test_a_set_is_written_as_before_there_was_a_choice_about_patches_of_high_norm_unless_it_spares_them() -> None:
+    assert "spares_high_norm" not in LatentSet("text", (3,)).to_dict()
+    sparing = LatentSet("text", (3,), spares_high_norm=True)
+    assert sparing.to_dict()["spares_high_norm"] is True
+    assert LatentSet.from_dict(sparing.to_dict()) == sparing
+    assert (sparing.tokens, LatentSet("text", (3,)).tokens) == ("all, but for patches of high norm", "all")
+    with pytest.raises(ConfigError, match="spares_high_norm is 1; want bool"):
+        LatentSet("text", (3,), spares_high_norm=1)
+    with pytest.raises(ConfigError, match="steers every token"):
+        LatentSet("text", (3,), edit="set", values=(1.0,), spares_high_norm=True)
 
 
 json_values = st.recursive(

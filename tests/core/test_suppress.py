@@ -8,10 +8,10 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from defense.core.latents import LatentSet
+from defense.core.latents import LatentSet, token_slice
 from defense.core.ops import reference
 from defense.core.ops.reference import Encoder
-from defense.core.suppress import Suppressor, suppress
+from defense.core.suppress import Suppressor, suppress, suppress_and_tell
 from defense.errors import ConfigError, ShapeError
 
 from ..conftest import D_MODEL, D_SAE, random_sae
@@ -309,6 +309,29 @@ def test_scope_names_the_tokens_that_may_change(scope, touched):
     changed = (got != resid).any(-1)
     assert changed[:, touched].all()
     assert changed.sum() == 3 * len(touched)
+
+
+@pytest.mark.parametrize("edit", ["scale", "project"])
+@pytest.mark.parametrize("scope", ["cls", "patch", "all"])
+@pytest.mark.parametrize("fields", [RULES["relu"], RULES["topk-before"]], ids=["relu", "topk"])
+def test_patches_of_high_norm_are_spared_and_no_other_token_is_touched_otherwise(fields, scope, edit):
+    sae, n_prefix = random_sae(**fields), 2
+    resid = residuals(3 * 12).view(3, 12, D_MODEL)
+    resid[:2, 7] *= 20
+    resid[:, 0] *= 20  # no patch: a long CLS token or register is edited as ever
+    full = Suppressor(sae, some_set(scope=scope, edit=edit))
+    sparing = Suppressor(sae, some_set(scope=scope, edit=edit, spares_high_norm=True))
+    want = full(resid, n_prefix)
+    if scope != "cls":
+        assert (want[:2, 7] != resid[:2, 7]).any(-1).all()
+    want[:2, 7] = resid[:2, 7]
+    torch.testing.assert_close(sparing(resid, n_prefix), want, atol=1e-5, rtol=0)
+    assert torch.equal(sparing(resid, n_prefix)[:2, 7], resid[:2, 7])
+    told = suppress_and_tell(resid, [sparing], n_prefix)
+    assert torch.equal(told.edited, sparing(resid, n_prefix))
+    tokens = torch.arange(12)[token_slice(scope, n_prefix)]
+    assert not told.acts[0][:2, tokens == 7].any(), "what is spared is not told as removed"
+    assert told.acts[0].any()
 
 
 def test_two_sets_at_a_block_both_see_the_unedited_residual():

@@ -82,6 +82,18 @@ def test_strength_is_a_factor_on_the_strength_that_is_attached(defended):
     assert got != clf.classify_with(picture(), Controls(strength=0.5))
 
 
+@edits
+def test_a_latent_s_own_strength_is_a_factor_on_what_is_removed_of_it(defended, edit):
+    gains = tuple(np.linspace(0, 0.5, 40))
+    strengths = {(BLOCK, latent): latent / 39 for latent in range(0, 40, 2)}
+    got = defended(a_set(gains=gains, edit=edit)).classify_with(picture(), Controls(strengths=strengths))
+    factors = [strengths.get((BLOCK, latent), 1.0) for latent in range(40)]
+    weaker = tuple(1 - (1 - gain) * factor for gain, factor in zip(gains, factors, strict=True))
+    want = defended(a_set(gains=weaker, edit=edit))(picture())
+    close(got, want)
+    assert got != defended(a_set(gains=gains, edit=edit))(picture())
+
+
 @rules
 @pytest.mark.parametrize("latent", [3, 150], ids=["of-the-set", "of-no-set"])
 def test_a_steered_latent_writes_what_it_was_set_to_on_every_token(defended, fields, latent):
@@ -137,6 +149,11 @@ def test_a_latent_steered_after_the_last_block_needs_a_token_that_counts(defende
         ({"off": {("blocks.0.hook_resid_post", 1)}}, "this defense edits blocks.1"),
         ({"steer": {("blocks.0.hook_resid_post", 1): 1.0}}, "this defense edits blocks.1"),
         ({"steer": {(BLOCK, 160): 1.0}}, "latents 0 to 159"),
+        ({"strengths": {("blocks.0.hook_resid_post", 1): 1.0}}, "this defense edits blocks.1"),
+        ({"strengths": {(BLOCK, 1): 1.5}}, "strengths.* is 1.5; it must lie in .0, 1."),
+        ({"strengths": {(BLOCK, 1): float("nan")}}, "is nan; it must lie in"),
+        ({"strengths": {(BLOCK, 1): True}}, "is True; it must lie in"),
+        ({"strengths": {3: 0.5}}, "a latent is named 3; want .hook_point, latent."),
         ({"steer": {(BLOCK, 1): float("inf")}}, "finite"),
     ],
     ids=lambda value: str(value)[:40],
@@ -152,7 +169,10 @@ def test_controls_hold_plain_values_whatever_they_were_made_of():
     assert controls == Controls(off=frozenset({(BLOCK, 3)}), steer={(BLOCK, 4): 2.0}, sets=("text",))
     assert json.loads(json.dumps(controls.to_dict())) == {
         "strength": 1.0, "edit": None, "sets": ["text"], "off": [[BLOCK, 3]], "steer": [[BLOCK, 4, 2.0]],
+        "strengths": [],
     }  # fmt: skip
+    parts = Controls(strengths={(BLOCK, np.int64(3)): np.float32(0.5)})
+    assert json.loads(json.dumps(parts.to_dict()))["strengths"] == [[BLOCK, 3, 0.5]]
 
 
 def test_an_error_in_between_leaves_the_defense_as_it_was(defended, monkeypatch):

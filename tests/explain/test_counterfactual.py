@@ -65,9 +65,9 @@ def test_no_latent_of_a_counterfactual_can_be_left_out_even_where_they_depend_on
         margin = margins.get(tuple(sorted(latent for _, latent in removed)), 3.5)
         return np.array([0.5, 0.5 * np.exp(-margin), 0], np.float32)
 
-    monkeypatch.setattr("defense.explain.counterfactual._Search.scores", scores)
-    monkeypatch.setattr("defense.explain.counterfactual._Search.firing", lambda _search: list(places))
-    monkeypatch.setattr("defense.explain.counterfactual._Search.n_tried", 0)
+    monkeypatch.setattr("defense.explain.counterfactual.Search.scores", scores)
+    monkeypatch.setattr("defense.explain.counterfactual.Search.firing", lambda _search: list(places))
+    monkeypatch.setattr("defense.explain.counterfactual.Search.n_tried", 0)
     assert counterfactual(defended(a_set(range(4))), picture()).latents == (places[1], places[2])
 
 

@@ -9,9 +9,10 @@ pytest.importorskip("open_clip")
 import torch
 
 from defense.core.latents import LatentSet
+from defense.data.labels import Prompts
 from defense.errors import ConfigError
 from defense.explain.catalogue import BIN_EDGES
-from defense.explain.naming import mean_jacobians, sparse_words
+from defense.explain.naming import mean_jacobians, sparse_words, wording, wording_beside_random, wording_line
 from defense.explain.steering import Steering, steerability
 from defense.hosts.attach import wrap
 from defense.hosts.clip import Clip
@@ -19,7 +20,7 @@ from defense.hosts.families import tower_of
 from defense.train.quality import measure
 
 from ..conftest import D_SAE, clip_of, random_defense, random_sae
-from .described import POINT, N, acts_and_embeds, described, sparse_sae
+from .described import POINT, WORDS, N, acts_and_embeds, described, sparse_sae
 
 
 @pytest.fixture
@@ -147,6 +148,48 @@ def test_further_columns_stand_beside_the_measured_ones(clip, pictures) -> None:
     np.testing.assert_array_equal(
         described(clip, pictures, columns={"contrast": contrast}).columns["contrast"], contrast
     )
+
+
+def test_words_that_were_made_alike_are_consistent_and_a_shared_word_is_counted() -> None:
+    words = unit_rows(50, 64, 1)
+    for first in (0, 5):  # two families of five words; the other forty have nothing to do with each other
+        words[first : first + 5] = words[first] + 0.2 * words[first : first + 5]
+    words /= np.linalg.norm(words, axis=1, keepdims=True)
+    directions = np.stack([words[0], words[0], words[7], np.zeros(64, np.float32)])
+    columns, summary = wording_beside_random(directions, words, 0)
+    for row, of in ((0, slice(0, 5)), (1, slice(0, 5)), (2, slice(5, 10))):
+        pairs = (words[of] @ words[of].T)[np.triu_indices(5, 1)]
+        assert columns["consistency"][row] == pytest.approx(pairs.mean(), abs=1e-5)
+    np.testing.assert_array_equal(columns["n_same_word"][:3], [1, 1, 0])
+    assert np.isnan(columns["consistency"][3])
+    assert np.isnan(columns["n_same_word"][3])
+    assert summary["latents"]["consistency"]["median"] > summary["random"]["consistency"]["median"] + 0.1
+    assert summary["latents"]["share_alone"] == pytest.approx(1 / 3, abs=1e-3)
+    every = (words @ words.T)[np.triu_indices(50, 1)].mean()
+    assert summary["all_pairs"] == pytest.approx(every, abs=1e-3)
+    assert "all pairs" in wording_line(summary)
+    few = wording(words[:3], words[:1])
+    assert np.isnan(few["consistency"]).all()
+    assert (few["n_same_word"] == 2).all()
+
+
+def test_longer_names_are_nearer_to_the_direction_that_is_kept(clip, pictures) -> None:
+    found = described(clip, pictures, phrases=("a red {}", "{} on a tree"))
+    searched = found.provenance["phrases"]
+    assert searched["templates"] == ["a red {}", "{} on a tree"]
+    fires = np.flatnonzero(found.columns["frequency"] > 0)
+    assert list(searched["names"]) == fires.tolist()
+    words = clip.text_embeds(Prompts(WORDS, ("a photo of a {}.",)))
+    shared = words.mean(0) / np.linalg.norm(words.mean(0))
+    for latent in fires[:5]:
+        name, cosine = searched["names"][latent][0]
+        embed = clip.text_embeds(Prompts((name,), ("a photo of a {}.",)))[0]
+        apart = embed - (embed @ shared) * shared
+        want = float(found.directions[latent].astype(np.float32) @ apart / np.linalg.norm(apart))
+        assert cosine == pytest.approx(want, abs=2e-3)
+    for kind in ("latents", "random"):
+        assert searched[kind]["phrase"] >= searched[kind]["word"]
+    assert "phrases" not in described(clip, pictures).provenance
 
 
 @pytest.mark.parametrize(("options", "said"), [({"n_steered": 1}, "n_steered=1"), ({"n_top": 0}, "n_top=0")])

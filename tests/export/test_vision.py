@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from onnx.reference import ReferenceEvaluator
 
 from defense.classify.classifier import RobustClassifier
 from defense.core.latents import LatentSet
+from defense.core.norms import is_high
 from defense.core.ops import reference
 from defense.core.sae import SparseAutoencoder
 from defense.data.tokenizer import ClipTokenizer
@@ -56,6 +58,12 @@ RULES = {
     "topk, static": ("static", [(1, TOPK, LatentSet("text", S, scope="patch"))]),
     "topk of which none fires": ("exact", [(1, silent(TOPK), LatentSet("text", S))]),
     "project of which none fires": ("exact", [(1, silent(TOPK), LatentSet("text", S, edit="project"))]),
+    "relu, sparing": ("delta", [(1, random_sae(), LatentSet("text", S, GAINS, spares_high_norm=True))]),
+    "topk, project, sparing": (
+        "exact",
+        [(1, TOPK, LatentSet("text", S, edit="project", scope="patch", spares_high_norm=True))],
+    ),
+    "topk, static, sparing": ("static", [(1, TOPK, LatentSet("text", S, spares_high_norm=True))]),
     "an empty set": ("delta", [(1, random_sae(), LatentSet("text", ()))]),
     "two blocks": (
         "exact",
@@ -78,6 +86,38 @@ def pixels(batch: int) -> np.ndarray:
 def expected(clf: RobustClassifier, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     image_embeds = clf.encode_pixels(pixel_values)
     return image_embeds, float(clf.clip.model.logit_scale.exp()) * image_embeds @ clf.text_embeds().T
+
+
+def with_a_store(clip: Clip):
+    """Let the tower make one patch far longer than the others from block 0 on, as large towers do."""
+    return clip.tower.changed(
+        "blocks.0.hook_resid_post", lambda resid: resid * (1 + 19 * (torch.arange(17) == 5))[:, None]
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if "sparing" in name])
+def test_a_graph_spares_the_patches_that_the_wrapped_model_spares(tiny_clip, name):
+    mode, [(block, sae, latent_set)] = RULES[name]
+    clf, touching = (
+        classifier(tiny_clip, [(block, sae, replace(latent_set, spares_high_norm=spares))]) for spares in (True, False)
+    )
+    with with_a_store(clf.clip), with_a_store(touching.clip):
+        want, other = clf.encode_pixels(pixels(4)), touching.encode_pixels(pixels(4))
+        graph = vision.VisionGraph(clf.clip.model, mode)
+        with torch.no_grad(), graph.in_place():
+            got, _ = graph(torch.from_numpy(pixels(4)), torch.from_numpy(clf.text_embeds()))
+    np.testing.assert_allclose(got.numpy(), want, atol=2e-6)
+    assert np.abs(want - other).max() > 1e-3, "there are patches to spare"
+
+
+def test_what_counts_as_high_in_a_graph_is_what_counts_as_high():
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 2, 7, 16):
+        resid = torch.randn(50, 2 + n, 8, generator=generator) * torch.rand(50, 2 + n, 1, generator=generator) ** 3
+        high = vision._is_high(resid, 2)
+        assert torch.equal(high[:, 2:].bool(), is_high(resid[:, 2:]))
+        assert not high[:, :2].any()
+    assert high.any()
 
 
 @pytest.mark.parametrize("name", RULES)

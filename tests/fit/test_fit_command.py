@@ -104,6 +104,17 @@ def test_how_stable_the_latents_are_is_printed_reported_and_kept(run, pictures, 
     assert "two or more" in err
 
 
+def test_patches_of_high_norm_are_spared_where_that_is_asked_for(run, pictures, sae_folder, tmp_path):
+    out = tmp_path / "defense"
+    code, text, talk = run(out, pictures, "--sae", sae_folder, *LABELS, "--folds", "0", "--spare-high-norm")
+    assert code == 0, talk
+    assert "tokens all, but for patches of high norm" in text
+    assert defenses.load(out).sites[0].sets[0].spares_high_norm
+    told = CliRunner().invoke(app, ["info", str(out), "--check"])
+    assert told.exit_code == 0, told.stderr
+    assert "tokens all, but for patches of high norm" in told.stdout
+
+
 def test_groups_come_from_a_csv_file(run, pictures, sae_folder, tmp_path):
     rows = [f"{i:02d}.png,{'ab'[i % 2]},{i // 2 % 2}" for i in range(14)]
     (tmp_path / "rows.csv").write_text("path,label,place\n" + "\n".join(rows))

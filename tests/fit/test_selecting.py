@@ -14,6 +14,7 @@ from defense.core.suppress import Suppressor
 from defense.errors import ConfigError, ShapeError
 from defense.fit.config import FitConfig
 from defense.fit.material import Groups, Pairs
+from defense.fit.seen import Seen
 from defense.fit.selecting import GroupFit, Ranking, Selection, TextFit, Trial, Tried
 from defense.hosts.families import tower_of
 from defense.train.quality import measure
@@ -22,6 +23,7 @@ from defense.train.trainer import TrainConfig, geometric_median
 
 from ..conftest import random_defense, random_sae
 
+POINT = "blocks.1.hook_resid_post"
 CONFIG = TrainConfig(d_sae=64, k=4, steps=40, batch=256, lr=3e-3)
 
 
@@ -160,6 +162,45 @@ def test_what_is_measured_is_what_will_be_shipped(fit, edit):
     assert float(loss) == pytest.approx(tried.fooled_loss, abs=1e-4)
     assert float((clean.argmax(1) == fit.groups["clean"].answer).float().mean()) == pytest.approx(tried.kept_accuracy)
     assert tried.fooled_loss != pytest.approx(trial.measure(columns[:0], removal).fooled_loss, abs=1e-3)
+
+
+@pytest.mark.parametrize("fields", [{"act": "topk", "k": 8}, {"act": "relu"}], ids=["topk", "relu"])
+@pytest.mark.parametrize("edit", ["scale", "project"])
+def test_a_fit_that_spares_patches_of_high_norm_measures_what_will_be_shipped_and_counts_nothing_there(
+    tiny_clip, fit, edit, fields
+):
+    clip, sae, store = clip_of(tiny_clip), random_sae(**fields), 5
+    resid = {name: group.resid.clone() for name, group in fit.groups.items()}
+    for each in resid.values():
+        each[:, store] *= 20
+    pairs = Pairs(images(30, 0), images(30, 1), images(30, 2), fit.groups["clean"].answer, fit.groups["clean"].rival)
+    seen = Seen(clip, POINT, sae, fit.seen.text_embeds, pairs, resid, spares_high_norm=True)
+    sparing = TextFit(clip, POINT, sae, pairs, fit.seen.text_embeds, seen=(seen, torch.arange(30)))
+    config = FitConfig(edit=edit, spares_high_norm=True)
+    trial, columns, removal = Trial(sparing, np.arange(60), config), np.arange(5, 25), np.linspace(0.2, 1, 60)
+    tried = trial.measure(columns, removal)
+    ranking = sparing.rank()
+    latent_set = sparing.latent_set(
+        Selection(tuple(range(5, 25)), tuple(1 - removal[columns]), (tried,)), ranking, config, "text"
+    )
+    assert latent_set.spares_high_norm
+    with torch.inference_mode():
+        attacked = sparing.logits(Suppressor(sae, latent_set)(resid["attacked"]))
+    loss = torch.nn.functional.cross_entropy(attacked, sparing.groups["attacked"].answer)
+    assert float(loss) == pytest.approx(tried.fooled_loss, abs=1e-4)
+    acts = {name: sae.encode(resid[name]) for name in ("attacked", "neutral")}
+    for each in acts.values():
+        each[:, store] = 0
+    want = (acts["attacked"].sum(1).mean(0) - acts["neutral"].sum(1).mean(0)).numpy()
+    np.testing.assert_allclose(ranking.contrast, want, atol=1e-3)
+    touching = TextFit(
+        clip, POINT, sae, pairs, fit.seen.text_embeds,
+        seen=(Seen(clip, POINT, sae, fit.seen.text_embeds, pairs, resid), torch.arange(30)),
+    )  # fmt: skip
+    assert np.abs(touching.rank().contrast - want).max() > 1e-2
+    assert np.abs(touching.rank().effect - ranking.effect).max() > 1e-4
+    with pytest.raises(ConfigError, match="give both the same"):
+        Trial(touching, np.arange(60), config)
 
 
 def test_the_joint_step_lowers_the_loss_that_it_minimizes_and_follows_its_seed(fit):

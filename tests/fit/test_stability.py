@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,6 +137,24 @@ def test_a_fit_says_which_patches_are_long(clip, material, tiny_folder, open_gat
     with clip.tower.changed(POINT.format(1), with_a_store):
         made = fit_defense(clip, spec, [plan(1)], material, TEXT_EMBEDS, name="text", folds=0)
     assert made.defense.provenance["high_norm"][POINT.format(1)]["share"] == pytest.approx(1 / 16)
+
+
+def test_a_fit_may_leave_long_patches_alone_and_says_so_on_disk(clip, material, tiny_folder, open_gates, tmp_path):
+    def with_a_store(resid: torch.Tensor) -> torch.Tensor:
+        return torch.cat([resid[:, :4], 20 * resid[:, 4:5], resid[:, 5:]], 1)
+
+    spec, one = clip.id_as(f"local-dir:{tiny_folder}"), plan(1)
+    sparing = replace(one, config=replace(one.config, spares_high_norm=True))
+    rankings = []
+    with clip.tower.changed(POINT.format(0), with_a_store):
+        for each in (one, sparing):
+            made = fit_defense(clip, spec, [each], material, TEXT_EMBEDS, name="text", folds=2)
+            rankings.append(made.sites[0].ranking.contrast)
+    assert (rankings[0] != rankings[1]).any()
+    read = defenses.load(defenses.save(made.defense, tmp_path / "made"))
+    (latent_set,) = read.sites[0].sets
+    assert latent_set.spares_high_norm
+    assert latent_set.provenance["config"]["spares_high_norm"] is True
 
 
 def test_one_run_is_refused_before_the_work(clip, material, tiny_folder):

@@ -64,6 +64,21 @@ def test_a_slim_defense_answers_bit_for_bit_as_the_whole(tiny_clip, fields, edit
     assert slim(small) == small
 
 
+@pytest.mark.parametrize("fields", [{"act": "relu"}, {"act": "topk", "k": 8}], ids=["slim", "whole"])
+def test_a_defense_that_spares_patches_of_high_norm_does_so_slim_stored_and_read(tiny_clip, fields, tmp_path):
+    touching = a_defense(tiny_clip, **fields)
+    (site,) = touching.sites
+    sparing = replace(touching, sites=(replace(site, sets=(replace(site.sets[0], spares_high_norm=True),)),))
+    read = load(save(slim(sparing), tmp_path / "slim"))
+    assert read.sites[0].sets[0].spares_high_norm
+    assert torch.equal(embeds(tiny_clip, sparing), embeds(tiny_clip, touching)), "nothing stands out here"
+    is_store = torch.arange(17)[:, None] == 5
+    tower = clip_of(tiny_clip).tower
+    with tower.changed("blocks.0.hook_resid_post", lambda resid: torch.where(is_store, 20 * resid, resid)):
+        assert torch.equal(embeds(tiny_clip, read), embeds(tiny_clip, sparing))
+        assert not torch.equal(embeds(tiny_clip, read), embeds(tiny_clip, touching))
+
+
 def test_a_wide_sae_is_cut_to_the_same_bits_whatever_the_width_of_its_products(tiny_clip):
     for seed, n in ((1, 1), (2, 2), (3, 17), (4, 63)):
         sae = random_sae(seed, d_sae=5001)

@@ -12,8 +12,8 @@ from PIL import Image
 from defense.benchmarks.datasets import Dataset, Example
 from defense.benchmarks.methods import make_methods
 
-TYPOGRAPHIC = ("leace", "sampling-tar", "defense-prefix", "mirror-clip", "ocr-blur")
-GROUPED = ("leace", "orth-cali", "roboshot", "mirror-clip")
+TYPOGRAPHIC = ("leace", "sampling-tar", "defense-prefix", "mirror-clip", "ocr-blur", "erase")
+GROUPED = ("leace", "orth-cali", "roboshot", "mirror-clip", "erase")
 NAMES = ("dog", "cat", "fish")
 
 

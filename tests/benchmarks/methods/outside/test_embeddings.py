@@ -1,4 +1,4 @@
-"""Methods on embeddings: LEACE, MirrorCLIP, Orth-Cali, RoboShot."""
+"""Methods on embeddings: LEACE, MirrorCLIP, Orth-Cali, RoboShot, erase."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ pytest.importorskip("open_clip")
 import torch
 
 from defense.benchmarks.datasets import Example
-from defense.benchmarks.methods import concepts
+from defense.benchmarks.methods import NotApplicableError, concepts
+from defense.benchmarks.methods import erase as erase_module
 from defense.benchmarks.methods import leace as leace_module
+from defense.benchmarks.methods.erase import erased
 from defense.benchmarks.methods.leace import erasure_of
 from defense.benchmarks.methods.mirror_clip import visual_part
 from defense.benchmarks.methods.orth_cali import calibrated_projection
@@ -160,6 +162,51 @@ def test_roboshot_takes_harmful_directions_out_and_doubles_helpful_ones():
 def test_roboshot_without_insights_is_the_identity():
     x, none = np.random.default_rng(0).normal(size=(3, 4)), np.zeros((0, 4))
     np.testing.assert_array_equal(steered(x, none, none), x)
+
+
+def test_erase_takes_out_what_an_embedding_holds_of_a_text_and_adds_nothing_to_one_that_points_away():
+    x = np.array([[1.0, 2.0, 3.0], [-1.0, 2.0, 3.0]])
+    np.testing.assert_allclose(erased(x, np.eye(3)[:1]), [[0, 2, 3], [-1, 2, 3]])
+    rng = np.random.default_rng(0)
+    texts = rng.normal(size=(3, 8))
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    found = erased(rng.normal(size=(50, 8)), texts)
+    assert (found @ texts[-1]).max() < 1e-12, "the last one is gone, where it was there"
+    np.testing.assert_allclose(erased(found, texts[-1:]), found, atol=1e-12)
+
+
+def test_erase_makes_a_label_that_it_is_told_the_least_likely(clip, typographic, monkeypatch):
+    """With the texts of the class that pictures show, in place of what says that something is written."""
+    prompts = Prompts(("dog", "cat", "fish"), ("{}",))
+    monkeypatch.setattr(erase_module, "WRITING", ("dog",))
+    made = method("erase")
+    made.fit(clip, typographic)
+    assert made.settings()["texts"] == ["dog"]
+    texts = clip.text_embeds(prompts)
+    with made.apply(clip) as encoder:
+        embeds = encoder.image_embeds(pictures())
+    assert (embeds @ texts[0]).max() < 1e-5
+    toward = texts[:1] + 0.1 * texts[1:2]
+    assert (toward @ texts.T).argmax() == 0
+    assert (erased(toward, made._directions) @ texts.T).argmax() == 1
+
+
+def test_erase_takes_the_words_for_each_value_of_the_attribute_and_leaves_out_those_that_are_unknown(clip, grouped):
+    made = method("erase")
+    made.fit(clip, grouped)
+    pairs = concepts.concepts_of(grouped, "x").spurious
+    assert made.settings()["texts"] == [text for pair in pairs for text in pair]
+    with torch.no_grad():
+        clip.model.token_embedding.weight[clip.tokenizer(["water"])[0, 1]] = 0
+    made.fit(clip, grouped)
+    assert made.settings()["texts"] == [text for pair in pairs for text in pair if "water" not in text]
+
+
+def test_erase_is_not_applicable_where_the_clip_knows_none_of_the_words(clip, typographic):
+    with torch.no_grad():
+        clip.model.token_embedding.weight.zero_()
+    with pytest.raises(NotApplicableError, match="knows none of: text, some text"):
+        method("erase").fit(clip, typographic)
 
 
 def test_insights_with_unknown_words_are_left_out(clip, grouped):
