@@ -13,6 +13,7 @@ from defense.core.sae import SparseAutoencoder
 from defense.errors import GateError
 
 from .chunks import COPIES, chunks
+from .trial import fits_budget
 from .validation import CrossValidation
 
 _TOKENS = 8192
@@ -65,7 +66,7 @@ class Gates:
                 f"no gain that could not be chance: {figures}, so there is no defense. Give more pictures, an SAE of "
                 "another block or with more latents, or a larger clean budget"
             )
-        if validation.loss > clean_budget:
+        if not fits_budget(validation.loss, clean_budget):
             raise GateError(
                 f"the defense costs more than its clean budget of {100 * clean_budget:.1f} points: {figures}, so it is "
                 "not written. Give more pictures, or a larger budget; what was learned is kept, so only the choice by "

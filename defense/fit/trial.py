@@ -24,6 +24,9 @@ from .seen import Seen
 
 log = logging.getLogger(__name__)
 
+_ROUNDING = 1e-9
+"""What sums of floats may be off by: far less than the share of one picture."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -107,6 +110,11 @@ class Selection:
         return next(each for each in self.tried if each.n == len(self.latents))
 
 
+def fits_budget(loss: float, clean_budget: float) -> bool:
+    """Whether a loss of accuracy is within a budget; fractions both; 1 - 0.99, above 0.01 in floats, is within."""
+    return loss <= clean_budget + _ROUNDING
+
+
 def within_budget(trial: Trial, ranked: np.ndarray, removal: np.ndarray, clean_budget: float) -> Selection:
     """Remove as many candidates (columns of `trial`, best first) as the budget allows: step 4.
 
@@ -115,12 +123,13 @@ def within_budget(trial: Trial, ranked: np.ndarray, removal: np.ndarray, clean_b
     """
     quarters = {len(ranked) * quarter // 4 for quarter in range(5)}  # for the report's curve
     tried = {n: trial.measure(ranked[:n], removal) for n in quarters}
-    floor = tried[0].kept_accuracy - clean_budget
+    before = tried[0].kept_accuracy
     best, n, excess = 0, len(ranked), len(ranked) + 1
     while best < n:
         if n not in tried:
             tried[n] = trial.measure(ranked[:n], removal)
-        best, excess = (n, excess) if tried[n].kept_accuracy >= floor else (best, n)
+        fits = fits_budget(before - tried[n].kept_accuracy, clean_budget)
+        best, excess = (n, excess) if fits else (best, n)
         n = (best + excess) // 2
     if tried[best].fooled_loss >= tried[0].fooled_loss:
         best = 0

@@ -85,6 +85,7 @@ def validation(gain: float, low: float, loss: float, *, is_held_out: bool = True
 
 def test_a_gain_that_could_be_chance_is_refused():
     GATES.check_validation(validation(0.2, 0.01, 0.005), 0.01)
+    GATES.check_validation(validation(0.2, 0.01, 1 - 0.99), 0.01)  # as the choice by the budget has it
     with pytest.raises(GateError, match=r"\+20\.0 points gained \(95 % interval \+0\.0 to \+40\.0\) .*held-out"):
         GATES.check_validation(validation(0.2, 0.0, 0.0), 0.01)
     with pytest.raises(GateError, match="on the pictures that it was fitted on"):
