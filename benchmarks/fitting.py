@@ -14,7 +14,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from defense.benchmarks.cost import begin_peak_mib, peak_mib
-from defense.benchmarks.environment import environment_of, write_json
+from defense.benchmarks.environment import environment_of, machine_words, write_json
 from defense.core.config import SAEConfig
 from defense.core.sae import SparseAutoencoder
 from defense.data.preprocess import Preprocess
@@ -215,6 +215,21 @@ def random_sae(clip: Clip, case: FitCase, material: Material) -> SparseAutoencod
         "b_dec": rows.mean(0).numpy(),
     }
     return SparseAutoencoder(SAEConfig(rows.shape[1], case.d_sae, "topk", case.k), parameters)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return a result as a table of Markdown and a line that says of what."""
+    case, cpu = result["case"], {**result["cpu_stages"], "in all": result["cpu_seconds"]}
+    stages = {**result["stages"], "in all": result["seconds"]}
+    lines = ["| stage | s | s of the processor |", "|---|---|---|"]
+    lines += [f"| {name} | {seconds:.1f} | {cpu[name]:.1f} |" for name, seconds in stages.items()]
+    memory = "?" if result["peak_mib"] is None else f"{result['peak_mib']:,} MiB at the peak"
+    about = (
+        f"{case['model']}, random weights, {case['n']} pictures and their two twins, block {case['block']}, d_sae "
+        f"{case['d_sae']}, k {case['k']}, {case['folds']} folds, {case['steps']} joint steps in each fit, of which none "
+        f"is saved; {memory}."
+    )
+    return "\n".join(lines) + f"\n\n{about}\n{machine_words(result['environment'])}"
 
 
 def main() -> None:

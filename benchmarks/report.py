@@ -192,6 +192,23 @@ def _static_section(path: Path) -> str:
     return f"{kernel_static_tables.static_table(result)}\n\n{kernel_static_tables.static_caption(result)}"
 
 
+def _serving_section(path: Path) -> str:
+    from defense.benchmarks import serving
+
+    result = _json(path)
+    told = (
+        "Each client asks for one picture at a time, on the machine that serves it. `triton` batches what comes in, "
+        "`unbatched` is the same server without that. Files are JPEGs of 1600 x 1200 pixels."
+    )
+    return f"{serving.table(result)}\n\n{told}\n{machine_words(result['environment'])}"
+
+
+def _fitting_section(path: Path) -> str:
+    from defense.benchmarks import fitting  # brings torch
+
+    return fitting.table(_json(path))
+
+
 SECTIONS = (
     Section(
         "Methods, on photographs",
@@ -278,6 +295,18 @@ SECTIONS = (
         "train-cpu.json",
         "python -m defense.benchmarks.train --out benchmarks/results/train-cpu.json",
         _train_section,
+    ),
+    Section(
+        "A fit, CPU",
+        "fit-cpu.json",
+        "python -m defense.benchmarks.fitting --out benchmarks/results/fit-cpu.json",
+        _fitting_section,
+    ),
+    Section(
+        "Served, CPU",
+        "serving-cpu.json",
+        "python -m defense.benchmarks.serving BUNDLE --server NAME=HOST:PORT --out benchmarks/results/serving-cpu.json",
+        _serving_section,
     ),
     Section(
         "The demo under load",
