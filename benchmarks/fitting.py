@@ -226,8 +226,8 @@ def table(result: Mapping[str, Any]) -> str:
     memory = "?" if result["peak_mib"] is None else f"{result['peak_mib']:,} MiB at the peak"
     about = (
         f"{case['model']}, random weights, {case['n']} pictures and their two twins, block {case['block']}, d_sae "
-        f"{case['d_sae']}, k {case['k']}, {case['folds']} folds, {case['steps']} joint steps in each fit, of which none "
-        f"is saved; {memory}."
+        f"{case['d_sae']}, k {case['k']}, {case['folds']} folds, {case['steps']} joint steps in each fit, none "
+        f"saved; {memory}."
     )
     return "\n".join(lines) + f"\n\n{about}\n{machine_words(result['environment'])}"
 
