@@ -62,9 +62,6 @@ def counterfactual(clf: RobustClassifier, image: Any, *, controls: Controls | No
     Raises:
         ConfigError: There is no defense, fewer than two labels, or a latent is steered.
     """
-    controls = controls or Controls()
-    if controls.steer:
-        raise ConfigError("a counterfactual only removes latents; leave `steer` empty")
     search = Search(clf, image, controls)
     found: list[LatentKey] = []
     rest = search.firing()
@@ -95,13 +92,16 @@ class Search:
     Args:
         clf: With a defense, and labels set.
         image: See `images.decode`.
-        controls: What of the defense may be used, and how it edits.
+        controls: What of the defense may be used, and how it edits; None for all of it.
 
     Raises:
-        ConfigError: There is no defense, or fewer than two labels.
+        ConfigError: There is no defense, fewer than two labels, or a latent is steered.
     """
 
-    def __init__(self, clf: RobustClassifier, image: Any, controls: Controls) -> None:
+    def __init__(self, clf: RobustClassifier, image: Any, controls: Controls | None) -> None:
+        controls = controls or Controls()
+        if controls.steer:
+            raise ConfigError("a counterfactual only removes latents; leave `steer` empty")
         if clf.defense is None:
             raise ConfigError("this classifier has no defense, so there is nothing to remove")
         self.controls = controls

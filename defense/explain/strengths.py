@@ -87,9 +87,6 @@ def least_strengths(clf: RobustClassifier, image: Any, *, controls: Controls | N
     Raises:
         ConfigError: There is no defense, fewer than two labels, or a latent is steered.
     """
-    controls = controls or Controls()
-    if controls.steer:
-        raise ConfigError("a counterfactual only removes latents; leave `steer` empty")
     search = Search(clf, image, controls)
     keys = search.firing()
 
