@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from defense.errors import ConfigError
 from defense.hosts.controls import Controls, LatentKey
 
 from .counterfactual import Search
