@@ -18,6 +18,8 @@ from ..conftest import random_sae
 NOPE = "/nope/nothing-here"
 TINY = ["--model", "local-dir:{tiny}"]
 
+DESCRIBE = ["{sae}", "--pictures", "{folder}", "--words", "{words}", "--out", "{out}"]
+
 # (command, parameter) -> a command line that is right but for that parameter, which is the path NOPE.
 READ = {
     ("classify", "labels_file"): ["{picture}", "--labels-file", NOPE],
@@ -35,30 +37,10 @@ READ = {
     ("describe", "sae"): [NOPE, "--pictures", "{folder}", "--words", "{words}", "--out", "{out}", *TINY],
     ("describe", "pictures"): ["{sae}", "--pictures", NOPE, "--words", "{words}", "--out", "{out}", *TINY],
     ("describe", "words"): ["{sae}", "--pictures", "{folder}", "--words", NOPE, "--out", "{out}", *TINY],
-    ("describe", "embeds"): [
-        "{sae}",
-        "--pictures",
-        "{folder}",
-        "--words",
-        "{words}",
-        "--embeds",
-        NOPE,
-        "--out",
-        "{out}",
-        *TINY,
-    ],
-    ("describe", "classes"): [
-        "{sae}",
-        "--pictures",
-        "{folder}",
-        "--words",
-        "{words}",
-        "--classes",
-        NOPE,
-        "--out",
-        "{out}",
-        *TINY,
-    ],
+    ("describe", "embeds"): [*DESCRIBE, "--embeds", NOPE, *TINY],
+    ("describe", "classes"): [*DESCRIBE, "--classes", NOPE, *TINY],
+    ("describe", "phrases"): [*DESCRIBE, "--phrases", NOPE, *TINY],
+    ("describe", "tree"): [*DESCRIBE, "--classes", "{words}", "--tree", NOPE, *TINY],
     ("fit", "pictures"): ["{out}", NOPE, "--sae", "{sae}", "--labels", "dog,cat", *TINY],
     ("fit", "sae"): ["{out}", "{folder}", "--sae", NOPE, "--labels", "dog,cat", *TINY],
     ("fit", "labels_file"): ["{out}", "{folder}", "--sae", "{sae}", "--labels-file", NOPE, *TINY],
