@@ -206,7 +206,8 @@ EXCEPTIONS = {
 
 
 def test_the_exceptions_here_are_all_there_are_and_all_are_exported() -> None:
-    defined = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    classes = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    defined = {name for name, value in classes.items() if value.__module__ == errors.__name__}
     assert defined == set(EXCEPTIONS)
     assert defined <= set(defense.__all__)
 
