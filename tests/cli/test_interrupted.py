@@ -46,7 +46,7 @@ class Job:
     Attributes:
         arguments: Behind `defense`.
         folder: What it writes is beneath.
-        begun: What a line of stderr begins with once the work that takes long has begun.
+        begun: What a line of stderr holds once the work that takes long has begun.
     """
 
     arguments: tuple[str, ...]
@@ -118,7 +118,7 @@ def interrupted(job: Job, number: signal.Signals, after_s: float) -> tuple[int, 
         lines: list[str] = []
         for line in process.stderr:
             lines.append(line)
-            if line.startswith(job.begun):
+            if job.begun in line:
                 break
         time.sleep(after_s)
         process.send_signal(number)
