@@ -28,11 +28,12 @@ from PIL import Image
 from defense.benchmarks.environment import environment_of, write_json
 from defense.core.latents import LatentSet
 from defense.data import images
-from defense.errors import ConfigError, MissingDependencyError
+from defense.errors import ConfigError
 from defense.hosts.attach import attach, detach
 from defense.hosts.clip import resolve_device
 from defense.hosts.defense import Site
 from defense.hosts.families import tower_of
+from defense.hosts.transformers_inputs import loading
 from defense.store import checkpoint
 from defense.store.checkpoint import Checkpoint
 
@@ -167,21 +168,13 @@ def load(source: str, device: str) -> tuple[Any, Any]:
     """Return a language model with eyes, of transformers, and its processor; weights from safetensors, no code run.
 
     Raises:
-        MissingDependencyError: transformers is not installed.
-        ConfigError: It cannot load `source`.
+        MissingDependencyError, ConfigError: See `loading`.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError("transformers", "transformers") from error
-    library: Any = transformers  # not all of it is typed
-    try:
+    with loading(source) as library:
         model = library.AutoModelForImageTextToText.from_pretrained(
             source, use_safetensors=True, trust_remote_code=False, dtype="auto"
         )
         return model.to(device).eval(), library.AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except (RuntimeError, ValueError, OSError, ImportError) as error:
-        raise ConfigError(f"transformers cannot load {source!r}: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 FACTOR = 4.0
@@ -53,6 +54,17 @@ def is_high(patches: Tensor) -> Tensor:
     median = norms.sort(1).values[:, middle : middle + 1]  # `median` has no deterministic kernel
     high: Tensor = norms > FACTOR * median
     return high
+
+
+def high_tokens(resid: Tensor, n_prefix: int) -> Tensor:
+    """Return which tokens are patches of high norm, bool [batch, pos]; those before the patches never are.
+
+    Args:
+        resid: Of whole pictures, [batch, pos, d_model].
+        n_prefix: Tokens before the patches.
+    """
+    high = is_high(resid[:, n_prefix:])
+    return torch.cat([high.new_zeros(len(high), n_prefix), high], 1)
 
 
 class HighNormSums:

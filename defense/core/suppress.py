@@ -29,7 +29,7 @@ from defense.errors import ConfigError, ShapeError
 
 from . import ops
 from .latents import LatentSet, Scope, token_slice
-from .norms import is_high
+from .norms import high_tokens
 from .ops import Backend, reference
 from .ops.reference import Encoder
 from .sae import SparseAutoencoder, normalize
@@ -152,7 +152,7 @@ class Suppressor(nn.Module):
         acts = self.acts(resid[:, tokens])
         if not self.latent_set.spares_high_norm:
             return acts
-        return acts.masked_fill(_spared(resid, n_prefix)[:, tokens, None], 0)
+        return acts.masked_fill(high_tokens(resid, n_prefix)[:, tokens, None], 0)
 
     def removed(self, resid: Tensor, acts: Tensor | None = None) -> Tensor:
         """Return what is subtracted from a residual [..., d_model] (every token, whatever the scope).
@@ -191,7 +191,7 @@ class Suppressor(nn.Module):
             fused = ops.fused_suppress(*parts, backend=self.backend)
             if fused is not None:  # the kernels know no patches, so those that are spared are put back
                 spares = self.latent_set.spares_high_norm
-                return torch.where(_spared(resid, n_prefix)[..., None], edited, fused) if spares else fused
+                return torch.where(high_tokens(resid, n_prefix)[..., None], edited, fused) if spares else fused
         acts = self.acts_in_scope(resid, n_prefix) if acts is None else acts
         edited = edited.to(torch.promote_types(edited.dtype, torch.float32), copy=edited is resid)
         edited[:, tokens] -= self.removed(resid[:, tokens], acts)
@@ -222,12 +222,6 @@ class Suppressor(nn.Module):
             return resid
         with _without_autocast(resid):
             return self.subtract(resid, resid, n_prefix).to(resid.dtype)
-
-
-def _spared(resid: Tensor, n_prefix: int) -> Tensor:
-    """Return which tokens are patches of high norm, bool [batch, pos]."""
-    high = is_high(resid[:, n_prefix:])
-    return torch.cat([high.new_zeros(len(high), n_prefix), high], 1)
 
 
 def _encoder_tensors(sae: SparseAutoencoder, columns: Tensor) -> dict[str, Tensor | None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from defense.core.latents import LatentSet
-from defense.core.norms import is_high
+from defense.core.norms import high_tokens
 from defense.core.ops import reference
 from defense.core.sae import SparseAutoencoder, normalize
 from defense.core.suppress import Suppressor
@@ -129,9 +129,7 @@ class Seen:
         """Return which of the tokens count, as what their activations [n, n_tokens, ...] are multiplied by."""
         if not self.spares_high_norm:
             return 1.0
-        n_prefix = self.tower.n_prefix
-        high = is_high(resid[:, n_prefix:])
-        return 1 - torch.nn.functional.pad(high.float(), (n_prefix, 0))[:, positions, None]
+        return 1 - high_tokens(resid, self.tower.n_prefix)[:, positions, None].float()
 
     @property
     def _is_sparse(self) -> bool:

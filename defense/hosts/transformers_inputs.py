@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -64,13 +65,9 @@ def _agree(own: np.ndarray, others: np.ndarray) -> bool:
     return all((a[: end + 1] == b[: end + 1]).all() for a, b, end in zip(own, others, ends, strict=True))
 
 
-def load(source: str) -> tuple[Any, Any]:
-    """Return a model of transformers and its processor.
-
-    Weights are read from safetensors alone, and no code that comes with them is run.
-
-    Args:
-        source: A folder, or a hub id; one that is not cached is downloaded.
+@contextmanager
+def loading(source: str) -> Iterator[Any]:
+    """Yield transformers, to load `source` with.
 
     Raises:
         MissingDependencyError: transformers is not installed.
@@ -80,12 +77,26 @@ def load(source: str) -> tuple[Any, Any]:
         import transformers
     except ImportError as error:
         raise MissingDependencyError("transformers", "transformers") from error
-    library: Any = transformers  # not all of it is typed
     try:
+        yield transformers  # not all of it is typed
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
+        raise ConfigError(f"transformers cannot load {source!r}: {error}") from error
+
+
+def load(source: str) -> tuple[Any, Any]:
+    """Return a model of transformers and its processor.
+
+    Weights are read from safetensors alone, and no code that comes with them is run.
+
+    Args:
+        source: A folder, or a hub id; one that is not cached is downloaded.
+
+    Raises:
+        MissingDependencyError, ConfigError: See `loading`.
+    """
+    with loading(source) as library:
         model = library.AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
         try:
             return model, library.AutoProcessor.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError):  # a tower without texts
             return model, library.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-    except (RuntimeError, ValueError, OSError, ImportError) as error:
-        raise ConfigError(f"transformers cannot load {source!r}: {error}") from error
