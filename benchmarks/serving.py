@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import shlex
 import sys
 import threading
@@ -244,6 +245,26 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _clients(text: str) -> list[int]:
+    try:
+        counts = [int(each) for each in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; want numbers of clients, 1 or more, e.g. 1,8,32")
+    return counts
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; want seconds above 0")
+    return seconds
+
+
 def _server(text: str) -> tuple[str, str]:
     name, is_named, address = text.partition("=")
     if not (name and is_named and ":" in address):
@@ -257,14 +278,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m defense.benchmarks.serving", description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path, help="what `defense export` wrote")
     parser.add_argument("--server", type=_server, action="append", default=[], help="NAME=HOST:PORT of its gRPC")
-    parser.add_argument("--clients", default="1,8,32", help="how many ask at once (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each row (default: %(default)s)")
+    parser.add_argument("--clients", type=_clients, default="1,8,32", help="that ask at once (default: %(default)s)")
+    parser.add_argument("--seconds", type=_seconds, default=5.0, help="for each row (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the result there, as JSON")
     arguments = parser.parse_args(argv)
     try:
         environment = environment_of(shlex.join(["python", "-m", "defense.benchmarks.serving", *argv]))
-        clients = [int(n) for n in arguments.clients.split(",")]
-        result = measure(arguments.bundle, dict(arguments.server), clients, arguments.seconds)
+        result = measure(arguments.bundle, dict(arguments.server), arguments.clients, arguments.seconds)
     except (DefenseError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -178,6 +178,7 @@ EXTRAS = {
     "open_clip": "torch",
     "prometheus_client": "kserve",
     "pyarrow": "parquet",
+    "ray": "ray",
     "scipy": "bench",
     "torch": "torch",
     "torchvision": "torch",

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from defense.cli.common import exit_code
 from defense.errors import BackendError, ConfigError, DefenseError, ShapeError, cannot_import
 from defense.export.repository import MAX_BATCH, PICTURES_NAME, STRENGTH, VISION_NAME, WATCHED_SHARE
 from defense.export.runtime import OnnxClassifier
@@ -28,7 +29,11 @@ try:
     import kserve
     from kserve.errors import InferenceError, InvalidInput
 except ImportError as missing:
-    raise cannot_import("kserve", missing) from missing
+    error = cannot_import("kserve", missing)
+    if __name__ == "__main__":  # a sentence, as from every command
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(exit_code(error))
+    raise error from missing
 
 
 class _Predictor(kserve.Model):  # type: ignore[misc]  # the SDK ships no types

@@ -32,7 +32,7 @@ from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.listing import in_words, list_files
 from defense.data.shards import TarShard
 from defense.data.sources import name_below
-from defense.errors import ConfigError, DefenseError
+from defense.errors import ConfigError, DefenseError, cannot_import
 from defense.export.batch import BatchPredictor
 from defense.store.defenses import MANIFEST
 from defense.store.folders import led_to, replacing, sha256_of
@@ -235,8 +235,10 @@ def run(source: Path, out: Path, predictor: BatchPredictor, *, workers: int, row
         workers: Processes at most, each with a model of its own. Ray begins with one, and adds to it while it is busy.
         rows: Pictures per shard of a folder.
     """
-    import ray
-
+    try:
+        import ray
+    except ImportError as missing:
+        raise cannot_import("ray", missing) from missing
     if out.is_relative_to(source) and source.is_dir():
         raise ConfigError(f"OUT {out} lies in IN {source}: the next run would read the answers; choose another folder")
     out.mkdir(parents=True, exist_ok=True)

@@ -51,6 +51,15 @@ def test_a_draft_is_a_part_of_the_size_and_no_smaller_than_is_read():
     assert serving.drafted(file, 1000).size == (1600, 1200)
 
 
+@pytest.mark.parametrize(
+    ("option", "text"), [("--clients", "0"), ("--clients", "8,x"), ("--seconds", "0"), ("--seconds", "nan")]
+)
+def test_a_load_that_cannot_be_is_refused(option, text, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        serving.main([str(tmp_path), option, text])
+    assert f"{text!r}; want " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["triton", "=127.0.0.1:1", "triton=127.0.0.1"])
 def test_a_server_without_name_or_port_is_refused(text, tmp_path, capsys):
     with pytest.raises(SystemExit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -219,3 +220,17 @@ def test_fault_69_doctor_names_two_wheels_of_one_module(monkeypatch):
     assert code == 3
     assert "overwrite each other" in err
     assert "onnxruntime-gpu" in printed
+
+
+@pytest.mark.parametrize(("module", "package"), [("kserve", "kserve"), ("ray_data", "ray")])
+def test_fault_70_a_program_says_in_a_line_which_package_it_lacks(tiny_bundle, tmp_path, module, package):
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed here; the environment of the fast tests lacks it")
+    (tmp_path / "in").mkdir()
+    arguments = [tiny_bundle] if module == "kserve" else [tmp_path / "in", tmp_path / "out", "--bundle", tiny_bundle]
+    command = [sys.executable, "-P", "-m", f"defense.export.{module}", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: ")
+    assert f"[{package}]" in done.stderr
+    assert "Traceback" not in done.stderr
