@@ -1,7 +1,4 @@
-"""`RobustClassifier`: pictures and labels in, predictions out, computed with torch.
-
-The data flow is in its docstring; each step is one function of the module named beside it.
-"""
+"""`RobustClassifier`: pictures and labels in, predictions out, computed with torch. Its docstring has the data flow."""
 
 from __future__ import annotations
 
@@ -223,7 +220,8 @@ class RobustClassifier(ZeroShotClassifier):
             ConfigError: See the base class; two labels that are one to the text tower are refused here.
         """
         prompts = Prompts(labels.check_labels(candidate_labels), labels.resolve_templates(templates))
-        labels.check_distinct(prompts, self.clip.tokenizer)
+        if prompts.sha256() not in self._text_embeds:  # else it was done before they were encoded
+            labels.check_distinct(prompts, self.clip.tokenizer)
         self.prompts = prompts
         return self
 

@@ -74,6 +74,8 @@ class ClipTokenizer:
 
 def _unescape(text: str) -> str:
     """Return a text with mojibake, typographic quotes and twice-escaped HTML put right, as CLIP's training did."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text  # nothing to put right, and most labels are such: the repair would take nine tenths of a check
     import ftfy
 
     return html.unescape(html.unescape(ftfy.fix_text(text)))

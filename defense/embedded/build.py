@@ -313,10 +313,10 @@ def with_thresholds(clip: Clip, defense: Defense, data: Pairs | Groups, text_emb
     Raises:
         CalibrationError: Fewer than 99 % of the answers stay.
     """
-    pixel_values = data.all_pixel_values()
-    twins = np.arange(len(pixel_values)) % data.n
+    twins = data.twins()
+    groups = np.tile(np.arange(data.n), len(twins))
     found, _ = calibrated(
-        clip, defense, pixel_values, least_agreement=LEAST_AGREEMENT, text_embeds=text_embeds.numpy(), groups=twins
+        clip, defense, twins, least_agreement=LEAST_AGREEMENT, text_embeds=text_embeds.numpy(), groups=groups
     )
     return slim(found)
 

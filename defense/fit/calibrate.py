@@ -10,7 +10,7 @@ close are the embeddings? Pictures should be of the kind the classifier will see
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -63,7 +63,7 @@ class Calibration:
 def calibrated(
     clip: Clip,
     defense: Defense,
-    pixel_values: Tensor,
+    pixel_values: Tensor | Sequence[Tensor],
     *,
     least_agreement: float = 0.99,
     text_embeds: np.ndarray | None = None,
@@ -77,7 +77,8 @@ def calibrated(
     Args:
         clip: The CLIP that the defense was fitted on, undefended; it is left as it was.
         defense: Any of its sites may have a TopK rule, one at least.
-        pixel_values: As the CLIP's preprocess makes them, float32 [n, 3, height, width].
+        pixel_values: As the CLIP's preprocess makes them, float32 [n, 3, height, width]; or several such tensors, whose
+            pictures count one behind the other, as if they were joined.
         least_agreement: Share of held-out pictures that must keep their prediction.
         text_embeds: Labels to predict, normalized, [n_labels, d_embed]. Without them, a prediction is the nearest
             of up to 100 fitted pictures, by the exact embeddings of those.
@@ -90,17 +91,18 @@ def calibrated(
             `wrap`.
         ShapeError: `pixel_values` or `groups` has another shape.
     """
-    groups = np.arange(len(pixel_values)) if groups is None else np.asarray(groups)
-    _check(defense, pixel_values, groups)
+    parts = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
+    groups = np.arange(sum(map(len, parts))) if groups is None else np.asarray(groups)
+    _check(defense, parts, groups)
     rows, rows_held_out = _halves(groups)
     with clip.defended(defense) as attachment:
-        sites, wrong_energy, fitted_embeds = _threshold_sites(clip, attachment, defense, pixel_values, rows)
-        wanted = _embeds(clip, pixel_values, rows_held_out)
+        sites, wrong_energy, fitted_embeds = _threshold_sites(clip, attachment, defense, parts, rows)
+        wanted = _embeds(clip, parts, rows_held_out)
     firsts = np.sort(np.unique(groups[rows], return_index=True)[1])  # one of each group: the others are alike
     anchors = fitted_embeds[firsts[:_N_ANCHORS]] if text_embeds is None else text_embeds
     result = replace(defense, sites=sites, golden=None)
     with clip.defended(result):
-        got = _embeds(clip, pixel_values, rows_held_out)
+        got = _embeds(clip, parts, rows_held_out)
         golden = None if defense.golden is None else make_golden(clip, defense.golden.pictures)
     cosines = (got * wanted).sum(1)
     calibration = Calibration(
@@ -118,25 +120,27 @@ def calibrated(
     return replace(result, golden=golden, provenance=provenance), calibration
 
 
-def _check(defense: Defense, pixel_values: Tensor, groups: np.ndarray) -> None:
+def _check(defense: Defense, parts: Sequence[Tensor], groups: np.ndarray) -> None:
     if not any(site.sae_config.act == "topk" for site in defense.sites):
         raise ConfigError("no site of this defense has a topk SAE; its latents decide alone already")
     for site in defense.sites:
         if site.sae_config.act == "topk" and site.sae_config.topk_relu == "none":
             raise ConfigError(f"the topk SAE at {site.hook_point} lets negative latents count; no threshold does")
     want = (3, *defense.preprocess.size)
-    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != want:
-        raise ShapeError(
-            f"pixel_values is {list(pixel_values.shape)}, want [n, {', '.join(map(str, want))}] as the CLIP's "
-            "preprocess makes them"
-        )
-    if len(pixel_values) < _LEAST_PICTURES:
+    for part in parts:
+        if part.ndim != 4 or tuple(part.shape[1:]) != want:
+            raise ShapeError(
+                f"pixel_values is {list(part.shape)}, want [n, {', '.join(map(str, want))}] as the CLIP's preprocess "
+                "makes them"
+            )
+    n = sum(map(len, parts))
+    if n < _LEAST_PICTURES:
         raise ConfigError(
-            f"{len(pixel_values)} pictures are too few to calibrate on; give {_LEAST_PICTURES} at least, and some "
+            f"{n} pictures are too few to calibrate on; give {_LEAST_PICTURES} at least, and some "
             "hundreds for a figure to rely on"
         )
-    if groups.shape != (len(pixel_values),):
-        raise ShapeError(f"groups is {list(groups.shape)}, want [{len(pixel_values)}], a number for each picture")
+    if groups.shape != (n,):
+        raise ShapeError(f"groups is {list(groups.shape)}, want [{n}], a number for each picture")
     if (groups == groups[0]).all():
         raise ConfigError("all pictures are of one group, so none could be held out; give several groups")
 
@@ -150,18 +154,29 @@ def _halves(groups: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(rows[is_fitted]), torch.from_numpy(rows[~is_fitted])
 
 
-def _embeds(clip: Clip, pixel_values: Tensor, rows: Tensor) -> np.ndarray:
-    parts = []
-    for index in rows.split(_BATCH):  # taken batch by batch: a copy of all of them would be large
-        part = pixel_values[index]
-        if not part.isfinite().all():
+def _embeds(clip: Clip, parts: Sequence[Tensor], rows: Tensor) -> np.ndarray:
+    embeds = []
+    for index in rows.split(_BATCH):
+        pixel_values = _taken(parts, index)
+        if not pixel_values.isfinite().all():
             raise NonFiniteError("pixel_values")
-        parts.append(clip.image_embeds(part))
-    return torch.cat(parts).cpu().numpy()
+        embeds.append(clip.image_embeds(pixel_values))
+    return torch.cat(embeds).cpu().numpy()
+
+
+def _taken(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Return the pictures of some rows: joining the parts, to take them from that, would copy all of them."""
+    taken = parts[0].new_empty(len(rows), *parts[0].shape[1:])
+    start = 0
+    for part in parts:
+        is_here = (rows >= start) & (rows < start + len(part))
+        taken[is_here] = part[rows[is_here] - start]
+        start += len(part)
+    return taken
 
 
 def _threshold_sites(
-    clip: Clip, attachment: AttachedDefense, defense: Defense, pixel_values: Tensor, rows: Tensor
+    clip: Clip, attachment: AttachedDefense, defense: Defense, parts: Sequence[Tensor], rows: Tensor
 ) -> tuple[tuple[Site, ...], dict[str, float], np.ndarray]:
     """Return the sites with thresholds for TopK rules, the energy that is wrong at each, and the exact embeddings."""
     observers = {
@@ -169,8 +184,8 @@ def _threshold_sites(
     }
     embeds = []
     with attachment.recording() as told:
-        for part in rows.split(_BATCH):
-            embeds.append(_embeds(clip, pixel_values, part))
+        for batch in rows.split(_BATCH):
+            embeds.append(_embeds(clip, parts, batch))
             for observer in observers.values():
                 observer.see(told[observer.site.hook_point].resid.float().cpu())
     sites = list(defense.sites)

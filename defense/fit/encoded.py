@@ -13,6 +13,7 @@ from defense.data.progress import SILENT, Progress
 from defense.hosts.clip import Clip
 from defense.hosts.tower import block_of
 
+from .chunks import bytes_behind, chunks
 from .kept import KeptResiduals
 from .material import Groups, Pairs
 from .seen import Seen
@@ -109,9 +110,12 @@ class Encoded:
             hook_point: From where on the network is run: no edit may be in front of it.
         """
         with torch.no_grad():
-            return {
-                kind: self.clip.tower.embeds_from(resid, hook_point) for kind, resid in self._plain(hook_point).items()
-            }
+            return {kind: self._embeds(resid, hook_point) for kind, resid in self._plain(hook_point).items()}
+
+    def _embeds(self, resid: Tensor, hook_point: str) -> Tensor:
+        tower = self.clip.tower
+        each = bytes_behind(tower, hook_point, resid.shape[1])
+        return torch.cat([tower.embeds_from(resid[part], hook_point) for part in chunks(len(resid), each)])
 
     def _plain(self, hook_point: str) -> dict[str, Tensor]:
         whole = self._plain_of_all(hook_point)

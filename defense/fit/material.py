@@ -85,9 +85,9 @@ class Pairs:
         """Return pixel_values [n, 3, height, width] by kind: "clean", "neutral" and "attacked"."""
         return {"clean": self.clean, "neutral": self.neutral, "attacked": self.attacked}
 
-    def all_pixel_values(self) -> Tensor:
-        """Return the pictures with and without the word, [2 n, 3, height, width]."""
-        return torch.cat([self.attacked, self.clean])
+    def twins(self) -> tuple[Tensor, ...]:
+        """Return the pictures with and those without the word, each [n, 3, height, width]."""
+        return self.attacked, self.clean
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,6 @@ class Groups:
         """Return pixel_values [n, 3, height, width] by kind; all are of one kind, "picture"."""
         return {"picture": self.pixel_values}
 
-    def all_pixel_values(self) -> Tensor:
-        """Return the pictures, [n, 3, height, width]."""
-        return self.pixel_values
+    def twins(self) -> tuple[Tensor, ...]:
+        """Return the pictures, [n, 3, height, width]: none has a twin."""
+        return (self.pixel_values,)

@@ -68,12 +68,12 @@ def ship(
         return Shipped(with_golden(clip, slim(defense)), None, None)
     if calibrate is False:
         return _whole(clip, defense, "no thresholds were asked for")
-    pixel_values = material.data.all_pixel_values()
-    twins = np.arange(len(pixel_values)) % material.data.n
+    twins = material.data.twins()
+    groups = np.tile(np.arange(material.data.n), len(twins))
     try:
         with progress.stage("thresholds", 1):
             result, found = calibrated(
-                clip, defense, pixel_values, least_agreement=LEAST_AGREEMENT, text_embeds=text_embeds, groups=twins
+                clip, defense, twins, least_agreement=LEAST_AGREEMENT, text_embeds=text_embeds, groups=groups
             )
     except (CalibrationError, ConfigError) as error:
         if calibrate:

@@ -164,9 +164,12 @@ class VisionTower:
 
     @property
     def _patch_weight(self) -> nn.Parameter:
-        matrices = [parameter for parameter in self.visual.parameters() if parameter.ndim > 1]
-        # Of a convolution; where the patches come flattened, of the first linear layer.
-        return next((parameter for parameter in matrices if parameter.ndim == 4), matrices[0])
+        """That of a convolution, the first; where the patches come flattened, of the first linear layer."""
+        # Asked for with every batch: the first convolution is found soon, all parameters of a tower are not.
+        convolution = next((parameter for parameter in self.visual.parameters() if parameter.ndim == 4), None)
+        if convolution is not None:
+            return convolution
+        return next(parameter for parameter in self.visual.parameters() if parameter.ndim > 1)
 
     def fingerprint(self) -> str:
         """Return a sha256 of the tower's weights; see `fingerprints`."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from defense.data.tokenizer import ClipTokenizer
+from defense.data.tokenizer import ClipTokenizer, _unescape
 from defense.errors import ConfigError
 
 from .texts import END, LONG_LABEL, START, prompts, text_ids
@@ -128,6 +128,14 @@ class TestClipTokenizer:
         repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
         assume(not any(unicodedata.category(character) == "Cn" for character in repaired))
         np.testing.assert_array_equal(ClipTokenizer()([text]), open_clip.tokenizer._tokenizer([text]).numpy())
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        text=st.text(st.characters(max_codepoint=0x7F))
+        | st.lists(st.sampled_from(["a", " ", "<", "&", ";", "&amp;", "&lt", "&#39;", "\r", "\x1b[m"])).map("".join)
+    )
+    def test_plain_text_is_left_to_no_repair_because_that_changes_nothing(self, text):
+        assert _unescape(text) == html.unescape(html.unescape(ftfy.fix_text(text)))
 
     def test_layout_is_start_text_end_zeros(self):
         ids = ClipTokenizer(8)(["dog", ""])

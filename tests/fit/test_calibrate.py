@@ -119,6 +119,16 @@ def test_pictures_of_a_group_stay_together_and_stand_for_one_prediction(tiny_fol
     assert alone.cosine_mean != pytest.approx(calibration.cosine_mean, abs=1e-6)
 
 
+def test_pictures_in_parts_count_as_if_they_were_joined(clip):
+    pixel_values = pixels()
+    defense = topk_defense(clip)
+    _, joined = calibrated(clip, defense, pixel_values, least_agreement=0)
+    _, in_parts = calibrated(clip, defense, [pixel_values[:7], pixel_values[7:7], pixel_values[7:]], least_agreement=0)
+    assert in_parts == joined
+    with pytest.raises(ShapeError, match="pixel_values is"):
+        calibrated(clip, defense, [pixel_values, pixel_values[:, :1]], least_agreement=0)
+
+
 @pytest.mark.parametrize(
     ("groups", "error", "message"),
     [(np.zeros(40), ConfigError, "all pictures are of one group"), (np.arange(20), ShapeError, r"\[20\], want \[40\]")],
