@@ -156,6 +156,7 @@ def check_parameters(config: SAEConfig, parameters: dict[str, np.ndarray], n_hel
             raise CheckpointError(f"SAE tensor {name} has dtype {tensor.dtype}; it must be floating point")
         if not np.isfinite(tensor).all():
             raise NonFiniteError(name)
-    norms = np.linalg.norm(parameters["W_dec"].astype(np.float32), axis=1)
+    parts = np.array_split(parameters["W_dec"], 64)  # of a large SAE, a copy takes as much as the encoder
+    norms = np.concatenate([np.linalg.norm(part.astype(np.float32, copy=False), axis=1) for part in parts])
     if not norms.all():
         raise CheckpointError(f"decoder row {int(norms.argmin())} is zero: W_dec is damaged, or was stored transposed")
