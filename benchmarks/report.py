@@ -303,6 +303,13 @@ SECTIONS = (
         _fitting_section,
     ),
     Section(
+        "A fit of a large CLIP, CPU",
+        "fit-l14-cpu.json",
+        "python -m defense.benchmarks.fitting --model ViT-L-14 --block 12 --n 8 --steps 2 --folds 2 "
+        "--out benchmarks/results/fit-l14-cpu.json",
+        _fitting_section,
+    ),
+    Section(
         "Served, CPU",
         "serving-cpu.json",
         "python -m defense.benchmarks.serving BUNDLE --server NAME=HOST:PORT --out benchmarks/results/serving-cpu.json",
