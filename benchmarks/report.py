@@ -231,6 +231,12 @@ SECTIONS = (
         _mini_section,
     ),
     Section(
+        "Semantic attacks, on drawn pictures",
+        "semantic.json",
+        "defense bench mini-semantic && python -m defense.benchmarks.robust results --into benchmarks/results/semantic.json",
+        _mini_section,
+    ),
+    Section(
         "The embedded model, with the empty plate as the ceiling",
         "embedded.json",
         "python -m defense.benchmarks.embedded --out benchmarks/results/embedded.json",
