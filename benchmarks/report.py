@@ -233,7 +233,8 @@ SECTIONS = (
     Section(
         "Semantic attacks, on drawn pictures",
         "semantic.json",
-        "defense bench mini-semantic && python -m defense.benchmarks.robust results --into benchmarks/results/semantic.json",
+        "defense bench mini-semantic --out results/semantic && "
+        "python -m defense.benchmarks.robust results/semantic --into benchmarks/results/semantic.json",
         _mini_section,
     ),
     Section(
@@ -390,8 +391,7 @@ def main_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def robustness(results: Path) -> str:
     """Return the tables of robustness of the embedded model."""
-    mini = next(section for section in SECTIONS if section.file == MINI)
-    path = results / mini.file
+    mini, path = next(each for each in SECTIONS if each.file == MINI), results / MINI
     if path.exists():
         beside = f"{main_table(read_results(path))}\n\n`{_command_of(path)}`"
     else:
