@@ -65,11 +65,7 @@ def _command_of(path: Path) -> str:
 
 
 def embedded_table(path: Path) -> str:
-    """Return the robustness table with a line that says what it rests on.
-
-    Raises:
-        MissingDependencyError: scipy is not installed.
-    """
+    """Return the robustness table with a line that says what it rests on."""
     from defense.benchmarks import embedded
 
     result = _json(path)
