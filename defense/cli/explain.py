@@ -44,9 +44,7 @@ from defense.store.folders import led_to, replacing
 if TYPE_CHECKING:
     from defense.classify.classifier import RobustClassifier
     from defense.classify.explanation import Explanation
-    from defense.data.sources import Pictures
     from defense.explain.catalogue import Catalogue
-    from defense.explain.nearest import Nearest
     from defense.explain.patches import PatchLabels
     from defense.hosts.controls import Controls, LatentKey
 
@@ -54,6 +52,7 @@ _SUFFIXES = (".html", ".png", ".json")
 _TOP_K = 3
 
 
+# Longer than functions here are: the options of a command are its parameters, one line each.
 @app.command()
 def explain(
     picture: Annotated[Path, typer.Argument(help="The file.")],
@@ -93,6 +92,7 @@ def explain(
         from defense.data import images
         from defense.data.sources import open_pictures
         from defense.explain.counterfactual import counterfactual
+        from defense.explain.nearest import nearest as nearest_pictures
         from defense.explain.strengths import least_strengths
         from defense.export import bundle
         from defense.hosts.controls import Controls
@@ -113,14 +113,14 @@ def explain(
             defense, model=model, pretrained=pretrained, device=device, limits=limits
         )
         clf.set_labels(chosen, template)
-        controls = Controls(strength=strength, edit=edit)
+        controls, keys = Controls(strength=strength, edit=edit), _keys_of(clf, latent or ())
         with stderr.status("looking for what mattered") if stderr.is_terminal else nullcontext():
             explanation = replace(clf.explain(decoded.image, controls=controls), warnings=decoded.warnings)
             enough = counterfactual(clf, decoded.image, controls=controls) if explanation.changed else None
             wanted = strengths and explanation.changed
             least = least_strengths(clf, decoded.image, controls=controls) if wanted else None
             patches = _patches_of(clf, decoded.image, phrase, less, controls)
-            near = None if source is None else _nearest_of(clf, decoded.image, source, latent or ())
+            near = None if source is None else nearest_pictures(clf, decoded.image, source, keys)
         parts = {"counterfactual": enough, "strengths": least, "patches": patches, "nearest": near}
         _write(out, _page(out, decoded.image, explanation, shown(Path(picture.name)), clf, defense, parts))
         short = replace(explanation, plain=explanation.plain[:_TOP_K], robust=explanation.robust[:_TOP_K])
@@ -133,12 +133,13 @@ def explain(
             raise typer.Exit(EXIT_INPUTS)
 
 
-def _nearest_of(clf: RobustClassifier, image: Image.Image, source: Pictures, latents: Sequence[str]) -> Nearest:
-    """Return the pictures nearest to one; latents as they were typed."""
-    from defense.explain.nearest import nearest
-
+def _keys_of(clf: RobustClassifier, latents: Sequence[str]) -> list[LatentKey]:
+    """Return the hook points and numbers of latents as they were typed; those that the defense does not have raise."""
     points = [] if clf.defense is None else list(dict.fromkeys(site.hook_point for site in clf.defense.sites))
-    return nearest(clf, image, source, [_key_of(each, points) for each in latents])
+    keys = [_key_of(each, points) for each in latents]
+    for point, latent in keys:
+        clf.sae(point).columns([latent])
+    return keys
 
 
 def _key_of(text: str, points: Sequence[str]) -> LatentKey:

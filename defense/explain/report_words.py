@@ -156,11 +156,12 @@ def near(nearest: Nearest, catalogues: Mapping[str, Catalogue]) -> str:
     for point, latent in nearest.latents:
         names = names_of(catalogues, point, latent)
         listed.append(f"{latent} at {point}" + (f" ({names})" if names else ""))
-    which, they = ("latent", "it fires") if len(listed) == 1 else ("latents", "any of them fires")
+    which, they = ("latent", "it") if len(listed) == 1 else ("latents", "any of them")
+    n = len(nearest.by_latents)
     found = (
-        f"Of the {len(nearest.by_latents)} nearest, {nearest.n_shared} are among the nearest by the whole embedding, too."
-        if nearest.by_latents
-        else f"On none of these {they}."
+        f"Of the {n} nearest, {nearest.n_shared} are among the nearest by the whole embedding, too."
+        if n
+        else f"On none of these does {they} fire."
     )
     return f"By the {which} {'; '.join(listed)}, among {nearest.n_pictures:,} pictures. {found}"
 

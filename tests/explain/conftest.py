@@ -78,4 +78,14 @@ def describing(tiny_folder, tmp_path):
     (tmp_path / "classes.txt").write_text("dog\ncat\n")
     checkpoint.save(Checkpoint(sparse_sae(), POINT), tmp_path / "sae")
     arguments = ["describe", tmp_path / "sae", "--pictures", tmp_path / "pictures", "--words", tmp_path / "words.txt"]
-    return [*arguments, "--out", tmp_path / "out", "--model", f"local-dir:{tiny_folder}", "--n-steered", 2, "--n-sampled", 3]
+    return [
+        *arguments,
+        "--out",
+        tmp_path / "out",
+        "--model",
+        f"local-dir:{tiny_folder}",
+        "--n-steered",
+        2,
+        "--n-sampled",
+        3,
+    ]

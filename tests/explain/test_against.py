@@ -22,7 +22,7 @@ from defense.hosts.clip import Clip
 
 from ..command import run
 from ..conftest import D_MODEL, D_SAE, clip_of, random_defense, random_sae
-from .described import POINT, WORDS, acts_and_embeds, described, sparse_sae
+from .described import POINT, WORDS, acts_and_embeds, described
 
 CLASSES = ("a", "b")
 COLUMNS = ("against_frequency", "against_mean_activation", "against_steerability", "change", "overlap")

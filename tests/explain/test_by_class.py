@@ -17,7 +17,7 @@ from defense.explain.sums import Example
 
 from ..command import run
 from ..conftest import clip_of
-from .described import POINT, WORDS, described, sparse_sae
+from .described import POINT, described
 from .planted import PlantedClip
 
 CLASSES = ("ant", "bee", "cow", "dog", "eel")

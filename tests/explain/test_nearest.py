@@ -164,7 +164,7 @@ def test_reports_show_the_pictures_with_their_names_escaped(clf):
     bare, drawn = (report_png(picture(), explanation, nearest=each) for each in (None, found))
     assert drawn.height > bare.height + 200
     nothing = Nearest(((BLOCK, 0),), (), (near,), 3, 0, 0)
-    assert "On none of these it fires." in Page(report_html(picture(), explanation, nearest=nothing)).text
+    assert "On none of these does it fire." in Page(report_html(picture(), explanation, nearest=nothing)).text
     report_png(picture(), explanation, nearest=nothing)
 
 
