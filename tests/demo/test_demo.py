@@ -160,9 +160,9 @@ def test_counterfactual_names_latents_that_flip_the_answer(tab, form):
 def test_the_panel_of_patches_counts_what_the_library_reads(demo, tab, form):
     from defense.explain.patches import patch_labels
 
-    html = tab.patches(form)
-    asked = copy.copy(demo.clf).set_labels(tab.question(form).labels, [form.template])
-    found = patch_labels(asked, form.picture)
+    html, question = tab.patches(form), tab.question(form)
+    asked = copy.copy(demo.clf).set_labels(question.labels, [form.template])
+    found = patch_labels(asked, form.picture, controls=question.controls)
     assert dict(found.shares(robust=True)).get("pizza", 0) < dict(found.shares())["pizza"], "the word is taken out"
     for name, robust in (("plain", False), ("robust", True)):
         label, share = found.shares(robust=robust)[0]
