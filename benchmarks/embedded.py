@@ -57,11 +57,7 @@ def measure_embedded(n: int, seed: int, command: str) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the Markdown table of a result of `measure_embedded`, with Wilson's intervals.
-
-    Raises:
-        MissingDependencyError: scipy, which computes the intervals, is not installed.
-    """
+    """Return the Markdown table of a result of `measure_embedded`, with Wilson's intervals."""
     lines = ["| | " + " | ".join(HEADINGS) + " |", "|---" * (len(HEADINGS) + 1) + "|"]
     for name, row in result["rows"].items():
         cells = []

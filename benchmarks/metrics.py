@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from defense.core import intervals
 from defense.errors import ConfigError, MissingDependencyError, ShapeError
 
 N_RESAMPLES = 2000
@@ -143,9 +144,6 @@ def mean_figure(values: np.ndarray, *, seed: int) -> Figure:
     """Return the mean of values, float or bool [n]; of bools, a share in 0 to 1.
 
     Where all bools are equal, resampling shows no spread, and the far end is that of Wilson's interval.
-
-    Raises:
-        MissingDependencyError: That interval is needed, and scipy is not installed.
     """
     low, high = bootstrap([values], lambda means: means[:, 0], seed=seed)
     if values.dtype == bool:
@@ -162,17 +160,14 @@ def _far_end(values: np.ndarray) -> float:
 
 
 def wilson(percent: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of n pictures, in percent: Wilson's score interval.
+    """Return the 95 % interval of a share of n pictures, in percent; see `core.intervals.wilson`.
 
     Args:
         percent: The share, 0 to 100; rounded to whole pictures, as the mean of several draws need not be one.
         n: Pictures, at least 1.
-
-    Raises:
-        MissingDependencyError: scipy is not installed.
     """
-    interval = _binomial(round(percent / 100 * n), n).proportion_ci(confidence_level=0.95, method="wilson")
-    return 100 * float(interval.low), 100 * float(interval.high)
+    _, low, high = intervals.wilson(round(percent / 100 * n), n)
+    return 100 * low, 100 * high
 
 
 def _binomial(k: int, n: int) -> Any:

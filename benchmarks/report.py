@@ -65,11 +65,7 @@ def _command_of(path: Path) -> str:
 
 
 def embedded_table(path: Path) -> str:
-    """Return the robustness table with a line that says what it rests on.
-
-    Raises:
-        MissingDependencyError: scipy is not installed.
-    """
+    """Return the robustness table with a line that says what it rests on."""
     from defense.benchmarks import embedded
 
     result = _json(path)
@@ -228,6 +224,13 @@ SECTIONS = (
         MINI,
         "defense bench mini --methods all,defense@0.25,defense@0.5,defense@0.75 --out results/mini && "
         "python -m defense.benchmarks.robust results/mini --into benchmarks/results/mini.json",
+        _mini_section,
+    ),
+    Section(
+        "Semantic attacks, on drawn pictures",
+        "semantic.json",
+        "defense bench mini-semantic --out results/semantic && "
+        "python -m defense.benchmarks.robust results/semantic --into benchmarks/results/semantic.json",
         _mini_section,
     ),
     Section(
@@ -391,8 +394,7 @@ def main_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def robustness(results: Path) -> str:
     """Return the tables of robustness of the embedded model."""
-    mini = next(section for section in SECTIONS if section.file == MINI)
-    path = results / mini.file
+    mini, path = next(each for each in SECTIONS if each.file == MINI), results / MINI
     if path.exists():
         beside = f"{main_table(read_results(path))}\n\n`{_command_of(path)}`"
     else:

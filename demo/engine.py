@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from defense.core.latents import LatentSet
     from defense.explain.catalogue import Catalogue
     from defense.explain.counterfactual import Counterfactual
+    from defense.explain.patches import PatchLabels
     from defense.export.runtime import OnnxClassifier
     from defense.hosts.controls import Controls
 
@@ -159,6 +160,12 @@ class Engine:
         from defense.explain.counterfactual import counterfactual
 
         return counterfactual(self._asked(question), image, controls=question.controls)
+
+    def patches(self, image: Any, question: Question) -> PatchLabels:
+        """Return what each patch says, without and with the defense; see `patches.patch_labels` for what is refused."""
+        from defense.explain.patches import patch_labels
+
+        return patch_labels(self._asked(question), image, controls=question.controls)
 
     def embed(self, image: Any, *, plain: bool = False) -> np.ndarray:
         """Return the image embedding, float32 [d_embed], normalized."""

@@ -171,6 +171,14 @@ class Trying:
         question = self.question(replace(form, strength=1.0, off=()))
         return views.counterfactual(self.engine.counterfactual(picture, question), self.engine.name_of)
 
+    def patches(self, form: Form) -> str:
+        """Return what each patch of the picture says before and after the defense, as HTML."""
+        picture = form.picture
+        if picture is None:
+            return ""
+        found = self.engine.patches(picture, self.question(form))
+        return views.patches(picture, self.engine.seen_box(picture), found)
+
 
 Handler = Callable[..., tuple[Any, ...]]
 
@@ -205,12 +213,13 @@ def build(engine: Engine, gallery: cards.Gallery) -> list[Any]:
             inputs |= _defense_inputs(engine, first)
             shown["removed"] = gr.HTML(removed, elem_id="removed", js_on_load=LISTEN, visible=engine.can_explain)
             why, shown["because"] = _counterfactual(engine)
+            says, shown["patches"] = _patches(engine)
             shown["card"] = gr.HTML("", elem_id="card")
             if not engine.can_explain:
                 gr.HTML(_NO_EXPLANATIONS, elem_id="no-explanations")
     inputs["loaded"] = gr.State(first.loaded, time_to_live=limits.MAX_IDLE_S)
     inputs |= {"off": gr.State(()), "focus": gr.State("")}
-    _connect(trying, inputs, shown, upload=upload, chooser=chooser, why=why)
+    _connect(trying, inputs, shown, upload=upload, chooser=chooser, why=why, says=says)
     return _in_order(inputs)
 
 
@@ -286,8 +295,23 @@ def _counterfactual(engine: Engine) -> tuple[Any, Any]:
         return why, gr.HTML("", elem_id="because")
 
 
+def _patches(engine: Engine) -> tuple[Any, Any]:
+    """Return the button that asks what each patch says, and where the answer goes."""
+    says = gr.Button(
+        "What does each patch say?", size="sm", elem_id="says", scale=0, min_width=210, visible=engine.can_explain
+    )
+    return says, gr.HTML("", elem_id="patches")
+
+
 def _connect(
-    trying: Trying, inputs: Mapping[str, Any], shown: Mapping[str, Any], *, upload: Any, chooser: Any, why: Any
+    trying: Trying,
+    inputs: Mapping[str, Any],
+    shown: Mapping[str, Any],
+    *,
+    upload: Any,
+    chooser: Any,
+    why: Any,
+    says: Any,
 ) -> None:
     """Tie events to handlers.
 
@@ -298,6 +322,7 @@ def _connect(
         upload: The button for an upload.
         chooser: The row of examples.
         why: The button that asks which latents are enough.
+        says: The button that asks what each patch says.
     """
     components = {**inputs, **shown}
     answered = ("stage", "answers", "removed", "message")  # what `Trying.show` returns
@@ -328,6 +353,10 @@ def _connect(
     if trying.engine.can_explain:
         on(shown["removed"].select, press, "off", "focus", "card", *answered)
         on(why.click, lambda *values: (trying.counterfactual(Form(*values)),), "because")
+        on(says.click, lambda *values: (trying.patches(Form(*values)),), "patches")
+        # What was asked about another picture, word or strength no longer holds.
+        asked = [shown["because"], shown["patches"]]
+        shown["answers"].change(lambda: ("", ""), None, asked, **PRIVATE)
 
 
 _HINT = (

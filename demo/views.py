@@ -14,16 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from defense.explain import report_words
 from defense.explain.heat import overlay, scale_bar
+from defense.explain.patch_pictures import COLORS, colored, label_map
 
 if TYPE_CHECKING:
     from defense.classify.answers import Prediction
     from defense.classify.explanation import Explanation, Removed
+    from defense.data.preprocess import Box
     from defense.explain.counterfactual import Counterfactual
+    from defense.explain.patches import PatchLabels
     from defense.hosts.controls import LatentKey
 
 _STAGE_SIDE = 440
 _MAP_SIDE = 300
+_LABELS_SIDE = 360
 _N_LABELS = 5
 _N_LATENTS = 12
 _BAR_SIZE = (160, 6)
@@ -281,4 +286,34 @@ def counterfactual(found: Counterfactual, name_of: Any) -> str:
     return (
         f'<p class="message note" role="status">Removing just {which} turns "{said}" into '
         f'"{escape(found.flipped[0]["label"])}": {names}. ({found.n_tried} subsets tried.)</p>'
+    )
+
+
+def patches(picture: Image.Image, box: Box, found: PatchLabels) -> str:
+    """Return what each patch says before and after the defense: two maps, and a table of the labels on them.
+
+    Args:
+        picture: What the model saw.
+        box: The part of it that the patches cover.
+        found: Of that picture, with a defense.
+    """
+    small, seen = report_words.sized(picture, box, _LABELS_SIDE, _LABELS_SIDE)
+    figures = "".join(
+        f'<figure><img src="{data_uri(label_map(small, seen, found, robust=robust), _LABELS_SIDE)}" '
+        f'alt="Map of what each patch says, {name}; the table counts it"><figcaption>{name}</figcaption></figure>'
+        for name, robust in (("plain CLIP", False), ("defended", True))
+    )
+    rows = "".join(
+        f'<tr><th scope="row"><span class="swatch" style="background:rgb{COLORS[number]}">{number + 1}</span>'
+        f'{escape(label)}</th><td class="pair"><span class="bar plain" style="width:{100 * plain:.1f}%"></span>'
+        f'<span class="bar robust" style="width:{100 * (robust or 0):.1f}%"></span></td>'
+        f'<td class="n">{_percent(plain)}</td><td class="n">{_percent(robust or 0)}</td></tr>'
+        for number, (label, plain, robust) in enumerate(colored(found))
+    )
+    note = report_words.PATCHES.format(block=block_of(found.hook_point))
+    return (
+        f'<section class="patches" aria-label="What each patch says"><p class="hint">{escape(note)}</p>'
+        f'<div class="maps">{figures}</div><table class="bars"><thead><tr><th scope="col">patches say</th>'
+        '<th scope="col"><span class="sr">shares</span></th><th scope="col" class="n">plain CLIP</th>'
+        f'<th scope="col" class="n">defended</th></tr></thead><tbody>{rows}</tbody></table></section>'
     )

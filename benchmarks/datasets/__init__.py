@@ -18,6 +18,7 @@ from defense.benchmarks.datasets import (
     photo,
     real_names,
     scam,
+    semantic,
     synthetic,
     waterbirds,
 )
@@ -62,6 +63,7 @@ READERS: Mapping[str, Reader] = {
     "disentangling": Reader("disentangling", disentangling.read),
     "scam": Reader("scam", scam.read),
     "synthetic": Reader("synthetic", synthetic.read),
+    "semantic": Reader("semantic", semantic.read),
     "waterbirds": Reader("waterbirds", waterbirds.read),
     "celeba-blond": Reader("celeba", partial(celeba.read, direction=celeba.BLOND)),
     "celeba-male": Reader("celeba", partial(celeba.read, direction=celeba.MALE)),
@@ -73,6 +75,7 @@ READERS: Mapping[str, Reader] = {
     "mini-typographic": Reader(None, mini.typographic),
     "mini-waterbirds": Reader(None, mini.waterbirds),
     "mini-celeba": Reader(None, mini.celeba),
+    "mini-semantic": Reader(None, semantic.drawn),
 }
 """Name of a data set -> its reader."""
 
@@ -81,6 +84,7 @@ SUITES: Mapping[str, tuple[str, ...]] = {
     "typographic": ("rta100", "paint", "disentangling", "scam", "synthetic", "mini-typographic"),
     "waterbirds": ("waterbirds", "mini-waterbirds"),
     "celeba": ("celeba-blond", "celeba-male", "mini-celeba"),
+    "semantic": ("semantic", "mini-semantic"),
     "photo": ("photo-100", "photo-1000", "rta100-known", "paint-known", "scam-known"),
     "all": tuple(READERS),
 }

@@ -70,7 +70,8 @@ class Example:
         key: Its name, unique in the data set; the same for twins in other variants.
         picture: Its pixels.
         label: Index of the right answer in `Dataset.class_names`.
-        word: Index of the name that is written on it; None where there is none.
+        word: Index of the wrong answer that it is made for: the name that is written on it, or what a composed picture
+            aims at; None where there is none.
         attribute: The spurious attribute, 0 or 1; None where there is none.
         kind: What kind of picture it is, e.g. how the word is written; a result gives the accuracy of each kind.
         limits: What is accepted of the picture at most.
@@ -159,7 +160,7 @@ class Dataset:
 
     @property
     def is_attacked(self) -> bool:
-        """Whether names of other classes are written on the pictures."""
+        """Whether the pictures are made for a wrong answer, as by a name that is written on them."""
         return any(each.word is not None for each in self.examples) and self.variant != "clean"
 
     def group_counts(self) -> tuple[int, ...]:

@@ -33,8 +33,10 @@ from defense.world.draws import Grouped
 from defense.world.files import world_sha256
 from defense.world.scenes import Scene
 
-DEFENSES = {"mini-typographic": "text", "mini-waterbirds": "waterbirds", "mini-celeba": "celeba"}
-"""Name of a task -> that of the embedded model's defense for it (`shipped.MODELS`)."""
+DEFENSES = {
+    "mini-typographic": "text", "mini-waterbirds": "waterbirds", "mini-celeba": "celeba", "mini-semantic": "text"
+}  # fmt: skip
+"""Name of a task -> that of the embedded model's defense for it (`shipped.MODELS`). `semantic` draws the last one."""
 
 N_TEST = 800
 """Pictures of each test: few enough for every method to be measured on two cores in a quarter of an hour."""

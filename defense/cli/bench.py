@@ -44,8 +44,8 @@ def bench(
     suite: Annotated[
         str,
         typer.Argument(
-            help='"mini" (drawn, nothing to fetch), "typographic", "waterbirds", "celeba", "all", or one data set; '
-            '"speed" or "latents".'
+            help='"mini" (drawn, nothing to fetch), "typographic", "waterbirds", "celeba", "semantic", "all", or one '
+            'data set; "speed" or "latents".'
         ),
     ],
     data: Annotated[

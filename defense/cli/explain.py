@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from defense.cli.classify import print_explanation
 from defense.cli.common import (
+    EXIT_INPUTS,
     MAX_PIXELS,
     DefenseSource,
     Device,
@@ -29,6 +31,7 @@ from defense.cli.common import (
     exit_codes,
     log_warnings,
     say,
+    say_passed_over,
     shipped_model,
     shown,
     stderr,
@@ -43,12 +46,13 @@ if TYPE_CHECKING:
     from defense.classify.explanation import Explanation
     from defense.explain.catalogue import Catalogue
     from defense.explain.patches import PatchLabels
-    from defense.hosts.controls import Controls
+    from defense.hosts.controls import Controls, LatentKey
 
 _SUFFIXES = (".html", ".png", ".json")
 _TOP_K = 3
 
 
+# Longer than functions here are: the options of a command are its parameters, one line each.
 @app.command()
 def explain(
     picture: Annotated[Path, typer.Argument(help="The file.")],
@@ -68,6 +72,16 @@ def explain(
     strengths: Annotated[
         bool, typer.Option("--strengths", help="Also the least parts of latents whose removal changes the answer.")
     ] = False,
+    nearest: Annotated[
+        Path | None, typer.Option(help="Folder, .tar or .parquet file: which of its pictures are nearest to this one.")
+    ] = None,
+    latent: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="By which latent they are, a number or e.g. blocks.2.hook_resid_post:17. May come again. By default "
+            "those of the defense that fire most on the picture."
+        ),
+    ] = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:
@@ -76,36 +90,69 @@ def explain(
     with exit_codes():
         from defense.classify.classifier import RobustClassifier
         from defense.data import images
+        from defense.data.sources import open_pictures
         from defense.explain.counterfactual import counterfactual
+        from defense.explain.nearest import nearest as nearest_pictures
         from defense.explain.strengths import least_strengths
         from defense.export import bundle
         from defense.hosts.controls import Controls
 
         check_pretrained(model, pretrained, defense)
         _check_target(out, picture)
+        if latent and nearest is None:
+            raise typer.BadParameter(f"--latent {latent[0]}: say which pictures to compare with, by --nearest FOLDER")
         if less is not None and phrase is None:
             raise typer.BadParameter(f"--less {less!r}: say what is to be told from it, with --phrase")
         if bundle.is_bundle(defense):
             raise typer.BadParameter("a bundle cannot explain itself; give the defense that it was exported from")
         chosen = chosen_labels(labels, labels_file, shipped_model(defense, model), defense)
         limits = images.Limits(max_pixels=max_pixels)
+        source = None if nearest is None else open_pictures([nearest], limits=limits)
         decoded = images.decode(picture, limits=limits)
         clf = RobustClassifier.from_pretrained(
             defense, model=model, pretrained=pretrained, device=device, limits=limits
         )
         clf.set_labels(chosen, template)
-        controls = Controls(strength=strength, edit=edit)
+        controls, keys = Controls(strength=strength, edit=edit), _keys_of(clf, latent or ())
         with stderr.status("looking for what mattered") if stderr.is_terminal else nullcontext():
             explanation = replace(clf.explain(decoded.image, controls=controls), warnings=decoded.warnings)
             enough = counterfactual(clf, decoded.image, controls=controls) if explanation.changed else None
             wanted = strengths and explanation.changed
             least = least_strengths(clf, decoded.image, controls=controls) if wanted else None
             patches = _patches_of(clf, decoded.image, phrase, less, controls)
-        parts = {"counterfactual": enough, "strengths": least, "patches": patches}
+            near = None if source is None else nearest_pictures(clf, decoded.image, source, keys)
+        parts = {"counterfactual": enough, "strengths": least, "patches": patches, "nearest": near}
         _write(out, _page(out, decoded.image, explanation, shown(Path(picture.name)), clf, defense, parts))
         short = replace(explanation, plain=explanation.plain[:_TOP_K], robust=explanation.robust[:_TOP_K])
         print_explanation(picture, short)
         say(f"wrote {shown(out)}")
+        if source is not None:
+            say_passed_over(source)
+        if near is not None and near.n_unreadable:
+            say(f"{near.n_unreadable} pictures could not be read and were left out")
+            raise typer.Exit(EXIT_INPUTS)
+
+
+def _keys_of(clf: RobustClassifier, latents: Sequence[str]) -> list[LatentKey]:
+    """Return the hook points and numbers of latents as they were typed; those that the defense does not have raise."""
+    points = [] if clf.defense is None else list(dict.fromkeys(site.hook_point for site in clf.defense.sites))
+    keys = [_key_of(each, points) for each in latents]
+    for point, latent in keys:
+        clf.sae(point).columns([latent])
+    return keys
+
+
+def _key_of(text: str, points: Sequence[str]) -> LatentKey:
+    """Return the hook point and the number of a latent as it was typed."""
+    point, _, number = text.rpartition(":")
+    if not (number.isascii() and number.isdigit()) or (point and point not in points):
+        where = ", ".join(f"{each}:17" for each in points)
+        raise typer.BadParameter(f"--latent {text!r}: want a number, or where it is as well, as in {where}")
+    if not point and len(points) > 1:
+        raise typer.BadParameter(
+            f"--latent {text}: this defense has latents at {', '.join(points)}; say which, as in {points[0]}:{number}"
+        )
+    return point or points[0], int(number)
 
 
 def _patches_of(

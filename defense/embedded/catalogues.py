@@ -1,4 +1,4 @@
-"""Make the catalogue of the embedded model's latents: `python -m defense.embedded.describe`.
+"""Make the catalogue of the embedded model's latents: `python -m defense.embedded.catalogues WORK`.
 
 Pictures are scenes of the kind the CLIP was trained on, from a seed of their own; a catalogue names them by seed and
 index, and they are drawn again when they are looked at.

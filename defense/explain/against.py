@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from defense.core.coding import CodingByKind
+from defense.core.intervals import wilson
 from defense.core.sae import SparseAutoencoder
 from defense.data.labels import Prompts
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 
-from .baselines import wilson
 from .steering import Steering, steerability
 from .sums import Example, Reservoir
 

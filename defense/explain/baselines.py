@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from defense.core.intervals import Z
+from defense.core.intervals import wilson as wilson
 from defense.core.sae import SparseAutoencoder
 from defense.errors import ConfigError
 from defense.hosts.neurons import Neurons, unit_rows
@@ -29,8 +31,6 @@ STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0)
 """Of the sweep, as multiples of the mean norm of what the encoder sees."""
 STEERABLE = 0.1
 """S above which a unit counts as steerable, and S_c above which it reaches a word. Source: arXiv:2504.08729."""
-_Z = 1.959964
-"""Standard normal quantile of a 95 % interval."""
 
 
 # --- what else there is in a stream -----------------------------------------------------------------------------------
@@ -235,16 +235,6 @@ def latent_units(sae: SparseAutoencoder, steering: Steering, fires: Tensor) -> t
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def wilson(hits: int, n: int) -> tuple[float, float, float]:
-    """Return a share and its 95 % interval by Wilson's score; of nothing the share is 0, and 1 is in it."""
-    if not n:
-        return 0.0, 0.0, 1.0
-    share, square = hits / n, _Z**2 / n
-    middle = (share + square / 2) / (1 + square)
-    half = _Z * math.sqrt(share * (1 - share) / n + square / (4 * n)) / (1 + square)
-    return share, max(0.0, middle - half), min(1.0, middle + half)
-
-
 def median_of(scores: np.ndarray) -> dict[str, float | int]:
     """Return how many scores there are, their median and its 95 % interval (by ranks), as JSON values.
 
@@ -254,7 +244,7 @@ def median_of(scores: np.ndarray) -> dict[str, float | int]:
     known = np.sort(scores[~np.isnan(scores)])
     if not len(known):
         return {"n": 0}
-    half = _Z * math.sqrt(len(known)) / 2
+    half = Z * math.sqrt(len(known)) / 2
     low = max(0, math.floor(len(known) / 2 - half))
     high = min(len(known) - 1, math.ceil(len(known) / 2 + half))
     figures = {"median": np.median(known), "low": known[low], "high": known[high]}

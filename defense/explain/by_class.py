@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from defense.core.intervals import wilson
 from defense.core.sae import SparseAutoencoder
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 
-from .baselines import wilson
 from .sums import NUMBERS_AT_ONCE, Example, Reservoir
 
 WAYS = ("remove the class's", "keep only the class's", "remove the most active", "remove random ones")

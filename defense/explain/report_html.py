@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .catalogue import Catalogue
     from .counterfactual import Counterfactual
+    from .nearest import Nearest
     from .patches import PatchLabels
     from .strengths import LeastStrengths
 
@@ -71,6 +72,8 @@ tbody th { font-weight: 600; min-width: 6.5em; max-width: 24em; overflow-wrap: a
 .swatch { display: inline-block; min-width: 1.6em; margin-right: 8px; border-radius: 3px; text-align: center;
   color: #141414; font-size: 13px; }
 .pictures + .scroll { margin-top: 16px; }
+.near { display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); gap: 12px; margin: 0 0 16px; }
+.near figure { max-width: 160px; } .near figcaption { overflow-wrap: anywhere; }
 td img { display: block; width: 80px; height: auto; border-radius: 3px; }
 tbody th .quiet { font-weight: 400; font-size: 13px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 0; font-size: 13px; }
@@ -90,6 +93,7 @@ def report_html(
     counterfactual: Counterfactual | None = None,
     strengths: LeastStrengths | None = None,
     patches: PatchLabels | None = None,
+    nearest: Nearest | None = None,
 ) -> str:
     """Return an explanation as one HTML file, which needs no other file, script or network.
 
@@ -102,6 +106,7 @@ def report_html(
         counterfactual: Of the same picture.
         strengths: The least that change the answer, of the same picture.
         patches: Of the same picture, with a defense.
+        nearest: To the same picture.
     """
     small, box = words.sized(picture, explanation.box, *_SIDES)
     catalogues = catalogues or {}
@@ -120,6 +125,7 @@ def report_html(
         f"<p>{escape(words.least(strengths, catalogues))}</p>" if strengths is not None else "",
         _html_patches(small, box, patches) if patches is not None else "",
         _html_latents(small, box, explanation, catalogues) if explanation.removed else "",
+        _html_nearest(nearest, catalogues) if nearest is not None else "",
         "<h2>How to read this</h2>",
         *(f"<p>{escape(paragraph)}</p>" for paragraph in words.READING),
         "<h2>Which defense</h2><dl>",
@@ -235,6 +241,18 @@ def _html_latent(item: Removed, seen: Image.Image, catalogues: Mapping[str, Cata
         f"<td class='number'>{words.number(item.activation)}</td><td class='number'>{words.number(item.energy)}</td>"
         f"<td>{_html_bar(item.share, 'robust')}</td></tr>"
     )
+
+
+def _html_nearest(nearest: Nearest, catalogues: Mapping[str, Catalogue]) -> str:
+    rows = []
+    for side, heading in words.NEAREST:
+        figures = "".join(
+            f"<figure>{_img(each.picture, each.name)}<figcaption>{each.score:.2f} {escape(each.name)}</figcaption>"
+            "</figure>"
+            for each in getattr(nearest, side)
+        )
+        rows.append(f"<p class='quiet'>{escape(heading)}</p><div class='near'>{figures}</div>" if figures else "")
+    return f"<h2>Nearest pictures</h2><p>{escape(words.near(nearest, catalogues))}</p>{''.join(rows)}"
 
 
 def _img(picture: Image.Image, alt: str, kind: str = "") -> str:

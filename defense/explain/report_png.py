@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .catalogue import Catalogue
     from .counterfactual import Counterfactual
+    from .nearest import Nearest
     from .patches import PatchLabels
     from .strengths import LeastStrengths
 
@@ -60,6 +61,7 @@ def report_png(
     counterfactual: Counterfactual | None = None,
     strengths: LeastStrengths | None = None,
     patches: PatchLabels | None = None,
+    nearest: Nearest | None = None,
 ) -> Image.Image:
     """Return an explanation as one picture, 1200 pixels wide, mode RGB. It holds less than the HTML.
 
@@ -74,6 +76,7 @@ def report_png(
         counterfactual: Of the same picture.
         strengths: The least that change the answer, of the same picture.
         patches: Of the same picture, with a defense.
+        nearest: To the same picture.
     """
     sheet, catalogues = _Sheet(), catalogues or {}
     if name:
@@ -90,6 +93,8 @@ def report_png(
         _draw_patches(sheet, picture, explanation, patches)
     if explanation.removed:
         _draw_latents(sheet, picture, explanation, catalogues)
+    if nearest is not None:
+        _draw_nearest(sheet, nearest, catalogues)
     facts = "; ".join(f"{key}: {value}" for key, value in words.facts(explanation, defense))
     sheet.text(facts, 13, ink=_QUIET)
     return sheet.finished()
@@ -169,6 +174,27 @@ def _draw_latents(
             sheet.draw.text((x, y), _fitted(text, _font(px), side), ink, _font(px))
             y += 20
     sheet.y += seen.height + 6 + 60 + _GAP
+
+
+def _draw_nearest(sheet: _Sheet, nearest: Nearest, catalogues: Mapping[str, Catalogue]) -> None:
+    """Draw the nearest pictures of either kind in a row, each with its name and score."""
+    sheet.text("Nearest pictures", 16)
+    sheet.text(words.near(nearest, catalogues), 16, ink=_QUIET)
+    for side, heading in words.NEAREST:
+        shown = getattr(nearest, side)
+        if not shown:
+            continue
+        sheet.text(heading, 13, ink=_QUIET)
+        sheet.y += 6
+        width = min(160, (_WIDTH - 2 * _MARGIN - (len(shown) - 1) * _GAP) // len(shown))
+        for index, each in enumerate(shown):
+            x, small = _MARGIN + index * (width + _GAP), each.picture.copy()
+            small.thumbnail((width, width))
+            sheet.image.paste(small, (x, sheet.y))
+            caption = _fitted(f"{each.score:.2f} {each.name}", _font(13), width)
+            sheet.draw.text((x, sheet.y + width + 4), caption, _QUIET, _font(13))
+        sheet.y += width + 26
+    sheet.y += _GAP
 
 
 @cache

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .catalogue import Catalogue
     from .counterfactual import Counterfactual
+    from .nearest import Nearest
     from .strengths import LeastStrengths
 
 LABELS = 6
@@ -49,6 +50,11 @@ REGION = (
     "Brighter is nearer to the phrase, on one scale for both sides; outlined are the patches above the threshold that "
     "tells those of this picture apart best. It always finds a region, also for what is not there."
 )
+NEAREST = (
+    ("by_latents", "By latents: overlap of activations, 1 where they are the same."),
+    ("by_embedding", "By the whole embedding of plain CLIP: cosine."),
+)
+"""Sides of `Nearest`, each with a heading."""
 
 
 class Bar(NamedTuple):
@@ -142,6 +148,22 @@ def least(strengths: LeastStrengths, catalogues: Mapping[str, Catalogue]) -> str
         f"{strengths.flipped[0]['label']}: {'; '.join(listed)}{more}. The parts come to "
         f"{sum(strengths.strengths.values()):.2g} latents in sum."
     )
+
+
+def near(nearest: Nearest, catalogues: Mapping[str, Catalogue]) -> str:
+    """Return by which latents pictures are near, and how that differs from the whole embedding."""
+    listed = []
+    for point, latent in nearest.latents:
+        names = names_of(catalogues, point, latent)
+        listed.append(f"{latent} at {point}" + (f" ({names})" if names else ""))
+    which, they = ("latent", "it") if len(listed) == 1 else ("latents", "any of them")
+    n = len(nearest.by_latents)
+    found = (
+        f"Of the {n} nearest, {nearest.n_shared} are among the nearest by the whole embedding, too."
+        if n
+        else f"On none of these does {they} fire."
+    )
+    return f"By the {which} {'; '.join(listed)}, among {nearest.n_pictures:,} pictures. {found}"
 
 
 def block_words(hook_point: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from defense.core.intervals import wilson
 from defense.hosts.defense import Defense
 
 MARK = "<!-- made by defense push -->"
@@ -21,7 +21,6 @@ _MEASURES = {
     "weighted": "right, groups as frequent as in training",
     "worst": "right, worst group",
 }
-_Z = 1.959964
 
 
 def card(defense: Defense, repo: str) -> str:
@@ -47,17 +46,6 @@ _LIMITS = """## Limits
 
 It is bound to the weights above by their fingerprint, and refuses others. It was fitted on the pictures and labels
 named here; on others, measure it first: `defense bench --help`."""
-
-
-def interval(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of n, as fractions.
-
-    Source: Wilson 1927, JASA 22(158), the score interval.
-    """
-    center = share + _Z**2 / (2 * n)
-    half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    scale = 1 + _Z**2 / n
-    return (center - half) / scale, (center + half) / scale
 
 
 def _front(defense: Defense) -> str:
@@ -149,7 +137,7 @@ def _rows(held_out: Mapping[str, Any], n: int | None) -> Iterator[str]:
 def _share(share: float, n: int | None) -> str:
     if n is None:
         return f"{100 * share:.1f}"
-    low, high = interval(share, n)
+    _, low, high = wilson(share * n, n)
     return f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 

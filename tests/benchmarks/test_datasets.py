@@ -107,7 +107,8 @@ def test_without_a_folder_a_suite_is_what_is_drawn(tmp_path, monkeypatch):
         "typographic": ["mini-typographic"],
         "waterbirds": ["mini-waterbirds"],
         "celeba": ["mini-celeba"],
-        "all": list(SUITES["mini"]),
+        "semantic": ["mini-semantic"],
+        "all": [*SUITES["mini"], "mini-semantic"],
         "mini": list(SUITES["mini"]),
     }.items():
         tasks, missing = read_tasks(suite, None, Options())

@@ -242,9 +242,9 @@ def test_mcnemar_is_twice_a_tail_of_the_binomial():
 def test_without_scipy_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     assert metrics.mean_figure(np.array([True, False]), seed=0).value == 0.5
-    for needs_scipy in (lambda: metrics.wilson(50, 2), lambda: metrics.mcnemar(1, 2)):
-        with pytest.raises(MissingDependencyError, match=r"scipy is not installed; run: pip install .*\[bench\]"):
-            needs_scipy()
+    assert metrics.mean_figure(np.array([True, True]), seed=0).low < 1
+    with pytest.raises(MissingDependencyError, match=r"scipy is not installed; run: pip install .*\[bench\]"):
+        metrics.mcnemar(1, 2)
 
 
 def test_mcnemar_holds_for_large_counts():

@@ -172,7 +172,7 @@ def test_the_minis_are_measured_without_a_folder_or_a_model(tmp_path, monkeypatc
     assert "Not applicable: defense: " in out
     assert (tmp_path / "a" / "results.md").read_text() == out
     assert bench("mini", "--out", tmp_path / "b", "--device", "cpu")[0] == 0
-    assert stored(tmp_path / "b") == results
+    assert stored(tmp_path / "b") == {name: each for name, each in results.items() if "semantic" not in name}
 
 
 @pytest.mark.usefixtures("small_minis")
@@ -192,7 +192,7 @@ def test_each_mini_takes_the_defense_that_ships_for_it(tmp_path, monkeypatch):
     for name in SUITES["mini"]:
         assert bench(name, "--out", tmp_path / "out")[0] == 5
     assert asked == ["embedded:text", "embedded:waterbirds", "embedded:celeba"]
-    assert set(mini.DEFENSES) == set(SUITES["mini"])
+    assert set(mini.DEFENSES) == {*SUITES["mini"], "mini-semantic"}
     assert {f"mini-{name}" for name in draws.GROUPINGS} < set(mini.DEFENSES)
 
 

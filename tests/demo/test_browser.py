@@ -156,6 +156,22 @@ def test_counterfactual_is_told(page):
     expect(page.locator("#because")).to_contain_text("into")
 
 
+def test_what_patches_say_is_shown_and_goes_with_the_picture_that_it_was_of(page):
+    says = page.get_by_role("button", name="What does each patch say?")
+    says.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#patches .maps img")).to_have_count(2)
+    expect(page.locator("#patches .bars tbody tr").first).to_be_visible()
+    page.get_by_role("button", name="Which few latents are enough?").click()
+    expect(page.locator("#because")).to_contain_text("into")
+    expect(page.locator("#patches .maps img")).to_have_count(2)
+    page.locator("#word textarea, #word input").fill("")
+    expect(plain(page)).to_have_text("apple")
+    expect(page.locator("#patches section")).to_have_count(0)
+    expect(page.locator("#because .message")).to_have_count(0)
+    assert not page.complaints
+
+
 def test_an_example_is_chosen_with_the_keyboard_alone(page):
     example = page.locator("#examples button").nth(1)
     name = example.locator("img").get_attribute("alt")
@@ -166,7 +182,7 @@ def test_an_example_is_chosen_with_the_keyboard_alone(page):
 
 def test_every_control_is_reached_with_the_tab_key(page):
     asked = {"stage", "upload", "examples", "word", "size", "across", "down", "font", "style"}
-    asked |= {"vocabulary", "strength", "edit", "removed", "counterfactual"}
+    asked |= {"vocabulary", "strength", "edit", "removed", "counterfactual", "says"}
     ids = ", ".join(f"#{each}" for each in sorted(asked))
     reached = set()
     for _ in range(80):
@@ -253,6 +269,9 @@ def test_axe_finds_nothing_to_complain_about(opened, viewport, scheme):
     page = opened(viewport, scheme)
     page.locator("#removed .latents tbody .link").first.click()
     expect(page.locator("#card .card")).to_be_visible()
+    page.locator("#says").click()
+    expect(page.locator("#patches .maps img")).to_have_count(2)
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     found = Axe().run(page).response["violations"]
     assert not [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in found]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -154,6 +155,31 @@ def test_pressing_a_latent_shows_its_own_map_and_its_card(tab, form):
 def test_counterfactual_names_latents_that_flip_the_answer(tab, form):
     said = tab.counterfactual(form)
     assert f'turns "{form.word}" into' in said
+
+
+def test_the_panel_of_patches_counts_what_the_library_reads(demo, tab, form):
+    from defense.explain.patches import patch_labels
+
+    html, question = tab.patches(form), tab.question(form)
+    asked = copy.copy(demo.clf).set_labels(question.labels, [form.template])
+    found = patch_labels(asked, form.picture, controls=question.controls)
+    assert dict(found.shares(robust=True)).get("pizza", 0) < dict(found.shares())["pizza"], "the word is taken out"
+    for name, robust in (("plain", False), ("robust", True)):
+        label, share = found.shares(robust=robust)[0]
+        row = next(each for each in html.split("<tr>") if f"</span>{label}</th>" in each)
+        assert f'<span class="bar {name}" style="width:{100 * share:.1f}%">' in row
+    assert html.count("<img") == 2
+    plain, robust = html.split("<img")[1:]
+    assert plain.split('alt="')[0] != robust.split('alt="')[0]
+
+
+def test_the_panel_of_patches_heeds_strength_labels_and_a_missing_picture(tab, form):
+    maps = [each.split('alt="')[0] for each in tab.patches(replace(form, strength=0.0)).split("<img")[1:]]
+    assert maps[0] == maps[1]
+    shown = tab.patches(replace(form, labels=f"{EVIL}, <b>dog</b>"))
+    assert "<script" not in shown
+    assert "<b>" not in shown
+    assert tab.patches(replace(form, loaded=None)) == ""
 
 
 def test_an_upload_replaces_the_picture_and_clears_what_belonged_to_the_last(tab, form):

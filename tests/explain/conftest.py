@@ -57,3 +57,35 @@ def pictures():
 
     pixels = np.random.default_rng(0).normal(size=(N, 3, 32, 32)).astype(np.float32)
     return [Example(f"{i}.png", pixels[i], ("a", "b", None)[i % 3]) for i in range(N)]
+
+
+@pytest.fixture
+def describing(tiny_folder, tmp_path):
+    """Arguments of `defense describe` for pictures of a cat and a dog by turns; classes.txt names the two."""
+    from PIL import Image
+
+    from defense.store import checkpoint
+    from defense.store.checkpoint import Checkpoint
+
+    from .described import POINT, WORDS, sparse_sae
+
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        folder = tmp_path / "pictures" / ("cat", "dog")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    (tmp_path / "words.txt").write_text("\n".join(WORDS))
+    (tmp_path / "classes.txt").write_text("dog\ncat\n")
+    checkpoint.save(Checkpoint(sparse_sae(), POINT), tmp_path / "sae")
+    arguments = ["describe", tmp_path / "sae", "--pictures", tmp_path / "pictures", "--words", tmp_path / "words.txt"]
+    return [
+        *arguments,
+        "--out",
+        tmp_path / "out",
+        "--model",
+        f"local-dir:{tiny_folder}",
+        "--n-steered",
+        2,
+        "--n-sampled",
+        3,
+    ]

@@ -9,7 +9,6 @@ import pytest
 
 pytest.importorskip("open_clip")
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from defense.core.latents import LatentSet
@@ -20,12 +19,10 @@ from defense.explain import catalogue
 from defense.explain.against import Against, lines_of
 from defense.hosts.attach import wrap
 from defense.hosts.clip import Clip
-from defense.store import checkpoint
-from defense.store.checkpoint import Checkpoint
 
 from ..command import run
 from ..conftest import D_MODEL, D_SAE, clip_of, random_defense, random_sae
-from .described import POINT, WORDS, acts_and_embeds, described, sparse_sae
+from .described import POINT, WORDS, acts_and_embeds, described
 
 CLASSES = ("a", "b")
 COLUMNS = ("against_frequency", "against_mean_activation", "against_steerability", "change", "overlap")
@@ -163,24 +160,14 @@ def test_a_defense_on_the_other_tower_is_bypassed(clip, other, pictures):
     assert not described(clip, pictures, against=other).columns["change"].any()
 
 
-def test_the_command_compares_searches_and_keeps_it(tiny_clip, tiny_folder, tmp_path):
-    rng = np.random.default_rng(0)
-    for index in range(8):
-        folder = tmp_path / "pictures" / ("cat", "dog")[index % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    (tmp_path / "words.txt").write_text("\n".join(WORDS))
-    (tmp_path / "classes.txt").write_text("dog\ncat\n")
-    checkpoint.save(Checkpoint(sparse_sae(), POINT), tmp_path / "sae")
+def test_the_command_compares_searches_and_keeps_it(describing, tiny_clip, tiny_folder, tmp_path):
     tuned = tmp_path / "tuned"
     tuned.mkdir()
     (tuned / "open_clip_config.json").write_text((tiny_folder / "open_clip_config.json").read_text())
     state = {name: tensor.clone() for name, tensor in tiny_clip.state_dict().items() if name != "attn_mask"}
     state["visual.transformer.resblocks.0.mlp.c_proj.bias"] += 0.5 * torch.randn(D_MODEL)
     save_file(state, tuned / "open_clip_model.safetensors")
-    arguments = ["describe", tmp_path / "sae", "--pictures", tmp_path / "pictures", "--words", tmp_path / "words.txt"]
-    arguments += ["--out", tmp_path / "out", "--model", f"local-dir:{tiny_folder}", "--n-steered", 2, "--n-sampled", 3]
-    arguments += ["--classes", tmp_path / "classes.txt"]
+    arguments = [*describing, "--classes", tmp_path / "classes.txt"]
     (tmp_path / "phrases.txt").write_text("a red {}\n{} on a tree\n")
     (tmp_path / "tree.csv").write_text("class,parent\ncat,feline\ndog,canine\nfeline,animal\ncanine,animal\n")
     more = ["--phrases", tmp_path / "phrases.txt", "--tree", tmp_path / "tree.csv"]

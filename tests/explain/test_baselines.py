@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ import torch
 
 from defense.errors import ConfigError, NonFiniteError
 from defense.explain import catalogue
-from defense.explain.baselines import Others, Sweep, latent_units, median_of, sweep, wilson
+from defense.explain.baselines import Others, Sweep, latent_units, median_of, sweep
 from defense.explain.likeness import Likeness
 from defense.explain.other_encoder import OtherEncoder, read_embeds
 from defense.explain.steering import Steering
@@ -265,16 +267,6 @@ def test_files_that_hold_no_embeddings_are_refused(tmp_path):
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def test_intervals_are_those_of_scipy():
-    scipy_stats = pytest.importorskip("scipy.stats")
-    for hits, n in ((0, 10), (3, 40), (64, 64)):
-        share, low, high = wilson(hits, n)
-        want = scipy_stats.binomtest(hits, n).proportion_ci(method="wilson")
-        assert share == hits / n
-        assert (low, high) == pytest.approx((want.low, want.high), abs=1e-6)
-    assert wilson(0, 0) == (0, 0, 1)
-
-
 def test_a_median_lies_in_its_interval_and_covers_the_true_one():
     rng = np.random.default_rng(0)
     covered = 0
@@ -298,4 +290,13 @@ def test_a_catalogue_keeps_its_baselines_on_disk_and_one_without_them_loads(clip
     assert swept["kinds"]["neurons"]["n"] == 6
     assert swept["n_words"] == len(WORDS)
     assert loaded.provenance["steer"] == swept["strength"]
-    assert not any("baselines" in each.provenance for each in catalogue.find("embedded").values()), "written before"
+    older = replace(made, provenance={key: each for key, each in made.provenance.items() if key != "baselines"})
+    catalogue.save([older], tmp_path / "older")
+    assert "baselines" not in catalogue.load(tmp_path / "older")[POINT].provenance
+
+
+def test_the_catalogue_of_the_default_model_ships_with_its_baselines():
+    for each in catalogue.find("photo").values():
+        swept = each.provenance["baselines"]["steerability"]
+        assert set(swept["kinds"]) == {"latents", "neurons", "channels", "random"}
+        assert each.provenance["steer"] == swept["strength"]

@@ -7,7 +7,6 @@ import pytest
 
 pytest.importorskip("open_clip")
 import torch
-from PIL import Image
 
 from defense.core.config import SAEConfig
 from defense.core.sae import SparseAutoencoder
@@ -15,12 +14,10 @@ from defense.errors import ConfigError
 from defense.explain import catalogue
 from defense.explain.by_class import WAYS, ClassSums, lines_of, masking_curve
 from defense.explain.sums import Example
-from defense.store import checkpoint
-from defense.store.checkpoint import Checkpoint
 
 from ..command import run
 from ..conftest import clip_of
-from .described import POINT, WORDS, described, sparse_sae
+from .described import POINT, described
 from .planted import PlantedClip
 
 CLASSES = ("ant", "bee", "cow", "dog", "eel")
@@ -127,18 +124,8 @@ def test_masking_nothing_that_fires_changes_nothing_and_everything_is_the_sae_wi
     assert len(many) == len(lines) - 2 + 20 + 1
 
 
-def test_the_command_takes_classes_by_name_and_refuses_others_before_the_work(tiny_folder, tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    for index in range(8):
-        folder = tmp_path / "pictures" / ("cat", "dog")[index % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    (tmp_path / "words.txt").write_text("\n".join(WORDS))
-    (tmp_path / "classes.txt").write_text("dog\ncat\n")
-    checkpoint.save(Checkpoint(sparse_sae(), POINT), tmp_path / "sae")
-    arguments = ["describe", tmp_path / "sae", "--pictures", tmp_path / "pictures", "--words", tmp_path / "words.txt"]
-    arguments += ["--out", tmp_path / "out", "--model", f"local-dir:{tiny_folder}", "--n-steered", 2, "--n-sampled", 3]
-    code, out, err = run(*arguments, "--classes", tmp_path / "classes.txt")
+def test_the_command_takes_classes_by_name_and_refuses_others_before_the_work(describing, tmp_path, monkeypatch):
+    code, out, err = run(*describing, "--classes", tmp_path / "classes.txt")
     assert code == 0, err
     assert "keep only the class's" in out
     found = catalogue.load(tmp_path / "out")[POINT].provenance["classes"]
@@ -146,6 +133,6 @@ def test_the_command_takes_classes_by_name_and_refuses_others_before_the_work(ti
     assert found["masking"]["n"] == 2
     (tmp_path / "classes.txt").write_text("dog\nfox\nowl\n")
     monkeypatch.setattr("defense.hosts.clip.load_clip", lambda *_args, **_fields: pytest.fail("loaded"))
-    code, _, err = run(*arguments, "--classes", tmp_path / "classes.txt")
+    code, _, err = run(*describing, "--classes", tmp_path / "classes.txt")
     assert code == 2
     assert "'cat'" in err

@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from defense.cli import app
+from defense.core.intervals import wilson
 from defense.errors import CheckpointError, ConfigError
 from defense.hosts.clip import embedded_folder
 from defense.hosts.defense import Defense
@@ -61,7 +62,7 @@ def test_a_card_says_what_it_is_on_which_weights_with_which_figures_and_how_to_u
     front = yaml.safe_load(card.split("---")[1])
     assert front["license"] == "apache-2.0"
     assert front["library_name"] == "clip-defense"
-    low, high = cards.interval(0.75, 100)
+    _, low, high = wilson(75, 100)
     for part in (
         defense.clip.sha256,
         'RobustClassifier.from_pretrained("org/text")',
@@ -73,13 +74,6 @@ def test_a_card_says_what_it_is_on_which_weights_with_which_figures_and_how_to_u
         "Weak: fitted on drawn scenes",
     ):
         assert part in card
-
-
-def test_an_interval_is_wilsons() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    for k, n in ((0, 7), (3, 10), (50, 50), (1, 400)):
-        want = stats.binomtest(k, n).proportion_ci(method="wilson")
-        assert cards.interval(k / n, n) == pytest.approx((want.low, want.high), abs=1e-6)
 
 
 def test_a_card_of_little_says_little(defense: Defense) -> None:
