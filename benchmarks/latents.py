@@ -162,7 +162,7 @@ def run(
     site = defense.sites[0]
     found = catalogue.find(EMBEDDED).get(site.hook_point)
     if found is None:
-        raise ConfigError(f"no catalogue for {site.hook_point}; run: python -m defense.embedded.describe")
+        raise ConfigError(f"no catalogue for {site.hook_point}; run: python -m defense.embedded.catalogues")
     made_with = {
         "settings": json.loads(json.dumps(asdict(settings))),
         "seeds": list(seeds),

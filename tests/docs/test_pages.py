@@ -195,6 +195,14 @@ def test_a_command_that_would_fail_is_found(group, line, is_wrong):
     assert (wrong(group, line.split(), is_whole=True) is not None) == is_wrong
 
 
+def test_every_module_that_a_message_or_docstring_says_to_run_is_there():
+    sources = [path for folder in ("defense", "export", "benchmarks", "demo") for path in (ROOT / folder).rglob("*.py")]
+    named = {name for path in sources for name in re.findall(r"python -m (defense[.\w]*\w)", path.read_text("utf-8"))}
+    assert len(named) > 10
+    missing = [name for name in sorted(named) if importlib.util.find_spec(name) is None]
+    assert missing == []
+
+
 def test_commands_are_read_from_blocks_of_shell():
     shell = 'A=1 defense fit a \\\n  b && pytest  # not this\n# nor this\ncurl "x\ny" | defense info c\n'
     text = f"```sh\n{shell}```\n```text\nno\n```"
