@@ -272,12 +272,12 @@ MISFITS = """() => {
         // ".sr" is for screen readers; Gradio keeps a copy of its tabs to measure them
         if (!box.width || !box.height || e.closest(".sr, .visually-hidden")) continue;
         if (getComputedStyle(e).visibility !== "visible") continue;
+        if (e.type === "range" && box.right > e.closest(".block").getBoundingClientRect().right - 4) say("cut", e);
         let around = e.parentElement;
         while (around && overflow(around) === "visible") around = around.parentElement;
         if (around && ["auto", "scroll"].includes(overflow(around))) continue;  // what scrolls is not lost
         if (box.right > page + 1 || box.left < -1) say("off the page", e);
         else if (around && isControl(e) && box.right > around.getBoundingClientRect().right + 1) say("cut", e);
-        else if (e.type === "range" && box.right > e.closest(".block").getBoundingClientRect().right - 4) say("cut", e);
     }
     for (const e of document.querySelectorAll("td, th")) {
         if (!isNumber(e)) continue;
