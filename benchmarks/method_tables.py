@@ -8,6 +8,7 @@ A result that was stored before pictures were counted says so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,8 @@ def pictures_words(robust: Mapping[str, Any]) -> str:
 
 
 def _counts(n_pictures: Mapping[str, int]) -> str:
+    if n_pictures and all(re.fullmatch(r"\d+-\d+", kind) for kind in n_pictures):  # groups: label and attribute
+        return f"{sum(n_pictures.values()):,} in {len(n_pictures)} groups"
     return ", ".join(f"{n:,} {kind}" for kind, n in n_pictures.items())
 
 

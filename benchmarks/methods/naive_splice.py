@@ -60,8 +60,8 @@ class NaiveSplice:
         return {"defense_sha256": self.chosen.settings()["defense_sha256"]}
 
     def fitted_before(self) -> Mapping[str, Any]:
-        """Return what the defense says of its fit."""
-        return self.chosen.fitted_before()
+        """Return what the defense says of its fit; the exact rule acts here, so no thresholds could disagree."""
+        return {**self.chosen.fitted_before(), "agreement": None}
 
     def fit(self, clip: Clip, task: Task) -> None:
         """Learn nothing: the latents were chosen before, on other pictures.

@@ -66,8 +66,8 @@ class RandomLatents:
         return {**self.chosen.settings(), "seed": self.seed, "latents": latents}
 
     def fitted_before(self) -> Mapping[str, Any]:
-        """Return what the defense says of its fit."""
-        return self.chosen.fitted_before()
+        """Return what the defense says of its fit; the exact rule acts here, so no thresholds could disagree."""
+        return {**self.chosen.fitted_before(), "agreement": None}
 
     def fit(self, clip: Clip, task: Task) -> None:
         """Draw the latents.

@@ -99,6 +99,8 @@ def test_what_a_defense_was_fitted_on_before_is_shown_beside_what_was_seen_here(
         "fitted_before": {"n_pictures": {"clean": 2000, "attacked": 2000}, "agreement": 0.995},
     }  # fmt: skip
     assert method_tables.pictures_words(robust) == "before: 2,000 clean, 2,000 attacked; 300 attacked"
+    groups = {**robust, "fitted_before": {"n_pictures": {"0-0": 530, "0-1": 470}, "agreement": None}, "tuned_on": {}}
+    assert method_tables.pictures_words(groups) == "before: 1,000 in 2 groups"
     agreed = "thresholds agree with the exact rule on 99.5 % of answers"
     assert method_tables.settings_words(robust) == f"strength 1; {agreed}"
 
@@ -111,6 +113,9 @@ def test_the_shipped_defenses_say_what_they_were_fitted_on():
         before = method.fitted_before()
         assert before["n_pictures"] == dict.fromkeys(("clean", "neutral", "attacked"), n)
         assert (before["agreement"] is not None) == is_calibrated
+    for name in ("random-latents", "naive-splice"):  # they act by the exact rule
+        (method,) = make_methods([name], find_defense("embedded:text"))
+        assert method.fitted_before()["agreement"] is None
 
 
 def test_a_result_from_before_pictures_were_counted_says_so(results):
