@@ -238,6 +238,17 @@ def test_draws_of_the_control_share_a_row_of_mean_and_range():
     assert "a single draw" in mini_tables.main_table(results[:2])
 
 
+def test_the_control_of_the_embedded_model_has_the_range_of_its_draws_where_it_was_kept():
+    from defense.benchmarks import embedded
+
+    row = dict.fromkeys(embedded.COLUMNS, 20.0)
+    result = {"n": 100, "rows": {"plain": row, embedded.CONTROL: row}}
+    assert rows_of(embedded.table(result))[-1] == [embedded.CONTROL, *["20.0"] * 4]
+    result["draws"] = [dict.fromkeys(embedded.COLUMNS, value) for value in (10.0, 20.0, 30.0)]
+    assert rows_of(embedded.table(result))[-1] == [embedded.CONTROL, *["20.0 (10.0 to 30.0)"] * 4]
+    assert rows_of(embedded.table(result))[-2][1].startswith("20.0 (13.3 to")  # an interval
+
+
 def test_the_table_of_the_miniatures_marks_what_cannot_work():
     unable = {"not_applicable": {"defense-prefix": "x"}, "cannot_work": ["defense-prefix"]}
     text = mini_tables.main_table([mini_result("zero-shot", 0.2, **unable)])
