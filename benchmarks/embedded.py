@@ -20,12 +20,14 @@ from typing import Any
 
 from defense.benchmarks.environment import environment_of, write_json
 from defense.benchmarks.metrics import wilson
+from defense.benchmarks.tables import mean_and_range
 from defense.data.labels import resolve_templates
 from defense.hosts.clip import EMBEDDED, embedded_folder, load_clip
 from defense.store import defenses, folders
 from defense.world.scenes import OBJECTS
 
 COLUMNS = ("clean", "neutral", "attacked", "attack_success")
+CONTROL = "random latents"
 HEADINGS = ("clean", "empty plate", "attacked", "attack success")
 
 
@@ -41,7 +43,7 @@ def measure_embedded(n: int, seed: int, command: str) -> dict[str, Any]:
 
     folder = embedded_folder("text")
     defense = defenses.load(folder)
-    rows = full_report(load_clip(EMBEDDED), defense, "text", n, seed)
+    rows, draws = full_report(load_clip(EMBEDDED), defense, "text", n, seed)
     return {
         "n": n,
         "seed": seed,
@@ -53,15 +55,23 @@ def measure_embedded(n: int, seed: int, command: str) -> dict[str, Any]:
         "defense_sha256": folders.sha256_of(folder / defenses.MANIFEST),
         "latents": sum(len(latent_set.latents) for site in defense.sites for latent_set in site.sets),
         "rows": rows,
+        "draws": draws,
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the Markdown table of a result of `measure_embedded`, with Wilson's intervals."""
+    """Return the Markdown table of a result of `measure_embedded`, with Wilson's intervals.
+
+    The control has the range of its draws; results that were stored before it was kept have the mean alone.
+    """
     lines = ["| | " + " | ".join(HEADINGS) + " |", "|---" * (len(HEADINGS) + 1) + "|"]
     for name, row in result["rows"].items():
         cells = []
         for column in COLUMNS:
+            if name == CONTROL:
+                drawn = [each[column] for each in result.get("draws", [row])]
+                cells.append(mean_and_range(drawn))
+                continue
             low, high = wilson(row[column], result["n"])
             cells.append(f"{row[column]:.1f} ({low:.1f} to {high:.1f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -18,10 +18,11 @@ from typing import Any
 from defense.benchmarks import robust
 from defense.benchmarks.datasets import DATA, Options, read_tasks
 from defense.benchmarks.environment import environment_of, machine_words, write_json
+from defense.benchmarks.method_tables import laid_out
 from defense.benchmarks.methods import make_methods
 from defense.benchmarks.named_clip import load_named_clip
 from defense.benchmarks.photo_tables import Table
-from defense.benchmarks.tables import BASELINE, OURS, laid_out
+from defense.benchmarks.tables import BASELINE, OURS
 from defense.hosts.defense import Defense
 from defense.hosts.shipped import PHOTO
 from defense.store.defenses import find_defense

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from defense.benchmarks.environment import machine_words
-from defense.benchmarks.tables import BASELINE, OURS, laid_out
+from defense.benchmarks.method_tables import laid_out
+from defense.benchmarks.tables import BASELINE, OURS, RANDOM, is_draw, mean_and_range
 from defense.errors import ConfigError
 
 Result = Mapping[str, Any]
@@ -15,10 +16,9 @@ _ATTACKED = "photo-100-attacked-"
 _CLEAN, _PLATE = "photo-100-clean", "photo-100-neutral"
 _UNATTACKED = (_CLEAN, _PLATE, "photo-100-look-alike", "photo-100-texture")
 _REAL = "rta100-known-attacked"
-_RANDOM = "random-latents"
-_NO_RIVALS = {BASELINE, OURS, _RANDOM, "defense-scale", "defense-project", "defense-delta", "naive-splice"}
+_NO_RIVALS = {BASELINE, OURS, RANDOM, "defense-scale", "defense-project", "defense-delta", "naive-splice"}
 """Ours, with other edits too, and what controls for it."""
-_NAMES = {BASELINE: "plain", OURS: "defended", _RANDOM: "random latents"}
+_NAMES = {BASELINE: "plain", OURS: "defended", RANDOM: "random latents"}
 _N_CLASSES = 3
 """Classes whose answers change most that a row names."""
 
@@ -44,14 +44,23 @@ class Table:
         found = self.by_place[_CLEAN, method]["versus"].get(BASELINE)
         return 100.0 if found is None else 100 * float(found["same"]["value"])
 
+    def main_figures(self, method: str) -> list[float]:
+        """Return clean accuracy, answers that stay, the empty plate's, attacked accuracy and success, in percent."""
+        clean, plate = (self.figure(dataset, method, "accuracy") for dataset in (_CLEAN, _PLATE))
+        return [clean, self.same(method), plate, self.mean(method, "accuracy"), self.mean(method, "attack_success")]
+
     def strongest_rival(self) -> str | None:
         """Return the method that is right most often on attacked photographs, our variants and controls aside."""
         rivals = [name for name in self.methods if name.partition("@")[0] not in _NO_RIVALS]
         return max(rivals, key=lambda name: self.mean(name, "accuracy"), default=None)
 
 
-def short_table(results: Sequence[Result]) -> str:
+def short_table(results: Sequence[Result], seeds: Sequence[Mapping[str, Any]] = ()) -> str:
     """Return the README's rows: plain CLIP, ours, the strongest rival, and random latents.
+
+    Args:
+        results: Of all methods; of the control's draws the mean is shown, and the range.
+        seeds: Rows of `photo_seeds`: the defense fitted with several seeds.
 
     Raises:
         ConfigError: Plain CLIP or ours was not measured on the photographs.
@@ -59,22 +68,39 @@ def short_table(results: Sequence[Result]) -> str:
     table = Table(results)
     if not table.attacked or any((_CLEAN, name) not in table.by_place for name in (BASELINE, OURS)):
         raise ConfigError("plain CLIP and the defense were not measured on photographs; run: defense bench photo")
-    rows = [BASELINE, OURS, *filter(None, [table.strongest_rival()]), *({_RANDOM} & set(table.methods))]
+    rows = [BASELINE, OURS, *filter(None, [table.strongest_rival()]), *({RANDOM} & set(table.methods))]
     has_real = (_REAL, OURS) in table.by_place
     headings = ["model", "clean", "answers that stay", "empty plate", "attacked", "attack success"]
     headings += ["real notes"] * has_real
     lines = []
+    draws = [name for name in table.methods if is_draw(name)]
     for method in rows:
-        cells = [table.figure(_CLEAN, method, "accuracy"), table.same(method), table.figure(_PLATE, method, "accuracy")]
-        cells += [table.mean(method, "accuracy"), table.mean(method, "attack_success")]
-        lines.append([_NAMES.get(method, method), *(f"{cell:.1f}" for cell in cells)])
+        same_row = draws if method == RANDOM else [method]
+        columns = zip(*(table.main_figures(each) for each in same_row), strict=True)
+        lines.append([_NAMES.get(method, method), *map(mean_and_range, columns)])
         if has_real:
-            is_there = (_REAL, method) in table.by_place
-            lines[-1].append(f"{table.figure(_REAL, method, 'accuracy'):.1f}" if is_there else "-")
-    return laid_out(headings, lines) + "\n\n" + _caption(table)
+            found = [table.figure(_REAL, each, "accuracy") for each in same_row if (_REAL, each) in table.by_place]
+            lines[-1].append(mean_and_range(found) if found else "-")
+    return "\n".join(
+        [laid_out(headings, lines) + "\n", _caption(table, len(draws)), *_seeds(table, seeds), _made(table)]
+    )
 
 
-def _caption(table: Table) -> str:
+def _made(table: Table) -> str:
+    return machine_words(table.by_place[_CLEAN, OURS]["run"]["environment"])
+
+
+def _seeds(table: Table, seeds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line on the defense over seeds of its fit; none without."""
+    if not seeds:
+        return []
+    sha256 = table.by_place[_CLEAN, OURS]["settings"]["defense_sha256"]
+    shown = [f"; the table shows seed {row['seed']}" for row in seeds if row["sha256"] == sha256]
+    attacked, success = (mean_and_range([row[name] for row in seeds]) for name in ("attacked", "success"))
+    return [f"Over {len(seeds)} seeds of the fit: attacked {attacked}, attack success {success}{''.join(shown)}."]
+
+
+def _caption(table: Table, n_draws: int) -> str:
     clean = table.by_place[_CLEAN, OURS]
     ways = ", ".join(dataset.removeprefix(_ATTACKED) for dataset in table.attacked)
     half = max(
@@ -91,7 +117,9 @@ def _caption(table: Table) -> str:
         lines.append(
             f"Real notes: {real['n']} photographs of RTA-100, handwritten, among {len(real['class_names'])} names."
         )
-    return "\n".join([*lines, machine_words(clean["run"]["environment"])])
+    if n_draws:
+        lines.append(f"Random latents: {f'mean and range of {n_draws} draws' if n_draws > 1 else 'a single draw'}.")
+    return "\n".join(lines)
 
 
 def changed_table(results: Sequence[Result]) -> str:

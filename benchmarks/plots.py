@@ -6,8 +6,8 @@
 | `<task>-trade-off.png` | attacked accuracy, or that of the worst group, against what it costs | tasks with both |
 | `<task>-classes.png` | accuracy per group, or of the classes that changed most | two methods or more, or groups |
 
-What a method costs is the clean accuracy that it loses against the baseline, on the same pictures; of groups, the
-average.
+A method has one color in all of them. What a method costs is the clean accuracy that it loses against the baseline, on
+the same pictures; of groups, the average. Lines run through the strengths of one method alone.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
-from defense.benchmarks.tables import BASELINE, check_comparable, clip_name, in_order
+from defense.benchmarks.tables import BASELINE, check_comparable, clip_name, in_order, is_draw
 from defense.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _N_CLASSES_SHOWN = 20
-_MARKERS = "os^D"
+_MARKERS = "os^Dv"
+_LINES = ("-", "--", ":", "-.")
+_SHOWN = ("accuracy", "worst_group")
+_WIDE, _LINEAR = 20, 5
+"""Points of loss from which on the axis is logarithmic, and where it begins to be."""
+_COLORS = (*range(0, 20, 2), *range(1, 20, 2))
+"""Of matplotlib's "tab20": the strong ones first, then the pale."""
 _NOTHING: Mapping[str, float] = {"value": 0.0, "low": 0.0, "high": 0.0}
 
 Result = Mapping[str, Any]
@@ -77,36 +84,81 @@ def _points(figures: Sequence[Mapping[str, float]]) -> tuple[list[float], list[l
 
 
 def strength(results: Sequence[Result]) -> Figure | None:
-    """Return accuracies against the strength of what was removed, of methods at several; the baseline stands at 0."""
-    base = [r for r in results if r["method"] == BASELINE]
-    strengths: dict[str, set[float]] = {}
-    for result in results:
-        if "strength" in result["robust"]["settings"]:
-            found = strengths.setdefault(result["method"].partition("@")[0], set())
-            found.add(result["robust"]["settings"]["strength"])
-    swept = [r for r in results if len(strengths.get(r["method"].partition("@")[0], ())) > 1]
-    if not swept:
+    """Return accuracies against the strength of what was removed, of methods at several; the baseline stands at 0.
+
+    A line runs through the strengths of one method on one data set: strength 0 is the stock CLIP bit for bit.
+    """
+    names = [name for name in dict.fromkeys(_base_of(r) for r in results) if name in _swept(results)]
+    if not names:
         return None
-    figure, axes = _axes(results, "strength (0: stock CLIP, 1: the full edit)", "accuracy, %")
-    for dataset in dict.fromkeys(r["dataset"] for r in swept):
-        for name in dict.fromkeys(r["method"].partition("@")[0] for r in swept):
-            own = [r for r in swept if r["dataset"] == dataset and r["method"].partition("@")[0] == name]
-            line = [(0.0, r) for r in base if r["dataset"] == dataset]
-            line += [(r["robust"]["settings"]["strength"], r) for r in own]
-            line.sort(key=lambda entry: entry[0])
-            for what in ("accuracy", "worst_group"):
-                if what in own[0]["robust"]["figures"]:
-                    values, bars = _points([r["robust"]["figures"][what] for _, r in line])
-                    label = f"{own[0]['robust']['variant']} {what.replace('_', ' ')}, {name}"
-                    axes.errorbar([x for x, _ in line], values, yerr=bars, marker="o", capsize=3, label=label)
+    figure, axes = _axes(results, f"strength of {', '.join(names)} (0: stock CLIP, 1: the full edit)", "accuracy, %")
+    shown = [r for r in results if r["method"] == BASELINE or _base_of(r) in names]
+    for place, (label, what, own) in enumerate(_series(shown)):
+        for name in names:
+            of_line = [r for r in own if r["method"] == BASELINE or _base_of(r) == name]
+            at = {r["robust"]["settings"].get("strength", 0.0) for r in of_line}
+            figures = [
+                _mean_and_range([r["robust"]["figures"][what] for r in of_line
+                                 if r["robust"]["settings"].get("strength", 0.0) == x])
+                for x in sorted(at)
+            ]  # fmt: skip
+            values, bars = _points(figures)
+            axes.errorbar(
+                sorted(at), values, yerr=bars, capsize=3, color=color_of(name),
+                marker=_MARKERS[place % len(_MARKERS)], linestyle=_LINES[place % len(_LINES)],
+                label=label if len(names) == 1 else f"{label}, {name}",
+            )  # fmt: skip
     _legend(figure, len(axes.get_legend_handles_labels()[1]))
     return figure
+
+
+def _series(results: Sequence[Result]) -> list[tuple[str, str, list[Result]]]:
+    """Return what strength is drawn against: a label, the figure, and the results; ways to attack are one."""
+    ways = {r["dataset"] for r in results if r["robust"]["is_attacked"]}
+    found: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        variant = result["robust"]["variant"]
+        is_one_of_many = result["robust"]["is_attacked"] and len(ways) > 1
+        kind = f"attacked, mean and range of {len(ways)} ways" if is_one_of_many else variant
+        for what in _SHOWN:
+            if what in result["robust"]["figures"]:
+                name = what.replace("_", " ")
+                label = f"{name}, {kind}" if is_one_of_many else f"{kind} {name}"
+                found.setdefault((label, what), []).append(result)
+    return [(label, what, own) for (label, what), own in found.items()]
+
+
+def _base_of(result: Result) -> str:
+    """Return the method of a result, without strength or seed."""
+    return str(result["method"].partition("@")[0])
+
+
+def _swept(results: Sequence[Result]) -> set[str]:
+    """Return the methods that were measured at two strengths or more."""
+    strengths: dict[str, set[float]] = {}
+    for result in results:
+        if "strength" in result["robust"]["settings"] and not is_draw(result["method"]):
+            strengths.setdefault(_base_of(result), set()).add(result["robust"]["settings"]["strength"])
+    return {name for name, found in strengths.items() if len(found) > 1}
+
+
+def color_of(method: str) -> tuple[float, float, float]:
+    """Return the color of a method, the same in every plot; its strengths and draws share it. RGB, in [0, 1]."""
+    from matplotlib import colormaps
+
+    from defense.benchmarks.methods import FACTORIES
+
+    base, known = method.partition("@")[0], list(FACTORIES)
+    place = known.index(base) if base in known else len(known) + crc32(base.encode())
+    n = len(_COLORS)
+    return colormaps["tab20"](_COLORS[place % n])[:3]
 
 
 def trade_off(results: Sequence[Result]) -> Figure | None:
     """Return attacked accuracy, or that of the worst group, against the accuracy that is lost: a point per method.
 
-    Of several ways to attack it is their mean, with a bar from the lowest to the highest.
+    Of several ways to attack it is their mean, with a bar from the lowest to the highest. A line runs through the
+    strengths of one method, from the baseline on, and nowhere else.
     """
     costs = {r["method"]: r for r in results if r["robust"]["variant"] == "clean" or r["robust"]["groups"]}
     gains = [r for r in results if r["robust"]["is_attacked"] or r["robust"]["groups"]]
@@ -117,20 +169,63 @@ def trade_off(results: Sequence[Result]) -> Figure | None:
     n_ways = len({r["dataset"] for r in shown})
     attacked = "attacked accuracy, %" if n_ways == 1 else f"attacked accuracy, %, mean and range of {n_ways} ways"
     x, y = ("average", "worst group, %") if is_grouped else ("clean accuracy", attacked)
-    figure, axes = _axes(shown, f"{x} lost against {BASELINE}, points", y)
-    what = "worst_group" if is_grouped else "accuracy"
-    methods = list(dict.fromkeys(r["method"] for r in shown))
-    for place, method in enumerate(methods):
-        own = [r["robust"]["figures"][what] for r in shown if r["method"] == method]
-        (x_value,), x_bar = _points([_lost(costs[method]) or _NOTHING])
-        (y_value,), y_bar = _points([own[0] if len(own) == 1 else _mean_and_range(own)])
-        marker = _MARKERS[place // 10 % len(_MARKERS)]  # colors come again after ten
-        axes.errorbar(x_value, y_value, xerr=x_bar, yerr=y_bar, marker=marker, capsize=3, linestyle="", label=method)
-    _legend(figure, len(methods))
+    points = {
+        method: _point([r for r in shown if r["method"] == method], costs[method])
+        for method in dict.fromkeys(r["method"] for r in shown)
+    }
+    names = list(dict.fromkeys(method.partition("@")[0] for method in points))
+    is_wide = max(abs(lost) for (lost, _), _ in points.values()) > _WIDE
+    note = f" (logarithmic beyond {_LINEAR})" if is_wide else ""
+    figure, axes = _axes(shown, f"{x} lost against {BASELINE}, points{note}", y)
+    if is_wide:  # else one method that loses nearly all would press the others into a line
+        axes.set_xscale("symlog", linthresh=_LINEAR, linscale=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    for name in names:
+        own = [method for method in points if method.partition("@")[0] == name]
+        for method in own:
+            (x_value, x_bar), (y_value, y_bar) = points[method]
+            axes.errorbar(
+                x_value, y_value, xerr=x_bar, yerr=y_bar, capsize=3, linestyle="", color=color_of(name),
+                marker=_marker_of(name), label=name if method == own[0] else None,
+            )  # fmt: skip
+        if name in _swept(shown):
+            _join(axes, name, {method: (points[method][0][0], points[method][1][0]) for method in [BASELINE, *own]
+                               if method in points}, shown)  # fmt: skip
+    _legend(figure, len(names))
     return figure
 
 
+def _point(gains: Sequence[Result], cost: Result) -> tuple[tuple[float, list[list[float]]], ...]:
+    """Return what a method loses and what it reaches: values and the lengths of their error bars, in percent."""
+    what = "worst_group" if gains[0]["robust"]["groups"] else "accuracy"
+    reached = [r["robust"]["figures"][what] for r in gains]
+    (lost,), lost_bar = _points([_lost(cost) or _NOTHING])
+    (value,), bar = _points([_mean_and_range(reached)])
+    return (lost, lost_bar), (value, bar)
+
+
+def _join(axes: Axes, name: str, places: Mapping[str, tuple[float, float]], results: Sequence[Result]) -> None:
+    """Draw a line through the strengths of a method, and write each but the full one beside its point."""
+    strengths = {r["method"]: r["robust"]["settings"].get("strength", 0.0) for r in results}
+    order = sorted(places, key=lambda method: strengths[method])
+    axes.plot(*zip(*(places[method] for method in order), strict=True), color=color_of(name), linewidth=1)
+    for method in order:
+        if 0 < strengths[method] < 1:
+            axes.annotate(f"{strengths[method]:g}", places[method], (5, -9), textcoords="offset points", size=7)
+
+
+def _marker_of(method: str) -> str:
+    """Return the marker of a method; methods with like colors have others."""
+    from defense.benchmarks.methods import FACTORIES
+
+    known = list(FACTORIES)
+    return _MARKERS[known.index(method) % len(_MARKERS)] if method in known else _MARKERS[-1]
+
+
 def _mean_and_range(figures: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """Return the mean of several ways with their range in place of an interval; a single one as it is."""
+    if len(figures) == 1:
+        return figures[0]
     values = [figure["value"] for figure in figures]
     return {"value": sum(values) / len(values), "low": min(values), "high": max(values)}
 

@@ -17,19 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defense.benchmarks import photo_tables, plots, speed_rows, tables
+from defense.benchmarks import findings, method_tables, photo_tables, plots, publishing, speed_rows, tables
 from defense.benchmarks.blocks import filled
 from defense.benchmarks.environment import machine_words
+from defense.benchmarks.findings import MINI, PHOTO
+from defense.benchmarks.mini_tables import main_table
 from defense.benchmarks.robust_results import read_results
-from defense.errors import ConfigError
 from defense.store.folders import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
-MINI, PHOTO = "mini.json", "photo.json"
-_ATTACKED, _CLEAN = "mini-typographic-attacked", "mini-typographic-clean"
 _LEAST_PLOTTED = 100
 """Pictures of a data set below which a plot would show noise."""
-_GROUPED = ("mini-waterbirds-test", "mini-celeba-test")
 
 
 # --- the sections of RESULTS.md ---------------------------------------------------------------------------------------
@@ -72,7 +70,8 @@ def embedded_table(path: Path) -> str:
     return (
         f"{embedded.table(result)}\n\n"
         f"Percent of {result['n']:,} pictures (95 % interval), {result['classes']} classes, "
-        f"|S| = {result['latents']} latents; unseen seeds and unseen typefaces."
+        f"|S| = {result['latents']} latents; unseen seeds and unseen typefaces. Random latents: mean of "
+        f"{'3 draws, and their range' if 'draws' in result else '3 draws, whose range was not kept'}."
     )
 
 
@@ -332,12 +331,18 @@ def results_page(results: Path) -> str:
     parts = [
         "# Results",
         "Made from the JSON in [results](results) by `python -m defense.benchmarks.report`; no figure here was typed.",
+        "## What was found",
+        findings.as_list(results),
+        "## The methods: where they come from",
+        method_tables.sources(),
+        "What each was tuned on and set to stands below the tables of each task.",
     ]
     for section in SECTIONS:
         path = results / section.file
         parts.append(f"## {section.title}")
         if path.exists():
             text, command = section.render(path), f"`{_command_of(path)}`"
+            parts += [f"**Provisional: {problem}.**" for problem in publishing.problems(_json(path))]
             parts += [text] if command in text else [text, command]
         else:
             parts.append(f"Not measured: `benchmarks/results/{section.file}` is missing. To measure:")
@@ -346,50 +351,6 @@ def results_page(results: Path) -> str:
 
 
 # --- the tables of README and docs ------------------------------------------------------------------------------------
-
-
-def main_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return one row per method, the best on attacked pictures first, with the main figures of the miniatures.
-
-    Methods at a part of their strength are left out.
-
-    Raises:
-        ConfigError: No result is left that has one of these figures.
-    """
-    results = [result for result in results if "@" not in result["method"]]
-    by_place = {(result["dataset"], result["method"]): result["robust"] for result in results}
-    columns = [
-        ("clean", _CLEAN, "accuracy"),
-        ("attacked", _ATTACKED, "accuracy"),
-        ("attack success", _ATTACKED, "attack_success"),
-        *((f"worst group, {name.removesuffix('-test')}", name, "worst_group") for name in _GROUPED),
-    ]
-
-    def figure(method: str, dataset: str, name: str) -> Mapping[str, float] | None:
-        found = by_place.get((dataset, method))
-        return None if found is None else found["figures"][name]
-
-    def rank(method: str) -> tuple[float, str]:
-        found = figure(method, _ATTACKED, "accuracy")
-        return (1.0 if found is None else -found["value"]), method
-
-    lines = [f"| method | {' | '.join(heading for heading, *_ in columns)} | ms |", "|---" * (len(columns) + 2) + "|"]
-    half_widths = []
-    for method in sorted({result["method"] for result in results}, key=rank):
-        shown = [figure(method, dataset, name) for _, dataset, name in columns]
-        half_widths += [(each["high"] - each["low"]) / 2 for each in shown if each is not None]
-        cells = ["-" if each is None else f"{100 * each['value']:.1f}" for each in shown]
-        runs = [robust for (_, name), robust in by_place.items() if name == method]
-        ms = sum(each["n"] * each["run"]["encode_ms"] for each in runs) / sum(each["n"] for each in runs)
-        lines.append(f"| {method} | {' | '.join(cells)} | {ms:.1f} |")
-    if not half_widths:
-        raise ConfigError("no method was measured on the miniatures at full strength; run: defense bench mini")
-    counts = ", ".join(f"{name} {n:,}" for name, n in {r["dataset"]: r["robust"]["n"] for r in results}.items())
-    return (
-        "\n".join(lines) + f"\n\nPercent, half of a 95 % interval at most {100 * max(half_widths):.1f} points; "
-        f'pictures: {counts}. "-": not applicable. Intervals, paired tests and each method\'s reasons, settings and '
-        "cost: [all results](../benchmarks/RESULTS.md).\n" + machine_words(results[0]["robust"]["run"]["environment"])
-    )
 
 
 def robustness(results: Path) -> str:
@@ -403,11 +364,13 @@ def robustness(results: Path) -> str:
 
 
 def photographs(results: Path) -> str:
-    """Return the README's table on photographs."""
+    """Return the README's table on photographs, with what it rests on."""
     section, path = next(each for each in SECTIONS if each.file == PHOTO), results / PHOTO
     if not path.exists():
         return f"Not measured: `benchmarks/results/{PHOTO}` is missing. To measure: `{section.command}`"
-    return f"{photo_tables.short_table(read_results(path))}\n\n`{_command_of(path)}`"
+    seeds = results / "photo-seeds.json"
+    rows = _json(seeds)["rows"] if seeds.exists() else []
+    return f"{photo_tables.short_table(read_results(path), rows)}\n\n`{_command_of(path)}`"
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -415,13 +378,28 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cost": lambda results: speed_rows.short_table(speed_rows.load_rows(results / "speed-cpu.json")),
     "embedded": robustness,
     "speed": lambda results: speed_table(results / "speed-cpu.json"),
+    "found": findings.as_list,
+    "limits": lambda results: findings.as_list(results, findings.LIMITS),
 }
-PAGES = {ROOT / "README.md": ("photo", "cost"), ROOT / "docs" / "results.md": ("photo", "embedded", "speed")}
+PAGES = {
+    ROOT / "README.md": ("photo", "cost"),
+    ROOT / "docs" / "results.md": ("photo", "embedded", "found", "speed"),
+    ROOT / "docs" / "limits.md": ("limits",),
+}
 """Page -> the tables that it shows."""
+_PUBLISHED = (MINI, PHOTO, "photo-seeds.json", "embedded.json", "speed-cpu.json")
+"""What the tables of these pages rest on."""
 
 
 def pages(results: Path) -> dict[Path, str]:
-    """Return every page that shows results, as it has to be."""
+    """Return every page that shows results, as it has to be.
+
+    Raises:
+        ConfigError: A result that README or docs show is not for publication; RESULTS.md calls such provisional.
+    """
+    for name in _PUBLISHED:
+        if (results / name).exists():
+            publishing.check_publishable(_json(results / name), name)
     made = {
         page: filled(page.read_text(encoding="utf-8"), {name: TABLES[name](results) for name in names})
         for page, names in PAGES.items()

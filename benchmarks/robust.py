@@ -26,9 +26,11 @@ from defense.benchmarks import plots, tables
 from defense.benchmarks.datasets import Task
 from defense.benchmarks.environment import environment_of
 from defense.benchmarks.named_clip import NamedClip
+from defense.benchmarks.publishing import check_publishable
 from defense.benchmarks.robust_measuring import Measured, Track, check_present, measure_method
-from defense.benchmarks.robust_results import collect, read_results, result_of, write_result
+from defense.benchmarks.robust_results import Failed, Fit, collect, read_results, result_of, write_result
 from defense.benchmarks.robust_store import Store
+from defense.benchmarks.tuning import counted
 from defense.errors import ConfigError, InvalidImageError, MissingDependencyError
 from defense.store.folders import replacing
 
@@ -68,14 +70,14 @@ def run(
     where = _environment(command)
     results = []
     for task, methods in jobs:
-        measured, fit_s, reasons = _measure_task(named, task, methods, store, track)
+        measured, fits, failed = _measure_task(named, task, methods, store, track)
         for dataset in task.tests:
             for method in methods:
-                if method.name in reasons:
+                if method.name in failed.reasons:
                     continue
                 result = result_of(
                     named, task, dataset, method, measured[dataset.variant],
-                    fit_s=fit_s[method.name], not_applicable=reasons, seed=seed, environment=where,
+                    fit=fits[method.name], failed=failed, seed=seed, environment=where,
                 )  # fmt: skip
                 write_result(result, out)
                 results.append(result)
@@ -84,31 +86,35 @@ def run(
 
 def _measure_task(
     named: NamedClip, task: Task, methods: Sequence[Method], store: Store, track: Track
-) -> tuple[dict[str, dict[str, Measured]], dict[str, float], dict[str, str]]:
+) -> tuple[dict[str, dict[str, Measured]], dict[str, Fit], Failed]:
     """Fit each method on a task and measure it on the task's data sets.
 
     Returns:
-        Answers by variant of the data set and by method; by method, the seconds that fitting took; by method that could
-        not be fitted, the reason.
+        Answers by variant of the data set and by method; by method, how it was fitted; which could not be.
     """
+    from defense.benchmarks.methods import CannotWorkError
+
     measured: dict[str, dict[str, Measured]] = {dataset.variant: {} for dataset in task.tests}
-    fit_s: dict[str, float] = {}
-    reasons: dict[str, str] = {}
+    fits: dict[str, Fit] = {}
+    failed = Failed()
     for method in methods:
         start = time.perf_counter()
+        watched, seen = counted(task)
         try:
-            method.fit(named.clip, task)
+            method.fit(named.clip, watched)
         except (ConfigError, InvalidImageError, MissingDependencyError) as error:
-            reasons[method.name] = str(error)
+            failed.reasons[method.name] = str(error)
+            if isinstance(error, CannotWorkError):
+                failed.cannot_work.append(method.name)
             continue
-        fit_s[method.name] = time.perf_counter() - start
+        fits[method.name] = Fit(time.perf_counter() - start, {kind: len(keys) for kind, keys in seen.items() if keys})
         with method.apply(named.clip) as encoder:
             for dataset in task.tests:
                 measured[dataset.variant][method.name] = measure_method(named, method, encoder, dataset, store, track)
-    if not fit_s:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    if not fits:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in failed.reasons.items())
         raise ConfigError(f"nothing to measure on {task.title}: {listed}")
-    return measured, fit_s, reasons
+    return measured, fits, failed
 
 
 def _environment(command: str | None) -> dict[str, Any]:
@@ -134,10 +140,15 @@ def main() -> None:
     """Write tables and plots of the results in a folder."""
     parser = argparse.ArgumentParser(description="Lay out the results of `defense bench` anew, from their JSON.")
     parser.add_argument("folder", type=Path, help="what `defense bench --out` wrote")
-    parser.add_argument("--into", type=Path, help="put all of them into this file as well")
+    parser.add_argument(
+        "--into",
+        type=Path,
+        help="put all of them into this file as well, for publication: from a clean checkout, without --n",
+    )
     arguments = parser.parse_args()
     lay_out(arguments.folder)
     if arguments.into is not None:
+        check_publishable(read_results(arguments.folder), str(arguments.folder))
         collect(arguments.folder, arguments.into)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,32 @@ _VERSIONS = ("clip-defense", "torch", "open_clip_torch", "pillow")
 """Packages whose versions a result records."""
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How a method was fitted on a task.
+
+    Attributes:
+        seconds: That it took.
+        n_pictures: Pictures that it looked at, by variant; empty where it looked at none.
+    """
+
+    seconds: float
+    n_pictures: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Methods that could not be fitted on a task.
+
+    Attributes:
+        reasons: By name.
+        cannot_work: Names of those whose figure would mislead, since the CLIP lacks what they rest on.
+    """
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    cannot_work: list[str] = field(default_factory=list)
+
+
 def result_of(
     named: NamedClip,
     task: Task,
@@ -41,8 +68,8 @@ def result_of(
     method: Method,
     measured: Mapping[str, Measured],
     *,
-    fit_s: float,
-    not_applicable: Mapping[str, str],
+    fit: Fit,
+    failed: Failed,
     seed: int,
     environment: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -54,15 +81,17 @@ def result_of(
         dataset: What was measured on.
         method: What was measured.
         measured: Name of a method -> its answers on this data set, this method's among them.
-        fit_s: Time that fitting took, in seconds.
-        not_applicable: Name of a method that could not be fitted on this task -> why.
+        fit: How the method was fitted.
+        failed: Which methods could not be fitted on this task.
         seed: Of the intervals.
         environment: Machine, versions and command, as JSON values.
     """
+    from defense.benchmarks.methods import FromDefense
+
     own = measured[method.name]
     others = {name: each.answers for name, each in measured.items() if name != method.name}
     figures = _figures(dataset, own, seed)
-    run = {"fit_s": fit_s, "encode_ms": own.encode_ms, "peak_mib": own.peak_mib, "environment": dict(environment)}
+    run = {"fit_s": fit.seconds, "encode_ms": own.encode_ms, "peak_mib": own.peak_mib, "environment": dict(environment)}
     return {
         "dataset": dataset.full_name,
         "model": named.model,
@@ -75,10 +104,13 @@ def result_of(
             "schema": SCHEMA,
             **_pictures(task, dataset, own),
             **figures,
-            "not_applicable": dict(not_applicable),
+            "not_applicable": dict(failed.reasons),
+            "cannot_work": list(failed.cannot_work),
             "versus": {name: metrics.versus(own.answers, other, seed=seed) for name, other in others.items()},
             "changed_per_class": _changed(dataset, own, others),
             "settings": dict(method.settings()),
+            "tuned_on": dict(fit.n_pictures),
+            "fitted_before": dict(method.fitted_before()) if isinstance(method, FromDefense) else None,
             **_question(dataset),
             "data_sha256": own.data_sha256,
             "host_sha256": named.sha256,

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from defense.benchmarks.environment import environment_of, machine_words, write_json
+from defense.core.intervals import wilson
 from defense.embedded import build
 from defense.errors import ConfigError, MissingDependencyError
-from defense.explain.baselines import wilson
 from defense.fit.config import FitConfig
 from defense.fit.encoded import Encoded
 from defense.fit.material import Pairs

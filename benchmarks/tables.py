@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from defense.benchmarks import method_tables
 from defense.benchmarks.environment import machine_words
+from defense.benchmarks.method_tables import laid_out
 from defense.errors import ConfigError
 
 BASELINE = "zero-shot"
 OURS = "defense"
+RANDOM = "random-latents"
+CANNOT_WORK = "cannot work here"
+"""In place of the figures of a method that lacks what it rests on; the reason stands below the table."""
 _MUST_AGREE = (
     "shortfall", "n", "n_unreadable", "choice", "class_names", "templates", "normalise_each", "data_sha256",
     "host_sha256", "preprocess", "train_counts", "facts", "seed",
@@ -76,7 +81,7 @@ def _section(results: Sequence[Result]) -> str:
     methods = list(dict.fromkeys(result["method"] for result in results))
     by_place = {(result["dataset"], result["method"]): result for result in results}
     headings = ["method"]
-    rows: list[list[str]] = [[method] for method in methods]
+    rows: list[list[str]] = [[_row_name(method, results)] for method in methods]
     for dataset in datasets:
         first = next(result for result in results if result["dataset"] == dataset)
         is_main = first["robust"]["is_attacked"] or first["robust"]["groups"]
@@ -89,12 +94,53 @@ def _section(results: Sequence[Result]) -> str:
     headings += ["ms", "MiB"]
     for row, method in zip(rows, methods, strict=True):
         row += _cost([result for result in results if result["method"] == method])
-    return f"### {results[0]['robust']['title']}\n\n{laid_out(headings, rows)}\n\n{_caption(results)}"
+    rows += [[method, CANNOT_WORK, *["-"] * (len(headings) - 2)] for method in cannot_work(results)]
+    parts = [f"### {results[0]['robust']['title']}", laid_out(headings, rows), _caption(results)]
+    return "\n\n".join([*parts, *_draws(results), method_tables.tuning(results)])
 
 
-def laid_out(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows))
+def _row_name(method: str, results: Sequence[Result]) -> str:
+    """Return a method's name and, where its thresholds were set on this task, how often the exact rule agrees."""
+    found = next(result["robust"]["settings"].get("agreement") for result in results if result["method"] == method)
+    return method if found is None else f"{method} (agrees {100 * found:.1f} %)"
+
+
+def cannot_work(results: Sequence[Result]) -> dict[str, str]:
+    """Return the methods that lack what they rest on, by name the reason; older results name none."""
+    found = {
+        name: result["robust"]["not_applicable"][name]
+        for result in results
+        for name in result["robust"].get("cannot_work", ())
+    }
+    return {name: found[name] for name in sorted(found)}
+
+
+def is_draw(method: str) -> bool:
+    """Return whether this is a draw of the control: what follows its "@" is a seed, no strength."""
+    return method.partition("@")[0] == RANDOM
+
+
+def mean_and_range(values: Sequence[float]) -> str:
+    """Return percentages as their mean and, of more than one, the lowest and the highest."""
+    mean = f"{sum(values) / len(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+
+def _draws(results: Sequence[Result]) -> list[str]:
+    """Return a paragraph on how much the control differs from draw to draw; none where there is no control."""
+    parts = []
+    for dataset in dict.fromkeys(result["dataset"] for result in results):
+        drawn = [each for each in results if each["dataset"] == dataset and is_draw(each["method"])]
+        if drawn:
+            robust, what = drawn[0]["robust"], "worst_group" if drawn[0]["robust"]["groups"] else "accuracy"
+            values = [100 * each["robust"]["figures"][what]["value"] for each in drawn]
+            name = "worst group" if what == "worst_group" else f"{robust['variant']} accuracy"
+            parts.append(f"{name} {mean_and_range(values)}")
+            n_draws = len(drawn)
+    if not parts:
+        return []
+    spread = "mean (lowest to highest)" if n_draws > 1 else "how far draws differ was not measured"
+    return [f"{RANDOM}, {n_draws} draw{'s'[: n_draws != 1]}, {spread}: {'; '.join(parts)}."]
 
 
 def _columns(result: Result, others: Sequence[str]) -> list[str]:
@@ -138,8 +184,11 @@ def _percent(figure: Mapping[str, float]) -> str:
 def _against(result: Result, other: str) -> str:
     """Return the change of accuracy against another method, in points, with its interval and McNemar's p."""
     found = result["robust"]["versus"].get(other)
-    if found is None:
-        return "-"
+    return "-" if found is None else change_words(found)
+
+
+def change_words(found: Mapping[str, Any]) -> str:
+    """Return the change of accuracy from one method to another, of `metrics.versus`: points, 95 % interval and p."""
     change = found["difference"]
     p = f"{found['p']:.2g}" if found["p"] >= 1e-4 else "< 0.0001"
     return f"{100 * change['value']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f}; p {p})"
@@ -172,9 +221,11 @@ def _caption(results: Sequence[Result]) -> str:
     )
     lines.append(f"{clip_name(results[0])}. Pictures: {counts}.")
     lines.append(f"{_question(first)} {_groups(first)}".strip())
+    for name, why in (unable := cannot_work(results)).items():
+        lines.append(f"{CANNOT_WORK[0].upper()}{CANNOT_WORK[1:]}: {name}: {why}.")
     reasons = {name: why for r in results for name, why in r["robust"]["not_applicable"].items()}
     measured = {r["method"] for r in results}
-    left_out = [name for name in reasons if name not in measured]
+    left_out = [name for name in reasons if name not in measured and name not in unable]
     for why in dict.fromkeys(reasons[name] for name in left_out):
         lines.append(f"Not applicable: {', '.join(name for name in left_out if reasons[name] == why)}: {why}.")
     hashes = {

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 NOT_HELD = "This defense is slim: it holds the latents that it removes, and where others fire cannot be shown."
 NO_CATALOGUE = "This defense comes without a catalogue of its latents, so they have numbers and no names or pictures."
 
+_NO_FILES = "These pictures are files that the catalogue was made from, and they do not come with it."
+
 _N_PICTURES = 6
 _N_LISTED = 24
 _N_THUMBNAILS = 4
@@ -157,8 +159,8 @@ def histogram(counts: np.ndarray) -> str:
 def _pictures(gallery: Gallery, latent_key: LatentKey, catalogue: Catalogue) -> str:
     try:
         figures = _top_pictures(gallery, latent_key, catalogue)
-    except ConfigError as error:  # files that are not here
-        figures = f'<p class="empty">{escape(str(error))}</p>'
+    except ConfigError:
+        figures = f'<p class="empty">{_NO_FILES}</p>'
     return f'<section class="tops"><h3>fires most on</h3><div class="strip">{figures}</div></section>'
 
 

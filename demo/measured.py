@@ -48,7 +48,7 @@ def _renderers() -> dict[str, tuple[str, Callable[[Path], str]]]:
         return short_table(read_results(path))
 
     def mini(path: Path) -> str:
-        from defense.benchmarks.report import main_table
+        from defense.benchmarks.mini_tables import main_table
         from defense.benchmarks.robust_results import read_results
 
         return main_table(read_results(path))

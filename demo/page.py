@@ -30,7 +30,8 @@ def build(engine: Engine) -> gr.Blocks:
             with gr.Tab("Measured"):
                 measured.build()
             with gr.Tab("API and privacy"):
-                gr.Markdown((_HERE / "README.md").read_text(encoding="utf-8").partition("\n## ")[2].join(("## ", "")))
+                told = (_HERE / "README.md").read_text(encoding="utf-8").partition("\n## ")[2]
+                gr.Markdown(f"## {told}", elem_classes="told")
         endpoints.build(engine)
     blocks.queue(max_size=limits.MAX_QUEUE)
     return blocks

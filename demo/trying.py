@@ -372,7 +372,7 @@ _NO_EXPLANATIONS = (
 
 def _slider(low: float, high: float, value: float, name: str, label: str | None = None) -> gr.Slider:
     return gr.Slider(
-        low, high, value, step=0.01, label=label or name, elem_id=name, min_width=100, buttons=[]
+        low, high, value, step=0.01, label=label or name, elem_id=name, min_width=160, buttons=[]
     )  # fmt: skip
 
 

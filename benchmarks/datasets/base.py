@@ -210,12 +210,14 @@ class Options:
         font: Font file of drawn words; None for the fonts that ship with the package.
         seed: Of whatever is drawn.
         limits: What is accepted of each picture at most.
+        n: Pictures of each split of the miniatures, for a quick look; None for all.
     """
 
     allow_partial: bool = False
     font: Path | None = None
     seed: int = 0
     limits: Limits = DEFAULT_LIMITS
+    n: int | None = None
 
 
 def shortfall_of(title: str, problems: Sequence[str], options: Options) -> str | None:

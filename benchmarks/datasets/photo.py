@@ -7,6 +7,7 @@
 | attacked-print, -display, -handwriting | the name of another class, in typefaces of that kind |
 | attacked-capitals, -turned, -repeated | in print: in capitals, turned by 20 degrees, and three times |
 | own-name | its own name, in print: a defense that takes evidence away loses here |
+| word-only | that name on a plain gray ground, and no photograph: how well the CLIP reads, which a defense takes away |
 | look-alike | strokes in lines, which look like writing from afar; no letters |
 | texture | nothing, on all photographs of classes with rows of like things: keys, beads, links, patterned cloth |
 
@@ -54,6 +55,7 @@ _TEXTURED = frozenset(
     )
 )
 """Names of classes whose photographs may look like text to a network; those that the folder has are taken."""
+_GRAY = 128
 _SEED_STEP = 1000
 """Between the streams of one `Options.seed` and the next."""
 
@@ -196,6 +198,7 @@ def _twins(
     if label in names.writable:
         own = sample_writing(np.random.default_rng(seed), names.names[label].lower(), STYLES["print"], TEST)
         twins.append(("own-name", Example(key, Written(pixels, own), label)))
+        twins.append(("word-only", Example(key, Written(np.full_like(pixels, _GRAY), own), label)))
     return [*twins, ("look-alike", Example(key, Written(pixels, strokes=tuple(seed)), label))]
 
 

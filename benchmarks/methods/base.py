@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -27,6 +27,27 @@ from defense.hosts.defense import Defense
 
 class NotApplicableError(ConfigError):
     """A method lacks something it needs, e.g. a defense or a training split; results list it with the reason."""
+
+
+class CannotWorkError(NotApplicableError):
+    """A method could be fitted, and its figure would mislead: this CLIP lacks what the method rests on."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where a method comes from, and how it differs from there. Tables show it; it is written nowhere else.
+
+    Attributes:
+        source: Authors and where it is published, or what it is where nobody published it.
+        section: Part of the source that it was written from; empty without one.
+        differences: From the source, as a sentence or more; empty where there are none.
+        needs_context: Whether it works by words around a name, which not every text tower reads; see `text_tower`.
+    """
+
+    source: str
+    section: str = ""
+    differences: str = ""
+    needs_context: bool = False
 
 
 def needed(defense: Defense | None) -> Defense:
@@ -80,7 +101,13 @@ class Stock(Encoder):
 
 
 class Method(Protocol):
-    """One way to classify."""
+    """One way to classify.
+
+    Attributes:
+        record: Where it comes from.
+    """
+
+    record: ClassVar[Record]
 
     @property
     def name(self) -> str:
@@ -107,23 +134,50 @@ class Method(Protocol):
         ...
 
 
-Factory = Callable[[str, Defense | None, float | None], Method]
+@runtime_checkable
+class FromDefense(Protocol):
+    """A method that starts from a defense, which was fitted before the run."""
+
+    def fitted_before(self) -> Mapping[str, Any]:
+        """Return what the defense says of its fit; see `defended.fit_of`."""
+        ...
+
+
+Make = Callable[[str, Defense | None, float | None], Method]
 """From the name as typed, the defense that was given and the number after "@" to the method."""
 
 
-def by_name(make: Callable[[str], Method]) -> Factory:
+@dataclass(frozen=True)
+class Factory:
+    """How a method is made from what was typed, and where it comes from.
+
+    Attributes:
+        make: Makes it.
+        record: Of the method.
+    """
+
+    make: Make
+    record: Record
+
+    def __call__(self, name: str, defense: Defense | None, strength: float | None) -> Method:
+        """Return the method."""
+        return self.make(name, defense, strength)
+
+
+def by_name(method: Callable[[str], Method], record: Record) -> Factory:
     """Return the factory of a method that takes neither a defense nor a strength.
 
     Args:
-        make: From the name to the method. The factory raises `ConfigError` where a strength was given.
+        method: Its class. The factory raises `ConfigError` where a strength was given.
+        record: The class's.
     """
 
-    def factory(name: str, _defense: Defense | None, strength: float | None) -> Method:
+    def make(name: str, _defense: Defense | None, strength: float | None) -> Method:
         if strength is not None:
             raise ConfigError(f"{name!r}: this method has no strength; leave out what follows @")
-        return make(name)
+        return method(name)
 
-    return factory
+    return Factory(make, record)
 
 
 @dataclass(frozen=True)
@@ -135,6 +189,7 @@ class Unmade:
         reason: Why not.
     """
 
+    record: ClassVar[Record] = Record("a method that could not be made")
     name: str
     reason: str
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder, NotApplicableError, needed
+from defense.benchmarks.methods.base import Encoder, NotApplicableError, Record, needed
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 from defense.hosts.defense import Defense
@@ -27,6 +27,9 @@ class Defended:
         ConfigError: The strength is outside of [0, 1], or the defense was not read from disk, where its hash is taken.
     """
 
+    record: ClassVar[Record] = Record(
+        "this package",
+    )
     name: str
     defense: Defense
     strength: float = 1.0
@@ -46,12 +49,31 @@ class Defended:
         """Return which defense, and how much of it."""
         return {"defense_sha256": self.defense.manifest_sha256, "strength": self.strength}
 
+    def fitted_before(self) -> Mapping[str, Any]:
+        """Return what the defense says of its fit."""
+        return fit_of(self.defense)
+
     def fit(self, clip: Clip, task: Task) -> None:
         """Learn nothing: the defense was fitted before, on other pictures."""
 
     def apply(self, clip: Clip) -> AbstractContextManager[Encoder]:
         """Put the defense in."""
         return defended(clip, self.defense, self.strength)
+
+
+def fit_of(defense: Defense) -> dict[str, Any]:
+    """Return what a defense says of its fit, as JSON values.
+
+    Returns:
+        `n_pictures` of each kind or group that its latents were chosen on, and the `agreement` of its thresholds with
+        the exact rule, in [0, 1]; None where it has none.
+    """
+    n_pictures: dict[str, int] = {}
+    for site in defense.sites:
+        for latent_set in site.sets:
+            for kind, n in latent_set.provenance.get("n_pictures", {}).items():
+                n_pictures[kind] = max(n, n_pictures.get(kind, 0))
+    return {"n_pictures": n_pictures, "agreement": defense.provenance.get("calibration", {}).get("agreement")}
 
 
 def exact(name: str, defense: Defense) -> Defense:

@@ -5,9 +5,7 @@ on the input of the text tower, both towers frozen:
 
     loss(v)  =  eta CE(attacked pictures, labels)  +  gamma KL(plain answers on clean pictures || prefixed answers)
 
-Source: Azuma & Matsui 2023, arXiv:2304.04512, section 3; eta = 1, gamma = 3, v starts as N(0, 0.02^2), a template drawn
-for each step, as there. Differences: a few hundred steps of Adam on the task's own training pictures, in place of 10
-epochs of SGD on 130,000 pictures of ImageNet-100.
+Source, and what differs from it: `DefensePrefix.record`.
 """
 
 from __future__ import annotations
@@ -15,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from defense.benchmarks.datasets import Dataset, Task
-from defense.benchmarks.methods.base import Encoder, NotApplicableError, Stock
+from defense.benchmarks.methods.base import Encoder, NotApplicableError, Record, Stock
 from defense.benchmarks.methods.material import class_embeds_of, digest_of, image_embeds_of, picked, training_twins
+from defense.benchmarks.methods.text_tower import check_reads_context
 from defense.data.labels import Prompts, fill
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
@@ -67,6 +66,13 @@ class DefensePrefix:
         token: Its embedding, float32 [d_text].
     """
 
+    record: ClassVar[Record] = Record(
+        "Azuma and Matsui 2023, arXiv:2304.04512",
+        "section 3",
+        "A few hundred steps of Adam on the task's own training pictures, in place of 10 epochs of SGD on 130,000 "
+        "pictures of ImageNet-100. Weights of the loss, start and one template for each step as there.",
+        needs_context=True,
+    )
     name: str
     token: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), init=False)
 
@@ -88,9 +94,11 @@ class DefensePrefix:
         Raises:
             NotApplicableError: The task has no training pictures with twins, or the CLIP's text tower no table of
                 token embeddings.
+            CannotWorkError: See `check_reads_context`.
         """
         attacked, clean = training_twins(task, self.name)
         _token_table(clip, self.name)
+        check_reads_context(clip, task, self.name)
         rows = picked(attacked)
         self.token = _learn(clip, attacked, clean, rows)
 

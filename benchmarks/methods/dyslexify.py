@@ -8,10 +8,7 @@ Heads that lie 2 standard deviations above the mean are tried, best first: one s
 better (by 0.001) and clean ones lose less than 1 % in all; the search ends where they would lose more, or after 10
 heads in a row that did not help. Only what a head writes to CLS becomes 0; what it writes to patches stays.
 
-Source: Hufe et al., arXiv:2508.20570, sections 3 and 4. Differences: the task's own training pictures in place of
-10,000 photographs with text on the bottom two rows of patches; where the writing is, is read off the twins: the patches
-that differ by at least a quarter of the most that any does. In a small tower too many heads read for any to stand out
-by 2 standard deviations; where none of them does, those above 1 are tried.
+Source, and what differs from it: `Dyslexify.record`.
 """
 
 from __future__ import annotations
@@ -20,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from defense.benchmarks.datasets import Example, Task
-from defense.benchmarks.methods.base import Encoder
+from defense.benchmarks.methods.base import Encoder, Record
 from defense.benchmarks.methods.material import (
     CLEAN_BUDGET,
     accuracies,
@@ -44,7 +41,6 @@ if TYPE_CHECKING:
 MIN_GAIN = 0.001
 MAX_SKIPS = 10
 
-_N_PICTURES = 300
 _WRITTEN = 0.25
 """A patch is written on where the twins differ by this share of the largest difference."""
 
@@ -58,6 +54,14 @@ class Dyslexify:
         heads: What was silenced, (block, head).
     """
 
+    record: ClassVar[Record] = Record(
+        "Hufe et al. 2025, arXiv:2508.20570",
+        "sections 3 and 4",
+        "The task's own training pictures in place of 10,000 photographs with text on the bottom two rows of "
+        "patches; where the writing is, is read off the twins: the patches that differ by at least a quarter of "
+        "the most that any does. In a small tower too many heads read for any to stand out by 2 standard "
+        "deviations; where none of them does, those above 1 are tried.",
+    )
     name: str
     heads: tuple[Head, ...] = field(default=(), init=False)
     _deviations: int = field(default=0, init=False)
@@ -74,11 +78,11 @@ class Dyslexify:
         """
         import torch
 
-        from defense.benchmarks.methods.heads import ablated, vision_with_heads
+        from defense.benchmarks.methods.heads import ablated, embeds_from, vision_with_heads
 
         tower = vision_with_heads(clip.model, self.name)
         attacked, _ = training_twins(task, self.name)
-        twins = training_sides(task, self.name, _N_PICTURES)
+        twins = training_sides(task, self.name)
         first = max(1, len(tower.blocks) // 2)  # no reading head was found in the first half
         hook_point = f"blocks.{first - 1}.hook_resid_post"
         scores, resids = _read(clip, hook_point, *twins)
@@ -87,7 +91,7 @@ class Dyslexify:
 
         def accuracy_without(side: int, heads: Sequence[Head]) -> float:
             with torch.inference_mode(), ablated(tower, heads):
-                embeds = tower.embeds_from(resids[side], hook_point).cpu().numpy()
+                embeds = embeds_from(tower, resids[side], hook_point)
             return float(accuracies(embeds, class_embeds, twins[side]).mean())
 
         self.heads = tuple(chosen(candidates, partial(accuracy_without, 0), partial(accuracy_without, 1)))

@@ -6,8 +6,7 @@ The K latents are those whose activation differs most with the cue: between the 
 word, or between values of the attribute, all groups alike. K is what serves attacked training pictures (or the worst
 group) best, of 1, 2, 4 ... 64, among those that cost clean ones (or the average) at most 1 %.
 
-Source: "S&P Top-K", arXiv:2509.10809. Differences: a TopK SAE trained on the task's own training pictures in place of a
-JumpReLU SAE trained on many others; K chosen on them; alpha = 1; no logistic-regression axis.
+Source, and what differs from it: `EmbeddingSAE.record`.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from defense.benchmarks.datasets import Example, Task
-from defense.benchmarks.methods.base import Encoder
+from defense.benchmarks.methods.base import Encoder, Record
 from defense.benchmarks.methods.embeddings import EditedImages, Map
 from defense.benchmarks.methods.material import (
     best_of,
@@ -49,6 +48,12 @@ class EmbeddingSAE:
         name: In tables.
     """
 
+    record: ClassVar[Record] = Record(
+        '"S&P Top-K", arXiv:2509.10809',
+        "",
+        "A TopK SAE trained on the task's own training pictures in place of a JumpReLU SAE trained on many others; "
+        "K chosen on them; alpha = 1; no axis of a logistic regression.",
+    )
     name: str
     _basis: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)), init=False)
 

@@ -5,11 +5,7 @@
 Which texts: of a task with groups each value of the spurious attribute, of a task with words what says that something
 is written. Which word is written is not known.
 
-Source: Jiang et al., arXiv:2410.02762, section 4.1 (ProjectAway), which takes objects that are not there out of the
-captions of a language model with eyes: one text after the other, where the product is above 0, with weight 1 as here.
-Differences: the space is that of the image embedding, where texts of their own tower are, not a layer of the language
-model; the texts are given for the task and not for the picture (`concepts.py`); one with a word that the CLIP has no
-embedding for is left out, and the settings say which are left; embeddings are normalized again.
+Source, and what differs from it: `Erase.record`.
 """
 
 from __future__ import annotations
@@ -17,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder, NotApplicableError
+from defense.benchmarks.methods.base import Encoder, NotApplicableError, Record
 from defense.benchmarks.methods.concepts import WRITING, concepts_of, known
 from defense.benchmarks.methods.embeddings import EditedImages
 from defense.benchmarks.methods.material import digest_of, text_embeds_of
@@ -41,6 +37,14 @@ def erased(x: np.ndarray, directions: np.ndarray) -> np.ndarray:
 class Erase:
     """Project directions that texts name out of the image embeddings."""
 
+    record: ClassVar[Record] = Record(
+        "Jiang et al. (ProjectAway), arXiv:2410.02762",
+        "section 4.1",
+        "There it takes objects that are not there out of the captions of a language model with eyes. The space is "
+        "that of the image embedding, where texts of their own tower are, not a layer of the language model; the "
+        "texts are given for the task and not for the picture; one with a word that the CLIP has no embedding for "
+        "is left out; embeddings are normalized again.",
+    )
     name: str
     _texts: tuple[str, ...] = field(default=(), init=False)
     _directions: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)), init=False)

@@ -14,12 +14,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from defense.benchmarks.methods.base import NotApplicableError
 from defense.hosts.families import tower_of
 from defense.hosts.tower import VisionTower
+
+_AT_ONCE = 100
+"""Pictures whose tokens are attended to in one go."""
 
 Head = tuple[int, int]
 """Block and head, both from 0."""
@@ -51,6 +55,12 @@ def _is_plain(attention: Any) -> bool:
     inside = (getattr(attention, name, None) for name in ("q_norm", "k_norm", "norm"))
     is_like_timm = all(isinstance(getattr(attention, name, None), nn.Linear) for name in ("qkv", "proj"))
     return is_like_timm and all(isinstance(each, nn.Identity) for each in inside) and attention.gate is None
+
+
+def embeds_from(tower: VisionTower, resid: Tensor, hook_point: str) -> np.ndarray:
+    """Return the embeddings [n, d_embed] that residuals [n, pos, d_model] at a hook point lead to, part by part."""
+    parts = [tower.embeds_from(part, hook_point).cpu().numpy() for part in resid.split(_AT_ONCE)]
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)

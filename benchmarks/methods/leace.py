@@ -8,8 +8,7 @@ The concept is what the task attacks with: whether a word is written (on the tra
 spurious attribute. Groups count alike there: in proportion to their sizes, the attribute would go with the label, and
 the label would be erased with it.
 
-Source: Belrose et al. 2023, arXiv:2306.03819, theorem 4.3. Differences: fitted on the image embeddings alone, not on
-every layer; edited embeddings are normalized again, as the cosine to the labels asks; equal weight of groups.
+Source, and what differs from it: `Leace.record`.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder
+from defense.benchmarks.methods.base import Encoder, Record
 from defense.benchmarks.methods.embeddings import EditedImages
 from defense.benchmarks.methods.material import (
     digest_of,
@@ -80,6 +79,12 @@ def erasure_of(x: np.ndarray, z: np.ndarray, weights: np.ndarray | None = None) 
 class Leace:
     """Erase the written word's presence, or the spurious attribute, from the image embeddings."""
 
+    record: ClassVar[Record] = Record(
+        "Belrose et al. 2023, arXiv:2306.03819",
+        "theorem 4.3",
+        "Fitted on the image embeddings alone, not on every layer; edited embeddings are normalized again, as the "
+        "cosine to the labels asks; equal weight of groups.",
+    )
     name: str
     _erasure: Erasure | None = field(default=None, init=False)
     _concept: str = field(default="", init=False)

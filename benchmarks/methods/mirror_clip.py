@@ -5,8 +5,9 @@ sign are taken to be visual:
 
     f_visual = m (f + f'),     m = 1 where f f' > 0, else 0
 
-Source: Wang et al., "CLIP in Mirror", NeurIPS 2024, section 3 (the visual filter). Written from the formula; the
-paper's textual filter, which serves other tasks, is left out. It needs no training, and twice the passes.
+It needs no training, and twice the passes.
+
+Source, and what differs from it: `MirrorClip.record`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder
+from defense.benchmarks.methods.base import Encoder, Record
 from defense.benchmarks.methods.embeddings import unit
 from defense.hosts.clip import Clip
 
@@ -41,6 +42,11 @@ def visual_part(embeds: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
 class MirrorClip:
     """Keep of the image embedding what its mirror image agrees with."""
 
+    record: ClassVar[Record] = Record(
+        'Wang et al., "CLIP in Mirror", NeurIPS 2024',
+        "section 3, the visual filter",
+        "Written from the formula; the textual filter, which serves other tasks, is left out.",
+    )
     name: str
 
     def settings(self) -> Mapping[str, Any]:

@@ -5,8 +5,7 @@
 The defense subtracts what the latents write and keeps the SAE's reconstruction error; this loses the error with them,
 at every token that the SAE was trained on.
 
-Source: the masking of PatchSAE (arXiv:2412.05276) without the error term that its footnote adds back; sae-for-vlm
-(arXiv:2504.02821) steers in the same way.
+Source, and what differs from it: `NaiveSplice.record`.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder
+from defense.benchmarks.methods.base import Encoder, Record
 from defense.benchmarks.methods.defended import Defended, exact
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
@@ -36,6 +35,12 @@ class NaiveSplice:
         chosen: The defense whose SAEs and latents are used.
     """
 
+    record: ClassVar[Record] = Record(
+        "Lim et al. (PatchSAE), arXiv:2412.05276",
+        "the masking",
+        "Without the error term that its footnote adds back; sae-for-vlm (arXiv:2504.02821) steers in the same "
+        "way. SAE and latents are the defense's.",
+    )
     name: str
     chosen: Defended
 
@@ -53,6 +58,10 @@ class NaiveSplice:
     def settings(self) -> Mapping[str, Any]:
         """Return which defense."""
         return {"defense_sha256": self.chosen.settings()["defense_sha256"]}
+
+    def fitted_before(self) -> Mapping[str, Any]:
+        """Return what the defense says of its fit; the exact rule acts here, so no thresholds could disagree."""
+        return {**self.chosen.fitted_before(), "agreement": None}
 
     def fit(self, clip: Clip, task: Task) -> None:
         """Learn nothing: the latents were chosen before, on other pictures.

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder, NotApplicableError
+from defense.benchmarks.methods.base import Encoder, NotApplicableError, Record
 from defense.errors import BackendError
 from defense.hosts.clip import Clip
 
@@ -130,6 +130,11 @@ class _Blurred(Encoder):
 class OcrBlur:
     """Blur what tesseract reads."""
 
+    record: ClassVar[Record] = Record(
+        "the plain remedy; nobody's method",
+        "",
+        "Tesseract finds the words, and their boxes are blurred before the picture is prepared.",
+    )
     name: str
 
     def settings(self) -> Mapping[str, Any]:

@@ -8,8 +8,7 @@ the same class with either value of it,
 
 and each class embedding z becomes P z.
 
-Source: Chuang et al. 2023, arXiv:2302.00070, section 4; lambda = 1000 as in the authors' code. Differences: texts of
-our own (`concepts.py`), in place of theirs; embeddings are normalized again.
+Source, and what differs from it: `OrthCali.record`.
 """
 
 from __future__ import annotations
@@ -17,15 +16,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder
+from defense.benchmarks.methods.base import Encoder, Record
 from defense.benchmarks.methods.concepts import Concepts, concepts_of, listed
 from defense.benchmarks.methods.embeddings import EditedTexts
 from defense.benchmarks.methods.material import digest_of, text_embeds_of
+from defense.benchmarks.methods.text_tower import check_reads_context
 from defense.hosts.clip import Clip
 
 LAMBDA = 1000.0
@@ -50,6 +50,12 @@ def calibrated_projection(spurious: np.ndarray, pairs: np.ndarray, lam: float = 
 class OrthCali:
     """Project the class names' embeddings, from texts alone."""
 
+    record: ClassVar[Record] = Record(
+        "Chuang et al. 2023, arXiv:2302.00070",
+        "section 4",
+        "Texts of our own in place of theirs; lambda as in the authors' code; embeddings are normalized again.",
+        needs_context=True,
+    )
     name: str
     _concepts: Concepts | None = field(default=None, init=False)
     _projection: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)), init=False)
@@ -69,8 +75,10 @@ class OrthCali:
 
         Raises:
             NotApplicableError: No texts are known that name what should not count.
+            CannotWorkError: See `check_reads_context`.
         """
         self._concepts = concepts_of(task, self.name)
+        check_reads_context(clip, task, self.name)
         spurious = [text for pair in self._concepts.spurious for text in pair]
         crossed = [text for pair in self._concepts.crossed for text in pair]
         embeds = text_embeds_of(clip, [*spurious, *crossed], ("{}",), normalize_each=True)

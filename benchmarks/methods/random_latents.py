@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder
+from defense.benchmarks.methods.base import Encoder, Record
 from defense.benchmarks.methods.defended import Defended, defended, exact
 from defense.benchmarks.methods.material import picked, pixel_batches, training_split
+from defense.benchmarks.tables import RANDOM
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 from defense.hosts.defense import Defense
+
+DRAWS = (RANDOM, *(f"{RANDOM}@{seed}" for seed in (1, 2)))
+"""The draws that "all" methods hold: one says little."""
 
 _N_PICTURES = 200
 
@@ -34,6 +38,11 @@ class RandomLatents:
         seed: Of the draw.
     """
 
+    record: ClassVar[Record] = Record(
+        "a control",
+        "",
+        "As many latents as the defense edits, at the same blocks and of like activity, drawn at random.",
+    )
     name: str
     chosen: Defended
     seed: int = 0
@@ -55,6 +64,10 @@ class RandomLatents:
         assert self._control is not None, "fit() comes first"
         latents = {site.hook_point: [list(s.latents) for s in site.sets] for site in self._control.sites}
         return {**self.chosen.settings(), "seed": self.seed, "latents": latents}
+
+    def fitted_before(self) -> Mapping[str, Any]:
+        """Return what the defense says of its fit; the exact rule acts here, so no thresholds could disagree."""
+        return {**self.chosen.fitted_before(), "agreement": None}
 
     def fit(self, clip: Clip, task: Task) -> None:
         """Draw the latents.

@@ -5,9 +5,7 @@ An insight is a pair of texts that differ in one thing; its direction v is the d
     harmful, all together:      x <- x - V (V^T V)^-1 V^T x
     helpful, one by one:        x <- x + <x, u> u / <u, u>
 
-Source: Adila et al. 2023, arXiv:2309.04344, algorithm 1. Differences: the insights are given (`concepts.py`), in place
-of asking a language model for each data set, hence "RoboShot-like"; one with a word that the CLIP has no embedding for
-is left out, and the settings say which are left; embeddings are normalized again.
+Source, and what differs from it: `RoboShot.record`.
 """
 
 from __future__ import annotations
@@ -15,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder
+from defense.benchmarks.methods.base import Encoder, Record
 from defense.benchmarks.methods.concepts import Pairs, concepts_of, known, listed
 from defense.benchmarks.methods.embeddings import EditedImages
 from defense.benchmarks.methods.material import digest_of, text_embeds_of
+from defense.benchmarks.methods.text_tower import check_reads_context
 from defense.hosts.clip import Clip
 
 
@@ -40,6 +39,13 @@ def steered(x: np.ndarray, harmful: np.ndarray, helpful: np.ndarray) -> np.ndarr
 class RoboShot:
     """Steer the image embeddings by insights in words."""
 
+    record: ClassVar[Record] = Record(
+        "Adila et al. 2023, arXiv:2309.04344",
+        "algorithm 1",
+        "The insights are given, in place of asking a language model for each data set; one with a word that the "
+        "CLIP has no embedding for is left out; embeddings are normalized again.",
+        needs_context=True,
+    )
     name: str
     _harmful: Pairs = field(default=(), init=False)
     _helpful: Pairs = field(default=(), init=False)
@@ -58,8 +64,10 @@ class RoboShot:
 
         Raises:
             NotApplicableError: None are known for this task.
+            CannotWorkError: See `check_reads_context`.
         """
         concepts = concepts_of(task, self.name)
+        check_reads_context(clip, task, self.name)
         self._harmful, self._helpful = concepts.spurious, known(concepts.helpful, clip)
         self._directions = (_differences(clip, self._harmful), _differences(clip, self._helpful))
 

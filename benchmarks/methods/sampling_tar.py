@@ -10,10 +10,7 @@ mean c+ of the others (c+ = max(c, 0)), on the pictures where the direction is m
 its directions, and reads if it lies z standard deviations above the mean of its block. In those heads, CLS attends to
 itself alone (alpha = 1).
 
-Source: Liu et al. 2026, arXiv:2607.02494 ("nTAS", attention reweighting); 8 directions per dimension, z of 0.5, 1 or 2
-as there. The details are ours, since only abstract and project page were at hand: the attribution stops at the head's
-values, where it is exact; the normalization by area; that attention goes to CLS itself; z is what serves attacked
-training pictures best, among those that cost clean ones at most 1 %. Where the writing is, is read off the twins.
+Source, and what differs from it: `SamplingTar.record`.
 """
 
 from __future__ import annotations
@@ -22,12 +19,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from defense.benchmarks.datasets import Example, Task
-from defense.benchmarks.methods.base import Encoder
+from defense.benchmarks.methods.base import Encoder, Record
 from defense.benchmarks.methods.dyslexify import read_twins
 from defense.benchmarks.methods.material import (
     CLEAN_BUDGET,
@@ -49,7 +46,6 @@ SAMPLES_PER_DIMENSION = 8
 Z_SCORES = (0.5, 1.0, 2.0)
 SEED = 0
 
-_N_PICTURES = 500
 _N_ACTIVE = 16
 """Pictures that a direction is judged on."""
 
@@ -63,6 +59,14 @@ class SamplingTar:
         heads: What is redirected, (block, head).
     """
 
+    record: ClassVar[Record] = Record(
+        'Liu et al. 2026 ("nTAS"), arXiv:2607.02494',
+        "attention reweighting",
+        "Directions per dimension and z as there. The details are ours, since only abstract and project page were "
+        "at hand: the attribution stops at the head's values, where it is exact; the normalization by area; that "
+        "attention goes to CLS itself; z is what serves attacked training pictures best, among those that cost "
+        "clean ones at most 1 %. Where the writing is, is read off the twins.",
+    )
     name: str
     heads: tuple[Head, ...] = field(default=(), init=False)
     _z: float | None = field(default=None, init=False)
@@ -84,11 +88,11 @@ class SamplingTar:
         """
         import torch
 
-        from defense.benchmarks.methods.heads import vision_with_heads
+        from defense.benchmarks.methods.heads import embeds_from, vision_with_heads
 
         tower = vision_with_heads(clip.model, self.name)
         attacked, _ = training_twins(task, self.name)
-        twins = training_sides(task, self.name, _N_PICTURES)
+        twins = training_sides(task, self.name)
         first = max(1, len(tower.blocks) - math.ceil(LAST_PART * len(tower.blocks)))
         hook_point = f"blocks.{first - 1}.hook_resid_post"
         scores, resids = _read(clip, hook_point, *twins)
@@ -98,7 +102,7 @@ class SamplingTar:
             found = []
             for resid, pictures in zip(resids, twins, strict=True):
                 with torch.inference_mode(), redirected(tower, heads):
-                    embeds = tower.embeds_from(resid, hook_point).cpu().numpy()
+                    embeds = embeds_from(tower, resid, hook_point)
                 found.append(float(accuracies(embeds, class_embeds, pictures).mean()))
             return found[0], found[1]
 

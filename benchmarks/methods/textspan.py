@@ -9,13 +9,7 @@ TEXTSPAN names a head: project the text embeddings on the 80 leading directions 
 varies most, note it, remove its direction from C[h] and from all texts; 20 times. Heads that are about the cue are then
 replaced by their mean over the training pictures: image_embeds - sum over those heads of (C[h] - mean C[h]).
 
-Source: Gandelsman et al., arXiv:2310.05916, sections 3 to 5. Differences: there a person read the texts and said
-which heads are about the cue; here the training pictures say it. Along a head's texts, the mean differs more between
-values of the cue (the attribute, or the word that is written) than between labels, all groups alike; of such heads,
-those where it does most, as many as serve attacked training pictures (or the worst group) best and cost clean ones (or
-the average) at most 1 %. Texts are the class names of ImageNet and of the task in place of 3,500 sentences written by a
-language model. Earlier blocks and the MLPs stay, where the paper puts their means in their place too: the paper's
-towers have 12 to 32 blocks, but in one of 6 those hold much of the answer.
+Source, and what differs from it: `TextSpan.record`.
 """
 
 from __future__ import annotations
@@ -23,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from defense.benchmarks.datasets import Dataset, Example, Task
-from defense.benchmarks.methods.base import Encoder
+from defense.benchmarks.methods.base import Encoder, Record
 from defense.benchmarks.methods.embeddings import unit
 from defense.benchmarks.methods.material import (
     batches,
@@ -52,8 +46,6 @@ if TYPE_CHECKING:
 N_LATE_BLOCKS = 4
 N_TEXTS = 20
 RANK = 80
-
-_N_PICTURES = 500
 
 
 class _Contributions(Encoder):
@@ -130,6 +122,17 @@ class TextSpan:
         texts: For each, what it is about: the texts along which it varies most, most first.
     """
 
+    record: ClassVar[Record] = Record(
+        "Gandelsman et al. 2023, arXiv:2310.05916",
+        "sections 3 to 5",
+        "There a person read the texts and said which heads are about the cue; here the training pictures say it. "
+        "Along a head's texts, the mean differs more between values of the cue (the attribute, or the word that is "
+        "written) than between labels, all groups alike; of such heads, those where it does most, as many as serve "
+        "attacked training pictures (or the worst group) best and cost clean ones (or the average) at most 1 %. "
+        "Texts are the class names of ImageNet and of the task in place of 3,500 sentences written by a language "
+        "model. Earlier blocks and the MLPs stay, where the paper puts their means in their place too: the paper's "
+        "towers have 12 to 32 blocks, but in one of 6 those hold much of the answer.",
+    )
     name: str
     heads: tuple[Head, ...] = field(default=(), init=False)
     texts: tuple[tuple[str, ...], ...] = field(default=(), init=False)
@@ -150,7 +153,7 @@ class TextSpan:
         from defense.benchmarks.methods.heads import all_heads, vision_with_heads
 
         tower = vision_with_heads(clip.model, self.name)
-        sides = training_sides(task, self.name, _N_PICTURES)
+        sides = training_sides(task, self.name)
         late = all_heads(tower, max(0, len(tower.blocks) - N_LATE_BLOCKS))
         encoder = _Contributions(clip, late)
         wholes, parts = zip(*(encoder.decompose_all(side) for side in sides), strict=True)

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder, NotApplicableError, needed
+from defense.benchmarks.methods.base import Encoder, NotApplicableError, Record, needed
 from defense.benchmarks.methods.defended import Defended, defended, exact
 from defense.benchmarks.methods.material import class_embeds_of, digest_of, picked, pixel_batches, training_split
 from defense.core.latents import Edit
@@ -37,6 +37,12 @@ class OtherEdit(Defended):
         edit: In place of the defense's own.
     """
 
+    record: ClassVar[Record] = Record(
+        "this package",
+        "",
+        "The latents of the defense under another edit: scale takes away what they write, project the whole span "
+        "of the decoder rows of those that fire.",
+    )
     edit: Edit = "scale"
 
     @classmethod
@@ -80,6 +86,11 @@ class Delta:
         exact: The defense as it is.
     """
 
+    record: ClassVar[Record] = Record(
+        "this package",
+        "",
+        "The defense with thresholds in place of its TopK rule, set on the task's training pictures.",
+    )
     name: str
     exact: Defended
     _calibrated: Defense | None = field(default=None, init=False)
@@ -101,6 +112,10 @@ class Delta:
             "n_train": calibration["n_fitted"],
             "agreement": calibration["agreement"],
         }
+
+    def fitted_before(self) -> Mapping[str, Any]:
+        """Return what the defense says of its fit."""
+        return self.exact.fitted_before()
 
     def fit(self, clip: Clip, task: Task) -> None:
         """Set the thresholds. How often the answer is that of the exact rule is recorded; no agreement is too low here.

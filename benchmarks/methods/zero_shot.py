@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from defense.benchmarks.datasets import Task
-from defense.benchmarks.methods.base import Encoder, Stock
+from defense.benchmarks.methods.base import Encoder, Record, Stock
 from defense.errors import ConfigError
 from defense.hosts.clip import Clip
 from defense.hosts.defense import Defense
@@ -18,6 +18,10 @@ from defense.hosts.defense import Defense
 class ZeroShot:
     """Stock CLIP: what all others are compared with."""
 
+    record: ClassVar[Record] = Record(
+        "Radford et al. 2021, arXiv:2103.00020",
+        "section 3.1",
+    )
     name: str = "zero-shot"
 
     @classmethod

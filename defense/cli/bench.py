@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 _WITHOUT_DATA = {"speed": {"model", "out"}, "latents": {"out"}}
 """Suites that measure no data set, and the options that each of them takes."""
 
+Quick = Annotated[
+    int | None,
+    typer.Option("--n", min=1, help="Pictures of each split of the miniatures, for a quick look; not for publication."),
+]
+
 
 @app.command()
 def bench(
@@ -68,6 +73,7 @@ def bench(
     ] = False,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Take data that are not all there.")] = False,
     font: Annotated[Path | None, typer.Option(help="Font file for drawn words.")] = None,
+    n: Quick = None,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn, and of intervals.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
@@ -86,7 +92,7 @@ def bench(
         check_pretrained(model, pretrained, defense)
         check_there(font)
         found = None if defense is None else find_defense(defense)
-        options = datasets.Options(allow_partial, font, seed, Limits(max_pixels=max_pixels))
+        options = datasets.Options(allow_partial, font, seed, Limits(max_pixels=max_pixels), n)
         tasks = _tasks(suite, data, options, with_drawn=with_drawn)
         model, pretrained = (model, pretrained) if model is not None else _named_by(found, tasks)
         jobs = _jobs(tasks, methods, found, model)
@@ -105,6 +111,9 @@ def _tasks(suite: str, data: Path | None, options: Options, *, with_drawn: bool)
     from defense.benchmarks import datasets
 
     tasks, left_out = datasets.read_tasks(suite, data, options, with_drawn=with_drawn)
+    others = [task.name for task in tasks if task.name not in datasets.mini.DEFENSES]
+    if options.n is not None and others:
+        raise typer.BadParameter(f"--n is for the miniatures, as in bench mini, not for {', '.join(others)}")
     drawn = [name for name in left_out if datasets.READERS[name].folder is None]
     if missing := [name for name in left_out if name not in drawn]:
         say(f"not in {data or datasets.DATA}, left out: {', '.join(missing)}")
@@ -131,11 +140,11 @@ def _jobs(
     tasks: Sequence[Task], methods: str, defense: Defense | None, model: str
 ) -> list[tuple[Task, Sequence[Method]]]:
     """Return each data set with the methods to measure on it, and the defense that is given or ships for it."""
-    from defense.benchmarks.methods import FACTORIES, make_methods
+    from defense.benchmarks.methods import all_names, make_methods
     from defense.hosts.shipped import find_model
 
     typed = [name.strip() for name in methods.split(",")]
-    names = [each for name in typed for each in (FACTORIES if name == "all" else [name])]
+    names = [each for name in typed for each in (all_names() if name == "all" else [name])]
     own = find_model(model) if defense is None else None
     defenses = _shipped(tasks, own) if own is not None else {task.name: defense for task in tasks}
     return [(task, make_methods(names, defenses[task.name])) for task in tasks]

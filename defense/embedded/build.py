@@ -243,7 +243,7 @@ def full_report(
     *,
     saes: Sequence[SparseAutoencoder] | None = None,
     n_controls: int = 3,
-) -> dict[str, dict[str, float]]:
+) -> tuple[dict[str, dict[str, float]], list[dict[str, float]]]:
     """Measure plain, defended and random control (mean of `n_controls` draws), in percent, on fresh seeds and fonts.
 
     The control edits by the rule that the SAE was trained with.
@@ -256,6 +256,9 @@ def full_report(
         seed: Of the pictures.
         saes: That it was fitted with; by default those that ship.
         n_controls: Draws of the control.
+
+    Returns:
+        A row for each of the three, and the rows of the control's draws.
 
     Raises:
         ConfigError: `clip` is not the one that the defense was fitted on.
@@ -281,7 +284,7 @@ def full_report(
     }
     for name, row in report.items():
         log.info("%-15s %s", name, {key: round(value, 2) for key, value in row.items()})
-    return report
+    return report, controls
 
 
 def build_defense(work: Path, recipe: Recipe, task: str, clip: Clip) -> Defense:
@@ -295,7 +298,7 @@ def build_defense(work: Path, recipe: Recipe, task: str, clip: Clip) -> Defense:
     fitted = fit_sites(Encoded(clip, data), plans, text_embeds, name=task, dtype=np.float16)
     defense = Defense(clip.id_as(EMBEDDED), clip.preprocess, tuple(each.site for each in fitted), None, "MIT")
     defense = with_thresholds(clip, defense, data, text_embeds)
-    report = full_report(clip, defense, task, recipe.n_report, SEEDS["report"], saes=saes)
+    report, _ = full_report(clip, defense, task, recipe.n_report, SEEDS["report"], saes=saes)
     return save_defense(work, clip, defense, task, report, recipe.n_report)
 
 

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defense.core.intervals import Z
-from defense.core.intervals import wilson as wilson
+from defense.core.intervals import Z, wilson
 from defense.core.sae import SparseAutoencoder
 from defense.errors import ConfigError
 from defense.hosts.neurons import Neurons, unit_rows

@@ -61,6 +61,8 @@ def test_bench_prints_tables_and_writes_results(data, tmp_path, defense):
         (["nothing"], "no data set 'nothing'"),
         (["rta100", "--allow-partial", "--methods", "magic"], "no method 'magic'"),
         (["synthetic", "--font", "nothing.ttf"], "nothing.ttf"),
+        (["synthetic", "--n", "5"], "--n is for the miniatures"),
+        (["speed", "--n", "5"], "not --"),
     ],
 )
 def test_bench_usage_errors_exit_with_2(data, tmp_path, defense, arguments, message):

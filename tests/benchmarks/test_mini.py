@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from defense.benchmarks.datasets import READERS, SUITES, Dataset, Options, mini
 from defense.cli import app
-from defense.errors import CheckpointError
+from defense.errors import CheckpointError, ConfigError
 from defense.hosts.shipped import ShippedClip
 from defense.world import draws, files, scenes
 from defense.world.files import world_sha256
@@ -70,9 +70,9 @@ def test_a_picture_that_was_drawn_can_be_changed_without_changing_the_next():
 @pytest.mark.usefixtures("small_minis")
 def test_clean_neutral_and_attacked_are_twins():
     task = read("mini-typographic")
-    assert [test.variant for test in task.tests] == ["clean", "neutral", "attacked"]
-    assert [test.is_attacked for test in task.tests] == [False, False, True]
-    for clean, neutral, attacked in zip(*(test.examples for test in task.tests), strict=True):
+    assert [test.variant for test in task.tests] == ["clean", "neutral", "attacked", "own-name", "word-only"]
+    assert [test.is_attacked for test in task.tests] == [False, False, True, False, False]
+    for clean, neutral, attacked in zip(*(test.examples for test in task.tests[:3]), strict=True):
         assert (clean.key, clean.label) == (neutral.key, neutral.label) == (attacked.key, attacked.label)
         writing = attacked.picture.scene.writing
         assert writing.text == task.tests[2].class_names[attacked.word]
@@ -83,6 +83,38 @@ def test_clean_neutral_and_attacked_are_twins():
     for clean, attacked in zip(task.train_clean.examples, task.train.examples, strict=True):
         assert (clean.key, clean.label, clean.word) == (attacked.key, attacked.label, None)
         assert clean.picture.scene == attacked.picture.scene.clean()
+
+
+@pytest.mark.usefixtures("small_minis")
+def test_a_word_is_evidence_on_its_own_object_and_alone(monkeypatch):
+    monkeypatch.setattr(mini, "N_READ", 30)
+    task = read("mini-typographic")
+    names = task.tests[0].class_names
+    _, _, attacked, own, alone = (test.examples for test in task.tests)
+    assert len(own) == len(alone) == 30
+    for example, named, word in zip(attacked, own, alone, strict=False):
+        assert named.picture.scene.writing.text == names[named.label] == names[example.label]
+        assert named.picture.scene.writing.font in scenes.TEST_FONTS
+        assert named.picture.scene.clean() == example.picture.scene.clean()
+        assert (word.picture.scene.writing.text, word.picture.scene.subject) == (names[word.label], None)
+        assert word.label == example.word
+        assert named.word is word.word is None
+
+
+def test_a_quick_look_draws_fewer_pictures_and_says_so():
+    from defense.benchmarks.publishing import problems
+
+    whole = READERS["mini-typographic"].read(Path("nowhere"), Options())
+    for name in SUITES["mini"]:
+        task = READERS[name].read(Path("nowhere"), Options(n=50))
+        assert {len(split.examples) for split in splits_of(task)} == {50}
+        for test in task.tests:
+            assert test.shortfall == "a quick look at 50 pictures of each split"
+            assert problems(dict(test.facts)) == ["it is a quick look at 50 pictures (--n)"]
+    assert whole.tests[0].shortfall is None
+    assert problems(dict(whole.tests[0].facts)) == []
+    with pytest.raises(ConfigError, match="got n = 801; a test of the miniatures has 800"):
+        READERS["mini-celeba"].read(Path("nowhere"), Options(n=801))
 
 
 @pytest.mark.usefixtures("small_minis")
@@ -117,8 +149,8 @@ def test_groups_are_alike_and_weighed_as_the_clip_was_trained(name):
         assert min(split.group_counts()) > len(split.examples) / 5
     # The rare groups of the training data: birds out of place; women with dark hair and blond men.
     rare = {"waterbirds": (1, 2), "celeba": (0, 3)}[name]
-    assert [test.train_counts[group] for group in rare] == [25, 25]
-    assert sum(test.train_counts) == 1000
+    assert [test.train_counts[group] for group in rare] == [50, 50]
+    assert sum(test.train_counts) == mini.N_TRAIN
     words = {"waterbirds": ("land", "water"), "celeba": ("woman", "man")}[name]
     for group, group_name in enumerate(test.group_names):
         assert group_name.endswith(words[group % 2])
@@ -220,6 +252,17 @@ def test_all_methods_are_those_that_there_are(tmp_path, monkeypatch):
     (result,) = stored(tmp_path).values()
     assert result["method"] == "zero-shot"
     assert set(result["robust"]["not_applicable"]) == {"defense"}
+
+
+def test_a_quick_look_takes_few_pictures_and_marks_its_results(tmp_path):
+    pytest.importorskip("open_clip")
+    pytest.importorskip("matplotlib")
+    code, out, err = bench("mini-celeba", "--n", 30, "--methods", "zero-shot", "--out", tmp_path)
+    assert code == 0, err
+    (result,) = stored(tmp_path).values()
+    assert result["robust"]["n"] == 30
+    assert "Not the published data: a quick look at 30 pictures of each split." in out
+    assert result["robust"]["facts"]["n_asked"] == 30
 
 
 def test_cost_is_measured_by_its_own_benchmark(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def test_each_photograph_is_there_in_every_variant_with_one_label(task):
     assert len(clean) == 24
     names = {each.variant for each in task.tests}
     styles = (f"attacked-{style}" for style in photo.STYLES)
-    assert names == {"clean", "neutral", "own-name", "look-alike", "texture", *styles}
+    assert names == {"clean", "neutral", "own-name", "word-only", "look-alike", "texture", *styles}
     for each in [each for each in task.tests if each.variant != "texture"]:
         assert {example.key: example.label for example in each.examples}.items() <= {
             key: example.label for key, example in clean.items()
@@ -96,6 +96,15 @@ def test_an_own_name_is_evidence_and_no_attack(task):
     for example in variant(task, "own-name").values():
         assert {hand.text.lower() for hand in example.picture.hands} == {names[example.label].lower()}
         assert example.word is None
+
+
+def test_a_word_alone_is_the_own_name_on_no_photograph(task):
+    own = variant(task, "own-name")
+    alone = variant(task, "word-only")
+    assert alone.keys() == own.keys()
+    for key, example in alone.items():
+        assert (example.label, example.picture.hands) == (own[key].label, own[key].picture.hands)
+        assert len(np.unique(example.picture.pixels)) == 1
 
 
 def test_look_alikes_hold_strokes_and_no_word(task):

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("open_clip")
 pytest.importorskip("scipy")
 
-from defense.benchmarks import plots, report, robust, speed_rows
+from defense.benchmarks import mini_tables, plots, report, robust, speed_rows
 from defense.benchmarks.blocks import filled
 from defense.benchmarks.named_clip import load_named_clip
 from defense.benchmarks.robust_results import collect, read_results
@@ -95,7 +95,7 @@ def test_a_main_table_of_nothing_is_refused(measured):
     assert parts
     for none_left in ([], parts, elsewhere):
         with pytest.raises(ConfigError, match="no method was measured on the miniatures"):
-            report.main_table(none_left)
+            mini_tables.main_table(none_left)
 
 
 def test_one_file_holds_what_a_folder_does(measured):

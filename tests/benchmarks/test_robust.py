@@ -116,7 +116,7 @@ def test_a_method_is_fitted_on_the_training_split_only(named, tmp_path):
     train, test = dataset_of(paths[:6], "train"), dataset_of(paths[6:])
     method = Counting()
     run_all(named, [task_of(test, train=train)], [method], tmp_path / "out")
-    assert method.trained_on is train
+    assert [each.key for each in method.trained_on.examples] == [each.key for each in train.examples]
 
 
 def test_a_method_that_edits_text_has_its_own_text_embeddings(named, tmp_path):

@@ -25,6 +25,8 @@ def cells(line: str) -> list[str]:
 def test_the_table_has_a_row_per_method_and_the_jsons_figures(results):
     text = tables.markdown(results)
     lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    lines, tuning = lines[:5], lines[5:]
+    assert [line[0] for line in tuning] == ["method", "---", "zero-shot", "defense", "defense@0.5"]
     assert [line[0] for line in lines] == ["method", "---", "zero-shot", "defense", "defense@0.5"]
     assert lines[0][1:5] == ["clean accuracy", "against zero-shot", "same answers", "attacked accuracy"]
     by_place = {(r["dataset"], r["method"]): r["robust"] for r in results}
@@ -57,7 +59,7 @@ def test_the_table_of_groups_names_the_worst(named, tmp_path):
         train_counts=(9, 1, 1, 9),
     )
     (result,) = run_all(named, [task_of(dataset)], make_methods(["zero-shot"], None), tmp_path / "out")
-    head, _, row = (cells(line) for line in tables.markdown([result]).splitlines() if line.startswith("|"))
+    head, _, row, *_ = (cells(line) for line in tables.markdown([result]).splitlines() if line.startswith("|"))
     assert head[1:7] == [
         "worst group", "of", "average", "train-weighted average", "gap", "against zero-shot"
     ]  # fmt: skip
@@ -140,7 +142,7 @@ def test_a_report_is_made_of_the_files_in_a_folder(results, tmp_path):
     (out / "something else.json").write_text("[1]")
     robust.lay_out(out)
     text = (out / "results.md").read_text()
-    assert text.count("| zero-shot |") == 1
+    assert text.count("| zero-shot |") == 2  # its figures, and what it was tuned on
     assert (out / "set-strength.png").exists()
     newer = json.loads(json.dumps(results[0]))
     newer["robust"]["schema"] += 1
@@ -166,3 +168,55 @@ def test_a_method_at_one_strength_is_no_line(results):
     pytest.importorskip("matplotlib")
     alone = [{**r, "method": "defense-project"} for r in results if r["method"] == "defense"]
     assert len(plots.strength([*results, *alone]).axes[0].containers) == 2
+
+
+def lines_of(figure) -> list[list[float]]:
+    """What is joined by a line: the values across, of each line with more than one point."""
+    lines = [line for line in figure.axes[0].get_lines() if line.get_linestyle() not in ("None", "")]
+    return [line.get_xdata().tolist() for line in lines if len(line.get_xdata()) > 1]
+
+
+def test_lines_run_through_strengths_of_one_method_only(results):
+    pytest.importorskip("matplotlib")
+    others = [{**r, "method": name} for r in results if r["method"] == "defense" for name in ("leace", "dyslexify")]
+    figure = plots.trade_off([*results, *others])
+    (line,) = lines_of(figure)
+    assert len(line) == 3  # the baseline, half and full strength
+    swept = {"zero-shot", "defense"}
+    assert lines_of(plots.trade_off([r for r in [*results, *others] if r["method"] in swept | {"leace"}])) == []
+    draws = [
+        {**r, "method": name} for r in results if r["method"] == "defense@0.5" for name in ("random-latents@1",)
+    ] + [{**r, "method": "random-latents"} for r in results if r["method"] == "defense"]
+    plain = [r for r in results if r["method"] == "zero-shot"]
+    assert lines_of(plots.trade_off([*plain, *draws])) == [], "draws are no strengths"
+
+
+def test_a_method_has_one_color_whatever_else_is_drawn(results):
+    pytest.importorskip("matplotlib")
+    from defense.benchmarks.methods import FACTORIES
+
+    colors = {name: plots.color_of(name) for name in FACTORIES}
+    assert len(set(colors.values())) == len(FACTORIES)
+    assert plots.color_of("defense@0.5") == colors["defense"]
+    assert plots.color_of("another") == plots.color_of("another")
+    leace = [{**r, "method": "leace"} for r in results if r["method"] == "defense"]
+    few = [r for r in results if r["method"] == "zero-shot"] + leace
+    for shown in (few, [*results, *leace]):
+        containers = {c.get_label(): c.lines[0] for c in plots.trade_off(shown).axes[0].containers}
+        assert containers["leace"].get_color() == colors["leace"]
+    figure = plots.strength(results)
+    assert {c.lines[0].get_color() for c in figure.axes[0].containers} == {colors["defense"]}
+
+
+def test_strength_shows_the_mean_of_several_ways_to_attack(results):
+    pytest.importorskip("matplotlib")
+    attacked = [r for r in results if r["dataset"] == "set-attacked"]
+    other = [{**r, "dataset": "set-turned", "robust": {**r["robust"], "variant": "turned"}} for r in attacked]
+    for each in other:
+        figures = {**each["robust"]["figures"], "accuracy": {"value": 0.25, "low": 0.2, "high": 0.3, "n": 24}}
+        each["robust"] = {**each["robust"], "figures": figures}
+    lines = {c.get_label(): c.lines[0] for c in plots.strength([*results, *other]).axes[0].containers}
+    assert set(lines) == {"clean accuracy", "accuracy, attacked, mean and range of 2 ways"}
+    by_method = {r["method"]: 50 * (r["metrics"]["acc1"] + 0.25) for r in attacked}
+    expected = [by_method[name] for name in ("zero-shot", "defense@0.5", "defense")]
+    assert lines["accuracy, attacked, mean and range of 2 ways"].get_ydata().tolist() == pytest.approx(expected)

@@ -276,6 +276,74 @@ def test_axe_finds_nothing_to_complain_about(opened, viewport, scheme):
     assert not [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in found]
 
 
+TABS = {
+    "Try it": "#answers .verdict", "Latents": "#tiles .tile", "Measured": ".measured table", "API and privacy": "code"
+}  # fmt: skip
+"""Name of each tab -> what it shows."""
+MISFITS = """() => {
+    const found = [], page = document.documentElement.clientWidth;
+    const say = (what, e) => found.push(`${what}: ${e.tagName} ${e.id} ${e.className}`.slice(0, 120));
+    const overflow = (e) => getComputedStyle(e).overflowX;
+    const isControl = (e) => ["INPUT", "BUTTON", "SELECT", "TEXTAREA"].includes(e.tagName);
+    const isNumber = (e) => /^[-+0-9.,% ()to]*[0-9][-+0-9.,% ()to\\n]*$/.test(e.innerText.trim());
+    for (const e of document.querySelectorAll("body *")) {
+        const box = e.getBoundingClientRect();
+        // ".sr" is for screen readers; Gradio keeps a copy of its tabs to measure them
+        if (!box.width || !box.height || e.closest(".sr, .visually-hidden")) continue;
+        if (getComputedStyle(e).visibility !== "visible") continue;
+        if (e.type === "range" && box.right > e.closest(".block").getBoundingClientRect().right - 4) say("cut", e);
+        let around = e.parentElement;
+        while (around && overflow(around) === "visible") around = around.parentElement;
+        if (around && ["auto", "scroll"].includes(overflow(around))) continue;  // what scrolls is not lost
+        if (box.right > page + 1 || box.left < -1) say("off the page", e);
+        else if (around && isControl(e) && box.right > around.getBoundingClientRect().right + 1) say("cut", e);
+    }
+    for (const e of document.querySelectorAll("td, th")) {
+        if (!isNumber(e)) continue;
+        const range = document.createRange();
+        range.selectNodeContents(e);
+        const boxes = [...range.getClientRects()].filter((each) => each.width > 1);
+        if (boxes.some((each) => each.top >= boxes[0].bottom)) say("digits on two lines", e);
+    }
+    const wide = document.documentElement.scrollWidth;
+    return wide > page ? [...found, `the page is ${wide} wide`] : found;
+}"""
+"""What sticks out of the page, is cut by the box around it, or breaks a number."""
+
+
+def open_tab(page: Page, name: str) -> None:
+    """Press a tab, which a narrow page may hold in a menu."""
+    if not page.get_by_role("tab", name=name).locator("visible=true").count():
+        page.locator(".overflow-menu > button").click()
+        page.locator(".overflow-dropdown button", has_text=name).click()
+        return
+    page.get_by_role("tab", name=name).click()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_every_tab_fits_the_page(opened, width, scheme):
+    page = opened({"width": width, "height": 900}, scheme)
+    page.locator("#removed .latents tbody .link").first.click()
+    expect(page.locator("#card .card")).to_be_visible()
+    misfits = {}
+    for tab, shown in TABS.items():
+        open_tab(page, tab)
+        expect(page.locator(shown).locator("visible=true").first).to_be_visible()
+        if tab == "Measured":
+            page.locator(".plots-below summary").click()
+        misfits[tab] = page.evaluate(MISFITS)
+    assert not any(misfits.values()), misfits
+
+
+def test_what_does_not_fit_is_found(page):
+    page.evaluate("document.querySelector('.top').style.width = '1400px'")
+    page.evaluate("document.querySelector('#answers .n').innerHTML = '98<br>9'")
+    found = page.evaluate(MISFITS)
+    assert any(each.startswith("off the page") for each in found)
+    assert any(each.startswith("digits on two lines") for each in found)
+
+
 def test_a_narrow_page_does_not_scroll_sideways_and_shows_the_answers_below_the_picture(opened):
     page = opened(NARROW, "dark")
     assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
