@@ -332,5 +332,5 @@ def test_another_run_is_not_overwritten(run_tiny, tmp_path) -> None:
 
 def test_without_a_catalogue_the_error_says_what_to_run(run_tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(latents.catalogue, "find", lambda _: {})
-    with pytest.raises(ConfigError, match=r"python -m defense\.embedded\.describe"):
+    with pytest.raises(ConfigError, match=r"python -m defense.embedded.catalogues"):
         run_tiny(tmp_path / "out.json")
