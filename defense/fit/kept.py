@@ -48,7 +48,7 @@ class KeptResiduals:
             hook_point: Where they are taken out.
             advance: Told of each picture.
         """
-        shape = self.tower.n_tokens(hook_point), self.tower.d_model
+        shape = self.tower.n_pos, self.tower.d_model
         found = torch.empty(len(pixel_values), *shape, device=self.tower.device)
         for rows in chunks(len(pixel_values), bytes_of_pass(self.tower, 1, shape[0])):
             paths = [self._path(pixels, hook_point) for pixels in pixel_values[rows]]

@@ -145,6 +145,12 @@ class VisionTower:
         return self.reads == "cls"
 
     @property
+    def n_pos(self) -> int:
+        """How many tokens a picture has in the stream, CLS and registers included."""
+        rows, columns = self.grid_size
+        return self.n_prefix + rows * columns
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._patch_weight.device
@@ -264,8 +270,7 @@ class VisionTower:
 
     def n_tokens(self, hook_point: str, scope: Tokens = "all") -> int:
         """Return how many tokens a picture has at `positions`."""
-        rows, columns = self.grid_size
-        return len(range(self.n_prefix + rows * columns)[self.positions(hook_point, scope)])
+        return len(range(self.n_pos)[self.positions(hook_point, scope)])
 
     def to_batch_first(self, resid: Tensor) -> Tensor:
         """Return a block's output as [batch, pos, d_model]; its own inverse."""

@@ -18,6 +18,7 @@ from defense.fit.encoded import Encoded
 from defense.fit.material import Groups, Material, Pairs
 from defense.fit.placing import Fitted, Option, best, fit_defense, placements, sweep
 from defense.fit.selecting import TextFit
+from defense.fit.shipping import ship
 from defense.fit.sites import SitePlan, fit_sites, plan_sites
 from defense.fit.validation import CrossValidation, cross_validate, measure
 from defense.hosts.clip import Clip, load_clip
@@ -314,6 +315,21 @@ def test_a_fit_of_several_blocks_encodes_each_picture_once(clip, spec, passes, o
     material = Material(groups, (groups.y * 2 + groups.a).numpy(), (), {})
     fit_defense(clip, spec, [plan(0), plan(1)], material, TEXT_EMBEDS[:2], name="place", folds=2)
     assert passes == [(24, POINT.format(0))]
+
+
+@pytest.mark.parametrize(("block", "scope"), [(0, "all"), (1, "patch"), (1, "cls"), (2, "cls"), (2, "all")])
+def test_a_defense_can_be_fitted_behind_every_block_the_last_one_included(
+    clip, spec, material, tmp_path, open_gates, block, scope
+):
+    plans = [plan(block, replace(EASY, scope=scope), tokens=scope)]
+    for folder in (None, tmp_path, tmp_path):  # nothing kept, then kept, then read
+        fitted = fit_defense(clip, spec, plans, material, TEXT_EMBEDS, name="text", folds=2, cache=folder)
+        (site,) = fitted.defense.sites
+        assert site.sets[0].latents
+    shipped = ship(clip, fitted.defense, material, TEXT_EMBEDS.numpy()).defense
+    with clip.defended(shipped):
+        edited = clip.image_embeds(material.data.attacked)
+    assert not torch.equal(edited, clip.image_embeds(material.data.attacked))
 
 
 def test_what_is_kept_is_what_a_pass_would_give(clip, material):
