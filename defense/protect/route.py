@@ -28,7 +28,7 @@ from defense.classify.classifier import RobustClassifier
 from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.labels import check_labels
 from defense.data.progress import Progress as FitProgress
-from defense.data.sources import prepared
+from defense.data.sources import open_pictures, prepared
 from defense.errors import CheckpointError, ConfigError, NonFiniteError
 from defense.fit.config import FitConfig
 from defense.fit.from_pictures import sample, text_material
@@ -117,6 +117,8 @@ def protect(
         defenses.check_target(request.out)
     if request.labels is not None and len(check_labels(request.labels)) < 2:
         raise ConfigError(f"{request.labels[0]!r} is all there is to choose from; give two or more labels")
+    if request.pictures:  # a wrong path is said before anything is loaded or fetched
+        open_pictures(request.pictures, limits=request.limits)
     say(f"loading {request.model}{'' if request.pretrained is None else f', {request.pretrained}'}")
     clip = load_clip(request.model, request.pretrained, device=resolve_device(request.device))
     defense = defenses.load(ready.keep(_Route(request, rows, hub, clip, say, report).defense()))
@@ -164,6 +166,22 @@ class _Route:
             request.pictures, request.labels, n=n, size=self.clip.preprocess.size, limits=request.limits
         )
 
+    @cached_property
+    def looked_at(self) -> list[np.ndarray]:
+        """Some of the pictures, prepared: batches float32 [n, 3, height, width].
+
+        Raises:
+            ConfigError: None of them can be read.
+        """
+        pictures = sample(self.wanted.pictures, _N_LOOKED_AT, self.request.seed)
+        batches = (
+            [pixels for _, pixels in batch if pixels is not None] for batch in prepared(self.clip.preprocess, pictures)
+        )
+        found = [np.stack(batch) for batch in batches if batch]
+        if not found:
+            raise ConfigError(f"none of {len(pictures)} pictures can be read; is this the right folder?")
+        return found
+
     @property
     def candidates(self) -> tuple[SaeRow, ...]:
         """Published SAEs to fit with, in order."""
@@ -184,6 +202,8 @@ class _Route:
         if found is not None:
             return found
         refusals: list[str] = []
+        if self.candidates or self.request.may_train:
+            _ = self.looked_at  # pictures that cannot be read are no reason to fetch one SAE after the other
         for sae in self.candidates:
             try:
                 return self._fitted(self._published(sae), {"sae": str(sae.source), "sha256": sae.sha256})
@@ -309,18 +329,10 @@ class _Route:
 
         Raises:
             GateError: So little that it is an SAE of another CLIP.
-            ConfigError: No picture can be read.
+            ConfigError: See `looked_at`.
         """
-        pictures = sample(self.wanted.pictures, _N_LOOKED_AT, self.request.seed)
-        rows = []
-        for batch in prepared(self.clip.preprocess, pictures):
-            kept = [pixels for _, pixels in batch if pixels is not None]
-            if kept:
-                rows.append(
-                    self.clip.tower.resid(np.stack(kept), plan.hook_point, plan.sae.config.tokens).flatten(0, 1)
-                )
-        if not rows:
-            raise ConfigError(f"none of {len(pictures)} pictures can be read; is this the right folder?")
+        tokens = plan.sae.config.tokens
+        rows = [self.clip.tower.resid(batch, plan.hook_point, tokens).flatten(0, 1) for batch in self.looked_at]
         explained = explained_variance(plan.sae, torch.cat(rows))
         GATES.check_explained(plan.hook_point, explained)
         return explained

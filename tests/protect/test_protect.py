@@ -196,6 +196,26 @@ def test_what_was_killed_goes_on_to_the_same_bytes(
 # --- a known SAE ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["missing", "empty", "unreadable"])
+def test_pictures_that_are_not_there_are_said_before_anything_is_fetched(
+    hub: FakeHub, cache: Path, rows, tmp_path: Path, kind: str
+) -> None:
+    hub.add(SAE, prisma_files())
+    folder = tmp_path / "photos"
+    if kind != "missing":
+        folder.mkdir()
+    if kind == "unreadable":
+        (folder / "1.jpg").write_bytes(b"\xff\xd8 no picture")
+    hub.asked.clear()
+    said: list[str] = []
+    with pytest.raises(ConfigError, match="folder|holds no pictures"):
+        room.protect(
+            room.Request(NAME, pictures=(folder,), measure_s=0.1), rows(), Hub(report=said.append), say=said.append
+        )
+    assert hub.asked == []
+    assert not any("passed over" in line for line in said)
+
+
 def test_an_sae_of_another_clip_is_refused_and_nothing_is_written(hub: FakeHub, cache: Path, rows, tmp_path) -> None:
     hub.add(SAE, prisma_files(scale=-1.0))
     with pytest.raises(ConfigError, match=r"explains -\d+ % of the variance of .* it was trained on another CLIP"):
