@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from defense.errors import CheckpointError, ConfigError
+from defense.errors import CheckpointError, ConfigError, NotThereError
 from defense.hosts import shipped
 from defense.hosts.clip import Clip, load_clip
 from defense.hosts.defense import ClipId, Defense
@@ -44,6 +44,11 @@ def clip_and_defense(
         ConfigError, CheckpointError: See `RobustClassifier.from_pretrained`.
     """
     if model is None and _is_clip(source, pretrained):
+        if pretrained is None and ":" not in str(source):
+            raise NotThereError(
+                f"{source} is not there: neither a folder nor a defense has that name. If the CLIP is meant, say with "
+                "which weights: pretrained=, on the command line --pretrained"
+            )
         clip = load_clip(str(source), pretrained, device=device)
         return clip, _ready(clip, clip.id_as(str(source), pretrained), hub)
     check_named(model, pretrained)

@@ -325,11 +325,8 @@ def load_clip(
         from . import open_clip_names
 
         model = open_clip_names.known_name(model)
-        if pretrained is None:
-            raise ConfigError(
-                f"{model} needs weights: give pretrained=, one of {open_clip.list_pretrained_tags_by_model(model)}"
-            )
-        needs_quick_gelu = open_clip_names.needs_quick_gelu(model, pretrained)
+        open_clip_names.check_weights(model, pretrained)
+        needs_quick_gelu = open_clip_names.needs_quick_gelu(model, str(pretrained))
     try:
         net = open_clip.create_model(
             model, pretrained=pretrained, device=device, force_quick_gelu=needs_quick_gelu, weights_only=True

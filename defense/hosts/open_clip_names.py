@@ -50,6 +50,29 @@ def known_name(model: str) -> str:
     raise ConfigError(f"open_clip knows no model {model!r}; {hint}")
 
 
+def check_weights(model: str, pretrained: str | None) -> None:
+    """Refuse weights that are neither one of open_clip's tags for a model nor a file.
+
+    Args:
+        model: open_clip's name.
+        pretrained: The tag or file.
+
+    Raises:
+        ConfigError: There are none, or none of that name.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained is None:
+        raise ConfigError(
+            f"{model} needs weights: give pretrained= (--pretrained), one of {', '.join(tags)}, or a file"
+        )
+    if get_pretrained_cfg(model, pretrained) or Path(pretrained).is_file():
+        return
+    begun = [tag for tag in tags if tag.startswith(pretrained.lower())]
+    near = begun or difflib.get_close_matches(pretrained.lower(), tags, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(tags)}"
+    raise ConfigError(f"open_clip knows no weights {pretrained!r} of {model}, and there is no such file; {hint}")
+
+
 def needs_quick_gelu(model: str, pretrained: str) -> bool:
     """Return whether QuickGELU has to be forced on a model for its weights.
 

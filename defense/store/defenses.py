@@ -9,6 +9,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import difflib
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from defense.hosts.defense import ClipId, Defense, Golden, Part, Site
 
 from . import folders
 from .folders import Verify, typed
-from .hub import Hub, hub_source
+from .hub import SCHEME, Hub, hub_source
 
 SCHEMA = 2
 """The newest that can be read. A defense without a slim site is written as schema 1, which older versions read too."""
@@ -253,10 +254,18 @@ def find_defense(
     address = hub_source(source)
     if address is not None:
         hub = Hub(cache_dir, local_files_only, token)
-        return load(hub.fetch_folder(address.at(revision), MANIFEST, "a defense"))
+        try:
+            return load(hub.fetch_folder(address.at(revision), MANIFEST, "a defense"))
+        except CheckpointError as error:
+            if type(error) is not CheckpointError or str(source).startswith(SCHEME):
+                raise
+            raise CheckpointError(f"there is no folder {source} here, so the hub was asked for it: {error}") from error
     if not folders.restore(Path(source)):
+        ships = [name if task == "text" else f"{name}:{task}" for name, model in shipped.MODELS.items()
+                 for task in model.defenses]  # fmt: skip
+        near = difflib.get_close_matches(str(source), ships, n=1)
         raise NotThereError(
             f"{source} is not there; check the name: it is neither a folder, nor a hub id ('org/repo'), nor one that "
-            "ships ('embedded')"
+            f"ships ({', '.join(ships)})" + (f". Did you mean {near[0]}?" if near else "")
         )
     return load(source)

@@ -11,7 +11,7 @@ pytest.importorskip("open_clip")
 import torch
 
 from defense.classify.classifier import RobustClassifier
-from defense.errors import BackendError, CheckpointError, ConfigError
+from defense.errors import BackendError, CheckpointError, ConfigError, NotThereError
 from defense.hosts.clip import load_clip, resolve_device
 from defense.hosts.golden import golden_difference, make_golden
 from defense.hosts.naming import names_clip
@@ -77,8 +77,47 @@ def test_the_name_of_a_clip_without_a_ready_defense_says_how_to_make_one(tmp_pat
         CheckpointError, match=r"no defense is ready for local-dir:.*make one: defense protect local-dir"
     ):
         RobustClassifier.from_pretrained(f"local-dir:{tiny_folder}", device="cpu", local_files_only=True)
-    with pytest.raises(ConfigError, match="ViT-B-32 needs weights"):
-        RobustClassifier.from_pretrained("ViT-B-32")
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "vit-b-32"])
+def test_a_folder_that_is_not_there_and_is_called_like_a_clip_is_said_to_be_missing(name):
+    with pytest.raises(NotThereError, match=f"{name} is not there.*say with which weights: pretrained="):
+        RobustClassifier.from_pretrained(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("phto", r"ships \(photo, .*embedded:waterbirds\). Did you mean photo\?"),
+        ("embeded", r"Did you mean embedded\?"),
+        ("nothing-like-it", r"embedded:waterbirds\)$"),
+    ],
+)
+def test_a_defense_that_is_not_there_is_told_what_ships(name, expected):
+    with pytest.raises(NotThereError, match=expected):
+        find_defense(name)
+
+
+def test_a_mistyped_path_is_said_to_be_no_folder_before_the_hub_is(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no folder nofolder/x here, so the hub was asked for it: "):
+        find_defense("nofolder/x", local_files_only=True, cache_dir=str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"^(?!there is no folder)"):
+        find_defense("hf://nofolder/x", local_files_only=True, cache_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "expected"),
+    [
+        (None, "ViT-B-32 needs weights: give pretrained="),
+        ("datacomp", "did you mean datacomp_xl_s13b_b90k"),
+        ("opnai", "did you mean openai"),
+        ("tuned.safetensors", "there is no such file; there are openai, "),
+    ],
+)
+def test_weights_that_open_clip_does_not_know_are_refused_with_those_it_does(pretrained, expected, caplog):
+    with pytest.raises(ConfigError, match=expected):
+        load_clip("ViT-B-32", pretrained)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_pictures_that_are_not_there_are_said_before_anything_is_fetched(
         (folder / "1.jpg").write_bytes(b"\xff\xd8 no picture")
     hub.asked.clear()
     said: list[str] = []
-    with pytest.raises(ConfigError, match="folder|holds no pictures"):
+    with pytest.raises(ConfigError, match=r"folder|holds no pictures"):
         room.protect(
             room.Request(NAME, pictures=(folder,), measure_s=0.1), rows(), Hub(report=said.append), say=said.append
         )
