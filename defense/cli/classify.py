@@ -71,7 +71,7 @@ def classify(
     on_error: Annotated[OnError, typer.Option(help="What becomes of a picture that cannot be read.")] = "skip",
     top_k: Annotated[int, typer.Option(min=1, help="How many labels to print.")] = 3,
     strength: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Of a bundle: factor on what is removed; 0 is plain CLIP.")
+        float | None, typer.Option(min=0, max=1, help="With a bundle: factor on what is removed; 0 is plain CLIP.")
     ] = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",

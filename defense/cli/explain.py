@@ -55,7 +55,7 @@ _TOP_K = 3
 # Longer than functions here are: the options of a command are its parameters, one line each.
 @app.command()
 def explain(
-    picture: Annotated[Path, typer.Argument(help="The file.")],
+    picture: Annotated[Path, typer.Argument(help="The picture's file.")],
     out: Annotated[
         Path, typer.Option(help="What to write: a .html, .png or .json file. One that is there is replaced.")
     ],
@@ -66,7 +66,9 @@ def explain(
     model: OtherModel = None,
     pretrained: Pretrained = None,
     strength: Annotated[float, typer.Option(min=0, max=1, help="Factor on what is removed; 0 is stock CLIP.")] = 1.0,
-    edit: Annotated[Removal | None, typer.Option(help="In place of each latent set's own.")] = None,
+    edit: Annotated[
+        Removal | None, typer.Option(help="How latents are removed, in place of each latent set's own way.")
+    ] = None,
     phrase: Annotated[str | None, typer.Option(help="Show where this is in the picture.")] = None,
     less: Annotated[str | None, typer.Option(help="Tell the phrase from this one instead of from the rest.")] = None,
     strengths: Annotated[
@@ -78,8 +80,8 @@ def explain(
     latent: Annotated[
         list[str] | None,
         typer.Option(
-            help="By which latent they are, a number or e.g. blocks.2.hook_resid_post:17. May come again. By default "
-            "those of the defense that fire most on the picture."
+            help="With --nearest: by which latent, a number or e.g. blocks.2.hook_resid_post:17. May come again. By "
+            "default those of the defense that fire most on the picture."
         ),
     ] = None,
     max_pixels: MaxPixels = MAX_PIXELS,
