@@ -49,10 +49,10 @@ def bench(
     suite: Annotated[
         str,
         typer.Argument(
-            help='Several data sets: "mini" (drawn, nothing to fetch), "typographic", "waterbirds", "celeba", "semantic", '
-            '"photo", "all". One: rta100, paint, disentangling, scam, synthetic, semantic, waterbirds, celeba-blond, '
-            "celeba-male, photo-100, photo-1000, rta100-known, paint-known, scam-known, mini-typographic, "
-            'mini-waterbirds, mini-celeba, mini-semantic. None: "speed", "latents".'
+            help='Several data sets: "mini" (drawn, nothing to fetch), "typographic", "waterbirds", "celeba", '
+            '"semantic", "photo", "all". One: rta100, paint, disentangling, scam, synthetic, semantic, waterbirds, '
+            "celeba-blond, celeba-male, photo-100, photo-1000, rta100-known, paint-known, scam-known, "
+            'mini-typographic, mini-waterbirds, mini-celeba, mini-semantic. None: "speed", "latents".'
         ),
     ],
     data: Annotated[

@@ -109,10 +109,9 @@ def summary(explanation: Explanation) -> str:
     times = f"Image tower: {explanation.plain_ms:.0f} ms plain, {explanation.robust_ms:.0f} ms defended."
     if not explanation.removed:
         return f"Nothing was removed: the answer is that of stock CLIP, bit for bit. {times}"
-    n_patches = int((explanation.heatmap > 0).sum())
     count = f"{len(explanation.removed)} latent{'s' * (len(explanation.removed) != 1)}"
     return (
-        f"{count} removed, on {n_patches} of {explanation.heatmap.size} patches: {100 * explanation.fraction:.1f} % of "
+        f"{count} removed, on {explanation.where}: {100 * explanation.fraction:.1f} % of "
         f"the residual's length at the edited blocks. {times}"
     )
 
