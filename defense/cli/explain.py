@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +95,7 @@ def explain(
         from defense.data.sources import open_pictures
         from defense.explain.counterfactual import counterfactual
         from defense.explain.nearest import nearest as nearest_pictures
+        from defense.explain.report_words import FIRES_ON
         from defense.explain.strengths import least_strengths
         from defense.export import bundle
         from defense.hosts.controls import Controls
@@ -124,10 +125,13 @@ def explain(
             patches = _patches_of(clf, decoded.image, phrase, less, controls)
             near = None if source is None else nearest_pictures(clf, decoded.image, source, keys)
         parts = {"counterfactual": enough, "strengths": least, "patches": patches, "nearest": near}
-        _write(out, _page(out, decoded.image, explanation, shown(Path(picture.name)), clf, defense, parts))
+        catalogues = _catalogues_of(clf, defense)
+        _write(out, _page(out, decoded.image, explanation, shown(Path(picture.name)), clf, catalogues, parts))
         short = replace(explanation, plain=explanation.plain[:_TOP_K], robust=explanation.robust[:_TOP_K])
         print_explanation(picture, short)
         say(f"wrote {shown(out)}")
+        if explanation.removed and catalogues:
+            say(FIRES_ON)
         if source is not None:
             say_passed_over(source)
         if near is not None and near.n_unreadable:
@@ -178,7 +182,7 @@ def _page(
     explanation: Explanation,
     name: str,
     clf: RobustClassifier,
-    source: str,
+    catalogues: Mapping[str, Catalogue],
     parts: dict[str, Any],
 ) -> str | Image.Image:
     """Return what is to be written, in the form that the name of the file asks for."""
@@ -190,7 +194,7 @@ def _page(
         values = {key: None if part is None else part.to_dict() for key, part in parts.items()}
         return json.dumps({"picture": name, **explanation.to_dict(), **values}, indent=1) + "\n"
     draw = report_png if suffix == ".png" else report_html
-    return draw(image, explanation, name=name, defense=clf.defense, catalogues=_catalogues_of(clf, source), **parts)
+    return draw(image, explanation, name=name, defense=clf.defense, catalogues=catalogues, **parts)
 
 
 def _check_target(out: Path, picture: Path) -> None:

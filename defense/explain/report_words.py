@@ -50,6 +50,9 @@ REGION = (
     "Brighter is nearer to the phrase, on one scale for both sides; outlined are the patches above the threshold that "
     "tells those of this picture apart best. It always finds a region, also for what is not there."
 )
+NO_NAME = "no word is near, or it fires on all classes alike"
+"""What is said in place of the name of a latent that a catalogue has no words for."""
+FIRES_ON = "What a latent fires on is in `defense demo`, tab Latents: search its number."
 NEAREST = (
     ("by_latents", "By latents: overlap of activations, 1 where they are the same."),
     ("by_embedding", "By the whole embedding of plain CLIP: cosine."),
