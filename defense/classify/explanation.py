@@ -95,6 +95,14 @@ class Explanation:
         """Whether the defense changed the answer."""
         return bool(self.plain[0]["label"] != self.robust[0]["label"])
 
+    @property
+    def where(self) -> str:
+        """On which tokens something was removed, in words: the patches, or the CLS token where no patch was edited."""
+        n_patches = int((self.heatmap > 0).sum())
+        if self.removed and n_patches == 0:
+            return "the CLS token"
+        return f"{n_patches} of {self.heatmap.size} patches"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes, and `changed`, as JSON values."""
         return {

@@ -49,15 +49,19 @@ def bench(
     suite: Annotated[
         str,
         typer.Argument(
-            help='"mini" (drawn, nothing to fetch), "typographic", "waterbirds", "celeba", "semantic", "all", or one '
-            'data set; "speed" or "latents".'
+            help='Several data sets: "mini" (drawn, nothing to fetch), "typographic", "waterbirds", "celeba", '
+            '"semantic", "photo", "all". One: rta100, paint, disentangling, scam, synthetic, semantic, waterbirds, '
+            "celeba-blond, celeba-male, photo-100, photo-1000, rta100-known, paint-known, scam-known, "
+            'mini-typographic, mini-waterbirds, mini-celeba, mini-semantic. None: "speed", "latents".'
         ),
     ],
     data: Annotated[
         Path | None, typer.Option(help='The folder that holds the data sets\' folders; by default "data".')
     ] = None,
     model: OtherModel = None,
-    pretrained: Annotated[str | None, typer.Option(help='open_clip\'s tag of its weights, or "random".')] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="open_clip's tag of the model's weights, or \"random\".")
+    ] = None,
     defense: Annotated[
         str | None,
         typer.Option(
@@ -74,7 +78,7 @@ def bench(
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Take data that are not all there.")] = False,
     font: Annotated[Path | None, typer.Option(help="Font file for drawn words.")] = None,
     n: Quick = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn, and of intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn, and of intervals.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:

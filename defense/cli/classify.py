@@ -71,7 +71,7 @@ def classify(
     on_error: Annotated[OnError, typer.Option(help="What becomes of a picture that cannot be read.")] = "skip",
     top_k: Annotated[int, typer.Option(min=1, help="How many labels to print.")] = 3,
     strength: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Of a bundle: factor on what is removed; 0 is plain CLIP.")
+        float | None, typer.Option(min=0, max=1, help="With a bundle: factor on what is removed; 0 is plain CLIP.")
     ] = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
@@ -92,10 +92,11 @@ def classify(
                     "a bundle holds one defended model; --plain and --model do not go with it, --strength 0 does"
                 )
             given = None if labels is None and labels_file is None else chosen_labels(labels, labels_file, None)
-            bundled = OnnxClassifier(defense, strength=1.0 if strength is None else strength, limits=limits)
+            used = 1.0 if strength is None else strength
+            bundled = OnnxClassifier(defense, strength=used, limits=limits)
             if given is not None:
                 bundled.set_labels(given, template)
-            _exit(*_classify_with_bundle(bundled, found, as_json=as_json, on_error=on_error, top_k=top_k))
+            _exit(*_classify_with_bundle(bundled, found, used, as_json=as_json, on_error=on_error, top_k=top_k))
             return
         if strength is not None:
             raise typer.BadParameter("--strength is a bundle's; a defense is shown beside plain CLIP, or see --plain")
@@ -161,7 +162,9 @@ def _classify_all(
 
 
 def _print_error(picture: Picture, error: InvalidImageError, on_error: OnError) -> None:
-    say(f"{one_line(picture.name)}: {error}", "red")
+    quoted, text = repr(picture.name), str(error)
+    rest = text.removeprefix(quoted) if text.startswith(quoted) else f": {text}"  # the name stands there once
+    say(f"{one_line(picture.name)}{rest}", "red")
     if on_error == "return":
         print_json({"file": picture.name, "error": {"code": error.code, "message": error.message}})
 
@@ -184,7 +187,13 @@ def _classify_one(clf: RobustClassifier, picture: Picture, *, as_json: bool, top
 
 
 def _classify_with_bundle(
-    clf: OnnxClassifier, pictures: Iterable[Picture], *, as_json: bool, on_error: OnError, top_k: int
+    clf: OnnxClassifier,
+    pictures: Iterable[Picture],
+    strength: float,
+    *,
+    as_json: bool,
+    on_error: OnError,
+    top_k: int,
 ) -> tuple[int, int]:
     """Print an answer per picture, without torch; return how many there were and how many could not be read."""
     n = n_failed = 0
@@ -200,9 +209,8 @@ def _classify_with_bundle(
         elif as_json:
             print_json({"file": picture.name, "robust": answer.prediction, "warnings": list(answer.warnings)})
         else:
-            put(one_line(Path(picture.name).name), "bold")
-            for row in answer.prediction or ():
-                put(f"  {100 * row['score']:5.1f} %  {row['label']}")
+            side = "defended" if strength > 0 else "plain CLIP"
+            _print_table(Path(picture.name), {side: answer.prediction or []})
             _print_notes(answer.warnings)
     return n, n_failed
 
@@ -251,11 +259,7 @@ def _what_was_removed(explanation: Explanation) -> str:
         return "nothing was removed: the answer is stock CLIP's, bit for bit"
     names = ", ".join(dict.fromkeys(item.set_name for item in explanation.removed))
     n_latents = f"{len(explanation.removed)} latent{'s' * (len(explanation.removed) != 1)}"
-    n_patches = int((explanation.heatmap > 0).sum())
-    return (
-        f"removed: {names}; {n_latents} on {n_patches} of {explanation.heatmap.size} patches, "
-        f"{100 * explanation.fraction:.1f} % of the residual"
-    )
+    return f"removed: {names}; {n_latents} on {explanation.where}, {100 * explanation.fraction:.1f} % of the residual"
 
 
 def _print_next_step() -> None:

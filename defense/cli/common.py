@@ -85,13 +85,18 @@ EXIT_USAGE, EXIT_MISSING, EXIT_INPUTS, EXIT_ARTIFACT, EXIT_SYSTEM = 2, 3, 4, 5, 
 EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141  # 128 and the number of the signal, as shells have it: SIGINT, SIGPIPE
 
 # Options that several commands have.
-Labels = Annotated[str | None, typer.Option(help='What to choose from, e.g. "dog,cat".')]
-LabelsFile = Annotated[Path | None, typer.Option(help="The same, one label a line.")]
+Labels = Annotated[str | None, typer.Option(help='Labels to choose from, separated by commas, e.g. "dog,cat".')]
+LabelsFile = Annotated[Path | None, typer.Option(help="Text file of labels to choose from, one a line.")]
 Template = Annotated[str, typer.Option(help='"simple", "hf", "openai", or a template with {}.')]
 DefenseSource = Annotated[str, typer.Option(help='"photo", "embedded", a folder, or a hub id.')]
 Model = Annotated[str, typer.Option(help='open_clip model, or "transformers:" and a folder or hub id.')]
-OtherModel = Annotated[str | None, typer.Option(help="The same; by default the one that the defense names.")]
-Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")]
+OtherModel = Annotated[
+    str | None,
+    typer.Option(
+        help='open_clip model, or "transformers:" and a folder or hub id; by default the one that the defense names.'
+    ),
+]
+Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of the model's weights.")]
 MaxPixels = Annotated[int, typer.Option(min=1, help="Largest picture that is read, in pixels: width times height.")]
 Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')]
 

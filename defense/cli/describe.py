@@ -40,7 +40,9 @@ def describe(
         list[Path], typer.Option(help="Folder with pictures, .tar or .parquet files; or such a file. May come again.")
     ],
     words: Annotated[Path, typer.Option(help="Candidates for names, one a line.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for it; <defense>.catalogue is found by itself.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the catalogue; <defense>.catalogue is found by itself.")
+    ],
     model: Model = DEFAULT,
     pretrained: Pretrained = None,
     n_top: Annotated[int, typer.Option(min=1, help="Pictures to keep per latent.")] = 8,
@@ -63,7 +65,10 @@ def describe(
         typer.Option(help="Another CLIP, as --model names one: what training it on did to the latents of the first."),
     ] = None,
     against_pretrained: Annotated[
-        str | None, typer.Option(help="Its weights: a tag, or the path of a file. Alone: of --model.")
+        str | None,
+        typer.Option(
+            help="Weights of --against: a tag, or the path of a file. Without --against: other weights of --model."
+        ),
     ] = None,
     phrases: Annotated[
         Path | None,
@@ -73,7 +78,7 @@ def describe(
         Path | None,
         typer.Option(help="Tree of --classes, a csv file with the columns class and parent: how general latents are."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the pictures drawn for names and steering.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the pictures drawn for names and steering.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:

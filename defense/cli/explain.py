@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +55,7 @@ _TOP_K = 3
 # Longer than functions here are: the options of a command are its parameters, one line each.
 @app.command()
 def explain(
-    picture: Annotated[Path, typer.Argument(help="The file.")],
+    picture: Annotated[Path, typer.Argument(help="The picture's file.")],
     out: Annotated[
         Path, typer.Option(help="What to write: a .html, .png or .json file. One that is there is replaced.")
     ],
@@ -66,7 +66,9 @@ def explain(
     model: OtherModel = None,
     pretrained: Pretrained = None,
     strength: Annotated[float, typer.Option(min=0, max=1, help="Factor on what is removed; 0 is stock CLIP.")] = 1.0,
-    edit: Annotated[Removal | None, typer.Option(help="In place of each latent set's own.")] = None,
+    edit: Annotated[
+        Removal | None, typer.Option(help="How latents are removed, in place of each latent set's own way.")
+    ] = None,
     phrase: Annotated[str | None, typer.Option(help="Show where this is in the picture.")] = None,
     less: Annotated[str | None, typer.Option(help="Tell the phrase from this one instead of from the rest.")] = None,
     strengths: Annotated[
@@ -78,8 +80,8 @@ def explain(
     latent: Annotated[
         list[str] | None,
         typer.Option(
-            help="By which latent they are, a number or e.g. blocks.2.hook_resid_post:17. May come again. By default "
-            "those of the defense that fire most on the picture."
+            help="With --nearest: by which latent, a number or e.g. blocks.2.hook_resid_post:17. May come again. By "
+            "default those of the defense that fire most on the picture."
         ),
     ] = None,
     max_pixels: MaxPixels = MAX_PIXELS,
@@ -93,6 +95,7 @@ def explain(
         from defense.data.sources import open_pictures
         from defense.explain.counterfactual import counterfactual
         from defense.explain.nearest import nearest as nearest_pictures
+        from defense.explain.report_words import FIRES_ON
         from defense.explain.strengths import least_strengths
         from defense.export import bundle
         from defense.hosts.controls import Controls
@@ -122,10 +125,13 @@ def explain(
             patches = _patches_of(clf, decoded.image, phrase, less, controls)
             near = None if source is None else nearest_pictures(clf, decoded.image, source, keys)
         parts = {"counterfactual": enough, "strengths": least, "patches": patches, "nearest": near}
-        _write(out, _page(out, decoded.image, explanation, shown(Path(picture.name)), clf, defense, parts))
+        catalogues = _catalogues_of(clf, defense)
+        _write(out, _page(out, decoded.image, explanation, shown(Path(picture.name)), clf, catalogues, parts))
         short = replace(explanation, plain=explanation.plain[:_TOP_K], robust=explanation.robust[:_TOP_K])
         print_explanation(picture, short)
         say(f"wrote {shown(out)}")
+        if explanation.removed and catalogues:
+            say(FIRES_ON)
         if source is not None:
             say_passed_over(source)
         if near is not None and near.n_unreadable:
@@ -176,7 +182,7 @@ def _page(
     explanation: Explanation,
     name: str,
     clf: RobustClassifier,
-    source: str,
+    catalogues: Mapping[str, Catalogue],
     parts: dict[str, Any],
 ) -> str | Image.Image:
     """Return what is to be written, in the form that the name of the file asks for."""
@@ -188,7 +194,7 @@ def _page(
         values = {key: None if part is None else part.to_dict() for key, part in parts.items()}
         return json.dumps({"picture": name, **explanation.to_dict(), **values}, indent=1) + "\n"
     draw = report_png if suffix == ".png" else report_html
-    return draw(image, explanation, name=name, defense=clf.defense, catalogues=_catalogues_of(clf, source), **parts)
+    return draw(image, explanation, name=name, defense=clf.defense, catalogues=catalogues, **parts)
 
 
 def _check_target(out: Path, picture: Path) -> None:

@@ -93,10 +93,11 @@ def fit(
     labels_file: LabelsFile = None,
     classes: Annotated[str | None, typer.Option(help='Group: e.g. "landbird,waterbird".')] = None,
     metadata: Annotated[Path | None, typer.Option(help="Group: csv file, a row per picture; no test split.")] = None,
-    path_column: Annotated[str, typer.Option(help="Its column of paths.")] = "path",
-    label_column: Annotated[str, typer.Option(help="Its column of classes: names or numbers.")] = "label",
+    path_column: Annotated[str, typer.Option(help="Column of paths in --metadata.")] = "path",
+    label_column: Annotated[str, typer.Option(help="Column of classes in --metadata: names or numbers.")] = "label",
     attribute_column: Annotated[
-        str | None, typer.Option(help="Its column of what should not count; by default plain CLIP's errors show it.")
+        str | None,
+        typer.Option(help="Column of what should not count in --metadata; by default plain CLIP's errors show it."),
     ] = None,
     spurious: Annotated[
         str | None, typer.Option(help='Group, without labels: e.g. "water background,land background".')
@@ -115,9 +116,12 @@ def fit(
         float, typer.Option(min=0, max=1, help="Accuracy that may be lost where nothing is wrong, over all blocks.")
     ] = 0.01,
     n_pictures: Annotated[int, typer.Option(min=1, help="Pictures to use, at most.")] = 300,
-    folds: Annotated[int, typer.Option(min=0, help="Of the cross-validation; 0 holds nothing out.")] = 3,
+    folds: Annotated[int, typer.Option(min=0, help="Folds of the cross-validation; 0 holds nothing out.")] = 3,
     steps: Annotated[
-        int, typer.Option(min=1, help="Of the joint step, at most; it stops where held-out pictures gain no more.")
+        int,
+        typer.Option(
+            min=1, help="Gradient steps of the joint fit, at most; it stops where held-out pictures gain no more."
+        ),
     ] = 100,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try each block alone, and each scope; take the best.")
@@ -133,11 +137,11 @@ def fit(
         ),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for a report with plots.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the latent set; by default the task's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the latent set; by default the task's.")] = None,
     license: Annotated[
-        str, typer.Option("--license", "--licence", help="Of the defense; SPDX identifier.")
+        str, typer.Option("--license", "--licence", help="License of the defense; SPDX identifier.")
     ] = "not stated",
-    seed: Annotated[int, typer.Option(min=0, help="Of pictures, writing and folds.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of pictures, writing and folds.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @app.command()
 def protect(
     name: Annotated[str | None, typer.Argument(help="open_clip model, e.g. ViT-B-32.")] = None,
-    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of its weights.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of the model's weights.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write the defense to, too.")] = None,
     pictures: Annotated[
         list[Path] | None, typer.Option(help="Fit on these: a folder, .tar or .parquet files; again for more.")

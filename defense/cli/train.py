@@ -62,8 +62,10 @@ def train(
     labels_file: Annotated[
         Path | None, typer.Option(help="Classes, one a line: measure what the SAE costs in zero-shot accuracy.")
     ] = None,
-    license: Annotated[str, typer.Option("--license", "--licence", help="Of the SAE; SPDX identifier.")] = "not stated",
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and writing.")] = 0,
+    license: Annotated[
+        str, typer.Option("--license", "--licence", help="License of the SAE; SPDX identifier.")
+    ] = "not stated",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, order and writing.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
 ) -> None:

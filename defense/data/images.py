@@ -214,7 +214,9 @@ def _read_file(path: str | os.PathLike[str], name: str, max_bytes: int) -> bytes
         status = os.stat(path)
         # Asked before opening: opening a FIFO would wait for a writer.
         if not stat.S_ISREG(status.st_mode):
-            raise InvalidImageError("not_an_image", f"{name} is a folder, device or pipe; want a regular file")
+            raise InvalidImageError(
+                "not_an_image", f"{name} is a folder or a device, not a file; give the file of one picture"
+            )
         if status.st_size > max_bytes:
             raise _too_many_bytes(name, max_bytes)
         with open(path, "rb") as stream:

@@ -229,12 +229,15 @@ def _html_latents(picture: Image.Image, box: Box, explanation: Explanation, cata
         "<th scope='col'>where</th><th scope='col'>latent</th><th scope='col'>set</th><th scope='col'>hook point</th>"
         "<th scope='col' class='number'>activation</th><th scope='col' class='number'>energy</th>"
         f"<th scope='col'>share</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        + (f"<p>{escape(words.FIRES_ON)}</p>" if catalogues else "")
     )
 
 
 def _html_latent(item: Removed, seen: Image.Image, catalogues: Mapping[str, Catalogue]) -> str:
     names = words.names_of(catalogues, item.hook_point, item.latent)
     title = f"{escape(names)} <span class='quiet'>{item.latent}</span>" if names else f"latent {item.latent}"
+    if not names and item.hook_point in catalogues:
+        title += f" <span class='quiet'>{words.NO_NAME}</span>"
     return (
         f"<tr><td>{_img(overlay(seen, item.map), f'Where latent {item.latent} was removed.')}</td>"
         f"<th scope='row'>{title}</th><td>{escape(item.set_name)}</td><td>{escape(item.hook_point)}</td>"

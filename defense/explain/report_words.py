@@ -50,6 +50,9 @@ REGION = (
     "Brighter is nearer to the phrase, on one scale for both sides; outlined are the patches above the threshold that "
     "tells those of this picture apart best. It always finds a region, also for what is not there."
 )
+NO_NAME = "no word is near, or it fires on all classes alike"
+"""What is said in place of the name of a latent that a catalogue has no words for."""
+FIRES_ON = "What a latent fires on is in `defense demo`, tab Latents: search its number."
 NEAREST = (
     ("by_latents", "By latents: overlap of activations, 1 where they are the same."),
     ("by_embedding", "By the whole embedding of plain CLIP: cosine."),
@@ -109,10 +112,9 @@ def summary(explanation: Explanation) -> str:
     times = f"Image tower: {explanation.plain_ms:.0f} ms plain, {explanation.robust_ms:.0f} ms defended."
     if not explanation.removed:
         return f"Nothing was removed: the answer is that of stock CLIP, bit for bit. {times}"
-    n_patches = int((explanation.heatmap > 0).sum())
     count = f"{len(explanation.removed)} latent{'s' * (len(explanation.removed) != 1)}"
     return (
-        f"{count} removed, on {n_patches} of {explanation.heatmap.size} patches: {100 * explanation.fraction:.1f} % of "
+        f"{count} removed, on {explanation.where}: {100 * explanation.fraction:.1f} % of "
         f"the residual's length at the edited blocks. {times}"
     )
 

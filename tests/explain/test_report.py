@@ -316,3 +316,18 @@ def test_a_padded_picture_and_tiny_patches_are_drawn_too():
     small = Image.new("RGB", (8, 4), "white")
     assert label_map(small, (0, -2, 8, 6), said(), robust=True).size == (8, 4)
     assert region_picture(small, (0, -2, 8, 6), said().region, robust=True).size == (8, 4)
+
+
+def test_what_was_removed_from_the_cls_token_alone_is_said_to_be_there():
+    on_cls = explanation(heatmap=np.zeros((4, 4), np.float32))
+    assert on_cls.where == "the CLS token"
+    assert "on the CLS token:" in report_html(picture(), on_cls)
+    assert explanation().where == "1 of 16 patches"
+
+
+def test_a_latent_that_a_catalogue_has_no_word_for_says_so_and_where_to_look():
+    nameless = SimpleNamespace(names_of=lambda _latent: ())
+    page = report_html(picture(), explanation(), catalogues={POINT: nameless})
+    assert page.count("no word is near") == 3
+    assert "defense demo" in page
+    assert "no word is near" not in report_html(picture(), explanation())

@@ -64,6 +64,8 @@ def picture(tmp_path):
 
 def test_classify_takes_a_bundle(tiny_bundle, picture):
     code, printed, _ = run("classify", picture, "--defense", tiny_bundle, "--top-k", "2")
+    assert "defended" in printed
+    assert "plain CLIP" not in printed
     assert code == 0
     assert "red.png" in printed
     assert sum(label in printed for label in ("dog", "cat", "red fish")) == 2
