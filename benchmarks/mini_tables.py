@@ -60,12 +60,6 @@ class _Rows:
             return mean_and_range(values)
         return CANNOT_WORK if name in self.unable.get(dataset, ()) else "-"
 
-    def ms(self, name: str) -> str:
-        runs = [each for (_, other), found in self.by_place.items() if other == name for each in found]
-        if not runs:
-            return "-"
-        return f"{sum(each['n'] * each['run']['encode_ms'] for each in runs) / sum(each['n'] for each in runs):.1f}"
-
     def half_widths(self) -> list[float]:
         """Return half of the intervals of all figures shown, in points."""
         found = [(each, name) for _, place, name in _COLUMNS for (at, _), all_ in self.by_place.items() if at == place
@@ -85,10 +79,10 @@ def main_table(results: Sequence[Result]) -> str:
     half_widths = rows.half_widths()
     if not half_widths:
         raise ConfigError("no method was measured on the miniatures at full strength; run: defense bench mini")
-    lines = [f"| method | {' | '.join(heading for heading, *_ in _COLUMNS)} | ms |", "|---" * (len(_COLUMNS) + 2) + "|"]
+    lines = [f"| method | {' | '.join(heading for heading, *_ in _COLUMNS)} |", "|---" * (len(_COLUMNS) + 1) + "|"]
     for name in rows.names():
         cells = [rows.cell(dataset, name, figure) for _, dataset, figure in _COLUMNS]
-        lines.append(f"| {name} | {' | '.join(cells)} | {rows.ms(name)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n" + _caption(rows, max(half_widths))
 
 

@@ -37,6 +37,16 @@ if TYPE_CHECKING:
 _WITHOUT_DATA = {"speed": {"model", "out"}, "latents": {"out"}}
 """Suites that measure no data set, and the options that each of them takes."""
 
+Suite = Annotated[
+    str,
+    typer.Argument(
+        help='Several data sets: "mini" (drawn, nothing to fetch), "typographic", "waterbirds", "celeba", '
+        '"semantic", "photo", "all". One: rta100, paint, disentangling, scam, synthetic, semantic, waterbirds, '
+        "celeba-blond, celeba-male, photo-100, photo-1000, rta100-known, paint-known, scam-known, "
+        'mini-typographic, mini-waterbirds, mini-celeba, mini-semantic. None: "speed", "latents".'
+    ),
+]
+
 Quick = Annotated[
     int | None,
     typer.Option("--n", min=1, help="Pictures of each split of the miniatures, for a quick look; not for publication."),
@@ -46,15 +56,7 @@ Quick = Annotated[
 @app.command()
 def bench(
     ctx: typer.Context,
-    suite: Annotated[
-        str,
-        typer.Argument(
-            help='Several data sets: "mini" (drawn, nothing to fetch), "typographic", "waterbirds", "celeba", '
-            '"semantic", "photo", "all". One: rta100, paint, disentangling, scam, synthetic, semantic, waterbirds, '
-            "celeba-blond, celeba-male, photo-100, photo-1000, rta100-known, paint-known, scam-known, "
-            'mini-typographic, mini-waterbirds, mini-celeba, mini-semantic. None: "speed", "latents".'
-        ),
-    ],
+    suite: Suite,
     data: Annotated[
         Path | None, typer.Option(help='The folder that holds the data sets\' folders; by default "data".')
     ] = None,
