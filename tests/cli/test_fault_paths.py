@@ -26,6 +26,7 @@ READ = {
     ("classify", "defense"): ["{picture}", "--labels", "dog,cat", "--defense", NOPE],
     ("explain", "labels_file"): ["{picture}", "--out", "{out}.png", "--labels-file", NOPE],
     ("explain", "defense"): ["{picture}", "--out", "{out}.png", "--labels", "dog,cat", "--defense", NOPE],
+    ("explain", "nearest"): ["{picture}", "--out", "{out}.png", "--labels", "dog,cat", "--nearest", NOPE],
     ("export", "labels_file"): ["{out}", "--labels-file", NOPE],
     ("export", "defense"): ["{out}", "--labels", "dog,cat", "--defense", NOPE],
     ("info", "source"): [NOPE],
