@@ -295,8 +295,11 @@ def test_a_catalogue_keeps_its_baselines_on_disk_and_one_without_them_loads(clip
     assert "baselines" not in catalogue.load(tmp_path / "older")[POINT].provenance
 
 
-def test_the_catalogue_of_the_default_model_ships_with_its_baselines():
-    for each in catalogue.find("photo").values():
+@pytest.mark.parametrize("name", ["photo", "embedded", "embedded:waterbirds", "embedded:celeba"])
+def test_every_catalogue_ships_with_its_baselines(name):
+    found = catalogue.find(name)
+    assert found
+    for each in found.values():
         swept = each.provenance["baselines"]["steerability"]
         assert set(swept["kinds"]) == {"latents", "neurons", "channels", "random"}
         assert each.provenance["steer"] == swept["strength"]

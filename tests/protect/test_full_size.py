@@ -35,9 +35,8 @@ from ..hub_server import FakeHub
 
 pytestmark = [pytest.mark.slow]
 
-MODEL, SIDE, BLOCK, D_SAE = "ViT-B-32", 224, 9, 49_152
+MODEL, SIDE, D_SAE = "ViT-B-32", 224, 49_152
 LABELS = tuple(list(scenes.OBJECTS)[:30])
-HOOK_POINT = f"blocks.{BLOCK}.hook_resid_post"
 COMMAND = """
 from defense.fit.gates import Gates
 for gate in ("check_explained", "check_fooled", "check_validation"):
@@ -80,10 +79,10 @@ def _image_embeds(clip: Clip, n: int) -> np.ndarray:
     return clip.image_embeds(torch.from_numpy(np.stack([clip.preprocess(picture) for picture in drawn]))).numpy()
 
 
-def sae_files(clip: Clip, architecture: str) -> dict[str, bytes]:
+def sae_files(clip: Clip, architecture: str, hook_point: str) -> dict[str, bytes]:
     """An SAE as SAELens writes one, whose latents point from one token of the residual stream to another."""
     drawn = [scenes.render(replace(case.scene, oversample=1), SIDE) for case in draws.typographic(20, 2)]
-    rows = clip.tower.resid(np.stack([clip.preprocess(each) for each in drawn]), HOOK_POINT).flatten(0, 1)
+    rows = clip.tower.resid(np.stack([clip.preprocess(each) for each in drawn]), hook_point).flatten(0, 1)
     generator = torch.Generator().manual_seed(0)
     first, second = (rows[torch.randint(len(rows), (D_SAE,), generator=generator)] for _ in range(2))
     noise = torch.randn(D_SAE, rows.shape[1], generator=generator) * (first - second).std() / 4
@@ -93,7 +92,7 @@ def sae_files(clip: Clip, architecture: str) -> dict[str, bytes]:
     }  # fmt: skip
     config: dict[str, Any] = {
         "d_in": rows.shape[1], "d_sae": D_SAE, "architecture": architecture, "normalize_activations": "none",
-        "apply_b_dec_to_input": True, "hook_name": HOOK_POINT,
+        "apply_b_dec_to_input": True, "hook_name": hook_point,
     }  # fmt: skip
     if architecture == "topk":
         config["k"] = 64
@@ -105,14 +104,12 @@ def sae_files(clip: Clip, architecture: str) -> dict[str, bytes]:
     return {"sae_weights.safetensors": save(tensors), "cfg.json": json.dumps(config).encode()}
 
 
-@pytest.fixture
-def registry(tmp_path: Path, clip_folder: Path) -> Path:
+def registry(path: Path, model: str, hook_point: str) -> Path:
     """A user's registry, with one host and one SAE, and a fit that is short."""
     sae = {"repo": "someone/sae", "file": "sae_weights.safetensors", "format": "saelens", "license": "MIT"}
-    fit = {"hook_points": [HOOK_POINT], "n_pictures": 24, "clean_budget": 1.0, "steps": 3}
-    host = {"model": f"local-dir:{clip_folder}", "saes": [{**sae, "hook_point": HOOK_POINT, "tokens": "all"}]}
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"schema": 1, "hosts": [{**host, "fit": fit}]}))
+    fit = {"hook_points": [hook_point], "n_pictures": 24, "clean_budget": 1.0, "steps": 3}
+    host = {"model": model, "saes": [{**sae, "hook_point": hook_point, "tokens": "all"}], "fit": fit}
+    path.write_text(json.dumps({"schema": 1, "hosts": [host]}))
     return path
 
 
@@ -137,15 +134,18 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard", "gated"])
+@pytest.mark.parametrize(
+    ("architecture", "block"), [("topk", 9), ("topk", 11), ("jumprelu", 9), ("standard", 5), ("gated", 11)]
+)
 def test_from_a_name_to_a_defense_that_everything_uses_killed_three_times(
-    hub: FakeHub, tmp_path: Path, clip_folder: Path, registry: Path, architecture: str
+    hub: FakeHub, tmp_path: Path, clip_folder: Path, architecture: str, block: int
 ) -> None:
-    clip = load_clip(f"local-dir:{clip_folder}")
-    hub.add("someone/sae", sae_files(clip, architecture))
+    clip, hook_point = load_clip(f"local-dir:{clip_folder}"), f"blocks.{block}.hook_resid_post"
+    hub.add("someone/sae", sae_files(clip, architecture, hook_point))
+    rows = registry(tmp_path / "mine.json", f"local-dir:{clip_folder}", hook_point)
     labels = tmp_path / "labels.txt"
     labels.write_text("\n".join(LABELS))
-    name = [f"local-dir:{clip_folder}", "--registry", str(registry), "--labels-file", str(labels), "--device", "cpu"]
+    name = [f"local-dir:{clip_folder}", "--registry", str(rows), "--labels-file", str(labels), "--device", "cpu"]
 
     def environment(cache: str) -> dict[str, str]:
         hf = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub-cache")}
