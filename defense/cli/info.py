@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +13,11 @@ from defense.errors import CheckpointError, MissingDependencyError, cannot_impor
 from defense.hosts.defense import Defense
 from defense.hosts.shipped import DEFAULT
 from defense.store import folders
+
+_N_OF_A_LIST = 8
+"""Elements of a list that are shown."""
+_DEPTH = 8
+"""Values within others that get lines of their own; a manifest from elsewhere may hold any number."""
 
 
 @app.command()
@@ -59,10 +65,36 @@ def info(
                     f"  set       {latent_set.name}: {len(latent_set.latents)} latents, edit {latent_set.edit}, "
                     f"tokens {latent_set.tokens}"
                 )
-        for key, value in defense.provenance.items():
-            put(f"{key:11} {value}")
+        for line in _in_lines(defense.provenance):
+            put(line)
         if check:
             _check_golden(defense, source, model, pretrained)
+
+
+def _in_lines(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Yield a line for each of JSON's values, those within others further to the right; the end of a long list is cut.
+
+    Args:
+        values: By name.
+        indent: What each line begins with.
+    """
+    for name, value in values.items():
+        named = f"{indent}{name:{max(0, 11 - len(indent))}}"
+        rows = value if isinstance(value, list) else [value]
+        if rows and len(indent) < 2 * _DEPTH and all(isinstance(row, Mapping) for row in rows):
+            for row in rows:
+                yield named.rstrip()
+                yield from _in_lines(row, f"{indent}  ")
+            continue
+        shown_rows = ", ".join(map(_short, rows[:_N_OF_A_LIST]))
+        more = f", ... ({len(rows):,} in all)" if len(rows) > _N_OF_A_LIST else ""
+        yield f"{named} {shown_rows}{more}".rstrip()
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str):
+        return value if value.isprintable() else repr(value)  # a line break could look like a line of ours
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def _check_pinned(manifest: str | None, expect: str | None) -> None:
@@ -94,7 +126,9 @@ def _print_sae(folder: Path, expect: str | None) -> None:
     by_kind = quality.get("by_kind") if isinstance(quality, dict) else None  # of an import it may be anything
     for key, value in found.provenance.items():
         has_kinds = key == "quality" and by_kind is not None
-        put(f"{key:11} { ({n: v for n, v in value.items() if n != 'by_kind'} if has_kinds else value) }")
+        told = {n: v for n, v in value.items() if n != "by_kind"} if has_kinds else value
+        for line in _in_lines({key: told}):
+            put(line)
     for line in coding_lines(by_kind or {}):
         put(line)
     put("golden      acts and reconstructions reproduced")

@@ -24,7 +24,6 @@ from defense.store import folders
 from defense.world.scenes import OBJECTS
 
 from ..command import run
-from ..conftest import random_sae
 
 
 @pytest.fixture
@@ -314,18 +313,6 @@ def test_fault_53_an_edited_manifest_is_noticed_when_its_hash_is_pinned(defense_
     code, _, err = run("info", defense_folder, "--expect", pinned)
     assert code == 5
     assert "was changed" in err
-
-
-def test_info_check_of_an_sae_is_its_golden_activations_and_needs_no_host(tmp_path):
-    from defense.store.checkpoint import Checkpoint, save
-
-    folder = save(Checkpoint(random_sae(), "blocks.1.hook_resid_post"), tmp_path / "sae")
-    code, out, _ = run("info", folder, "--check")
-    assert code == 0
-    assert "golden      acts and reconstructions reproduced" in out
-    code, out, err = run("info", folder, "--check", "--model", "ViT-B-32")
-    assert (code, out) == (2, "")
-    assert "are for a defense" in err
 
 
 def test_fault_70_without_torch_the_answer_is_the_command_that_installs_it(tmp_path):
