@@ -196,6 +196,15 @@ def make_printable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def separated(text: str, option: str) -> list[str]:
+    """Return the names that an option holds, separated by commas; refuse blank ones."""
+    names = [name.strip() for name in text.split(",")]
+    if blank := [place for place, name in enumerate(names, start=1) if not name]:
+        what = f"name {blank[0]} of {len(names)} is blank: a comma too many" if len(names) > 1 else "there is no name"
+        raise typer.BadParameter(f'{option} "{text}": {what}; give names separated by commas, as in "dog,pizza"')
+    return names
+
+
 def chosen_labels(
     labels: str | None,
     labels_file: Path | None,
@@ -222,7 +231,7 @@ def chosen_labels(
 
         return read_labels(labels_file)
     if labels is not None:
-        return [label.strip() for label in labels.split(",")]
+        return separated(labels, "--labels")
     if own is not None:
         from defense.embedded.labels import own_labels
 

@@ -27,6 +27,7 @@ from defense.cli.common import (
     put,
     say,
     say_passed_over,
+    separated,
     shown,
 )
 from defense.cli.progress import stages
@@ -213,7 +214,7 @@ def _check_options(source: _Source, saes: Sequence[str], *, scope: Scope | None,
         raise typer.BadParameter(
             "--task group needs either --metadata, which names the groups, or --spurious, which does without"
         )
-    if source.spurious is not None and len(_split(source.spurious)) < 2:
+    if source.spurious is not None and len(separated(source.spurious, "--spurious")) < 2:
         raise typer.BadParameter(f"--spurious {source.spurious} is one prompt; give two or more, separated by commas")
     if source.attribute_column is not None and source.metadata is None:
         raise typer.BadParameter("--attribute-column names a column of --metadata; give that too")
@@ -259,7 +260,7 @@ def _answers(
     if task == "group":
         if classes is None or labels is not None or labels_file is not None:
             raise typer.BadParameter('--task group takes its labels from --classes, e.g. "landbird,waterbird"')
-        answers = check_labels(_split(classes))
+        answers = check_labels(separated(classes, "--classes"))
     elif classes is not None:
         raise typer.BadParameter("--classes goes with --task group; --task text has --labels")
     else:
@@ -267,10 +268,6 @@ def _answers(
     if len(answers) < 2:
         raise typer.BadParameter(f"{answers[0]!r} is all there is to choose from; give two or more")
     return answers
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
 
 
 def _read_saes(sources: Sequence[str], *, calibrate: bool | None) -> list[Checkpoint]:
@@ -327,7 +324,7 @@ def _material(
     if source.spurious is None:
         material = from_pictures.text_material(clf, opened, n=n, seed=seed, progress=progress)
     else:
-        spurious = _split(source.spurious)
+        spurious = separated(source.spurious, "--spurious")
         material = from_pictures.spurious_material(clf, opened, spurious, n=n, seed=seed, progress=progress)
     say_passed_over(opened)
     return material

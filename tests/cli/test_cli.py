@@ -124,12 +124,13 @@ def test_bad_pictures_are_named_and_the_rest_goes_on(defense_folder, pictures):
     ("arguments", "message"),
     [
         (["--labels", "dog,dog"], "dog"),
-        (["--labels", "dog,,cat"], "blank"),
+        (["--labels", "dog,,cat"], '--labels "dog,,cat": name 2 of 3 is blank: a comma too many'),
+        (["--labels", ""], '--labels "": there is no name'),
         (["--labels", "dog", "--template", "no braces"], "{}"),
         (["--labels", "dog", "--top-k", "0"], "top-k"),
         (["--labels", "dog", "--model", "ViT-Z-99"], "ViT-Z-99"),
     ],
-    ids=["duplicate", "blank", "template", "top-k", "model"],
+    ids=["duplicate", "blank", "none", "template", "top-k", "model"],
 )
 def test_usage_errors_exit_with_2(defense_folder, pictures, arguments, message):
     code, out, err = run("classify", pictures, "--defense", defense_folder, *arguments)
