@@ -41,7 +41,7 @@ def test_fault_30_bytes_over_the_limit_are_too_large():
 def test_fault_31_folder_is_refused(tmp_path):
     error = refusal(tmp_path)
     assert error.code == "not_an_image"
-    assert "want a regular file" in str(error)
+    assert "give the file of one picture" in str(error)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with FIFOs and /dev")
