@@ -134,9 +134,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(
-    ("architecture", "block"), [("topk", 9), ("topk", 11), ("jumprelu", 9), ("standard", 5), ("gated", 11)]
-)
+@pytest.mark.parametrize(("architecture", "block"), [("topk", 9), ("topk", 11), ("jumprelu", 9), ("standard", 5)])
 def test_from_a_name_to_a_defense_that_everything_uses_killed_three_times(
     hub: FakeHub, tmp_path: Path, clip_folder: Path, architecture: str, block: int
 ) -> None:
