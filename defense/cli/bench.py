@@ -23,6 +23,7 @@ from defense.cli.common import (
     log_warnings,
     put,
     say,
+    separated,
     shown,
 )
 from defense.cli.progress import stages
@@ -149,8 +150,7 @@ def _jobs(
     from defense.benchmarks.methods import all_names, make_methods
     from defense.hosts.shipped import find_model
 
-    typed = [name.strip() for name in methods.split(",")]
-    names = [each for name in typed for each in (all_names() if name == "all" else [name])]
+    names = [each for name in separated(methods, "--methods") for each in (all_names() if name == "all" else [name])]
     own = find_model(model) if defense is None else None
     defenses = _shipped(tasks, own) if own is not None else {task.name: defense for task in tasks}
     return [(task, make_methods(names, defenses[task.name])) for task in tasks]
