@@ -13,6 +13,7 @@ from defense.errors import ConfigError
 BASELINE = "zero-shot"
 OURS = "defense"
 RANDOM = "random-latents"
+BEFORE = "before-reading"
 CANNOT_WORK = "cannot work here"
 """In place of the figures of a method that lacks what it rests on; the reason stands below the table."""
 _MUST_AGREE = (

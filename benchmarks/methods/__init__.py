@@ -20,6 +20,7 @@ from defense.benchmarks.methods.base import (
     by_name,
     needed,
 )
+from defense.benchmarks.methods.before_reading import BeforeReading
 from defense.benchmarks.methods.defended import Defended
 from defense.benchmarks.methods.defense_prefix import DefensePrefix
 from defense.benchmarks.methods.dyslexify import Dyslexify
@@ -64,6 +65,7 @@ FACTORIES: Mapping[str, Factory] = {
     "roboshot": by_name(RoboShot, RoboShot.record),
     "leace": by_name(Leace, Leace.record),
     "erase": by_name(Erase, Erase.record),
+    "before-reading": by_name(BeforeReading, BeforeReading.record),
 }
 """Name -> from the name as typed, the defense that was given and the strength after "@" to the method."""
 

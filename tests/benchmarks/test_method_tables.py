@@ -297,6 +297,20 @@ def test_statements_hold_the_figures_of_the_results():
     assert findings.dyslexify_on_photographs(found).count("; p ") == n_ways > 1
 
 
+def test_how_far_a_defense_can_lead_is_told_by_the_clip_before_it_could_read(tmp_path):
+    values = {"zero-shot": (0.1, 0.3), "defense": (0.3, 0.4), "before-reading": (0.5, 0.4)}
+    found = findings.Found(tmp_path)
+    for name, accuracies in values.items():
+        for way, value in zip(("print", "turned"), accuracies, strict=True):
+            found.by_place[f"photo-100-attacked-{way}", name] = {"figures": {"accuracy": {"value": value}}}
+    found.by_place["photo-100-neutral", "defense"] = {"figures": {"accuracy": {"value": 0.55}}}
+    text = findings.reach(found)
+    assert "plain 20.0 %, defended 35.0 %, the same CLIP before it learned to read 45.0 %" in text
+    assert "takes back 15.0 of the 25.0 points" in text
+    assert "an empty plate (55.0 %)" in text
+    assert text.endswith("Most is left in print: 30.0 of 50.0 %.")
+
+
 @pytest.mark.parametrize(("value", "p", "words"), [(0.1, 0.5, "level"), (0.1, 0.01, "ahead"), (-0.1, 0.01, "behind")])
 def test_a_place_is_told_by_the_paired_test(value, p, words):
     assert findings._place({"difference": {"value": value}, "p": p}) == words

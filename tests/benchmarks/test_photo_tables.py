@@ -20,6 +20,7 @@ ACCURACY = {
     "defense-prefix": {"clean": 0.5, "neutral": 0.4, "attacked-print": 0.2, "attacked-turned": 0.3},
     "leace": {"clean": 0.5, "neutral": 0.4, "attacked-print": 0.2, "attacked-turned": 0.2},
     "random-latents": {"clean": 0.6, "neutral": 0.5, "attacked-print": 0.1, "attacked-turned": 0.3},
+    "before-reading": {"clean": 0.6, "neutral": 0.5, "attacked-print": 0.4, "attacked-turned": 0.5},
 }
 
 
@@ -54,7 +55,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
 def test_the_short_table_has_ours_the_strongest_method_of_others_and_the_control(results):
     text = photo_tables.short_table(results)
     rows = rows_of(text)
-    assert list(rows) == ["model", "---", "plain", "defended", "defense-prefix", "random latents"]
+    assert list(rows)[2:] == ["plain", "defended", "defense-prefix", "random latents", "before it could read"]
     assert rows["plain"] == ["60.0", "100.0", "50.0", "20.0", "80.0"]
     assert rows["defended"] == ["60.0", "90.0", "50.0", "40.0", "60.0"]
     assert "mean over 2 ways to write a word (print, turned), 400 pictures each" in text
@@ -63,10 +64,10 @@ def test_the_short_table_has_ours_the_strongest_method_of_others_and_the_control
 
 def test_real_notes_have_a_column_where_they_were_measured(results):
     """The strongest rival needs pictures to tune on, which there are none of."""
-    fitted = ["zero-shot", "defense", "random-latents"]
+    fitted = ["zero-shot", "defense", "random-latents", "before-reading"]
     real = [result(name, "attacked", 0.4 + i / 10, "rta100-known") for i, name in enumerate(fitted)]
     rows = rows_of(photo_tables.short_table([*results, *real]))
-    assert [cells[-1] for cells in rows.values()] == ["real notes", "---", "40.0", "50.0", "-", "60.0"]
+    assert [cells[-1] for cells in rows.values()] == ["real notes", "---", "40.0", "50.0", "-", "60.0", "70.0"]
 
 
 def test_a_table_without_ours_is_refused(results):

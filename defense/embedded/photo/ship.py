@@ -6,7 +6,7 @@ After `build` in the same folder WORK. What a user does with the command line is
 2. defense train    an SAE per block                                         WORK/sae/block-N
 3. defense fit      the defense against words                                WORK/text
 4. describe         the catalogue of its latents                             WORK/catalogue/text
-5. all of it, the CLIP and the example pictures go into the package
+5. all of it, the CLIP, what it was before its training and the example pictures go into the package
 
 A stage whose result is there is not done again.
 """
@@ -39,10 +39,12 @@ from defense.hosts.shipped import FIRST, PHOTO
 from defense.store import checkpoint
 from defense.store.folders import replacing
 
-from .build import enlarged
+from .build import Recipe as BuildRecipe
+from .build import build_start, enlarged
 from .grounds import SIZE
 from .names import load_words
 from .pictures import read_photographs
+from .start import FIRST_EMBEDS, save_first
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
@@ -216,9 +218,11 @@ def write_examples(folder: Path) -> None:
     shutil.copy(HERE / "photographs" / "cat.jpg", folder)
 
 
-def install_clip(work: Path) -> None:
-    """Put the CLIP into the package: from then on it is called by its name."""
+def install_clip(work: Path, photographs: Path) -> None:
+    """Put the CLIP and what it started as into the package: from then on it is called by its name."""
     shutil.copytree(work / "clip", HERE / "clip", dirs_exist_ok=True)
+    fingerprint, _ = load_clip(PHOTO).tower.fingerprints()
+    save_first(build_start(work, photographs, BuildRecipe().tower.seed), fingerprint, FIRST_EMBEDS)
 
 
 def install(work: Path) -> None:
@@ -237,7 +241,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     work, recipe = arguments.work, Recipe()
-    install_clip(work)
+    install_clip(work, arguments.photographs)
     if not (work / "pictures.parquet").exists():
         crops = np.load(work / "crops.npy", mmap_mode="r")
         write_pictures(work / "pictures.parquet", arguments.photographs, crops, recipe.n_photographs, recipe.seed)

