@@ -8,7 +8,6 @@ for, for a reader to check.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -16,22 +15,11 @@ from defense.benchmarks.datasets.base import Dataset, Task
 from defense.embedded.photo.names import load_words
 from defense.errors import ConfigError
 
-_OTHER_SENSES = frozenset({"jacket", "key"})
-"""Words whose classes are not what the data sets mean: a book's jacket, a key of a keyboard."""
-
-
-def known_as(label: str) -> str | None:
-    """Return the word that a label of a data set is known as; None where none of the classes is called so."""
-    members = load_words().members
-    spaced = re.sub("(?<=[a-z])(?=[A-Z])", " ", label).replace("_", " ").strip().lower()
-    tried = (spaced, spaced.replace(" ", ""), spaced.removesuffix("s"))
-    return next((word for word in tried if word in members and word not in _OTHER_SENSES), None)
-
 
 def classes_of(labels: Iterable[str]) -> dict[str, list[str]]:
     """Return the names of the classes that each label stands for; none where it is not known."""
     words = load_words()
-    known = {label: known_as(label) for label in sorted(set(labels))}
+    known = {label: words.known_as(label) for label in sorted(set(labels))}
     return {
         label: [] if word is None else [words.names[index] for index in words.members[word]]
         for label, word in known.items()
@@ -48,7 +36,8 @@ def known_only(task: Task) -> Task:
 
 
 def _known_only(dataset: Dataset) -> Dataset:
-    known = [known_as(name) for name in dataset.class_names]
+    words = load_words()
+    known = [words.known_as(name) for name in dataset.class_names]
     class_names = tuple(sorted({word for word in known if word is not None}))
     place = {word: index for index, word in enumerate(class_names)}
     examples = []

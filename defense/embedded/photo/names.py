@@ -22,6 +22,10 @@ MAX_MEMBERS = 400
 _WRITABLE = re.compile("[a-z]{2,12}")
 
 
+_OTHER_SENSES = frozenset({"jacket", "key"})
+"""Words whose classes are not what data sets mean by them: a book's jacket, a key of a keyboard."""
+
+
 @dataclass(frozen=True)
 class Words:
     """What the classes are called.
@@ -55,6 +59,12 @@ class Words:
         """Where the names of `attacks` stand in `writable`."""
         place = {word: index for index, word in enumerate(self.writable)}
         return tuple(place[self.names[index].lower()] for index in self.attacks)
+
+    def known_as(self, label: str) -> str | None:
+        """Return the word of `members` that a data set's label is, in another spelling or the plural; None for none."""
+        spaced = re.sub("(?<=[a-z])(?=[A-Z])", " ", label).replace("_", " ").strip().lower()
+        tried = (spaced, spaced.replace(" ", ""), spaced.removesuffix("s"))
+        return next((word for word in tried if word in self.members and word not in _OTHER_SENSES), None)
 
 
 @cache

@@ -206,7 +206,8 @@ def real_report(reader: Reader, start: Start, words: Words, folder: Path) -> dic
     pixel_values, labels, said = [], [], []
     for path in sorted(folder.glob("label=*_text=*.*")):
         match = re.fullmatch(r"label=(.+)_text=(.+)", path.stem)
-        label, word = (_members(words, name) for name in match.groups()) if match else ((), ())
+        known = [words.known_as(name) for name in match.groups()] if match else [None, None]
+        label, word = (() if name is None else words.members[name] for name in known)
         if label:
             pixel_values.append(preprocess(decode(path).image))
             labels.append(label)
@@ -219,12 +220,6 @@ def real_report(reader: Reader, start: Start, words: Words, folder: Path) -> dic
         report[f"{name}accuracy"] = percent(torch.tensor(hits))
         report[f"{name}success"] = percent(torch.tensor(fooled))
     return report
-
-
-def _members(words: Words, name: str) -> tuple[int, ...]:
-    """Return the classes that a label of a data set stands for; none where no word is known for it."""
-    spaced = re.sub("(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ").lower()
-    return words.members.get(spaced, words.members.get(spaced.replace(" ", ""), ()))
 
 
 def measure(reader: Reader, start: Start, val: Photographs, n: int, real: Sequence[Path] = ()) -> dict[str, Any]:
