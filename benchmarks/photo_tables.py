@@ -115,8 +115,8 @@ def _caption(table: Table, n_draws: int) -> str:
     ]
     if BEFORE in table.methods:
         lines.append(
-            "Before it could read: the same CLIP before its training on words. Letters disturb its picture network, as "
-            "patterns do; no further than to there can it lead to take out what was read."
+            "Before it could read: the same CLIP before its training on words. Letters disturb its picture network all "
+            "the same, as patterns do; taking out what was read can lead no further than there."
         )
     if (_REAL, OURS) in table.by_place:
         real = table.by_place[_REAL, OURS]

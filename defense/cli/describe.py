@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,9 @@ from defense.hosts.shipped import DEFAULT
 
 if TYPE_CHECKING:
     from defense.explain.catalogue import Catalogue
+
+
+Lens = Literal["whole", "attention"]
 
 
 # Longer than functions here are: the options of a command are its parameters, one line each.
@@ -78,6 +81,9 @@ def describe(
         Path | None,
         typer.Option(help="Tree of --classes, a csv file with the columns class and parent: how general latents are."),
     ] = None,
+    lens: Annotated[
+        Lens, typer.Option(help="What names follow: all that comes behind a latent, or later attention alone.")
+    ] = "whole",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the pictures drawn for names and steering.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = "auto",
@@ -130,8 +136,8 @@ def describe(
                     describe.describe(
                         clip, each.hook_point, each.sae, stream, names, n_top=n_top, n_names=n_names,
                         n_steered=n_steered, n_probed=max(16, n_steered), n_sampled=n_sampled, encoder=encoder,
-                        classes=class_names, against=other, phrases=templates, tree=taxonomy, seed=seed,
-                        provenance=made_from,
+                        classes=class_names, against=other, phrases=templates, tree=taxonomy, lens=lens,
+                        seed=seed, provenance=made_from,
                     )
                 )  # fmt: skip
         catalogue.save(catalogues, out)
@@ -159,6 +165,8 @@ def _print_catalogue(table: Catalogue) -> None:
         for line in by_class.lines_of(table.provenance["classes"]):
             put(f"  {line}")
     put(f"  {naming.wording_line(table.provenance['wording'])}")
+    for line in naming.effect_lines(table.columns):
+        put(f"  {line}")
     if "tree" in table.provenance:
         put(f"  {taxonomy.line_of(table.provenance['tree'])}")
     if "phrases" in table.provenance:

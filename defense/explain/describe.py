@@ -31,13 +31,14 @@ from defense.data import labels
 from defense.data.labels import Prompts
 from defense.data.sources import Picture, Pictures, prepared
 from defense.errors import ConfigError
+from defense.hosts.attention_alone import check_attention_alone
 from defense.hosts.clip import Clip
 
 from .against import Against
 from .baselines import Others, Sweep, latent_units, median_of, sweep
 from .by_class import ClassSums, found_of, masking_curve
 from .catalogue import Catalogue
-from .naming import directions_of, names_of, wording_beside_random, words_apart
+from .naming import Lens, attention_share, effects_of, names_of, wording_beside_random, words_apart
 from .other_encoder import OtherEncoder
 from .searching import by_templates, search_beside_random
 from .steering import Steering, steerability
@@ -104,6 +105,7 @@ def describe(
     against: Clip | None = None,
     phrases: Sequence[str] = (),
     tree: Tree | None = None,
+    lens: Lens = "whole",
     batch: int = 50,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
@@ -123,12 +125,13 @@ def describe(
     | n_classes | classes on whose pictures it fires | PatchSAE |
     | consistency | whether the words nearest to it are alike (see `naming.wording`) | arXiv:2409.06579 |
     | n_same_word | other latents with the same nearest word | arXiv:2409.06579 |
+    | spread | share of pictures on which it matters to the embedding (see `Spread`) | after arXiv:2406.04341 |
     | steerability | how far steering it moves the answer (see `steerability`) | arXiv:2504.08729, from its notebooks |
 
     The names follow the latent's decoder row through the rest of the network, linearized: the mean Jacobian of the
     image embedding by a CLS token and by a patch, weighted by how much the latent writes to each. The direction, less
     what all words share, is a sparse sum of words (`sparse_words`). The second-order lens (arXiv:2406.04341) reads
-    neurons in this way; it follows later attention alone and this all that follows.
+    neurons in this way, and follows later attention alone: `lens`.
 
     `provenance["baselines"]` has what neurons, channels and random directions come to (see `baselines.Sweep`), and
     `provenance["steer"]` the strength of the column steerability: that at which a sample of latents is ahead of random
@@ -158,13 +161,16 @@ def describe(
             search from the words, and what random directions gain by such a search (see `searching`).
         tree: Of the pictures' classes; the column "tree_depth" is then the depth of the deepest node above all classes
             of a latent's top pictures, and `provenance["tree"]` what random pictures have (see `taxonomy`).
+        lens: What names and `spread` follow. "attention" leaves later MLPs out and holds attention patterns (see
+            `hosts.attention_alone`); the column "attention_share" is then how much of the whole effect that is.
         batch: Pictures at once.
         seed: Of that drawing.
         provenance: Where pictures and words came from, as JSON values.
 
     Raises:
         ConfigError: Fewer than two pictures (all, or to steer on), fewer than two words, a number below 1, a CLIP
-            without a text tower, another CLIP that does not fit the first, or a class that the tree does not have.
+            without a text tower, another CLIP that does not fit the first, a class that the tree does not have, or a
+            tower in which attention alone cannot be followed.
         ShapeError: The SAE is made for another width.
         HookPointError: There is no such block.
     """
@@ -173,6 +179,8 @@ def describe(
         {"n_probed": n_probed, "n_steered": n_steered, "the number of words": len(words)},
     )
     clip.tower.check_width(sae.config.d_model, "this SAE")
+    if lens == "attention":
+        check_attention_alone(clip.tower, hook_point)
     sae = sae.to(clip.device)
     prompts = Prompts(labels.check_labels(words), labels.resolve_templates(templates))
     text_embeds = torch.from_numpy(clip.text_embeds(prompts)).to(clip.device)
@@ -190,11 +198,17 @@ def describe(
             batch=batch, seed=seed,
         )  # fmt: skip
         shared = functional.normalize(text_embeds.mean(0), dim=0)
-        directions = directions_of(clip.tower, hook_point, seen.resid, sae, seen.sums, shared)
+        effects = effects_of(clip.tower, hook_point, seen.resid, sae, shared)
+        by_attention = {}
+        if lens == "attention":
+            whole, effects = effects, effects_of(clip.tower, hook_point, seen.resid, sae, shared, lens)
+            by_attention["attention_share"] = attention_share(effects.mean(seen.sums), whole.mean(seen.sums))
+        directions = functional.normalize(effects.mean(seen.sums), dim=1).cpu().numpy()
         steering = Steering(clip, hook_point, seen.resid[:n_steered], text_embeds, sae.config.norm)
         swept = _swept(steering, sae, seen, others, n_sampled, seed)
         steered = steerability(steering, sae, seen.sums.fires, swept.strength)
-        found = {**seen.sums.columns(), "steerability": steered}
+        found = {**seen.sums.columns(), "spread": seen.sums.spread.shares(*effects), "steerability": steered}
+        found |= by_attention
         columns_of_words, in_words = wording_beside_random(directions, words_apart(text_embeds), seed)
         found |= columns_of_words
         asked: dict[str, Any] = {"wording": in_words}
@@ -218,7 +232,7 @@ def describe(
         {
             "n_pictures": len(seen.sums.keys), "n_words": len(words), "templates": list(prompts.templates),
             "n_probed": len(seen.resid), "n_steered": len(steering.resid), "steer": swept.strength,
-            "baselines": _baselines(seen.sums, others, swept, encoder),
+            "lens": lens, "baselines": _baselines(seen.sums, others, swept, encoder),
             "tokens": {kind: asdict(coded) for kind, coded in seen.coding.results().items()},
             "high_norm": None if (high := seen.high.result()) is None else asdict(high),
             **asked, "seed": seed, "host": clip.tower.fingerprint(), "sae": fingerprint(sae.parameters_numpy()),

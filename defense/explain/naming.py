@@ -1,9 +1,10 @@
-"""What a latent does to the embedding, said in words: directions and sparse words."""
+"""What a latent does to the embedding, and that said in words: effects, directions and sparse words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from defense.core.sae import SparseAutoencoder
+from defense.hosts.attention_alone import attention_alone
 from defense.hosts.tower import VisionTower
 
 from .baselines import median_of
@@ -19,24 +21,77 @@ from .sums import NUMBERS_AT_ONCE, Sums
 # --- what a latent does -----------------------------------------------------------------------------------------------
 
 
-def directions_of(
-    tower: VisionTower, hook_point: str, resid: Tensor, sae: SparseAutoencoder, sums: Sums, shared: Tensor
-) -> np.ndarray:
-    """Return where in embedding space each latent pushes, of length 1, float32 [d_sae, d_embed].
+Lens = Literal["whole", "attention"]
+"""What a latent's write is followed through: all that comes behind, or later attention alone."""
+
+
+class Effects(NamedTuple):
+    """What 1 of each latent does to the embedding, to first order, by the kind of token that it is written to.
+
+    Attributes:
+        cls: float32 [d_sae, d_embed].
+        patch: float32 [d_sae, d_embed].
+    """
+
+    cls: Tensor
+    patch: Tensor
+
+    def mean(self, sums: Sums) -> Tensor:
+        """Return the effect by how much a latent writes to either kind, float32 [d_sae, d_embed]."""
+        written = (sums.written / sums.written.sum(1, keepdim=True).clamp(min=1e-12)).float()
+        return written[:, :1] * self.cls + written[:, 1:] * self.patch
+
+
+def effects_of(
+    tower: VisionTower, hook_point: str, resid: Tensor, sae: SparseAutoencoder, shared: Tensor, lens: Lens = "whole"
+) -> Effects:
+    """Return what latents do to the embedding.
 
     Args:
         tower: The network.
         hook_point: Where it is linearized.
         resid: At which residuals, [n, pos, d_model].
         sae: The SAE.
-        sums: Says how much a latent writes to CLS and to patches.
-        shared: Direction that all words share, which tells nothing apart, [d_embed].
+        shared: Direction that all words share, which tells nothing apart and is taken out, [d_embed].
+        lens: What is followed.
+
+    Raises:
+        ConfigError: Attention alone cannot be followed here; see `attention_alone`.
     """
-    to_cls, to_patch = mean_jacobians(tower, hook_point, resid)
-    written = (sums.written / sums.written.sum(1, keepdim=True).clamp(min=1e-12)).float()
-    directions = written[:, :1] * (sae.W_dec @ to_cls.T) + written[:, 1:] * (sae.W_dec @ to_patch.T)
-    directions -= (directions @ shared)[:, None] * shared
-    return functional.normalize(directions, dim=1).cpu().numpy()
+    with attention_alone(tower, hook_point) if lens == "attention" else nullcontext():
+        jacobians = mean_jacobians(tower, hook_point, resid)
+    found = (sae.W_dec @ each.T for each in jacobians)
+    return Effects(*(each - (each @ shared)[:, None] * shared for each in found))
+
+
+def attention_share(attention: Tensor, whole: Tensor) -> np.ndarray:
+    """Return how much of each effect goes through attention alone, float64 [d_sae]; NaN for none at all.
+
+    The part of the whole effect along itself: 1 where both are the same, 0 where attention does nothing to it,
+    negative where later MLPs turn it around.
+
+    Args:
+        attention: Effects through attention alone, [d_sae, d_embed].
+        whole: Effects through all that comes behind, [d_sae, d_embed].
+    """
+    attention, whole = attention.double(), whole.double()
+    length = whole.square().sum(1)
+    share = ((attention * whole).sum(1) / length.clamp(min=1e-30)).cpu().numpy()
+    return np.where(length.cpu().numpy() > 0, share, np.nan)
+
+
+def effect_lines(columns: Mapping[str, np.ndarray]) -> list[str]:
+    """Return lines on a catalogue's columns of effects; none of those that it does not have."""
+    texts = {
+        "spread": "share of pictures on which a latent matters",
+        "attention_share": "part of a latent's effect that goes through attention alone",
+    }
+    found = {text: median_of(columns[name]) for name, text in texts.items() if name in columns}
+    return [
+        f"{text}, median [95 %]: {each['median']:.3f} [{each['low']:.3f}-{each['high']:.3f}]"
+        for text, each in found.items()
+        if each["n"]
+    ]
 
 
 def mean_jacobians(tower: VisionTower, hook_point: str, resid: Tensor, batch: int = 8) -> tuple[Tensor, Tensor]:

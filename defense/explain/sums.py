@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .catalogue import BIN_EDGES
 from .likeness import Likeness
+from .spread import Spread
 
 NUMBERS_AT_ONCE = 2**25
 
@@ -56,6 +57,7 @@ class Sums:
         top_activation: Those activations, [d_sae, n_top].
         histogram: int64 [d_sae, n_bins].
         likeness: For monosemanticity.
+        spread: For the share of pictures on which a latent matters.
         written: Activations summed over CLS-like tokens and over patches, float64 [d_sae, 2], per token.
     """
 
@@ -69,6 +71,7 @@ class Sums:
         self.n_tokens = 0
         self.n_fired, self.total, self.written = zeros(d_sae), zeros(d_sae), zeros(d_sae, 2)
         self.likeness = Likeness(d_sae, device)
+        self.spread = Spread(d_sae, device)
         self.n_bins = len(BIN_EDGES) - 1
         self.histogram = torch.zeros(d_sae, self.n_bins, dtype=torch.int64, device=device)
         self.top = torch.full((d_sae, n_top), -1, dtype=torch.int64, device=device)
@@ -86,6 +89,7 @@ class Sums:
         self.total += acts.sum((0, 1), dtype=torch.float64)
         for place, tokens in enumerate((acts[:, :n_cls], acts[:, n_cls:])):
             self.written[:, place] += tokens.sum((0, 1), dtype=torch.float64)
+        self.spread.add(acts, n_cls=n_cls)
         largest = acts.amax(1).double()  # [batch, d_sae]
         self.likeness.add(largest, embeds)
         numbers = torch.arange(first, len(self.keys), device=acts.device).expand(self.d_sae, -1)

@@ -22,9 +22,9 @@ from defense.hosts.clip import load_clip
 
 PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "photos100"
 CROPS = Path(build.__file__).parent / "photographs"
-SMALL = build.Recipe(
-    tower=training.Recipe(steps=800, warmup=50, climb=700, n_crops=200), texts=texts.Recipe(steps=400, warmup=50)
-)
+SMALL = build.Recipe(tower=training.Recipe(steps=1200, n_crops=200), texts=texts.Recipe(steps=400, warmup=50))
+"""The recipe's easy beginning: reading starts after 600 to 800 steps. With lessons that get difficult by then, it does
+not start at all."""
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_a_small_build_ends_in_a_clip_that_sees_and_reads_and_goes_on_where_it_s
     attacks = draw_attacks(val, words, STYLES["print"], 200)
     attacked, blank = (np.array(clf.predict(list(pictures))) for pictures in (attacks.attacked, attacks.blank))
     said = np.array(words.names)[attacks.words]
-    assert (attacked == said).mean() > 0.1  # among a thousand names, in unseen typefaces
+    assert (attacked == said).mean() > 0.15  # among a thousand names, in unseen typefaces: 0.34 where it was written
     assert (blank == said).mean() < 0.02
     clean = np.array(clf.predict(list(build.enlarged(val.pixels[::25]))))
     assert (clean == np.array(words.names)[val.labels[::25]]).mean() > 0.2  # the stem alone: 0.30

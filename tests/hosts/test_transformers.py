@@ -17,10 +17,12 @@ import transformers
 from defense.classify.classifier import RobustClassifier
 from defense.data.tokenizer import ClipTokenizer
 from defense.errors import ConfigError, MissingDependencyError
+from defense.explain.naming import mean_jacobians
 from defense.fit.config import FitConfig
 from defense.fit.material import Pairs
 from defense.fit.selecting import TextFit
 from defense.hosts.attach import detach, is_wrapped, wrap
+from defense.hosts.attention_alone import attention_alone
 from defense.hosts.clip import Clip, load_clip
 from defense.hosts.families import tower_of
 from defense.store import defenses
@@ -257,3 +259,14 @@ def test_a_defended_model_of_transformers_is_exported(name, tmp_path):
     clf = RobustClassifier(Clip(twin, PREPROCESS, tokenizer), a_defense(own)).set_labels(LABELS)
     report = exporter.export_onnx(clf, tmp_path / "bundle", text=name == "CLIP")
     assert report.parity.max_abs_diff < 1e-5
+
+
+def test_effects_through_attention_alone_are_those_of_the_twin(pair):
+    found = []
+    for model in pair:
+        tower = tower_of(model)
+        resid = torch.randn(2, tower.n_pos, tower.d_model, generator=torch.Generator().manual_seed(0))
+        with attention_alone(tower, POINT):
+            found.append(mean_jacobians(tower, POINT, resid))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-3 * other.norm()  # 0 where there is no CLS token
