@@ -20,8 +20,8 @@ def attention_alone(tower: VisionTower, hook_point: str) -> Iterator[None]:
     """Cut gradients off where they would pass a later MLP, or the pattern of a later attention.
 
     What is left is linear in the residual but for the norms: from token to token by the attention patterns that the
-    picture has, any number of times, and past the blocks. Values are what they were. The second-order lens
-    (arXiv:2406.04341, section 3) follows one such step; this follows all of them.
+    picture has, any number of times, and past the blocks; the head behind them is whole. Values are what they were.
+    The second-order lens (arXiv:2406.04341, section 3) follows one such step; this follows all of them.
 
     Not while another thread takes gradients through attention: torch has one such function for all.
 
@@ -36,21 +36,24 @@ def attention_alone(tower: VisionTower, hook_point: str) -> Iterator[None]:
     """
     places = [block is tower.block(hook_point) for block in tower.blocks]
     later = list(tower.blocks)[places.index(True) + 1 : tower.n_read]
-    n_held, at_entry = 0, 0
+    n_held: int | None = None  # in the block that is running; None outside of them, where a head may pool by attention
     attention: Any = functional.scaled_dot_product_attention
 
     def held(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal n_held
-        n_held += 1
-        out: Tensor = attention(query.detach(), key.detach(), value, *args, **kwargs)
+        if n_held is not None:
+            query, key, n_held = query.detach(), key.detach(), n_held + 1
+        out: Tensor = attention(query, key, value, *args, **kwargs)
         return out
 
     def enter(*_: Any) -> None:
-        nonlocal at_entry
-        at_entry = n_held
+        nonlocal n_held
+        n_held = 0
 
     def leave(block: nn.Module, *_: Any) -> None:
-        if n_held == at_entry:
+        nonlocal n_held
+        found, n_held = n_held, None
+        if not found:
             raise ConfigError(
                 f"{type(block).__name__} does not attend by torch's scaled_dot_product_attention, so its pattern "
                 'cannot be held; load a model of transformers with attn_implementation="sdpa", or follow all that comes'

@@ -10,11 +10,13 @@ import torch
 from torch.nn import functional
 
 from defense.errors import ConfigError
+from defense.explain import catalogue
 from defense.explain.naming import attention_share, effect_lines, mean_jacobians
 from defense.explain.spread import Spread
 from defense.hosts.attention_alone import attention_alone, check_attention_alone
 from defense.hosts.clip import Clip
 
+from ..command import run
 from ..conftest import clip_of
 from .described import POINT, described
 
@@ -160,3 +162,15 @@ def test_a_catalogue_has_the_share_of_each_latent_that_fires(clip, pictures) -> 
     assert np.isnan(spread[~fires]).all()
     assert (spread[fires] >= 1 / len(pictures) - 1e-6).all()
     assert (spread[fires] <= 1 + 1e-6).all()
+
+
+def test_the_command_says_both(describing, tmp_path) -> None:
+    code, out, err = run(*describing, "--lens", "attention")
+    assert code == 0, err
+    assert "share of pictures on which a latent matters, median" in out
+    assert "part of a latent's effect that goes through attention alone, median" in out
+    found = catalogue.load(tmp_path / "out")[POINT]
+    assert {"spread", "attention_share"} <= found.columns.keys()
+    code, _, err = run(*describing, "--lens", "mlp")
+    assert code == 2
+    assert "mlp" in err
