@@ -123,10 +123,7 @@ def minimum(counterfactual: Counterfactual, catalogues: Mapping[str, Catalogue])
     """Return what a counterfactual says."""
     if counterfactual.flipped is None:
         return "No set of these latents was found whose removal changes the answer of plain CLIP."
-    listed = []
-    for point, latent in counterfactual.latents:
-        names = names_of(catalogues, point, latent)
-        listed.append(f"{latent} at {point} ({names})" if names else f"{latent} at {point}")
+    listed = [_called(catalogues, *unit) for unit in counterfactual.latents]
     which = "this one latent" if len(listed) == 1 else f"these {len(listed)} latents"
     flipped = counterfactual.flipped[0]
     return (
@@ -139,10 +136,9 @@ def least(strengths: LeastStrengths, catalogues: Mapping[str, Catalogue]) -> str
     """Return by how little of its latents an answer changes."""
     if strengths.flipped is None:
         return "No part of these latents was found whose removal changes the answer of plain CLIP."
-    listed = []
-    for (point, latent), part in list(strengths.strengths.items())[:_PARTS]:
-        names = names_of(catalogues, point, latent)
-        listed.append(f"{percent(part)} of {latent} at {point}" + (f" ({names})" if names else ""))
+    listed = [
+        f"{percent(part)} of {_called(catalogues, *unit)}" for unit, part in list(strengths.strengths.items())[:_PARTS]
+    ]
     n_more = len(strengths.strengths) - len(listed)
     more = f"; and less of {n_more} more" if n_more else ""
     return (
@@ -154,10 +150,7 @@ def least(strengths: LeastStrengths, catalogues: Mapping[str, Catalogue]) -> str
 
 def near(nearest: Nearest, catalogues: Mapping[str, Catalogue]) -> str:
     """Return by which latents pictures are near, and how that differs from the whole embedding."""
-    listed = []
-    for point, latent in nearest.latents:
-        names = names_of(catalogues, point, latent)
-        listed.append(f"{latent} at {point}" + (f" ({names})" if names else ""))
+    listed = [_called(catalogues, *unit) for unit in nearest.latents]
     which, they = ("latent", "it") if len(listed) == 1 else ("latents", "any of them")
     n = len(nearest.by_latents)
     found = (
@@ -171,6 +164,11 @@ def near(nearest: Nearest, catalogues: Mapping[str, Catalogue]) -> str:
 def block_words(hook_point: str) -> str:
     """Return a hook point in words."""
     return hook_point.removesuffix(".hook_resid_post").replace("blocks.", "block ")
+
+
+def _called(catalogues: Mapping[str, Catalogue], hook_point: str, latent: int) -> str:
+    names = names_of(catalogues, hook_point, latent)
+    return f"{latent} at {hook_point}" + (f" ({names})" if names else "")
 
 
 def names_of(catalogues: Mapping[str, Catalogue], hook_point: str, latent: int) -> str:
