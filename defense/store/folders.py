@@ -80,7 +80,7 @@ def package_version() -> str:
 
 
 def lacks_manifest(path: Path, what: str) -> CheckpointError:
-    """Return the error for a folder without its manifest; `NotThereError` where there is no folder either.
+    """Return the error for a folder without its manifest, or for a file; `NotThereError` where there is neither.
 
     Args:
         path: Of the manifest.
@@ -88,6 +88,8 @@ def lacks_manifest(path: Path, what: str) -> CheckpointError:
     """
     if not path.parent.exists():
         return NotThereError(f"{path.parent} is not there; check the path: {what}")
+    if not path.parent.is_dir():
+        return CheckpointError(f"{path.parent} is a file; {what}")
     return CheckpointError(f"{path} is missing; {what}")
 
 
