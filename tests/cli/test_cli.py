@@ -46,31 +46,6 @@ def test_a_folder_is_classified_side_by_side(defense_folder, pictures):
     assert "notes.txt" not in out
 
 
-@pytest.mark.parametrize("options", [[], ["--plain"]], ids=["both", "plain"])
-def test_pictures_of_one_name_in_two_folders_are_told_apart(defense_folder, pictures, options):
-    (pictures / "b.png").rename(pictures / "more pictures" / "b.png")
-    (pictures / "other").mkdir()
-    (pictures / "other" / "b.png").write_bytes((pictures / "more pictures" / "b.png").read_bytes())
-    code, out, _ = run("classify", pictures, "--labels", "dog,cat", "--defense", defense_folder, *options)
-    assert code == 0
-    names = [line for line in out.splitlines() if line.startswith(str(pictures))]
-    assert names == [str(pictures / name) for name in ("more pictures/a.jpg", "more pictures/b.png", "other/b.png")]
-
-
-def test_a_reason_stands_among_the_answers_in_their_form(defense_folder, pictures):
-    (pictures / "c.png").write_bytes(b"<html>not found</html>")
-    arguments = ("classify", pictures, "--labels", "dog,cat", "--defense", defense_folder)
-    code, out, err = run(*arguments, "--on-error", "return")
-    assert code == 4
-    assert "{" not in out
-    (line,) = (each for each in out.splitlines() if each.startswith(str(pictures / "c.png")))
-    assert "not_an_image" in line
-    assert "not_an_image" not in err
-    _, out, err = run(*arguments, "--on-error", "skip")
-    assert "not_an_image" not in out
-    assert "not_an_image" in err
-
-
 def test_json_is_one_object_a_line_and_nothing_else(defense_folder, pictures):
     code, out, _ = run("classify", pictures, "--labels", "dog,cat", "--defense", defense_folder, "--json")
     assert code == 0

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import re
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,8 +24,6 @@ from PIL import Image
 from defense import protect as room
 from defense.classify.classifier import RobustClassifier
 from defense.core.latents import LatentSet
-from defense.data.images import Limits
-from defense.data.sources import Pictures, open_pictures
 from defense.errors import CheckpointError, ConfigError
 from defense.fit.config import FitConfig
 from defense.hosts.clip import embedded_folder, load_clip
@@ -217,26 +214,6 @@ def test_pictures_that_are_not_there_are_said_before_anything_is_fetched(
         )
     assert hub.asked == []
     assert not any("passed over" in line for line in said)
-
-
-def test_pictures_are_listed_once_and_keep_to_the_limits(
-    hub: FakeHub, cache: Path, rows, tmp_path: Path, fitted_at_once, monkeypatch
-) -> None:
-    hub.add(SAE, prisma_files())
-    folder = photographs(tmp_path / "photos", 3)
-    listed: list[Pictures] = []
-
-    def listing(*arguments: Any, **options: Any) -> Pictures:
-        listed.append(open_pictures(*arguments, **options))
-        return listed[-1]
-
-    for module in list(sys.modules.values()):
-        if getattr(module, "open_pictures", None) is open_pictures and module.__name__.startswith("defense."):
-            monkeypatch.setattr(module, "open_pictures", listing)
-    limits = Limits(max_pixels=10**6)
-    found, _ = protect(rows(), pictures=(folder,), limits=limits)
-    assert [each.limits for each in listed] == [limits]
-    assert found.provenance["protect"]["pictures"] == listed[0].fingerprint
 
 
 def test_an_sae_of_another_clip_is_refused_and_nothing_is_written(hub: FakeHub, cache: Path, rows, tmp_path) -> None:
