@@ -53,4 +53,16 @@
     if (!key || active?.dataset.key === key || (active !== document.body && !active?.dataset.key)) return;
     document.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
   }).observe(document.documentElement, { childList: true, subtree: true, attributeFilter: ["data-key"] });
+
+  // Tables and code of the texts scroll in their own box: with keys, too, and under the name of their heading.
+  const boxes = ":is(.measured, .told) :is(table, pre):not([tabindex])";
+  const isBefore = (box) => (heading) => heading.compareDocumentPosition(box) & Node.DOCUMENT_POSITION_FOLLOWING;
+  new MutationObserver(() => {
+    for (const box of document.querySelectorAll(boxes)) {
+      const headings = [...document.querySelectorAll(":is(.measured, .told) :is(h1, h2, h3, h4)")];
+      box.tabIndex = 0;
+      box.setAttribute("role", box.matches("table") ? "table" : "group");
+      box.setAttribute("aria-label", headings.filter(isBefore(box)).at(-1)?.textContent.trim() || "Example");
+    }
+  }).observe(document.documentElement, { childList: true, subtree: true });
 })();

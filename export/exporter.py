@@ -141,6 +141,7 @@ def free_target(folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         ConfigError: There is something in it, its parent is not there, or see `check_path`.
+        OSError: See `folders.check_writable`.
     """
     target = folders.led_to(folder)
     check_path(target)
@@ -148,6 +149,7 @@ def free_target(folder: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"{target} exists and is not an empty folder; choose another, or remove it first")
     if not target.parent.is_dir():
         raise ConfigError(f"there is no folder {target.parent} to put {target.name} into; make it first")
+    folders.check_writable(target.parent)
     return target
 
 

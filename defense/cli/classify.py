@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,13 +32,13 @@ from defense.cli.common import (
     put,
     say,
     shipped_model,
-    shown,
     stdout,
 )
 from defense.cli.progress import stages
 from defense.data import images
 from defense.data.listing import kind_of
 from defense.data.notes import NOTES
+from defense.data.sources import Picture
 from defense.errors import InvalidImageError
 from defense.hosts.shipped import DEFAULT, MODELS
 
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from defense.classify.answers import Prediction
     from defense.classify.classifier import RobustClassifier
     from defense.classify.explanation import Explanation
-    from defense.data.sources import Picture
     from defense.export.runtime import OnnxClassifier
 
 _PROGRESS_FROM = 20
@@ -85,7 +84,7 @@ def classify(
 
         check_pretrained(model, pretrained, None if plain else defense)
         limits = images.Limits(max_pixels=max_pixels)
-        found = expand(pictures or _example_pictures())
+        found = expand(pictures) if pictures else _examples()
         if bundle.is_bundle(defense):
             if plain or model is not None:
                 raise typer.BadParameter(
@@ -135,8 +134,10 @@ def _undefended(
     return RobustClassifier(load_clip(model, pretrained, device=device), limits=limits)
 
 
-def _example_pictures() -> list[Path]:
-    return sorted(path for path in MODELS[DEFAULT].folder("examples").iterdir() if kind_of(path) == "pictures")
+def _examples() -> Iterator[Picture]:
+    """Yield the pictures that ship; wherever the package lies, each is called by its file's name alone."""
+    paths = sorted(path for path in MODELS[DEFAULT].folder("examples").iterdir() if kind_of(path) == "pictures")
+    return (Picture(path.name, index, path) for index, path in enumerate(paths))
 
 
 def _classify_all(
@@ -157,15 +158,17 @@ def _classify_all(
                 if on_error == "raise":
                     raise
                 n_failed += 1
-                _print_error(picture, error, on_error)
+                _print_error(picture, error, on_error, as_json=as_json)
     return n, n_failed
 
 
-def _print_error(picture: Picture, error: InvalidImageError, on_error: OnError) -> None:
+def _print_error(picture: Picture, error: InvalidImageError, on_error: OnError, *, as_json: bool) -> None:
+    """Say why a picture has no answer: on stderr, or with "return" among the answers, in the form that they have."""
     quoted, text = repr(picture.name), str(error)
     rest = text.removeprefix(quoted) if text.startswith(quoted) else f": {text}"  # the name stands there once
-    say(f"{one_line(picture.name)}{rest}", "red")
-    if on_error == "return":
+    among_answers = on_error == "return" and not as_json
+    (put if among_answers else say)(f"{one_line(picture.name)}{rest}", "red")
+    if on_error == "return" and as_json:
         print_json({"file": picture.name, "error": {"code": error.code, "message": error.message}})
 
 
@@ -176,13 +179,13 @@ def _classify_one(clf: RobustClassifier, picture: Picture, *, as_json: bool, top
         if as_json:
             print_json({"file": picture.name, **_json_of(explanation)})
         else:
-            print_explanation(Path(picture.name), explanation)
+            print_explanation(picture.name, explanation)
         return
     (answer,) = clf.answers([picture.open()], on_error="raise", top_k=top_k)
     if as_json:
         print_json({"file": picture.name, "plain": answer.prediction, "warnings": list(answer.warnings)})
     else:
-        _print_table(Path(picture.name), {"plain CLIP": answer.prediction or []})
+        _print_table(picture.name, {"plain CLIP": answer.prediction or []})
         _print_notes(answer.warnings)
 
 
@@ -205,12 +208,12 @@ def _classify_with_bundle(
         n += 1
         if isinstance(answer.error, InvalidImageError):
             n_failed += 1
-            _print_error(picture, answer.error, on_error)
+            _print_error(picture, answer.error, on_error, as_json=as_json)
         elif as_json:
             print_json({"file": picture.name, "robust": answer.prediction, "warnings": list(answer.warnings)})
         else:
             side = "defended" if strength > 0 else "plain CLIP"
-            _print_table(Path(picture.name), {side: answer.prediction or []})
+            _print_table(picture.name, {side: answer.prediction or []})
             _print_notes(answer.warnings)
     return n, n_failed
 
@@ -229,24 +232,24 @@ def _json_of(explanation: Explanation) -> dict[str, Any]:
     return fields
 
 
-def print_explanation(path: Path, explanation: Explanation) -> None:
+def print_explanation(name: str, explanation: Explanation) -> None:
     """Print both answers side by side, and what was removed in a line."""
-    _print_table(path, {"plain CLIP": explanation.plain, "defended": explanation.robust})
+    _print_table(name, {"plain CLIP": explanation.plain, "defended": explanation.robust})
     put(f"  {_what_was_removed(explanation)}\n")
     _print_notes(explanation.warnings)
 
 
-def _print_table(path: Path, answers: dict[str, Prediction]) -> None:
-    """Print answers in columns, labels in the order of their best score."""
+def _print_table(name: str, answers: dict[str, Prediction]) -> None:
+    """Print a picture's name and its answers in columns, labels in the order of their best score."""
     scores = {side: {entry["label"]: entry["score"] for entry in answer} for side, answer in answers.items()}
     best: dict[str, float] = {}
     for column in reversed(scores.values()):
         for label, score in column.items():
             best[label] = max(score, best.get(label, 0))
     table = Table("", *scores, box=None, pad_edge=False)
-    for label in sorted(best, key=lambda name: -best[name]):
+    for label in sorted(best, key=lambda each: -best[each]):
         table.add_row(f"  {label}", *(_cell(column, label) for column in scores.values()))
-    put(one_line(shown(Path(path.name))), "bold")
+    put(one_line(name), "bold")
     stdout.print(table)
 
 

@@ -128,7 +128,7 @@ def explain(
         catalogues = _catalogues_of(clf, defense)
         _write(out, _page(out, decoded.image, explanation, shown(Path(picture.name)), clf, catalogues, parts))
         short = replace(explanation, plain=explanation.plain[:_TOP_K], robust=explanation.robust[:_TOP_K])
-        print_explanation(picture, short)
+        print_explanation(shown(picture), short)
         say(f"wrote {shown(out)}")
         if explanation.removed and catalogues:
             say(FIRES_ON)

@@ -6,13 +6,11 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.labels import common_nouns
-from defense.data.sources import Picture, Pictures, open_pictures
+from defense.data.sources import Picture, Pictures
 from defense.world import draws, scenes
 
 WEAK = (
@@ -39,28 +37,17 @@ class Wanted:
     weak: str | None
 
 
-def wanted_pictures(
-    paths: Sequence[Path],
-    labels: Sequence[str] | None,
-    *,
-    n: int,
-    size: tuple[int, int],
-    limits: Limits = DEFAULT_LIMITS,
-) -> Wanted:
+def wanted_pictures(own: Pictures | None, labels: Sequence[str] | None, *, n: int, size: tuple[int, int]) -> Wanted:
     """Return what to fit on.
 
     Args:
-        paths: A user's pictures; none for drawn scenes.
+        own: A user's pictures; None for drawn scenes.
         labels: A user's labels; by default what the scenes show, or for pictures `common_nouns`.
         n: How many scenes to draw.
         size: Height and width of the CLIP's pictures.
-        limits: What is accepted of each of a user's pictures at most.
-
-    Raises:
-        ConfigError: See `open_pictures`.
     """
-    if paths:
-        return Wanted(open_pictures(paths, limits=limits), tuple(labels or common_nouns()), None)
+    if own is not None:
+        return Wanted(own, tuple(labels or common_nouns()), None)
     return Wanted(_drawn(n, max(size)), tuple(labels or scenes.OBJECTS), WEAK)
 
 

@@ -28,7 +28,7 @@ from defense.classify.classifier import RobustClassifier
 from defense.data.images import DEFAULT_LIMITS, Limits
 from defense.data.labels import check_labels
 from defense.data.progress import Progress as FitProgress
-from defense.data.sources import open_pictures, prepared
+from defense.data.sources import Pictures, open_pictures, prepared
 from defense.errors import CheckpointError, ConfigError, NonFiniteError
 from defense.fit.config import FitConfig
 from defense.fit.from_pictures import sample, text_material
@@ -117,11 +117,11 @@ def protect(
         defenses.check_target(request.out)
     if request.labels is not None and len(check_labels(request.labels)) < 2:
         raise ConfigError(f"{request.labels[0]!r} is all there is to choose from; give two or more labels")
-    if request.pictures:  # a wrong path is said before anything is loaded or fetched
-        open_pictures(request.pictures, limits=request.limits)
+    # listed once, and first: a wrong path is said before anything is loaded or fetched
+    own = open_pictures(request.pictures, limits=request.limits) if request.pictures else None
     say(f"loading {request.model}{'' if request.pretrained is None else f', {request.pretrained}'}")
     clip = load_clip(request.model, request.pretrained, device=resolve_device(request.device))
-    defense = defenses.load(ready.keep(_Route(request, rows, hub, clip, say, report).defense()))
+    defense = defenses.load(ready.keep(_Route(request, own, rows, hub, clip, say, report).defense()))
     if request.out is not None:
         defenses.save(defense, request.out)
     return defense
@@ -142,6 +142,7 @@ class _Route:
     """One way from a CLIP to a defense, step by step."""
 
     request: Request
+    own: Pictures | None
     rows: Sequence[HostRow]
     hub: Hub
     clip: Clip
@@ -161,10 +162,7 @@ class _Route:
     def wanted(self) -> Wanted:
         """What to fit on."""
         n = self.fit_settings.n_pictures
-        request = self.request
-        return wanted_pictures(
-            request.pictures, request.labels, n=n, size=self.clip.preprocess.size, limits=request.limits
-        )
+        return wanted_pictures(self.own, self.request.labels, n=n, size=self.clip.preprocess.size)
 
     @cached_property
     def looked_at(self) -> list[np.ndarray]:

@@ -113,6 +113,20 @@ def led_to(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def check_writable(folder: Path) -> None:
+    """Make a file in a folder and remove it, so that one that takes none is found before the work and not after it.
+
+    Raises:
+        OSError: Nothing can be written there: no permission, a file system that is read-only, or none of files.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        why = f"nothing can be written into this folder ({error.strerror}); choose another"
+        raise OSError(error.errno, why, str(folder)) from error
+
+
 def restore(target: Path) -> bool:
     """Put a folder back that a process was killed while replacing, and remove what killed processes left beside it.
 

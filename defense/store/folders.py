@@ -23,12 +23,13 @@ from safetensors.numpy import load_file
 
 from defense.errors import CheckpointError, ConfigError, DefenseError, IntegrityError, NonFiniteError, NotThereError
 
-from .atomic import exclusive, led_to, publishing, replacing, restore, write_tensors
+from .atomic import check_writable, exclusive, led_to, publishing, replacing, restore, write_tensors
 
 __all__ = [
     "Verify",
     "check_files",
     "check_verify",
+    "check_writable",
     "file_entries",
     "file_entry",
     "led_to",
@@ -80,7 +81,7 @@ def package_version() -> str:
 
 
 def lacks_manifest(path: Path, what: str) -> CheckpointError:
-    """Return the error for a folder without its manifest; `NotThereError` where there is no folder either.
+    """Return the error for a folder without its manifest, or for a file; `NotThereError` where there is neither.
 
     Args:
         path: Of the manifest.
@@ -88,6 +89,8 @@ def lacks_manifest(path: Path, what: str) -> CheckpointError:
     """
     if not path.parent.exists():
         return NotThereError(f"{path.parent} is not there; check the path: {what}")
+    if not path.parent.is_dir():
+        return CheckpointError(f"{path.parent} is a file; {what}")
     return CheckpointError(f"{path} is missing; {what}")
 
 
@@ -106,6 +109,7 @@ def writable_target(
 
     Raises:
         ConfigError: It is there and holds something else, its parent is not there, or links to it lead nowhere.
+        OSError: See `check_writable`.
     """
     target = led_to(folder)
     restore(target)
@@ -115,6 +119,7 @@ def writable_target(
         raise ConfigError(f"{target} exists and is no {what}, or holds other files too; choose another folder")
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent} is not there, so {target.name} cannot be written into it; make it first")
+    check_writable(target.parent)
     return target
 
 

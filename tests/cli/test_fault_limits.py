@@ -52,15 +52,12 @@ def test_fault_115_each_way_of_reading_a_source_keeps_to_its_limits(folder: Path
     assert open_pictures([folder]).fingerprint != open_pictures([folder], limits=SMALL).fingerprint
 
 
-def test_fault_115_pictures_of_a_csv_file_and_of_a_user_keep_to_them(folder: Path) -> None:
+def test_fault_115_pictures_of_a_csv_file_keep_to_them(folder: Path) -> None:
     from defense.fit.metadata import read_metadata
-    from defense.protect.material import wanted_pictures
 
     (folder / "table.csv").write_text("path,label\na0.png,0\nb0.png,1\n")
     rows = read_metadata(folder / "table.csv", ["x", "y"], path_column="path", label_column="label", limits=SMALL)
     assert {picture.limits for picture in rows.pictures} == {SMALL}
-    wanted = wanted_pictures([folder], None, n=1, size=(8, 8), limits=SMALL)
-    assert {picture.limits for picture in wanted.pictures} == {SMALL}
 
 
 def test_fault_115_data_sets_keep_to_them(tmp_path: Path) -> None:

@@ -263,19 +263,6 @@ def test_a_latent_is_browsed_and_steered(page):
     expect(page.locator("#steered .verdict")).to_have_count(2)
 
 
-@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_to_complain_about(opened, viewport, scheme):
-    page = opened(viewport, scheme)
-    page.locator("#removed .latents tbody .link").first.click()
-    expect(page.locator("#card .card")).to_be_visible()
-    page.locator("#says").click()
-    expect(page.locator("#patches .maps img")).to_have_count(2)
-    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
-    found = Axe().run(page).response["violations"]
-    assert not [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in found]
-
-
 TABS = {
     "Try it": "#answers .verdict", "Latents": "#tiles .tile", "Measured": ".measured table", "API and privacy": "code"
 }  # fmt: skip
@@ -334,6 +321,37 @@ def test_every_tab_fits_the_page(opened, width, scheme):
             page.locator(".plots-below summary").click()
         misfits[tab] = page.evaluate(MISFITS)
     assert not any(misfits.values()), misfits
+
+
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_to_complain_about_on_any_tab(opened, viewport, scheme):
+    page = opened(viewport, scheme)
+    page.locator("#removed .latents tbody .link").first.click()
+    expect(page.locator("#card .card")).to_be_visible()
+    page.locator("#says").click()
+    expect(page.locator("#patches .maps img")).to_have_count(2)
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    complaints = {}
+    for tab, shown in TABS.items():
+        open_tab(page, tab)
+        expect(page.locator(shown).locator("visible=true").first).to_be_visible()
+        found = Axe().run(page).response["violations"]
+        complaints[tab] = [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in found]
+    assert not any(complaints.values()), complaints
+
+
+def test_a_wide_table_is_scrolled_with_keys_and_has_a_name(opened):
+    page = opened(NARROW)
+    open_tab(page, "Measured")
+    tables = page.locator(".measured table").locator("visible=true")
+    expect(tables.first).to_be_visible()
+    names = [table.get_attribute("aria-label") for table in tables.all()]
+    assert all(names)
+    (wide, *_) = [table for table in tables.all() if table.evaluate("e => e.scrollWidth > e.clientWidth")]
+    wide.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("e => e.scrollLeft > 0", arg=wide.element_handle())
 
 
 def test_what_does_not_fit_is_found(page):

@@ -87,6 +87,20 @@ def test_python_on_a_page_compiles(page):
         compile(block, name_of(page), "exec")
 
 
+def test_python_that_reads_one_latent_runs(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("open_clip")
+    (block,) = (each for each in pages.blocks(text_of(DOCS / "reading.md"), "python") if "catalogue import" in each)
+    (tmp_path / "defense").symlink_to(ROOT / "defense")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "reading.md", "exec"), {})
+    most, columns, names, answer = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"latent \d+, \d+% of what was removed", most)
+    assert {"frequency", "steerability"} <= set(ast.literal_eval(columns))
+    assert ast.literal_eval(names) == ()
+    assert [each["label"] for each in ast.literal_eval(answer)] == ["cat"]
+    assert (tmp_path / "fires-most.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize("page", [README, DOCS / "start.md"], ids=name_of)
 def test_python_of_the_first_pages_runs(page, monkeypatch, capsys):
     pytest.importorskip("open_clip")
