@@ -10,6 +10,7 @@ import typer
 
 from defense.cli.common import app, check_pretrained, coding_lines, exit_codes, put, say, shown
 from defense.errors import CheckpointError, MissingDependencyError, cannot_import
+from defense.hosts import shipped
 from defense.hosts.defense import Defense
 from defense.hosts.shipped import DEFAULT
 from defense.store import folders
@@ -39,12 +40,17 @@ def info(
             _print_sae(Path(source), expect)
             return
         from defense.export import bundle
-        from defense.store.defenses import find_defense
+        from defense.store.defenses import MANIFEST, find_defense
 
         if bundle.is_bundle(source):
             _refuse_host(model, pretrained)
             _print_bundle(source, expect, check=check)
             return
+        if shipped.find(source) is None and Path(source).is_dir() and not (Path(source) / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{source} is no defense (as `defense fit` writes), no bundle (`defense export`) and no SAE "
+                "(`defense train`): none of their manifests is in it, so check the path"
+            )
         check_pretrained(model, pretrained)
         defense = find_defense(source)
         manifest = defense.manifest_sha256

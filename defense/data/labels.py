@@ -209,8 +209,11 @@ def read_labels(path: str | Path) -> tuple[str, ...]:
     if text.lstrip()[:9].lower().startswith(("<!doctype", "<html")):
         raise ConfigError(f"{path} is a web page, not a list of labels; download the file itself, one label a line")
     lines = (line.strip() for line in text.replace("\ufeff", "").split("\n"))  # such marks of files that were joined
+    found = [line for line in lines if line]
+    if not found:
+        raise ConfigError(f"{path} holds no label; write at least two into it, one a line")
     try:
-        return check_labels([line for line in lines if line])
+        return check_labels(found)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -84,7 +84,7 @@ def test_labels_can_come_from_a_file(defense_folder, pictures, tmp_path):
     [
         pytest.param(None, "cannot be read (No such file", id="missing"),
         pytest.param("folder", "cannot be read (Is a directory)", id="folder"),
-        pytest.param(b"", "no label was given", id="empty"),
+        pytest.param(b"\n \n", "holds no label; write at least two into it, one a line", id="empty"),
         pytest.param(bytes(range(256)), "is not UTF-8 text", id="binary"),
         pytest.param(bytes(64), "control character U+0000", id="zeros"),
     ],

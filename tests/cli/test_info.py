@@ -44,3 +44,14 @@ def test_info_check_of_an_sae_is_its_golden_activations_and_needs_no_host(tmp_pa
     code, out, err = run("info", folder, "--check", "--model", "ViT-B-32")
     assert (code, out) == (2, "")
     assert "are for a defense" in err
+
+
+def test_info_of_a_folder_that_is_none_of_the_three_names_all(tmp_path, monkeypatch):
+    (tmp_path / "photo").mkdir()
+    code, out, err = run("info", tmp_path / "photo")
+    assert (code, out) == (5, "")
+    assert all(f"`defense {command}`" in err for command in ("fit", "export", "train"))
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("info", "photo")
+    assert code == 0, "a name that ships comes before a folder that is called so"
+    assert out.startswith("host        photo")
