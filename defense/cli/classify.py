@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,7 +84,7 @@ def classify(
 
         check_pretrained(model, pretrained, None if plain else defense)
         limits = images.Limits(max_pixels=max_pixels)
-        found = expand(pictures) if pictures else _examples()
+        found = expand(pictures or _example_pictures())
         if bundle.is_bundle(defense):
             if plain or model is not None:
                 raise typer.BadParameter(
@@ -134,10 +134,13 @@ def _undefended(
     return RobustClassifier(load_clip(model, pretrained, device=device), limits=limits)
 
 
-def _examples() -> Iterator[Picture]:
-    """Yield the pictures that ship; wherever the package lies, each is called by its file's name alone."""
-    paths = sorted(path for path in MODELS[DEFAULT].folder("examples").iterdir() if kind_of(path) == "pictures")
-    return (Picture(path.name, index, path) for index, path in enumerate(paths))
+def _example_pictures() -> list[Path]:
+    return sorted(path for path in MODELS[DEFAULT].folder("examples").iterdir() if kind_of(path) == "pictures")
+
+
+def _called(name: str) -> str:
+    """Return what a picture is called in text: as it was named, but those that ship by their file's name alone."""
+    return Path(name).name if Path(name).parent == MODELS[DEFAULT].folder("examples") else name
 
 
 def _classify_all(
@@ -249,7 +252,7 @@ def _print_table(name: str, answers: dict[str, Prediction]) -> None:
     table = Table("", *scores, box=None, pad_edge=False)
     for label in sorted(best, key=lambda each: -best[each]):
         table.add_row(f"  {label}", *(_cell(column, label) for column in scores.values()))
-    put(one_line(name), "bold")
+    put(one_line(_called(name)), "bold")
     stdout.print(table)
 
 

@@ -18,7 +18,7 @@ from defense.benchmarks.tables import CANNOT_WORK
 from .runs import NAMES, Counting, dataset_of, run_all, task_of, write_pictures
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-OURS = ("defense", "random-latents", "ocr-blur")
+OURS = ("defense", "random-latents", "ocr-blur", "before-reading")
 """What nobody published: what such a name begins with."""
 
 
