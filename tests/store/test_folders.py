@@ -14,7 +14,6 @@ import safetensors.numpy
 
 from defense.errors import CheckpointError, ConfigError, IntegrityError, NotThereError
 from defense.explain import catalogue
-from defense.fit import report
 from defense.store import checkpoint, defenses, folders
 
 MANIFEST = "manifest.json"
@@ -236,15 +235,21 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
     assert everything_below(tmp_path / "there") == {"result.json": "new"}
 
 
-def free_target(folder: Path) -> Path:
-    """As exports do it, which need torch."""
+def check_report(folder: Path) -> None:
+    pytest.importorskip("torch")  # fits need it, as exports do
+    from defense.fit import report
+
+    report.check_target(folder)
+
+
+def check_bundle(folder: Path) -> None:
     pytest.importorskip("torch")
     from defense.export import exporter
 
-    return exporter.free_target(folder)
+    exporter.free_target(folder)
 
 
-CHECKS = [defenses.check_target, checkpoint.check_target, catalogue.check_target, report.check_target, free_target]
+CHECKS = [defenses.check_target, checkpoint.check_target, catalogue.check_target, check_report, check_bundle]
 
 
 @pytest.mark.parametrize("read", [defenses.load, checkpoint.load, catalogue.load], ids=lambda read: read.__module__)
@@ -262,7 +267,7 @@ NO_PLACE = Path("/proc")
 
 
 @pytest.mark.skipif(not NO_PLACE.is_dir(), reason="runs on Linux")
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__module__)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: f"{check.__module__}.{check.__name__}")
 def test_a_folder_that_takes_no_file_is_found_before_the_work(tmp_path: Path, check: Callable[[Path], object]) -> None:
     with pytest.raises(OSError, match=r"nothing can be written into this folder .*: '/proc'"):
         check(NO_PLACE / "made")
