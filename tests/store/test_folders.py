@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from defense.errors import CheckpointError, ConfigError, IntegrityError, NotThereError
-from defense.explain import catalogue
-from defense.store import checkpoint, defenses, folders
+from defense.errors import CheckpointError, ConfigError, IntegrityError
+from defense.store import folders
 
 MANIFEST = "manifest.json"
 
@@ -233,43 +232,3 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
         partial.write_text("new")
     assert (tmp_path / "link.json").is_symlink()
     assert everything_below(tmp_path / "there") == {"result.json": "new"}
-
-
-def check_report(folder: Path) -> None:
-    pytest.importorskip("torch")  # fits need it, as exports do
-    from defense.fit import report
-
-    report.check_target(folder)
-
-
-def check_bundle(folder: Path) -> None:
-    pytest.importorskip("torch")
-    from defense.export import exporter
-
-    exporter.free_target(folder)
-
-
-CHECKS = [defenses.check_target, checkpoint.check_target, catalogue.check_target, check_report, check_bundle]
-
-
-@pytest.mark.parametrize("read", [defenses.load, checkpoint.load, catalogue.load], ids=lambda read: read.__module__)
-def test_a_file_in_place_of_a_folder_is_called_one(tmp_path: Path, read: Callable[[Path], object]) -> None:
-    path = tmp_path / "picture.jpg"
-    path.write_bytes(b"no folder")
-    with pytest.raises(CheckpointError, match=r"picture\.jpg is a file; an? (defense|SAE|catalogue) is a folder"):
-        read(path)
-    with pytest.raises(NotThereError, match=r"nothing is not there"):
-        read(tmp_path / "nothing")
-
-
-NO_PLACE = Path("/proc")
-"""A folder that takes no file from anybody, root included."""
-
-
-@pytest.mark.skipif(not NO_PLACE.is_dir(), reason="runs on Linux")
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: f"{check.__module__}.{check.__name__}")
-def test_a_folder_that_takes_no_file_is_found_before_the_work(tmp_path: Path, check: Callable[[Path], object]) -> None:
-    with pytest.raises(OSError, match=r"nothing can be written into this folder .*: '/proc'"):
-        check(NO_PLACE / "made")
-    check(tmp_path / "made")
-    assert list(tmp_path.iterdir()) == []
