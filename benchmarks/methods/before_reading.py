@@ -60,8 +60,7 @@ class BeforeReading:
         Raises:
             NotApplicableError: It is another CLIP.
         """
-        found, _ = clip.tower.fingerprints()
-        if found != load_first().clip_sha256:
+        if clip.tower.fingerprint() != load_first().clip_sha256:
             raise NotApplicableError(f"{self.name} is the photo CLIP before it learned to read, and this is another")
 
     @contextmanager

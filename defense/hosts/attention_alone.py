@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from defense.errors import ConfigError
 
-from .tower import VisionTower
+from .tower import VisionTower, block_of
 
 
 @contextmanager
@@ -34,8 +34,8 @@ def attention_alone(tower: VisionTower, hook_point: str) -> Iterator[None]:
             `scaled_dot_product_attention`, so that its pattern cannot be held.
         HookPointError: There is no such block.
     """
-    places = [block is tower.block(hook_point) for block in tower.blocks]
-    later = list(tower.blocks)[places.index(True) + 1 : tower.n_read]
+    tower.block(hook_point)  # raises where there is none
+    later = list(tower.blocks)[block_of(hook_point) + 1 : tower.n_read]
     n_held: int | None = None  # in the block that is running; None outside of them, where a head may pool by attention
     attention: Any = functional.scaled_dot_product_attention
 

@@ -221,8 +221,8 @@ def write_examples(folder: Path) -> None:
 def install_clip(work: Path, photographs: Path) -> None:
     """Put the CLIP and what it started as into the package: from then on it is called by its name."""
     shutil.copytree(work / "clip", HERE / "clip", dirs_exist_ok=True)
-    fingerprint, _ = load_clip(PHOTO).tower.fingerprints()
-    save_first(build_start(work, photographs, BuildRecipe().tower.seed), fingerprint, FIRST_EMBEDS)
+    start = build_start(work, photographs, BuildRecipe().tower.seed)
+    save_first(start, load_clip(PHOTO).tower.fingerprint(), FIRST_EMBEDS)
 
 
 def install(work: Path) -> None:

@@ -150,7 +150,11 @@ def _directions(weight: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray,
 
 def first_embeds(start: Start, pooled: Tensor) -> Tensor:
     """Return what pictures are to the untrained tower, normalized [n, D_EMBED], from pooled features."""
-    return functional.normalize(functional.linear(pooled.float(), *start.pooled), dim=-1)
+    return _mapped(pooled, *start.pooled)
+
+
+def _mapped(pooled: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return functional.normalize(functional.linear(pooled.float(), weight, bias), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ class First:
 
     def __call__(self, pooled: Tensor) -> Tensor:
         """Return normalized embeddings [n, D_EMBED] of pooled features [n, D_POOLED]."""
-        return functional.normalize(functional.linear(pooled.float(), self.weight, self.bias), dim=-1)
+        return _mapped(pooled, self.weight, self.bias)
 
 
 def save_first(start: Start, clip_sha256: str, path: Path) -> None:
